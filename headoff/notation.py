@@ -1,0 +1,339 @@
+"""The text form of configurations and of orders of heads, for the command line and for reports.
+
+    none                        everything on: the baseline
+    first 3                     heads 0, 1 and 2 off in all layers
+    L4H2,L5H0-3                 head 2 of layer 4, and heads 0 to 3 of layer 5, off
+    H2                          head 2 off in all layers
+    L0-2+5H1+3                  heads 1 and 3 off in layers 0, 1, 2 and 5
+    L5                          all heads of layer 5 off;  all: all heads of all layers
+    only L5H2 on                everything off but this one
+    L4H2=0.5                    that head's *gate* is 0.5: its attention weights are halved
+    0,1,0,1,1,0,0,0             an off vector, one *off* amount per head: heads 1, 3 and 4 off in all layers
+    0,1,0.25 / 1,0,0            an off matrix, a row per layer; 0.25 off is a gate of 0.75
+    query 17: L5H2              for the rows of object query 17 alone;  query 3,17: for two of them
+    layer 4-5: 0,1,0,1,1,0,0,0  in these layers alone
+    decoder_self L0H1           at another site; decoder_cross is the default
+    query 17: L5H2; L0          several statements: their gates multiply
+
+Upper and lower case are the same, and white space is free. Everything counts from 0. In EBNF:
+
+    configuration = statement, { ";", statement } ;
+    statement     = { scope }, pattern ;
+    scope         = ( "query" | "queries" | "layer" | "layers" ), numbers, ":" | site, [ ":" ] ;
+    site          = "encoder_self" | "decoder_self" | "decoder_cross" ;
+    pattern       = "none", [ "off" ] | "first", number, [ "off" ] | "only", selectors, "on"
+                  | gated, { ",", gated } | selectors, "off" | row, { "/", row } ;
+    selectors     = selector, { ",", selector } ;
+    selector      = "all" | "L", numbers, [ "H", numbers ] | "H", numbers ;
+    gated         = selector, [ "=", fraction ] ;
+    row           = fraction, { ",", fraction } ;
+    numbers       = range, { "+", range } ;    (* after "query" and "layer" a "," may stand for the "+" *)
+    range         = number, [ "-", number ] ;
+    fraction      = ? decimal number from 0 to 1 ? ;
+    number        = ? whole number from 0 to 9999 ? ;
+
+Each scope occurs at most once in a statement, and holds for the whole of it, up to the ";".
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from itertools import groupby
+from operator import and_
+from typing import NoReturn, TypeVar, cast
+
+from headoff.errors import GateError
+from headoff.gates import (
+    DEFAULT_SITE,
+    MAX_NUMBER,
+    SITES,
+    Clause,
+    Configuration,
+    Heads,
+    Order,
+    Site,
+    check_order,
+    first_off,
+    none_off,
+    off_matrix,
+    random_order,
+)
+
+T = TypeVar("T")
+
+# `resolver(heads)` is the order for a detector with so many heads; GateError if the order is not for so many.
+OrderResolver = Callable[[int], Order]
+
+
+def parse_configuration(text: str, *, name: str | None = None) -> Configuration:
+    """Read a configuration. Its name is `name`, or the automatic one, which says what is off.
+
+    Raises GateError, which shows the text with a caret under the character where reading stopped.
+    """
+    reader = _Reader(text, "configuration")
+    statements = [_statement(reader)]
+    while reader.take(";"):
+        statements.append(_statement(reader))
+    reader.end("',', ';' or the end of the text")
+    configuration = reduce(and_, statements)
+    return configuration.named(name) if name else configuration
+
+
+def format_configuration(configuration: Configuration) -> str:
+    """The canonical text: parsed, it gives an equal configuration; equal configurations have the same."""
+    return "; ".join(_statements(configuration.clauses)) or "none"
+
+
+def describe_clauses(clauses: Iterable[Clause]) -> str:
+    """A name for a configuration of these clauses: its text, with "off" where that reads better."""
+    return "; ".join(_statements(clauses, off=" off")) or "none off"
+
+
+def parse_order(text: str) -> OrderResolver:
+    """Read an order of heads: `3,1,0,2`, or such a row for each layer (`0,1/1,0`), `reverse`, `random:SEED`.
+
+    Returns a function of the number of heads that gives the order, ready for `headoff.gates.cumulative`.
+    Raises GateError with a caret under the offending character; the function raises it for a wrong length.
+    """
+    reader = _Reader(text, "order of heads")
+    if reader.word("reverse"):
+        reader.end("the end of the text")
+        return lambda heads: tuple(reversed(range(heads)))
+    if reader.word("random"):
+        reader.expect(":", "':' and a seed after 'random'")
+        seed = reader.number("a seed after 'random:'", most=2**63)
+        reader.end("the end of the text")
+        return lambda heads: random_order(heads, seed)
+
+    def row() -> list[int]:
+        return _separated(reader, ",", lambda: reader.number("a head number, 'reverse' or 'random:SEED'"))
+
+    start = reader.here()
+    rows = _separated(reader, "/", row)
+    reader.end("',', '/' or the end of the text")
+    with reader.blaming(start):
+        check_order(rows)
+
+    def resolve(heads: int) -> Order:
+        permutations = check_order(rows, heads)
+        return permutations if len(permutations) > 1 else permutations[0]
+
+    return resolve
+
+
+def _statements(clauses: Iterable[Clause], off: str = "") -> Iterator[str]:
+    """The text of each statement; `off` is appended to lists of heads that are."""
+    # Lists of heads share a statement; spared heads and off amounts each need their own.
+    for (site, queries, is_list), group in groupby(
+        clauses, key=lambda clause: (clause.site, clause.queries, not clause.spared and clause.off is None)
+    ):
+        scope = f"query {_spelled(queries, ',')}: " if queries else ""
+        scope += "" if site == DEFAULT_SITE else f"{site} "
+        if is_list:
+            listed = list(group)
+            items = [
+                _spelled_heads(Heads(clause.layers, clause.heads))
+                + (f"={_spelled_fraction(clause.gate)}" if clause.gate else "")
+                for clause in listed
+            ]
+            yield scope + ",".join(items) + ("" if any(clause.gate for clause in listed) else off)
+            continue
+        for clause in group:
+            layers = f"layer {_spelled(clause.layers, ',')}: " if clause.layers else ""
+            if clause.off is None:
+                pattern = f"only {','.join(map(_spelled_heads, clause.spared))} on"
+            else:
+                pattern = "/".join(",".join(map(_spelled_fraction, row)) for row in clause.off)
+            yield scope + layers + pattern
+
+
+def _spelled_heads(where: Heads) -> str:
+    layers = f"L{_spelled(where.layers, '+')}" if where.layers else ""
+    heads = f"H{_spelled(where.heads, '+')}" if where.heads else ""
+    return layers + heads or "all"
+
+
+def _spelled(numbers: tuple[int, ...], separator: str) -> str:
+    """Sorted numbers, runs of them as ranges: 0-2+5."""
+    # In a run of successive numbers, number minus index is the same.
+    runs = [list(run) for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return separator.join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+
+
+def _spelled_fraction(value: float) -> str:
+    return repr(value).removesuffix(".0")  # repr has the digits that it takes to read the same number back
+
+
+class _Reader:
+    """A text and how far it has been read."""
+
+    def __init__(self, text: str, what: str) -> None:
+        if not isinstance(text, str):
+            raise GateError(f"cannot read the {what}: it must be text, {text!r} is not")
+        self.text, self.what, self.position = text.rstrip(), what, 0
+
+    def here(self) -> int:
+        """The position of the next character that is not white space."""
+        while self.text[self.position : self.position + 1].isspace():
+            self.position += 1
+        return self.position
+
+    def take(self, pattern: str) -> str:
+        """The next characters if they match, white space skipped; else nothing."""
+        match = re.compile(pattern, re.IGNORECASE | re.ASCII).match(self.text, self.here())
+        self.position = match.end() if match else self.position
+        return match[0] if match else ""
+
+    def next(self) -> str:
+        """The next character that is not white space, in lower case, left where it is; nothing at the end."""
+        return self.text[self.here() : self.here() + 1].lower()
+
+    def word(self, pattern: str) -> str:
+        """As `take`, for a whole word, in lower case."""
+        return self.take(rf"(?:{pattern})(?![a-z_])").lower()
+
+    def expect(self, pattern: str, expected: str) -> str:
+        return self.take(pattern) or self.fail(f"expected {expected}")
+
+    def number(self, expected: str, most: int = MAX_NUMBER) -> int:
+        digits = self.expect("[0-9]+", expected)
+        if len(digits) > len(str(most)) or int(digits) > most:
+            self.fail(f"expected {expected}, at most {most}", self.position - len(digits))
+        return int(digits)
+
+    def fraction(self, expected: str) -> float:
+        digits = self.expect(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?", expected)
+        if float(digits) > 1:
+            self.fail(f"expected {expected}", self.position - len(digits))
+        return float(digits)
+
+    def end(self, expected: str) -> None:
+        """Nothing may be left."""
+        if self.here() < len(self.text):
+            self.fail(f"expected {expected}")
+
+    @contextmanager
+    def blaming(self, position: int) -> Iterator[None]:
+        """Point at `position` for what cannot be built from what has been read."""
+        try:
+            yield
+        except GateError as error:
+            self.fail(str(error), position)
+
+    def fail(self, message: str, position: int | None = None) -> NoReturn:
+        """Raise GateError with the caret at `position` (None: where reading has come to)."""
+        # One column per character, or the caret would miss: no tabs, line ends or terminal codes.
+        shown = "".join(character if character.isprintable() else " " for character in self.text)
+        caret = " " * (self.position if position is None else position) + "^"
+        raise GateError(f"cannot read the {self.what}: {message}\n    {shown}\n    {caret}") from None
+
+
+def _separated(reader: _Reader, separator: str, item: Callable[[], T]) -> list[T]:
+    items = [item()]
+    while reader.take(separator):
+        items.append(item())
+    return items
+
+
+def _statement(reader: _Reader) -> Configuration:
+    start = reader.here()
+    scope: dict[str, tuple[int, ...]] = {}
+    site: Site | None = None
+    while word := reader.word("query|queries|layers?|" + "|".join(SITES)):
+        kind = "site" if word in SITES else "layer" if word.startswith("layer") else "query"
+        if kind in scope or kind == "site" and site:
+            reader.fail(
+                f"expected one {kind} prefix only; use ';' to start another statement",
+                reader.position - len(word),
+            )
+        if kind == "site":
+            site = cast(Site, word)
+            reader.take(":")
+        else:
+            scope[kind] = _ranges(reader, kind, f"after '{word}'", "[,+]")
+            reader.expect(":", f"':' after the {kind} numbers")
+    configuration = _pattern(reader)
+    with reader.blaming(start):
+        if site:
+            configuration = configuration.at(site)
+        if "layer" in scope:
+            configuration = configuration.on_layers(*scope["layer"])
+        if "query" in scope:
+            configuration = configuration.for_queries(*scope["query"])
+    return configuration
+
+
+def _pattern(reader: _Reader) -> Configuration:
+    if reader.word("none"):
+        reader.word("off")
+        return none_off()
+    if reader.word("first"):
+        k = reader.number("a number of heads after 'first'")
+        reader.word("off")
+        return first_off(k)
+    if reader.word("only"):
+        spared = _separated(reader, ",", lambda: _selector(reader))
+        if not reader.word("on"):
+            reader.fail("expected 'on' after the heads that alone stay on")
+        return Configuration(clauses=(Clause(spared=tuple(spared)),))
+    if reader.next() in set("0123456789."):
+        return _off_rows(reader)
+    if reader.next() not in set("lha"):
+        reader.fail(
+            "expected heads such as L4H2 or H0-3, an off vector such as 0,1,0, "
+            "'first 3', 'only H2 on' or 'none'"
+        )
+    clauses = _separated(reader, ",", lambda: _gated(reader))
+    if all(clause.gate == 0 for clause in clauses):
+        reader.word("off")
+    return Configuration(clauses=tuple(clauses))
+
+
+def _off_rows(reader: _Reader) -> Configuration:
+    rows: list[list[float]] = []
+
+    def row() -> None:
+        start = reader.here()
+        rows.append(_separated(reader, ",", lambda: reader.fraction("an off amount from 0 to 1")))
+        if len(rows[-1]) != len(rows[0]):
+            reader.fail(
+                f"expected {len(rows[0])} off amounts in this row, as in the first, "
+                f"but it has {len(rows[-1])}",
+                start,
+            )
+
+    _separated(reader, "/", row)
+    return off_matrix(rows)
+
+
+def _gated(reader: _Reader) -> Clause:
+    where = _selector(reader)
+    gate = reader.fraction("a gate from 0 (off) to 1 (on) after '='") if reader.take("=") else 0.0
+    return Clause(layers=where.layers, heads=where.heads, gate=gate)
+
+
+def _selector(reader: _Reader) -> Heads:
+    if reader.word("all"):
+        return Heads()
+    layers = _ranges(reader, "layer", "after 'L'") if reader.take("L") else None
+    heads = _ranges(reader, "head", "after 'H'") if reader.take("H") else None
+    if layers is None and heads is None:
+        reader.fail("expected heads such as L4H2, H0-3, H0+2 (several heads), L5 or all")
+    return Heads(layers, heads)
+
+
+def _ranges(reader: _Reader, noun: str, where: str, separator: str = r"\+") -> tuple[int, ...]:
+    """Numbers and ranges of numbers, such as 0-2+5."""
+
+    def numbers() -> range:
+        first = reader.number(f"a {noun} number {where}")
+        if not reader.take("-"):
+            return range(first, first + 1)
+        start = reader.here()
+        last = reader.number(f"a {noun} number after '-'")
+        if last < first:
+            reader.fail(f"expected a {noun} number of at least {first} to end the range", start)
+        return range(first, last + 1)
+
+    return tuple(number for part in _separated(reader, separator, numbers) for number in part)
