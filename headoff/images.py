@@ -1,0 +1,352 @@
+"""Image files to RGB pictures, and RGB pictures to what a detector eats.
+
+`load_image` turns any still picture into an upright 8-bit RGB `PIL.Image`; `preprocess` resizes, normalises
+and pads a batch of them as the published DETR models were evaluated. Whatever is wrong with a file is an
+`ImageError` of one sentence that names the file and the remedy.
+"""
+
+import os
+import stat
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from headoff.errors import ImageError, SettingError
+
+ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
+
+MAX_PIXELS = 100_000_000
+"""Largest picture that is decoded (100 megapixels, 300 MB as RGB); compared with the file's header."""
+
+IMAGE_SUFFIXES = frozenset(
+    {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+)
+"""What `find_images` takes for an image, in lower case. `load_image` goes by contents and reads more."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow hands the first to Ghostscript and the second to Windows: a picture must not start a program.
+_DRAWINGS = {"EPS", "WMF"}
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Any still picture as an upright 8-bit RGB image.
+
+    `source` is a path, a `PIL.Image` (left as it is) or a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W,
+    4) of bool, uint8, uint16 or floats in 0..1. From whatever it is, this is made:
+
+    - EXIF orientation is applied;
+    - of an animation or a file of several pages, the first frame is taken;
+    - transparency, of any kind, is laid on white: what is under a transparent pixel is arbitrary;
+    - greyscale of 16 bits is scaled to 8 (65535 becomes 255), not clipped. Modes that declare no range are
+      scaled by what they hold: integers within 0..65535 as 16 bits, floats within 0..1 or 0..255 as such, all
+      else is stretched from its minimum to its maximum;
+    - palettes, CMYK and other colour spaces are converted as Pillow does; embedded colour profiles are
+      ignored, as they were when the published models were trained.
+
+    Raises `ImageError` for whatever cannot be read, and for pictures of more than `MAX_PIXELS` pixels, before
+    decoding them.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, _name_of(source))
+    if isinstance(source, np.ndarray):
+        return _to_rgb(_from_array(source), "the array")
+    if isinstance(source, str | os.PathLike):
+        return _from_file(os.fsdecode(source))
+    kind = type(source).__name__
+    raise ImageError(f"cannot make an image of a {kind}: give a path, a PIL image or a numpy array")
+
+
+def find_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """The image files directly in `folder` (by suffix, see `IMAGE_SUFFIXES`), by name; hidden ones left out.
+
+    Raises `ImageError` when the folder cannot be read or holds no image.
+    """
+    root = Path(folder)
+    try:
+        found = sorted(
+            path
+            for path in root.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        )
+    except FileNotFoundError:
+        raise ImageError(f"there is no folder {str(root)!r}: check the path") from None
+    except NotADirectoryError:
+        raise ImageError(f"{str(root)!r} is a file, not a folder: give the folder that it is in") from None
+    except (OSError, ValueError) as error:
+        reason = _reason(error)
+        raise ImageError(
+            f"folder {str(root)!r} cannot be read ({reason}): check path and permissions"
+        ) from error
+    if not found:
+        known = " ".join(sorted(IMAGE_SUFFIXES))
+        raise ImageError(
+            f"folder {str(root)!r} holds no image: put files with one of these suffixes there: {known}"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a detector wants its pictures: sides in pixels, mean and standard deviation of RGB in 0..1.
+
+    The defaults are those of the published DETR models (evaluation at 800, ImageNet statistics).
+    """
+
+    short_side: int = 800
+    long_side: int = 1333
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.short_side < 1 or self.long_side < 1:
+            raise SettingError(
+                f"pictures cannot be resized to a short side of {self.short_side} and a long side of at most "
+                f"{self.long_side} pixels: both must be at least 1"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(deviation > 0 for deviation in self.std):
+            raise SettingError(
+                f"mean {self.mean} and std {self.std} must be three numbers each, std positive"
+            )
+
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels, after resizing, of a picture of `height` x `width` pixels.
+
+        The short side becomes `short_side`, or less where the long side would exceed `long_side`. Roundings
+        are those of DETR's original code: the short side is rounded to whole pixels first and the long side
+        follows from it, cut off, so that it may miss `long_side` by a little, and a picture whose short side
+        is right already is left alone. Where a picture is so narrow that its short side would round to 0, it
+        is 1, and the long side is `long_side`.
+        """
+        low, high = min(height, width), max(height, width)
+        if low < 1:
+            raise ImageError(
+                f"a picture of {height} x {width} pixels is empty: give one with at least 1 pixel"
+            )
+        short = self.short_side
+        if high / low * short > self.long_side:
+            short = round(self.long_side * low / high)
+        if short == 0:
+            short, long = 1, self.long_side
+        elif short == low:
+            return height, width
+        else:
+            long = int(short * high / low)
+        return (long, short) if width < height else (short, long)
+
+
+def preprocess(
+    images: Sequence[Image.Image],
+    preprocessing: Preprocessing | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixel values and mask of a batch of RGB pictures, which may differ in size.
+
+    Each is resized (bilinear with antialiasing, as the published models were evaluated), scaled to 0..1,
+    normalised, and padded at the bottom and the right with zeros.
+
+    Returns `pixel_values` (B, 3, H, W) of `dtype` and `pixel_mask` (B, H, W) bool, True where the picture is;
+    H and W are the largest in the batch. All is computed on the CPU, in float32 or wider, so that the values
+    do not depend on `device`, where the result is put (the CPU when None).
+
+    Raises `ImageError` for an empty batch or a picture that is not RGB (see `load_image`), `SettingError` for
+    a dtype that is not floating point.
+    """
+    preprocessing = preprocessing or Preprocessing()
+    if not dtype.is_floating_point:
+        raise SettingError(f"pixel values cannot be of {dtype}: give a floating point dtype")
+    if not images:
+        raise ImageError("there is no image to preprocess: give at least one")
+    for image in images:
+        if image.mode != "RGB":
+            raise ImageError(
+                f"{_name_of(image)} is of mode {image.mode}, not RGB: pass it through load_image first"
+            )
+
+    sizes = [preprocessing.resized_size(image.height, image.width) for image in images]
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    working = torch.promote_types(dtype, torch.float32)
+    mean = torch.tensor(preprocessing.mean, dtype=working)[:, None, None]
+    std = torch.tensor(preprocessing.std, dtype=working)[:, None, None]
+
+    pixel_values = torch.zeros(len(images), 3, height, width, dtype=working)
+    pixel_mask = torch.zeros(len(images), height, width, dtype=torch.bool)
+    for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
+        resized = image.resize((w, h), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        pixel_values[i, :, :h, :w].copy_(pixels).div_(255).sub_(mean).div_(std)
+        pixel_mask[i, :h, :w] = True
+    return _put(pixel_values.to(dtype), device), _put(pixel_mask, device)
+
+
+def _put(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    target = torch.device("cpu") if device is None else torch.device(device)
+    if target.type == "cuda":
+        # From pinned memory the copy runs beside whatever the GPU is doing; torch keeps the pages until then.
+        return tensor.pin_memory().to(target, non_blocking=True)
+    return tensor.to(target)
+
+
+def _name_of(image: Image.Image) -> str:
+    filename = getattr(image, "filename", "")
+    return repr(os.fsdecode(filename)) if filename else "the image"
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, as a part of a sentence."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return first_line.rstrip(".").replace("\x00", "")
+
+
+def _from_file(path: str) -> Image.Image:
+    name = repr(path)
+    if not path:
+        raise ImageError("the path of the image is empty: give the path of an image file")
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise ImageError(f"{name} is a folder: give an image file in it")
+        if not stat.S_ISREG(status.st_mode):
+            # Reading a pipe or a device might never end.
+            raise ImageError(f"{name} is not a regular file: save the image to a file first")
+        if status.st_size == 0:
+            raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
+        file = open(path, "rb")
+    except FileNotFoundError:
+        remedy = "download it to a file first" if "://" in path else "check the path"
+        raise ImageError(f"there is no file {name}: {remedy}") from None
+    except PermissionError:
+        raise ImageError(
+            f"{name} may not be read by this user: change its permissions or those of its folder"
+        ) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{name} cannot be opened ({_reason(error)}): check the path") from error
+
+    # Pillow warns of pictures above a limit of its own, of odd metadata and of odd palettes: no news here.
+    with file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:
+            raise ImageError(f"{name} is not an image in a known format: convert it to JPEG or PNG") from None
+        except Image.DecompressionBombError:
+            raise ImageError(
+                f"{name} has too many pixels (the limit is {MAX_PIXELS:,}): make it smaller first"
+            ) from None
+        except Exception as error:
+            raise _broken(name, error) from error
+        if image.format in _DRAWINGS:
+            raise ImageError(f"{name} is a drawing ({image.format}), not pixels: convert it to PNG")
+        return _to_rgb(image, name)
+
+
+def _broken(name: str, error: Exception) -> ImageError:
+    return ImageError(
+        f"{name} is truncated or corrupt ({_reason(error)}): copy it again or convert it to PNG"
+    )
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} is of {width} x {height} pixels: give an image of at least 1 x 1")
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{name} is of {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller first"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Decoders raise whatever their parsing ran into (OSError, SyntaxError, struct.error, and more).
+        try:
+            image.load()
+            turn = _UPRIGHT.get(_orientation(image))
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                image = _to_8_bit(image, name)
+            elif image.has_transparency_data:
+                image = _on_white(image)
+            image = image.convert("RGB")
+            if turn is not None:
+                image = image.transpose(turn)
+            # Metadata describes the file: the orientation it gives must not be applied a second time.
+            image.info.clear()
+            return image
+        except ImageError:
+            raise
+        except Exception as error:
+            raise _broken(name, error) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1..8. Upright when the EXIF block is damaged: the pixels may still be good."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":  # premultiplied greyscale converts to nothing but this
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _to_8_bit(image: Image.Image, name: str) -> Image.Image:
+    """Greyscale of more than 8 bits, as mode L."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ImageError(f"{name} holds NaN or infinity: replace them by numbers first")
+    low, high = values.min().item(), values.max().item()
+    if values.dtype.kind == "f" and low >= 0 and high <= 255:
+        bottom, top = 0, 1 if high <= 1 else 255
+    elif values.dtype.kind != "f" and low >= 0 and high <= 65535:
+        bottom, top = 0, 65535
+    else:
+        bottom, top = low, high if high > low else low + 1
+    scaled = (values.astype(np.float64) - bottom) / (top - bottom) * 255
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise ImageError(
+            f"an array of shape {array.shape} is no image: give (height, width), (height, width, 3) or "
+            "(height, width, 4), channels last"
+        )
+    if 0 in array.shape:
+        raise ImageError(f"an array of shape {array.shape} is empty: give an image of at least 1 x 1")
+    if array.dtype.kind == "f":
+        # The negation also refuses NaN.
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ImageError(
+                "an array of floats must lie in 0..1 to be an image: scale it, or convert it to uint8"
+            )
+        array = np.rint(array.astype(np.float64) * 255).astype(np.uint8)
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        array = np.rint(array / 257).astype(np.uint8)
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype != np.uint8:
+        raise ImageError(f"an array of {array.dtype} is no image: convert it to uint8, or to floats in 0..1")
+    return Image.fromarray(np.ascontiguousarray(array))
