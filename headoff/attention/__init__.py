@@ -1,0 +1,24 @@
+"""Attention callables: their contract, the oracle, the fast path, and finding them by name."""
+
+from headoff.attention.contract import AdaptedAttention, Attention, conform, gate_context
+from headoff.attention.eager import eager
+from headoff.attention.registry import (
+    attention_label,
+    attention_names,
+    register_attention,
+    resolve_attention,
+)
+from headoff.attention.sdpa import sdpa
+
+__all__ = [
+    "AdaptedAttention",
+    "Attention",
+    "attention_label",
+    "attention_names",
+    "conform",
+    "eager",
+    "gate_context",
+    "register_attention",
+    "resolve_attention",
+    "sdpa",
+]

@@ -1,0 +1,50 @@
+"""The oracle: attention written as its formula reads, in the dtype of its inputs.
+
+In float64 this is the truth that every other implementation is measured against; in float32, bfloat16 or
+float16 it says how much error that dtype makes by itself. It is meant to be read, not to be fast: the weights
+(B, H, Q, S) are really there, and the gate really multiplies them.
+
+Sources: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1; Michel, Levy, Neubig,
+"Are Sixteen Heads Really Better than One?" (arXiv 1905.10650), for the gate.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    head_gate: Tensor | None = None,
+) -> Tensor:
+    """Context (B, H, Q, D) of ``query`` (B, H, Q, D) over ``key`` and ``value`` (B, H, S, D).
+
+    See :mod:`headoff.attention.contract` for masks and gates. Differentiable any number of times, with
+    respect to mask and gate, too. Raises what torch raises for shapes and dtypes that do not fit.
+    """
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    if attn_mask is None:
+        weights = scores.softmax(-1)
+    else:
+        scores = _masked(scores, attn_mask)
+        # The softmax of a row of -inf is 0/0. Such a row gets finite scores before it and zero weights after
+        # it, so that no NaN arises, not in the gradient either, where a later zero would not undo it (0 * NaN
+        # is NaN).
+        keyless = (scores == -math.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(keyless, 0.0).softmax(-1).masked_fill(keyless, 0.0)
+    if head_gate is not None:
+        weights = weights * head_gate.to(weights)
+    return weights @ value
+
+
+def _masked(scores: Tensor, attn_mask: Tensor) -> Tensor:
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, -math.inf)
+    return scores + attn_mask.to(scores)
