@@ -1,0 +1,258 @@
+"""The detector: pixels to memory, memory to logits and boxes under many gates at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from headoff.attention import Attention, resolve_attention
+from headoff.detr.backbone import ResNet
+from headoff.detr.config import DetrConfig
+from headoff.detr.positions import sine_positions
+from headoff.detr.sharing import SharingPlan, sharing_plan
+from headoff.detr.transformer import AttentionAddress, Decoder, Encoder
+from headoff.errors import CheckpointError, GateError
+from headoff.gates import Gates, HeadLayout, Site
+
+
+@dataclass(frozen=True)
+class Features:
+    """Projected backbone features of B images: what the encoder starts from.
+
+    Attributes:
+        tokens: (B, N, d), row by row.
+        positions: (B, N, d) sine position embedding.
+        attn_mask: (B, 1, 1, N) bool, True = image; None when there is no padding, so that unpadded images never
+            pay for a mask.
+        grid: (h, w) with h * w = N.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    attn_mask: Tensor | None
+    grid: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Memory(Features):
+    """Encoder output of B images: `Features` whose tokens have been through the encoder."""
+
+
+@dataclass(frozen=True)
+class DetectorOutput:
+    """Class logits and boxes of C configurations and B images.
+
+    Attributes:
+        logits: (C, B, Q, classes + 1); the last one is "no object".
+        boxes: (C, B, Q, 4), (centre x, centre y, width, height) as fractions of each image without
+            its padding.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+
+
+class BoxHead(nn.Sequential):
+    """Three linear layers to four numbers in 0..1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid()
+
+
+class Detector(nn.Module):
+    """DETR (Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020).
+
+    Encoding and decoding are separate: `encode` once, `decode` the memory under as many gates as wanted.
+
+    Args:
+        config: sizes.
+        class_names: one per class logit, without "no object"; `class 0`, `class 1`, ... by default.
+        attention: the attention callable of all three sites, or its name (`eager`, `sdpa`, `package.module:name`,
+            `path/to/file.py:name`).
+        norm: normalisation of the backbone; frozen batch norm unless trained from scratch.
+    """
+
+    _attention: Attention
+
+    def __init__(
+        self,
+        config: DetrConfig,
+        class_names: Sequence[str] | None = None,
+        *,
+        attention: Attention | str = "sdpa",
+        norm: Callable[[int], nn.Module] = FrozenBatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.class_names = tuple(class_names or (f"class {index}" for index in range(config.classes)))
+        if len(self.class_names) != config.classes:
+            raise CheckpointError(
+                f"{len(self.class_names)} class names were given for a detector of {config.classes} classes; "
+                "give one name per class, without 'no object'"
+            )
+        self.attention = attention
+        self.backbone = ResNet(config.backbone, norm)
+        self.input_projection = nn.Conv2d(self.backbone.channels, config.width, 1)
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.query_embedding = nn.Embedding(config.queries, config.width)
+        self.class_head = nn.Linear(config.width, config.classes + 1)
+        self.box_head = BoxHead(config.width)
+
+    @property
+    def attention(self) -> Attention:
+        """The attention callable of all three sites. Assign a callable or a name to replace it."""
+        return self._attention
+
+    @attention.setter
+    def attention(self, value: Attention | str) -> None:
+        object.__setattr__(self, "_attention", resolve_attention(value))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module takes whatever is a module into its registry, past the property: a kernel that is a module
+        # would become part of the detector's weights, and never be called.
+        if name == "attention":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def head_layout(self) -> HeadLayout:
+        """How many layers, heads and queries there are to gate."""
+        return HeadLayout(
+            encoder_layers=self.config.encoder_layers,
+            decoder_layers=self.config.decoder_layers,
+            heads=self.config.heads,
+            queries=self.config.queries,
+        )
+
+    @property
+    def preprocessing(self):
+        """How images become the pixels this detector was trained with."""
+        return self.config.preprocessing
+
+    @property
+    def device(self) -> torch.device:
+        return self.class_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.class_head.weight.dtype
+
+    def attend(
+        self,
+        address: AttentionAddress,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        head_gate: Tensor | None,
+    ) -> Tensor:
+        """One attention call. Override or wrap to count calls or to keep inputs; `address` says where it is."""
+        return self._attention(query, key, value, attn_mask, head_gate=head_gate)
+
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Features:
+        """Backbone and input projection; see `encode` for the arguments."""
+        features = self.backbone(pixel_values.to(self.device, self.dtype))
+        batch, _, height, width = features.shape
+        if pixel_mask is None:
+            token_mask = torch.ones(batch, height, width, dtype=torch.bool, device=features.device)
+            attn_mask = None
+        else:
+            # Nearest neighbour, as the reference code: a token is image where its top left pixel is.
+            shrunk = F.interpolate(pixel_mask[:, None].float(), size=(height, width))
+            padded = not bool(pixel_mask.all())
+            token_mask = shrunk[:, 0].bool().to(features.device)
+            attn_mask = token_mask.flatten(1)[:, None, None] if padded else None
+        tokens = self.input_projection(features).flatten(2).transpose(1, 2)
+        positions = sine_positions(token_mask, self.config.width, self.dtype)
+        return Features(tokens, positions, attn_mask, (height, width))
+
+    def encode_features(self, features: Features, gate: Tensor | None = None) -> Memory:
+        """The encoder alone; `gate` (encoder layers, N or 1, heads) for its self-attention."""
+        if gate is not None:
+            self._check_gate("encoder_self", gate, features.tokens.shape[1])
+            gate = gate.to(features.tokens)
+        tokens = self.encoder(features.tokens, features.positions, self.attend, features.attn_mask, gate)
+        return Memory(tokens, features.positions, features.attn_mask, features.grid)
+
+    def encode(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, *, gate: Tensor | None = None
+    ) -> Memory:
+        """Images to memory.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalised pixels, padded to one size; see `headoff.images.preprocess`.
+            pixel_mask: (B, H, W) bool, True = image, False = padding; None where nothing is padded.
+            gate: (encoder layers, N or 1, heads) head gate of the encoder; None = all on.
+        """
+        return self.encode_features(self.features(pixel_values, pixel_mask), gate)
+
+    def decode(self, memory: Memory, gates: Gates | None = None) -> DetectorOutput:
+        """Memory to logits and boxes, for C configurations at once (C = 1, all heads on, without `gates`).
+
+        Raises GateError if `gates` gates the encoder (by now the memory is made; pass its gate to `encode`), or
+        was made for another layout.
+        """
+        plan = None
+        if gates is not None:
+            if gates.encoder_self is not None:
+                raise GateError(
+                    "encoder_self gates cannot act in decode, the memory is already made; "
+                    "pass them to encode, or use headoff.sweep, which does both"
+                )
+            for site in ("decoder_self", "decoder_cross"):
+                if (gate := gates.site(site)) is not None:
+                    self._check_gate(site, gate[0], self.config.queries)
+            plan = sharing_plan(
+                gates.decoder_self, gates.decoder_cross, self.config.decoder_layers, len(gates.names)
+            )
+        return self.heads(self.decoder_states(memory, plan)[-1], plan)
+
+    def _check_gate(self, site: Site, gate: Tensor, rows: int) -> None:
+        # Broadcasting, or a loop over fewer layers, would make something plausible of a gate for another detector.
+        layers, heads = self.head_layout.layers(site), self.config.heads
+        if (
+            gate.ndim != 3
+            or gate.shape[0] != layers
+            or gate.shape[1] not in (1, rows)
+            or gate.shape[2] != heads
+        ):
+            raise GateError(
+                f"the {site} gate is of shape {tuple(gate.shape)} and this detector has ({layers}, {rows} or 1, "
+                f"{heads}) layers, queries and heads there; stack the configurations for detector.head_layout"
+            )
+
+    def decoder_states(self, memory: Memory, plan: SharingPlan | None = None) -> Tensor:
+        """Normalised queries after every decoder layer: (layers, B, runs, Q, d)."""
+        positions = self.query_embedding.weight
+        content = positions.new_zeros(len(memory), 1, *positions.shape)
+        return self.decoder(
+            content, positions, memory.tokens, memory.positions, self.attend, memory.attn_mask, plan
+        )
+
+    def heads(self, states: Tensor, plan: SharingPlan | None = None) -> DetectorOutput:
+        """Class and box heads on (B, runs, Q, d), runs spread to the plan's configurations."""
+        logits = self.class_head(states).transpose(0, 1)
+        boxes = self.box_head(states).transpose(0, 1)
+        if plan is not None:
+            member = plan.member.to(states.device)
+            logits, boxes = logits.index_select(0, member), boxes.index_select(0, member)
+        return DetectorOutput(logits, boxes)
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> DetectorOutput:
+        """Encode and decode with all heads on."""
+        return self.decode(self.encode(pixel_values, pixel_mask))
