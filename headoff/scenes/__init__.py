@@ -1,0 +1,1 @@
+"""The procedural data set, and what is trained and evaluated on it."""

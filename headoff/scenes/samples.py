@@ -1,0 +1,85 @@
+"""Held-out scenes that come with the package, with their true boxes in COCO's format."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from headoff.errors import OutputError, SettingError
+from headoff.scenes.dataset import CLASS_NAMES, Scene, draw_scene
+
+ANNOTATIONS = "annotations.json"
+
+
+def sample_folder() -> Path:
+    """Folder of the bundled scenes: `scene-000.png`, ... and `annotations.json`."""
+    # Packages are unpacked by every installer that can install torch: a plain path is enough.
+    return Path(str(importlib.resources.files("headoff.scenes"))) / "samples"
+
+
+def sample_images() -> tuple[Path, ...]:
+    """The bundled scenes, in order."""
+    return tuple(sorted(sample_folder().glob("*.png")))
+
+
+def sample_image(index: int = 0) -> Path:
+    """One bundled scene. Raises SettingError for one that is not there."""
+    images = sample_images()
+    if not 0 <= index < len(images):
+        raise SettingError(f"sample {index} does not exist; there are {len(images)}, counted from 0")
+    return images[index]
+
+
+def sample_annotations() -> dict[str, Any]:
+    """True boxes of the bundled scenes, as COCO's `instances` files have them."""
+    return json.loads((sample_folder() / ANNOTATIONS).read_text())
+
+
+def write_scenes(folder: Path, seeds: Iterable[int], size: int, split: str = "held_out") -> list[Path]:
+    """Draw scenes into `folder` as PNG, with one `annotations.json` for all; returns the images.
+
+    Raises OutputError where the folder cannot be written.
+    """
+    paths = []
+    drawn: list[tuple[int, str, Scene]] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, seed in enumerate(seeds):
+            scene = draw_scene(seed, size, split)
+            path = folder / f"scene-{number:03}.png"
+            Image.fromarray(scene.image).save(path, optimize=True)
+            drawn.append((seed, path.name, scene))
+            paths.append(path)
+        (folder / ANNOTATIONS).write_text(json.dumps(coco_annotations(drawn), indent=1) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"the scenes cannot be written to {folder} ({error}); name another folder"
+        ) from error
+    return paths
+
+
+def coco_annotations(scenes: Iterable[tuple[int, str, Scene]]) -> dict[str, Any]:
+    """Scenes (image id, file name, scene) in COCO's `instances` format; boxes are (left, top, width, height)."""
+    images, annotations = [], []
+    for identity, name, scene in scenes:
+        height, width = scene.image.shape[:2]
+        images.append({"id": identity, "file_name": name, "height": height, "width": width})
+        for box, label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+            left, top, right, bottom = box
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": identity,
+                    "category_id": label,
+                    "bbox": [round(value, 3) for value in (left, top, right - left, bottom - top)],
+                    "area": round((right - left) * (bottom - top), 3),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": label, "name": name} for label, name in enumerate(CLASS_NAMES)]
+    return {"images": images, "annotations": annotations, "categories": categories}
