@@ -1,0 +1,101 @@
+"""headoff: switch off attention heads of a DETR decoder and see which detections survive.
+
+import headoff
+
+detector = headoff.load("scenes")
+result = headoff.sweep(detector, headoff.sample_image(0))
+for configuration, outcome in zip(result.configurations, result.outcomes):
+    print(configuration.name, outcome.counts)
+"""
+
+from headoff.attention import Attention, attention_names, register_attention
+from headoff.detections import Detection, Detections, detect
+from headoff.detr import Detector, DetectorOutput, DetrConfig, Memory
+from headoff.detr.checkpoints import load, save_native
+from headoff.errors import (
+    AttentionError,
+    CheckpointError,
+    DownloadError,
+    GateError,
+    HeadoffError,
+    ImageError,
+    NonFiniteError,
+    OutputError,
+    SettingError,
+)
+from headoff.gates import (
+    Configuration,
+    Gates,
+    HeadLayout,
+    all_subsets,
+    cumulative,
+    first_off,
+    heads_off,
+    layers_off,
+    none_off,
+    off_matrix,
+    off_vector,
+    only_heads_on,
+    order_by_score,
+    random_order,
+    single_heads,
+    stack,
+)
+from headoff.images import Preprocessing, load_image, preprocess
+from headoff.notation import parse_configuration
+from headoff.outcomes import ConfigurationOutcome, Outcome, Status
+from headoff.scenes.samples import sample_image, sample_images
+from headoff.sweeps import SweepResult, sweep
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attention",
+    "AttentionError",
+    "CheckpointError",
+    "Configuration",
+    "ConfigurationOutcome",
+    "Detection",
+    "Detections",
+    "Detector",
+    "DetectorOutput",
+    "DetrConfig",
+    "DownloadError",
+    "GateError",
+    "Gates",
+    "HeadLayout",
+    "HeadoffError",
+    "ImageError",
+    "Memory",
+    "NonFiniteError",
+    "Outcome",
+    "OutputError",
+    "Preprocessing",
+    "SettingError",
+    "Status",
+    "SweepResult",
+    "all_subsets",
+    "attention_names",
+    "cumulative",
+    "detect",
+    "first_off",
+    "heads_off",
+    "layers_off",
+    "load",
+    "load_image",
+    "none_off",
+    "off_matrix",
+    "off_vector",
+    "only_heads_on",
+    "order_by_score",
+    "parse_configuration",
+    "preprocess",
+    "random_order",
+    "register_attention",
+    "sample_image",
+    "sample_images",
+    "save_native",
+    "single_heads",
+    "stack",
+    "sweep",
+]

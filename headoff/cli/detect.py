@@ -1,0 +1,60 @@
+"""`headoff detect`: what the detector finds with all heads on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from headoff.cli.options import (
+    add_confidence_option,
+    add_detector_options,
+    columns,
+    images_at,
+    load_detector,
+    plural,
+)
+from headoff.detections import detect
+from headoff.scenes.samples import sample_image
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "detect",
+        help="list what is detected with all heads on",
+        description="List what the detector finds in an image, or in all images of a folder, with all heads on.",
+        epilog="example: headoff detect street.jpg --model detr-resnet-50 --confidence 0.7",
+    )
+    parser.add_argument(
+        "image", nargs="?", type=Path, metavar="IMAGE|FOLDER", help="a bundled scene by default"
+    )
+    add_confidence_option(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of a table, one object per image"
+    )
+    add_detector_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(settings: argparse.Namespace) -> int:
+    images = images_at(settings.image or sample_image(0))
+    detector = load_detector(settings)
+    for path in images:
+        detections = detect(detector, path, settings.confidence)
+        if settings.json:
+            print(json.dumps({"image": str(path), **detections.as_dict()}))
+            continue
+        print(f"{path}: {plural(len(detections), 'detection')} above confidence {settings.confidence:g}")
+        rows = [
+            (f"  #{number}", each.class_name, f"{each.score:.3f}", f"query {each.query}", _corners(each.box))
+            for number, each in enumerate(detections)
+        ]
+        if rows:
+            print(columns(rows))
+    return 0
+
+
+def _corners(box: tuple[float, float, float, float]) -> str:
+    left, top, right, bottom = box
+    return f"({left:.1f}, {top:.1f}) to ({right:.1f}, {bottom:.1f})"
