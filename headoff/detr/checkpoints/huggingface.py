@@ -1,0 +1,169 @@
+"""Hugging Face checkpoints: folders, their configuration files, and the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from headoff.detr.checkpoints.download import NotOnServer, download
+from headoff.detr.checkpoints.files import read_json, read_tensors
+from headoff.detr.checkpoints.fitting import Hints
+from headoff.detr.checkpoints.published import cache_folder
+from headoff.errors import CheckpointError, DownloadError, SettingError
+from headoff.images import Preprocessing
+
+HUB_URL = "https://huggingface.co"
+CONFIG = "config.json"
+PREPROCESSOR = "preprocessor_config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MODEL_TYPES = ("detr", "table-transformer")
+
+
+def is_repository(name: str) -> bool:
+    """Whether a text has the form of a hub repository's name, `owner/name`."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The weights file of a checkpoint folder; None where there is none."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def hub_checkpoint(repository: str, *, url: str | None = None, folder: Path | None = None) -> Path:
+    """The folder of a hub repository: from Hugging Face's own cache, or else downloaded once.
+
+    `url` is the server, `$HF_ENDPOINT` or `HUB_URL` by default, and `folder` the cache. Repositories promise
+    no hash: lengths are checked, and that the files can be read. Raises DownloadError.
+    """
+    cached = _in_hub_cache(repository)
+    if cached is not None:
+        return cached
+    base = (url or os.environ.get("HF_ENDPOINT") or HUB_URL).rstrip("/")
+    base = f"{base}/{repository}/resolve/main"
+    target = (cache_folder() if folder is None else folder) / repository.replace("/", "--")
+    if weights_in(target) is not None:  # downloaded last, so the rest is there too
+        return target
+    _download_readable(f"{base}/{CONFIG}", target / CONFIG, read_json)
+    try:
+        _download_readable(f"{base}/{PREPROCESSOR}", target / PREPROCESSOR, read_json)
+    except NotOnServer:
+        pass  # optional: the published models' preprocessing is the default
+    for name in WEIGHTS:
+        try:
+            _download_readable(f"{base}/{name}", target / name, read_tensors)
+            break
+        except NotOnServer:
+            if name == WEIGHTS[-1]:
+                raise
+    return target
+
+
+def _download_readable(url: str, target: Path, read: Callable[[Path], object]) -> None:
+    """Download a file without a known hash; what cannot be read (a login page, say) is not kept."""
+    download(url, target)
+    try:
+        read(target)
+    except CheckpointError as error:
+        target.unlink(missing_ok=True)
+        raise DownloadError(f"what {url} sent was removed again, as {error}") from error
+
+
+def _in_hub_cache(repository: str) -> Path | None:
+    """The snapshot of `main` that huggingface_hub or transformers downloaded, if it is complete."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    folder = hub / f"models--{repository.replace('/', '--')}"
+    try:
+        snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return snapshot if (snapshot / CONFIG).is_file() and weights_in(snapshot) is not None else None
+
+
+def hints_beside(weights: Path) -> Hints:
+    """What the configuration files in the weights' folder tell; nothing where there are none.
+
+    Raises CheckpointError where they cannot be read, or ask for something that headoff's DETR does not have.
+    """
+    config_path, preprocessor_path = weights.with_name(CONFIG), weights.with_name(PREPROCESSOR)
+    hints = hints_from_config(read_json(config_path)) if config_path.is_file() else Hints()
+    if preprocessor_path.is_file():
+        hints = hints.over(Hints(preprocessing=preprocessing_from(read_json(preprocessor_path))))
+    return hints
+
+
+def hints_from_config(config: Mapping[str, Any]) -> Hints:
+    """Read the content of a `config.json`. Raises CheckpointError for what headoff's DETR does not have."""
+    model_type = config.get("model_type", "detr")
+    if model_type not in _MODEL_TYPES:
+        raise CheckpointError(
+            f"config.json is of model type {model_type!r}; headoff reads {' and '.join(_MODEL_TYPES)}"
+        )
+    backbone = _mapping(config.get("backbone_config"))
+    heads = config.get("encoder_attention_heads")
+    for values, name, wanted in (
+        (config, "position_embedding_type", "sine"),
+        (config, "activation_function", "relu"),
+        (config, "decoder_attention_heads", heads),
+        (backbone, "hidden_act", "relu"),
+        (backbone, "downsample_in_bottleneck", False),
+        (backbone, "downsample_in_first_stage", False),
+    ):
+        if values.get(name, wanted) != wanted:
+            raise CheckpointError(
+                f"config.json has {name} = {values[name]!r} and headoff's DETR only has {wanted!r} there; "
+                "give another checkpoint"
+            )
+    if heads is not None and not isinstance(heads, int):
+        raise CheckpointError(
+            f"config.json has encoder_attention_heads = {heads!r}, which is no number; correct it"
+        )
+    return Hints(
+        heads=heads, dilated=_dilated(config, backbone), class_names=_class_names(config.get("id2label"))
+    )
+
+
+def _dilated(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> bool | None:
+    strides = (backbone.get("output_stride"), _mapping(config.get("backbone_kwargs")).get("output_stride"))
+    if config.get("dilation") or 16 in strides:
+        return True
+    return False if "dilation" in config else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _class_names(labels: Any) -> tuple[str, ...] | None:
+    """`id2label` as names in the order of their ids; None where ids are missing."""
+    if not isinstance(labels, Mapping):
+        return None
+    names = tuple(labels.get(str(index)) for index in range(len(labels)))
+    return names if all(isinstance(name, str) for name in names) else None  # type: ignore[return-value]
+
+
+def preprocessing_from(values: Mapping[str, Any]) -> Preprocessing:
+    """Read the content of a `preprocessor_config.json`, in its older (`size`, `max_size`) or newer form.
+
+    Raises CheckpointError where its values cannot be.
+    """
+    default = Preprocessing()
+    size = values.get("size", default.short_side)
+    if not isinstance(size, Mapping):
+        size = {"shortest_edge": size, "longest_edge": values.get("max_size", default.long_side)}
+    try:
+        return Preprocessing(
+            short_side=int(size["shortest_edge"]),
+            long_side=int(size["longest_edge"]),
+            mean=tuple(float(v) for v in values.get("image_mean", default.mean)),  # type: ignore[arg-type]
+            std=tuple(float(v) for v in values.get("image_std", default.std)),  # type: ignore[arg-type]
+        )
+    except (KeyError, TypeError, ValueError, SettingError) as error:
+        raise CheckpointError(
+            f"{PREPROCESSOR} cannot be used ({error!r}); correct it, or remove it"
+        ) from error

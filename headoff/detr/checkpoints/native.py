@@ -1,0 +1,102 @@
+"""headoff's own checkpoint layout: safetensors, with the configuration and the class names inside.
+
+Tensors are named as `Detector.state_dict` names them. The header's metadata holds four texts: `format`
+(`headoff`), `version` (of the layout), `config` (JSON of `DetrConfig.as_dict`) and `class_names` (JSON list).
+So one file is all that a detector needs, and nothing about it is guessed from shapes or names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from headoff.detr.checkpoints.files import TensorFile, write_bytes
+from headoff.detr.config import DetrConfig
+from headoff.detr.detector import Detector
+from headoff.errors import CheckpointError, SettingError
+
+FORMAT = "headoff"
+VERSION = 1
+
+
+def save_native(detector: Detector, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
+    """Write `detector` to one safetensors file, whole or not at all; the same weights give the same bytes.
+
+    Weights are stored in `dtype`, batch norm's running mean and variance always in float32: variances span
+    more than 16 bits do. Backbones trained with `nn.BatchNorm2d` are welcome, their batch counters are left
+    out.
+
+    Raises CheckpointError where a weight is NaN or infinite or too large for `dtype`, OutputError where the
+    file cannot be written.
+    """
+    if not dtype.is_floating_point:
+        raise SettingError(f"weights cannot be stored as {dtype}; give a floating point type")
+    tensors = {}
+    for name, tensor in detector.state_dict().items():
+        if name.endswith(".num_batches_tracked"):
+            continue
+        stored_as = torch.float32 if name.endswith((".running_mean", ".running_var")) else dtype
+        tensors[name] = tensor.detach().to("cpu", stored_as).contiguous()
+        if not tensors[name].isfinite().all():
+            reason = f"too large for {stored_as}" if tensor.isfinite().all() else "NaN or infinite"
+            raise CheckpointError(f"the detector cannot be saved: numbers in {name} are {reason}; "
+                                  "save it as torch.float32, or check its training")  # fmt: skip
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "config": json.dumps(detector.config.as_dict()),
+        "class_names": json.dumps(list(detector.class_names), ensure_ascii=False),
+    }
+    write_bytes(Path(path), _with_sorted_metadata(safetensors.torch.save(tensors, metadata)))
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in a fixed order; the library writes it in a random one."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def is_native(file: TensorFile) -> bool:
+    """Whether a file is in this layout."""
+    return file.metadata.get("format") == FORMAT
+
+
+def read_native(file: TensorFile) -> tuple[DetrConfig, tuple[str, ...], Mapping[str, Tensor]]:
+    """Configuration, class names and tensors of a file in this layout.
+
+    Raises CheckpointError for a newer version of the layout, and for metadata that cannot be read.
+    """
+    version = file.metadata.get("version", "")
+    if not version.isdecimal() or int(version) > VERSION:
+        raise CheckpointError(
+            f"{str(file.path)!r} is of version {version!r} of headoff's layout "
+            f"and this headoff reads up to {VERSION}; "
+            "install a newer headoff"
+        )
+    try:
+        config = json.loads(file.metadata["config"])
+        class_names = json.loads(file.metadata["class_names"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the metadata of {str(file.path)!r} cannot be read ({error}); save the detector again"
+        ) from error
+    if (
+        not isinstance(config, dict)
+        or not isinstance(class_names, list)
+        or not all(isinstance(name, str) for name in class_names)
+    ):
+        raise CheckpointError(
+            f"the metadata of {str(file.path)!r} holds no configuration and list of class names; "
+            "save the detector again"
+        )
+    return DetrConfig.from_dict(config), tuple(class_names), file.tensors

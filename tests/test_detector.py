@@ -1,0 +1,400 @@
+"""The detector: what a gate does at each site, that decoding many configurations at once changes nothing, and
+what batching images may and may not change. All on tiny random models, in float64 where equality is meant."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from headoff.detr import BackboneConfig, Detector, DetrConfig
+from headoff.detr.detector import Features
+from headoff.detr.positions import sine_positions
+from headoff.detr.sharing import sharing_plan
+from headoff.errors import CheckpointError, GateError
+from headoff.gates import Gates, cumulative, none_off, single_heads, stack
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+    ),
+]
+LAYERS, HEADS, QUERIES = 3, 4, 5
+ROUNDING = {"rtol": 0, "atol": 1e-11}
+
+
+def tiny_config(**changes):
+    config = DetrConfig(
+        backbone=BackboneConfig("basic", depths=(1, 1, 1), widths=(4, 8, 12), stem=4),
+        width=16,
+        heads=HEADS,
+        encoder_layers=2,
+        decoder_layers=LAYERS,
+        feedforward=24,
+        queries=QUERIES,
+        classes=3,
+    )
+    return replace(config, **changes)
+
+
+def tiny_detector(device="cpu", dtype=torch.float64, **changes):
+    """Random weights, larger than an initialisation's, so that every part has a say in the outputs."""
+    torch.manual_seed(0)
+    detector = Detector(tiny_config(**changes))
+    with torch.no_grad():
+        for name, value in detector.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 2)
+            elif value.ndim > 1:
+                value.normal_(0, 1.3 / value[0].numel() ** 0.5)
+            else:
+                value.add_(torch.randn_like(value), alpha=0.2)
+    return detector.to(device, dtype).eval().requires_grad_(False)
+
+
+def padded_batch(device="cpu"):
+    """Two images of 64 x 96 pixels, the second one 40 x 70 and padding."""
+    torch.manual_seed(1)
+    pixels = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    mask = torch.ones(2, 64, 96, dtype=torch.bool)
+    mask[1, 40:] = False
+    mask[1, :, 70:] = False
+    return (pixels * mask[:, None]).to(device), mask.to(device)
+
+
+def random_gates(count, *, per_query=False, seed=2, values=(0.0, 0.5, 1.0)):
+    """Gates whose configurations agree in many first layers, at both of the decoder's sites."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = QUERIES if per_query else 1
+    drawn = torch.tensor(values)[
+        torch.randint(len(values), (2, count, LAYERS, rows, HEADS), generator=generator)
+    ]
+    for other in range(1, count):
+        same = int(torch.randint(LAYERS + 1, (1,), generator=generator))
+        like = int(torch.randint(other, (1,), generator=generator))
+        drawn[:, other, :same] = drawn[:, like, :same]
+    names = tuple(f"random {index}" for index in range(count))
+    return Gates(names, decoder_self=drawn[0], decoder_cross=drawn[1])
+
+
+def assert_same(ours, theirs, **tolerance):
+    torch.testing.assert_close(ours.logits, theirs.logits, **(tolerance or ROUNDING))
+    torch.testing.assert_close(ours.boxes, theirs.boxes, **(tolerance or ROUNDING))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_shapes(device, pre_norm):
+    detector = tiny_detector(device, pre_norm=pre_norm)
+    memory = detector.encode(*padded_batch(device))
+    assert memory.grid == (4, 6) and memory.tokens.shape == (2, 24, 16) and len(memory) == 2
+    output = detector.decode(memory, stack(cumulative(HEADS), detector.head_layout))
+    assert output.logits.shape == (HEADS + 1, 2, QUERIES, 4)
+    assert output.boxes.shape == (HEADS + 1, 2, QUERIES, 4)
+    assert output.boxes.min() >= 0 and output.boxes.max() <= 1
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("gate_value", [0.0, 0.25])
+@pytest.mark.parametrize("site", ["encoder_self", "decoder_self", "decoder_cross"])
+def test_gate_is_a_factor_on_the_output_projection(site, gate_value, pre_norm):
+    """Closing a head is to take its columns out of the projection that mixes the heads."""
+    detector = tiny_detector(pre_norm=pre_norm)
+    pixels, mask = padded_batch()
+    layer, head = 1, 2
+    stack_of_site, attention = {
+        "encoder_self": (detector.encoder, "self_attention"),
+        "decoder_self": (detector.decoder, "self_attention"),
+        "decoder_cross": (detector.decoder, "cross_attention"),
+    }[site]
+    gate = torch.ones(len(stack_of_site.layers), 1, HEADS)
+    gate[layer, :, head] = gate_value
+    before = detector(pixels, mask)
+    if site == "encoder_self":
+        gated = detector.decode(detector.encode(pixels, mask, gate=gate))
+    else:
+        gated = detector.decode(detector.encode(pixels, mask), Gates(("one",), **{site: gate[None]}))
+    width = detector.config.width // HEADS
+    stack_of_site.layers[layer].get_submodule(attention).output.weight[
+        :, head * width : (head + 1) * width
+    ] *= gate_value
+    expected = detector(pixels, mask)
+    assert (expected.logits - before.logits).abs().max() > 1e-3
+    assert_same(gated, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("per_query", [False, True])
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_many_configurations_at_once_equal_each_alone(device, per_query, pre_norm):
+    """With shared prefixes, padding and two images; each alone is also each image alone."""
+    detector = tiny_detector(device, pre_norm=pre_norm)
+    memory = detector.encode(*padded_batch(device))
+    for seed in range(2):
+        gates = random_gates(8, per_query=per_query, seed=seed)
+        together = detector.decode(memory, gates)
+        for index in range(len(gates)):
+            alone = detector.decode(memory, gates[index])
+            for image in range(2):
+                single = replace(
+                    memory,
+                    tokens=memory.tokens[image : image + 1],
+                    positions=memory.positions[image : image + 1],
+                    attn_mask=memory.attn_mask[image : image + 1],
+                )
+                single_alone = detector.decode(single, gates[index])
+                torch.testing.assert_close(
+                    together.logits[index, image], single_alone.logits[0, 0], **ROUNDING
+                )
+                torch.testing.assert_close(together.boxes[index, image], single_alone.boxes[0, 0], **ROUNDING)
+            torch.testing.assert_close(together.logits[index], alone.logits[0], **ROUNDING)
+
+
+def test_one_site_gated_leaves_the_other_on():
+    detector = tiny_detector()
+    memory = detector.encode(*padded_batch())
+    gates = random_gates(6)
+    ones = torch.ones(6, LAYERS, 1, HEADS)
+    for site, other in (("decoder_self", "decoder_cross"), ("decoder_cross", "decoder_self")):
+        alone = detector.decode(memory, Gates(gates.names, **{site: gates.site(site)}))
+        beside_ones = detector.decode(memory, Gates(gates.names, **{site: gates.site(site), other: ones}))
+        assert_same(alone, beside_ones)
+
+
+def test_nothing_off_is_the_plain_model():
+    detector = tiny_detector()
+    memory = detector.encode(*padded_batch())
+    plain = detector.decode(memory)
+    assert plain.logits.shape[0] == 1
+    for gates in (
+        stack([none_off()], detector.head_layout),
+        Gates(("on",), decoder_cross=torch.ones(1, LAYERS, 1, HEADS)),
+    ):
+        assert_same(detector.decode(memory, gates), plain, rtol=0, atol=0)
+
+
+def test_gate_of_one_query_in_the_last_layer_leaves_the_others_alone():
+    detector = tiny_detector()
+    memory = detector.encode(*padded_batch())
+    gate = torch.ones(1, LAYERS, QUERIES, HEADS)
+    gate[0, -1, 3] = 0
+    changed = detector.decode(memory, Gates(("L2 of query 3",), decoder_cross=gate)).logits
+    difference = (changed - detector.decode(memory).logits).abs().amax((0, 1, 3))
+    others = torch.arange(QUERIES) != 3
+    assert difference[3] > 1e-3
+    torch.testing.assert_close(difference[others], torch.zeros(QUERIES - 1).double(), **ROUNDING)
+
+
+def test_everything_off_is_finite_and_blind():
+    detector = tiny_detector()
+    closed = torch.zeros(1, LAYERS, 1, HEADS)
+    gates = Gates(("all off",), decoder_cross=closed)
+    pixels, mask = padded_batch()
+    seen = detector.decode(detector.encode(pixels, mask), gates)
+    other = detector.decode(detector.encode(pixels.flip(-1), mask), gates)
+    assert seen.logits.isfinite().all()
+    assert_same(seen, other)
+
+
+@pytest.mark.parametrize(
+    "gates",
+    [
+        Gates(("too few layers",), decoder_cross=torch.ones(1, LAYERS - 1, 1, HEADS)),
+        Gates(("too many layers",), decoder_self=torch.ones(1, LAYERS + 1, 1, HEADS)),
+        Gates(("one head",), decoder_cross=torch.zeros(1, LAYERS, 1, 1)),
+        Gates(("other queries",), decoder_cross=torch.zeros(1, LAYERS, QUERIES + 1, HEADS)),
+    ],
+    ids=lambda gates: gates.names[0],
+)
+def test_gates_of_another_layout_are_refused(gates):
+    detector = tiny_detector()
+    with pytest.raises(GateError, match="shape"):
+        detector.decode(detector.encode(*padded_batch()), gates)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, HEADS), (2, 1, 1), (2, 7, HEADS), (1, 2, 1, HEADS)], ids=str)
+def test_encoder_gates_of_another_layout_are_refused(shape):
+    with pytest.raises(GateError, match="shape"):
+        tiny_detector().encode(*padded_batch(), gate=torch.ones(shape))
+
+
+def test_encoder_gates_are_refused_by_decode():
+    detector = tiny_detector()
+    gates = Gates(("encoder",), encoder_self=torch.zeros(1, 2, 1, HEADS))
+    with pytest.raises(GateError, match="encode"):
+        detector.decode(detector.encode(*padded_batch()), gates)
+
+
+# --- sharing ------------------------------------------------------------------------------------------------
+
+
+def test_sharing_follows_the_first_difference():
+    """Nothing off, L2H0 off and L2H1 off are one run up to the last layer."""
+    gate = torch.ones(3, LAYERS, 1, HEADS)
+    gate[1, 2, 0, 0] = 0
+    gate[2, 2, 0, 1] = 0
+    plan = sharing_plan(None, gate, LAYERS, 3)
+    assert plan.runs == (1, 1, 3)
+    assert sorted(plan.member.tolist()) == [0, 1, 2]
+    assert [step.gate is None for step in plan.cross_attention] == [True, True, False]
+    torch.testing.assert_close(plan.cross_attention[2].gate[plan.member], gate[:, 2])
+
+
+def test_equal_configurations_are_one_run():
+    gate = torch.rand(4, LAYERS, 1, HEADS)[[0, 1, 0, 1, 1]]
+    plan = sharing_plan(gate, None, LAYERS, 5)
+    assert plan.runs == (2,) * LAYERS
+    assert plan.member[0] == plan.member[2] and plan.member[1] == plan.member[3] == plan.member[4]
+
+
+def test_runs_that_differed_never_merge():
+    """A difference in layer 0 stays in the state, however alike the later gates are."""
+    gate = torch.ones(2, LAYERS, 1, HEADS)
+    gate[1, 0] = 0
+    plan = sharing_plan(None, gate, LAYERS, 2)
+    assert plan.runs == (2,) * LAYERS and plan.cross_attention[1].gate is None
+
+
+def test_sharing_of_the_single_head_sweep():
+    """By layer l, the heads of layers 0 to l have split off, each a run, and the untouched one is left."""
+    gates = stack([none_off(), *single_heads(LAYERS, HEADS)], tiny_detector().head_layout)
+    plan = sharing_plan(gates.decoder_self, gates.decoder_cross, LAYERS, len(gates))
+    assert plan.runs == tuple((layer + 1) * HEADS + 1 for layer in range(LAYERS))
+
+
+# --- images in a batch --------------------------------------------------------------------------------------
+
+
+def test_images_of_one_size_do_not_see_each_other():
+    detector = tiny_detector()
+    pixels, _ = padded_batch()
+    together = detector(pixels)
+    for image in range(2):
+        alone = detector(pixels[image : image + 1])
+        torch.testing.assert_close(together.logits[:, image], alone.logits[:, 0], **ROUNDING)
+
+
+def test_a_padded_image_does_not_see_its_neighbour():
+    detector = tiny_detector()
+    pixels, mask = padded_batch()
+    alone = detector(pixels[1:], mask[1:])
+    torch.testing.assert_close(detector(pixels, mask).logits[:, 1], alone.logits[:, 0], **ROUNDING)
+
+
+def test_the_transformer_does_not_see_padding():
+    """Padded tokens, whatever is in them, change neither positions nor memory nor boxes."""
+    detector = tiny_detector()
+    features = detector.features(padded_batch()[0][:1, :, :48, :64])  # 3 x 4 tokens
+    grid = (5, 6)
+    token_mask = torch.zeros(1, *grid, dtype=torch.bool)
+    token_mask[:, :3, :4] = True
+    inside = token_mask.flatten()
+    positions = sine_positions(token_mask, detector.config.width, torch.float64)
+    torch.testing.assert_close(positions[:, inside], features.positions, **ROUNDING)
+    tokens = torch.full((1, 30, 16), 1e3, dtype=torch.float64)
+    tokens[:, inside] = features.tokens
+    padded = Features(tokens, positions, token_mask.flatten(1)[:, None, None], grid)
+    memory, padded_memory = detector.encode_features(features), detector.encode_features(padded)
+    torch.testing.assert_close(padded_memory.tokens[:, inside], memory.tokens, **ROUNDING)
+    assert_same(detector.decode(padded_memory), detector.decode(memory))
+
+
+def test_the_backbone_sees_padding_at_the_border_only():
+    """DETR's known inexactness: batch norm makes something of zeros that convolutions carry over the border.
+
+    So an image padded to the size of its batch is not quite the image alone. Tokens whose receptive field
+    stays inside the image are the same.
+    """
+    backbone = tiny_detector().backbone
+    torch.manual_seed(3)
+    pixels = torch.randn(1, 3, 64, 256, dtype=torch.float64)
+    alone = backbone(pixels)
+    padded = backbone(nn.functional.pad(pixels, (0, 64)))[..., : alone.shape[-1]]
+    difference = (alone - padded).abs().amax((0, 1, 2))
+    assert difference[-1] > 1e-3
+    torch.testing.assert_close(difference[:8], torch.zeros(8).double(), **ROUNDING)
+
+
+def test_an_unpadded_batch_needs_no_mask():
+    detector = tiny_detector()
+    pixels, mask = padded_batch()
+    assert detector.features(pixels, torch.ones_like(mask)).attn_mask is None
+    assert_same(detector(pixels, torch.ones_like(mask)), detector(pixels), rtol=0, atol=0)
+
+
+# --- numbers and attention ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.4)], ids=str
+)
+def test_dtypes(device, dtype, tolerance):
+    """Every dtype runs, stays itself, and is near float64."""
+    exact = tiny_detector(device)
+    detector = tiny_detector(device, dtype)
+    gates = random_gates(4, per_query=True)
+    pixels, mask = padded_batch(device)
+    output = detector.decode(detector.encode(pixels, mask), gates)
+    expected = exact.decode(exact.encode(pixels, mask), gates)
+    assert output.logits.dtype == output.boxes.dtype == dtype
+    torch.testing.assert_close(output.logits.double(), expected.logits, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_attentions_agree(device):
+    detector = tiny_detector(device)
+    pixels, mask = padded_batch(device)
+    gates = random_gates(4, per_query=True)
+    outputs = []
+    for name in ("eager", "sdpa"):
+        detector.attention = name
+        outputs.append(detector.decode(detector.encode(pixels, mask), gates))
+    assert_same(*outputs)
+
+
+def test_every_attention_goes_through_attend():
+    detector = tiny_detector()
+    calls = []
+
+    class Counting(Detector):
+        def attend(self, address, *arguments):
+            calls.append(address)
+            return super().attend(address, *arguments)
+
+    detector.__class__ = Counting
+    detector(*padded_batch())
+    expected = [("encoder_self", layer) for layer in range(2)]
+    expected += [(site, layer) for layer in range(LAYERS) for site in ("decoder_self", "decoder_cross")]
+    assert calls == expected
+
+
+def test_an_attention_that_is_a_module_is_called_and_is_no_part_of_the_weights():
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, query, key, value, attn_mask=None, *, head_gate=None):
+            return query * self.weight
+
+    detector = tiny_detector()
+    names, before = set(detector.state_dict()), detector(*padded_batch()).logits
+    detector.attention = Kernel()
+    assert set(detector.state_dict()) == names
+    assert (detector(*padded_batch()).logits - before).abs().max() > 1e-3
+    built = Detector(tiny_config(), attention=Kernel())
+    assert set(built.state_dict()) == names and isinstance(built.attention, Kernel)
+
+
+def test_configurations_that_cannot_be():
+    with pytest.raises(CheckpointError, match="5 heads"):
+        tiny_config(heads=5)
+    with pytest.raises(CheckpointError, match="2 class names"):
+        Detector(tiny_config(), ["cat", "dog"])
+    assert Detector(tiny_config()).class_names == ("class 0", "class 1", "class 2")
+    with pytest.raises(CheckpointError, match="configuration"):
+        DetrConfig.from_dict({"width": 256})
+    config = tiny_config(pre_norm=True)
+    assert DetrConfig.from_dict(config.as_dict()) == config
