@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ from headoff.scenes.pool import ScenePool
 
 SCENE_SIZE = 192
 WEIGHTS = "scenes.safetensors"
+_SAVE_SECONDS = 120
 
 SCENES_CONFIG = DetrConfig(
     backbone=BackboneConfig(block="basic", depths=(1, 1, 2), widths=(32, 64, 128), stem=24),
@@ -70,7 +72,7 @@ class Recipe:
         clip: largest norm of the gradient.
     """
 
-    steps: int = 9500
+    steps: int = 7200
     batch: int = 48
     learning_rate: float = 7e-4
     weight_decay: float = 1e-3
@@ -263,6 +265,8 @@ def train(
             the end, `scenes.safetensors`: the averaged weights in float16, ready for `headoff.load`.
         workers: processes, each with one thread; by default one per core.
 
+    Ctrl-C stops after the step at hand, saves, and raises KeyboardInterrupt.
+
     Returns:
         The path of the averaged weights.
 
@@ -282,7 +286,21 @@ def train(
     if workers == 1:
         _worker(0, *arguments)
     else:
-        mp.spawn(_worker, arguments, nprocs=workers)
+        processes = mp.spawn(_worker, arguments, nprocs=workers, join=False)
+        try:
+            while not processes.join():
+                pass
+        except mp.ProcessRaisedException as error:
+            # A process hands over its traceback as text; the last line has the sentence.
+            kind, _, sentence = str(error).strip().splitlines()[-1].partition(": ")
+            if kind.endswith(NonFiniteError.__name__):
+                raise NonFiniteError(sentence) from error
+            raise
+        except KeyboardInterrupt:
+            # A terminal's Ctrl-C reaches all processes: they finish their step and save. Wait for them.
+            for process in processes.processes:
+                process.join()
+            raise
     return folder / WEIGHTS
 
 
@@ -327,6 +345,7 @@ def _worker(
         mininterval=5,
     )
     parameters = list(trainer.parameters())
+    stop, stopping = _StopAfterStep(), False
     for step in range(start, recipe.steps):
         # Every step has its own generator, so that a continued run sees the batches it would have seen.
         generator = torch.Generator().manual_seed((recipe.seed * recipe.steps + step) * workers + rank)
@@ -345,7 +364,7 @@ def _worker(
                 f"the training loss became {loss.item()} at step {step}; lower the learning rate"
             )
         loss.backward()
-        _average_gradients(parameters, workers)
+        stopping = _average_gradients(parameters, workers, stop.asked)
         norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], recipe.clip)
         optimiser.step()
         _update_average(average, trainer.detector, min(recipe.ema, (1 + step) / (10 + step)))
@@ -356,7 +375,7 @@ def _worker(
                 bar.set_postfix({name: f"{value:.2f}" for name, value in parts.items()}, refresh=False)
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps({**entry, "elapsed": round(time.monotonic(), 1)}) + "\n")
-            if time.monotonic() - last_saved > 120 or step + 1 == recipe.steps:
+            if stopping or time.monotonic() - last_saved > _SAVE_SECONDS or step + 1 == recipe.steps:
                 _save(
                     {
                         "trainer": trainer.state_dict(),
@@ -367,13 +386,18 @@ def _worker(
                     state_path,
                 )
                 last_saved = time.monotonic()
+        if stopping:
+            break
     bar.close()
-    if rank == 0:
+    stop.restore()
+    if rank == 0 and not stopping:
         trainer.detector.load_state_dict(average)
         save_native(trainer.detector, folder / WEIGHTS)
     if workers > 1:
         dist.barrier()
         dist.destroy_process_group()
+    if stopping and workers == 1:
+        raise KeyboardInterrupt
 
 
 def _parameter_groups(trainer: Trainer, recipe: Recipe) -> list[dict]:
@@ -386,15 +410,31 @@ def _parameter_groups(trainer: Trainer, recipe: Recipe) -> list[dict]:
     ]
 
 
-def _average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
+class _StopAfterStep:
+    """Ctrl-C as a wish instead of an exception: a step that is cut in half cannot be continued."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def restore(self) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
+def _average_gradients(parameters: list[nn.Parameter], workers: int, stop: bool) -> bool:
+    """Average gradients over the processes; returns whether any of them was asked to stop, to all alike."""
     if workers == 1:
-        return
+        return stop
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = torch.cat([*(g.flatten() for g in gradients), torch.tensor([float(stop)])])
     dist.all_reduce(flat)
-    flat /= workers
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    stop = bool(flat[-1] > 0)
+    for gradient, total in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient) / workers)
+    return stop
 
 
 @torch.no_grad()
