@@ -183,7 +183,7 @@ def decode_all(
     at_once = configurations_at_once(detector, features, memory_budget)
     order: list[Tensor] = []
     parts: list[DetectorOutput] = []
-    for encoder_gate, members in _by_encoder_gate(gates):
+    for encoder_gate, members in by_encoder_gate(gates):
         memory = detector.encode_features(features, encoder_gate)
         for batch in members.split(at_once):
             chosen = gates[batch]
@@ -212,7 +212,7 @@ def configurations_at_once(detector: Detector, features: Features, memory_budget
     return max(1, memory_budget // (numbers * features.tokens.element_size()))
 
 
-def _by_encoder_gate(gates: Gates) -> list[tuple[Tensor | None, Tensor]]:
+def by_encoder_gate(gates: Gates) -> list[tuple[Tensor | None, Tensor]]:
     """Distinct encoder gates, each with the indices of the configurations that have it."""
     everyone = torch.arange(len(gates))
     if gates.encoder_self is None:

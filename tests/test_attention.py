@@ -278,7 +278,8 @@ def test_any_strides(attention, gate, device):
     head_gate, attn_mask = gate_of(gate, device=device), mask_of("padding", device=device)
     query, key, value = inputs(device=device)
     expected = truth(query, key, value, attn_mask, head_gate)
-    # (batch, length, heads, channels), as projections leave it; every other channel of a wider tensor; columns
+    # (batch, length, heads, channels), as projections leave it; every other channel of a wider tensor; the
+    # columns of a transposed one
     transposed = query.transpose(1, 2).contiguous().transpose(1, 2)
     spread = key.repeat_interleave(2, dim=-1)[..., ::2]
     turned = value.mT.contiguous().mT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ from headoff.gates import (
 from headoff.images import load_image
 from headoff.notation import parse_configuration, parse_order
 from headoff.outcomes import Status
-from headoff.report import finished_report, folder_index, write_report
+from headoff.report import FINISHED, folder_index, write_report
 from headoff.scenes.samples import sample_image
 from headoff.sweeps import SweepResult, sweep
 
@@ -124,7 +125,7 @@ def run(settings: argparse.Namespace) -> int:
         raise SettingError(f"--out {settings.out} is a file; name a folder")
     detector = load_detector(settings)
     configurations = _configurations(settings, detector, asked, order)
-    made_with = provenance(settings, detector)
+    made_with = {**provenance(settings, detector), **_asked_for(settings)}
     if settings.image is not None and settings.image.is_dir():
         return _run_folder(settings, images, detector, configurations, made_with)
     result = _sweep_to(settings.out, images[0], settings, detector, configurations, made_with)
@@ -177,7 +178,7 @@ def _run_folder(
             folder = settings.out / image.name
             bar.set_postfix_str(image.name)
             try:
-                if settings.again or not finished_report(folder, {"image": str(image), **made_with}):
+                if settings.again or not _is_finished(folder, {"image": str(image), **made_with}):
                     _sweep_to(folder, image, settings, detector, configurations, made_with)
                 done.append(folder)
             except (ImageError, SettingError) as error:
@@ -194,6 +195,31 @@ def _run_folder(
     if failed:
         print(f"{plural(len(failed), 'image')} left out, see above", file=sys.stderr)
     return 2 if failed else 0
+
+
+def _asked_for(settings: argparse.Namespace) -> dict[str, str]:
+    """The options that decide what a sweep finds, for the report and for knowing it again."""
+    what = (
+        "; ".join(f"'{text}'" for text in settings.off)
+        if settings.off
+        else f"{settings.set} at {settings.site}"
+    )
+    asked = {"configurations": what, "confidence": f"{settings.confidence:g}"}
+    if settings.order:
+        asked["order"] = settings.order
+    if settings.object is not None:
+        asked["object"] = f"only #{settings.object}"
+    return asked
+
+
+def _is_finished(folder: Path, made_with: Mapping[str, str]) -> bool:
+    """Whether the folder holds a whole report of the same image, detector and options."""
+    try:
+        earlier = json.loads((folder / FINISHED).read_text())["provenance"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    # The command may be worded in many ways that ask for the same.
+    return {**earlier, "command": ""} == {**made_with, "command": ""}
 
 
 def _summary(image: Path, result: SweepResult) -> str:

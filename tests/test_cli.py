@@ -1,0 +1,232 @@
+"""The command line as a user meets it: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import headoff
+from headoff.cli import main, parser
+
+SAMPLE = str(headoff.sample_image(0))
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one sentence that a refusal consists of."""
+    code, _, error = run(capsys, *arguments)
+    assert code == 2, error
+    assert error.startswith("headoff: error: ") and "Traceback" not in error
+    return error
+
+
+def test_sweep_writes_a_report(capsys, tmp_path):
+    out = tmp_path / "report"
+    code, printed, error = run(capsys, "sweep", SAMPLE, "--out", str(out))
+    assert code == 0, error
+    assert "none off" in printed and "first 8 off" in printed and str(out / "index.html") in printed
+    written = json.loads((out / "sweep.json").read_text())
+    assert [each["name"] for each in written["configurations"]] == [c.name for c in headoff.cumulative()]
+    assert written["provenance"]["model"] == "scenes"
+    assert (out / "index.html").stat().st_size > 10_000
+    assert not list(out.rglob("*.part"))
+
+
+def test_chosen_configurations(capsys, tmp_path):
+    code, printed, _ = run(
+        capsys, "sweep", SAMPLE, "--off", "L4H2,L5H0-3", "--off", "only L5H2 on", "--out", str(tmp_path)
+    )
+    assert code == 0
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert [each["configuration"] for each in written["configurations"]] == [
+        "none",
+        "L4H2,L5H0-3",
+        "only L5H2 on",
+    ]
+
+
+def test_one_object_alone(capsys, tmp_path):
+    assert run(capsys, "sweep", SAMPLE, "--object", "1", "--out", str(tmp_path))[0] == 0
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    query = written["baseline"]["detections"][1]["query"]
+    assert all(each["configuration"].startswith(f"query {query}:") for each in written["configurations"][1:])
+
+
+def test_orders(capsys, tmp_path):
+    assert run(capsys, "sweep", SAMPLE, "--order", "reverse", "--out", str(tmp_path))[0] == 0
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert written["configurations"][2]["configuration"] == "H6-7"
+
+
+def test_folders_resume_and_survive_a_bad_image(capsys, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(2):
+        Image.open(headoff.sample_image(index)).save(photos / f"{index}.png")
+    (photos / "broken.jpg").write_bytes(b"not a picture")
+    out = tmp_path / "out"
+    arguments = ("sweep", str(photos), "--off", "first 2", "--out", str(out))
+    code, printed, error = run(capsys, *arguments)
+    assert code == 2 and "broken.jpg" in error and "1 image left out" in error
+    assert "2 reports" in printed and (out / "index.html").exists()
+    first = (out / "0.png" / "sweep.json").stat().st_mtime_ns
+    (out / "1.png" / "sweep.json").unlink()  # as an interruption leaves it
+    run(capsys, *arguments)
+    assert (out / "0.png" / "sweep.json").stat().st_mtime_ns == first
+    assert (out / "1.png" / "sweep.json").exists()
+    # Other options are another sweep: nothing of the earlier one is taken for it.
+    run(capsys, "sweep", str(photos), "--off", "first 3", "--out", str(out))
+    assert (
+        json.loads((out / "0.png" / "sweep.json").read_text())["provenance"]["configurations"] == "'first 3'"
+    )
+
+
+def test_detect_lists_what_there_is(capsys):
+    code, printed, _ = run(capsys, "detect", SAMPLE)
+    assert code == 0 and "#0" in printed
+    code, printed, _ = run(capsys, "detect", SAMPLE, "--json", "--confidence", "1")
+    assert code == 0 and json.loads(printed)["detections"] == []
+
+
+def test_nothing_detected_is_no_error(capsys, tmp_path):
+    code, printed, _ = run(capsys, "sweep", SAMPLE, "--confidence", "1", "--out", str(tmp_path))
+    assert code == 0 and "0 objects with nothing off" in printed and (tmp_path / "sweep.json").exists()
+
+
+def test_scenes_are_drawn(capsys, tmp_path):
+    code, printed, _ = run(
+        capsys, "scenes", "draw", "--count", "2", "--first-seed", "1000", "--out", str(tmp_path)
+    )
+    assert code == 0
+    for index in range(2):
+        drawn, bundled = tmp_path / f"scene-{index:03}.png", headoff.sample_image(index)
+        assert Image.open(drawn).tobytes() == Image.open(bundled).tobytes()
+    assert len(json.loads((tmp_path / "annotations.json").read_text())["images"]) == 2
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, (f"touch {Path(__file__).parent / 'owned'}",)
+
+
+def checkpoint(folder: Path, what: str) -> str:
+    path = folder / f"{what}.pth"
+    if what == "missing":
+        return str(path)
+    if what == "empty":
+        path.touch()
+    elif what == "garbage":
+        path.write_bytes(b"\x00\x01garbage" * 50)
+    elif what == "malicious":
+        path.write_bytes(pickle.dumps(Malicious()))
+    elif what == "truncated":
+        torch.save({"model": {"a": torch.zeros(10_000)}}, path)
+        path.write_bytes(path.read_bytes()[:20_000])
+    elif what == "classifier":
+        torch.save({"fc.weight": torch.zeros(10, 10), "conv1.weight": torch.zeros(64, 3, 7, 7)}, path)
+    elif what == "nan":
+        detector = headoff.load("scenes")
+        state = {name: value.clone() for name, value in detector.state_dict().items()}
+        state["decoder.norm.weight"][0] = torch.nan
+        from safetensors.torch import load_file, save_file
+
+        path = folder / "nan.safetensors"
+        headoff.save_native(detector, path)
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        tensors["decoder.norm.weight"][0] = torch.nan
+        save_file(tensors, path, metadata)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "what", ["missing", "empty", "garbage", "malicious", "truncated", "classifier", "nan"]
+)
+def test_checkpoints_that_cannot_be(capsys, tmp_path, what):
+    path = checkpoint(tmp_path, what)
+    sentence = refused(capsys, "sweep", SAMPLE, "--model", path, "--out", str(tmp_path / "out"))
+    assert what in sentence  # the file is named for what it is
+    assert not (Path(__file__).parent / "owned").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, culprit",
+    [
+        (("--off", "L4H9"), "9"),
+        (("--off", "L9H0"), "9"),
+        (("--off", "first 9"), "9"),
+        (("--off", "L5Hx"), "^"),
+        (("--off", "query 20: H0"), "20"),
+        (("--off", "0,1,0"), "3"),
+        (("--order", "0,1,1"), "1"),
+        (("--object", "77"), "77"),
+        (("--attention", "nowhere.py:f"), "nowhere.py"),
+        (("--attention", "sdqa"), "sdpa"),
+        (("--device", "toaster"), "toaster"),
+        (("--model", "detr-resnet-5"), "detr-resnet-50"),
+        (("--order", "reverse", "--off", "H0"), "--order"),
+        (("--site", "decoder_self", "--off", "H0"), "--site"),
+    ],
+)
+def test_what_cannot_be_asked(capsys, tmp_path, arguments, culprit):
+    sentence = refused(capsys, "sweep", SAMPLE, "--out", str(tmp_path / "out"), *arguments)
+    assert culprit in sentence
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("contents", [None, b"", b"text", b"\x89PNG\r\n\x1a\n cut off"])
+def test_images_that_cannot_be(capsys, tmp_path, contents):
+    path = tmp_path / "photo.png"
+    if contents is not None:
+        path.write_bytes(contents)
+    assert "photo.png" in refused(capsys, "sweep", str(path), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_of_one_pixel(capsys, tmp_path):
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
+    code, _, error = run(capsys, "sweep", str(tmp_path / "dot.png"), "--out", str(tmp_path / "out"))
+    assert code == 0, error
+
+
+def test_an_output_that_is_a_file(capsys, tmp_path):
+    (tmp_path / "out").touch()
+    assert "out" in refused(capsys, "sweep", SAMPLE, "--out", str(tmp_path / "out"))
+
+
+def test_help_is_there_for_every_command(capsys):
+    for command in (
+        ["sweep"],
+        ["detect"],
+        ["scenes"],
+        ["scenes", "train"],
+        ["scenes", "evaluate"],
+        ["scenes", "draw"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parser().parse_args([*command, "--help"])
+        assert stop.value.code == 0 and len(capsys.readouterr().out) > 200
+
+
+def test_the_installed_script_runs_and_can_be_interrupted(tmp_path):
+    """The console script: version, and Ctrl-C as a shell sends it."""
+    script = [sys.executable, "-c", "import sys, headoff.cli; sys.exit(headoff.cli.main())"]
+    done = subprocess.run([*script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"headoff {headoff.__version__}"
