@@ -23,6 +23,15 @@ from headoff.errors import (
     OutputError,
     SettingError,
 )
+from headoff.figures import (
+    MapStyle,
+    plot_detections,
+    plot_head_attention,
+    plot_map,
+    plot_outcomes,
+    plot_relevance_grid,
+    plot_survival,
+)
 from headoff.gates import (
     Configuration,
     Gates,
@@ -44,6 +53,7 @@ from headoff.gates import (
 from headoff.images import Preprocessing, load_image, preprocess
 from headoff.notation import parse_configuration
 from headoff.outcomes import ConfigurationOutcome, Outcome, Status
+from headoff.relevance import Explanation, explain, load_explanation
 from headoff.scenes.samples import sample_image, sample_images
 from headoff.sweeps import SweepResult, sweep
 
@@ -61,11 +71,13 @@ __all__ = [
     "DetectorOutput",
     "DetrConfig",
     "DownloadError",
+    "Explanation",
     "GateError",
     "Gates",
     "HeadLayout",
     "HeadoffError",
     "ImageError",
+    "MapStyle",
     "Memory",
     "NonFiniteError",
     "Outcome",
@@ -78,10 +90,12 @@ __all__ = [
     "attention_names",
     "cumulative",
     "detect",
+    "explain",
     "first_off",
     "heads_off",
     "layers_off",
     "load",
+    "load_explanation",
     "load_image",
     "none_off",
     "off_matrix",
@@ -89,6 +103,12 @@ __all__ = [
     "only_heads_on",
     "order_by_score",
     "parse_configuration",
+    "plot_detections",
+    "plot_head_attention",
+    "plot_map",
+    "plot_outcomes",
+    "plot_relevance_grid",
+    "plot_survival",
     "preprocess",
     "random_order",
     "register_attention",

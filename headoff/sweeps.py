@@ -134,7 +134,7 @@ def sweep(
                 alone.logits[0, 0], alone.boxes[0, 0], image_size, detector.class_names, confidence
             )
             chosen = tuple(
-                c.for_queries(_query_of(objects, object_index)) if c.clauses else c for c in chosen
+                c.for_queries(query_of_object(objects, object_index)) if c.clauses else c for c in chosen
             )
         # The baseline is decoded with the rest: what it shares with the others is not computed twice.
         gates = stack((none_off().named("baseline of the sweep"), *chosen), layout)
@@ -159,7 +159,8 @@ def sweep(
     )
 
 
-def _query_of(objects: Detections, index: int) -> int:
+def query_of_object(objects: Detections, index: int) -> int:
+    """The query that found an object. Raises SettingError, with the objects there are, for one that is not."""
     if 0 <= index < len(objects):
         return objects[index].query
     there = ", ".join(f"#{number} {each.class_name}" for number, each in enumerate(objects)) or "none"

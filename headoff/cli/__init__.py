@@ -1,4 +1,4 @@
-"""The command line: `headoff sweep`, `headoff detect`, `headoff scenes`."""
+"""The command line: `headoff sweep`, `headoff explain`, `headoff detect`, `headoff scenes`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from headoff.cli import detect, scenes, sweep
+from headoff.cli import detect, explain, scenes, sweep
 from headoff.errors import HeadoffError
 
 EPILOG = """\
@@ -19,12 +19,13 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     top = argparse.ArgumentParser(
         prog="headoff",
-        description="Switch off attention heads of a DETR decoder and see which detections survive.",
+        description="Switch off attention heads of a DETR decoder and see which detections survive, and where each "
+        "draws its evidence from.",
         epilog=EPILOG,
     )
     top.add_argument("--version", action="version", version=f"headoff {_version()}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sweep, detect, scenes):
+    for command in (sweep, explain, detect, scenes):
         command.add_parser(commands)
     return top
 

@@ -1,0 +1,139 @@
+"""Words for configurations: titles, file names, which sweeps are cumulative, and the baseline as a view."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from headoff.detections import Detections
+from headoff.gates import DEFAULT_SITE, SITES, Configuration
+from headoff.outcomes import ConfigurationOutcome, Outcome, Status
+from headoff.sweeps import SweepResult
+
+NOTHING_OFF = "nothing off"
+
+_FIRST_OFF = re.compile(rf"(?:({'|'.join(SITES)}) )?first (\d+) off")
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture of a sweep: a configuration, or the baseline where no configuration shows it."""
+
+    title: str
+    stem: str
+    """Name of its file, without suffix."""
+    text: str
+    detections: Detections
+    outcome: ConfigurationOutcome
+    configuration: int | None
+    """Index in the sweep; None for the baseline."""
+
+
+def views(result: SweepResult) -> tuple[View, ...]:
+    """What there is to show, in order. The baseline comes first unless a configuration is the baseline."""
+    digits = max(2, len(str(max(len(result) - 1, 0))))
+    shown = [
+        View(
+            title=title_of(configuration),
+            stem=f"{index:0{digits}}-{slug(configuration.name)}",
+            text=configuration.text,
+            detections=result.detections[index],
+            outcome=result.outcomes[index],
+            configuration=index,
+        )
+        for index, configuration in enumerate(result.configurations)
+    ]
+    if all(configuration.clauses for configuration in result.configurations):
+        shown.insert(
+            0, View(NOTHING_OFF, "baseline", "none", result.baseline, baseline_outcome(result.baseline), None)
+        )
+    return tuple(shown)
+
+
+def baseline_outcome(baseline: Detections) -> ConfigurationOutcome:
+    """The baseline against itself: every object kept."""
+    return ConfigurationOutcome(
+        outcomes=tuple(
+            Outcome(index, each.query, each.label, Status.KEPT, (index,), 1.0, each.score, each.score)
+            for index, each in enumerate(baseline)
+        ),
+        of_nothing=(),
+    )
+
+
+def title_of(configuration: Configuration) -> str:
+    """`first 3 heads off`, `nothing off`, or the configuration's name as it is."""
+    if not configuration.clauses and configuration.name in ("none", "none off"):
+        return NOTHING_OFF
+    parsed = _first_off(configuration.name)
+    if parsed is None:
+        return configuration.name
+    site, k = parsed
+    return f"first {k} {'head' if k == 1 else 'heads'} off{f' ({site})' if site != DEFAULT_SITE else ''}"
+
+
+def heads_off_counts(configurations: Sequence[Configuration]) -> tuple[int, ...] | None:
+    """0, 1, 2, ... when the configurations are a cumulative sweep, in order; None when they are not.
+
+    They are by name (`first k off`), whatever the order of heads, or by what they do: nothing off, then one
+    head more each time, in all layers, at one site and for the same queries.
+    """
+    if len(configurations) < 2 or configurations[0].clauses:
+        return None
+    steps = configurations[1:]
+    named = [_first_off(step.name) for step in steps]
+    site = named[0][0] if named[0] else None
+    if named == [(site, k) for k in range(1, len(configurations))] or _one_head_more_each(steps):
+        return tuple(range(len(configurations)))
+    return None
+
+
+def _one_head_more_each(steps: Sequence[Configuration]) -> bool:
+    if any(len(step.clauses) != 1 for step in steps):
+        return False
+    clauses = [step.clauses[0] for step in steps]
+    if len({(clause.site, clause.queries) for clause in clauses}) > 1:
+        return False
+    before: set[int] = set()
+    for clause in clauses:
+        plain = clause.layers is None and clause.gate == 0 and not clause.spared and clause.off is None
+        heads = set(clause.heads or ())
+        if not plain or not before < heads or len(heads) != len(before) + 1:
+            return False
+        before = heads
+    return True
+
+
+def slug(name: str) -> str:
+    """`name` as a part of a file name: lower case ASCII letters, digits and dashes, at most 60 of them."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].rstrip("-") or "configuration"
+
+
+def object_name(baseline: Detections, index: int) -> str:
+    """`#2 star`: an object's number and class."""
+    return f"#{index} {one_line(baseline[index].class_name)}"
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters, of which a picture can make nothing."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def shorten(text: str, length: int) -> str:
+    """`text`, with an ellipsis in the place of what is beyond `length` characters."""
+    return text if len(text) <= length else text[: max(length - 1, 0)].rstrip() + "…"
+
+
+def listed(words: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *most, last = [*words] or [""]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 object`, `2 objects`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _first_off(name: str) -> tuple[str, int] | None:
+    match = _FIRST_OFF.fullmatch(name)
+    return (match[1] or DEFAULT_SITE, int(match[2])) if match else None

@@ -1,0 +1,62 @@
+"""Colours and symbols: one colour per object, the same in every picture, chart and page.
+
+The object colours keep apart from each other for normal sight, protanopia and deuteranopia (OKLab distance at
+least 0.07 between any two, simulated after Machado et al. 2009), and from a white and a black page. No eight
+colours do more, which is why objects are numbered as well: beyond the eighth, colours come again.
+"""
+
+from dataclasses import dataclass
+
+from headoff.outcomes import Status
+
+OBJECT_COLOURS = (
+    "#33BBEE",  # sky
+    "#CC3311",  # red
+    "#DDAA33",  # gold
+    "#7E57C2",  # violet
+    "#009988",  # teal
+    "#F781BF",  # pink
+    "#999933",  # olive
+    "#AA3377",  # plum
+)
+
+NOTHING_COLOUR = "#FFFFFF"
+"""Detections that belong to no object."""
+
+INK = "#1F2430"
+"""Text and axes. The page replaces it where it is dark."""
+MUTED = "#6B7280"
+GRID = "#D5D9E0"
+
+
+@dataclass(frozen=True)
+class StatusStyle:
+    """How a status is drawn: `letter` and `fill` in tables, `marker` (matplotlib's) in charts."""
+
+    letter: str
+    fill: str
+    marker: str
+    hollow: bool = False
+
+
+STATUS_STYLES = {
+    Status.KEPT: StatusStyle("K", "#B7DDD3", "o"),
+    Status.MOVED: StatusStyle("M", "#B9D7F2", "o", hollow=True),
+    Status.DUPLICATED: StatusStyle("D", "#D6C8EE", "s"),
+    Status.RELABELLED: StatusStyle("R", "#F6DC9B", "D"),
+    Status.LOST: StatusStyle("L", "#F0B3A6", "X"),
+}
+
+
+def object_colour(index: int) -> str:
+    """The colour of object `index`, wherever it is shown."""
+    return OBJECT_COLOURS[index % len(OBJECT_COLOURS)]
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever reads better on `colour` ("#RRGGBB")."""
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    # WCAG's contrast with black is (L + 0.05) / 0.05 and with white 1.05 / (L + 0.05): equal at 0.179.
+    return "#000000" if luminance > 0.179 else "#FFFFFF"

@@ -1,0 +1,172 @@
+"""Detections drawn on their image."""
+
+from collections.abc import Iterator
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import ScaledTranslation
+from PIL import Image
+
+from headoff.detections import Detections
+from headoff.figures.canvas import (
+    ABOVE,
+    LEAST_TITLE,
+    MARGIN,
+    TITLE_POINTS,
+    figure_of,
+    image_figure,
+    legend_columns,
+    legend_height,
+    width_of,
+)
+from headoff.figures.captions import counted, one_line, shorten
+from headoff.figures.marks import Line, Mark, Marks
+from headoff.figures.palette import GRID, INK, MUTED, NOTHING_COLOUR, OBJECT_COLOURS
+from headoff.images import ImageSource, load_image
+from headoff.outcomes import ConfigurationOutcome, Status
+
+LONGEST_SIDE = 1600
+"""Pixels of an image in a figure: more would only slow the drawing, no figure shows them."""
+
+
+def plot_detections(
+    image: ImageSource | None,
+    detections: Detections,
+    ax: Axes | None = None,
+    *,
+    outcome: ConfigurationOutcome | None = None,
+    baseline: Detections | None = None,
+    title: str | None = None,
+    legend: bool = False,
+    colours: tuple[str, ...] = OBJECT_COLOURS,
+    font_size: float | None = None,
+) -> Axes:
+    """Boxes with class and score on an image.
+
+    With the `outcome` of the configuration that gave `detections`, colours are those of the baseline's
+    objects, and labels begin with the object's number; without, each detection has a colour of its own.
+
+    - solid: found; dashed: found once more (a duplicate); white: of nothing;
+    - dotted (needs `baseline`): where the baseline has an object that moved, or that is lost;
+    - an object found with another class is labelled `old → new`.
+
+    Args:
+        image: anything `headoff.images.load_image` takes; None draws the boxes alone.
+        ax: axes to draw in; by default those of a new figure, fitted to the image, that no window shows.
+        baseline: the detections with nothing off.
+        title: above the image.
+        legend: below the image, the meaning of those lines that occur.
+        colours: "#RRGGBB" by object, again from the start when there are more objects.
+        font_size: of labels, in points; by default it follows the size of the axes.
+    """
+    height, width = detections.image_size
+    if ax is None:
+        above = ABOVE if title is not None else MARGIN
+        below = legend_height(detections.image_size) if legend else 0.0
+        _, (ax,) = image_figure(detections.image_size, above=above, below=below)
+    if image is not None:
+        ax.imshow(small_picture(image), extent=(0, width, height, 0), interpolation_stage="rgba")
+    ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xticks=[], yticks=[])
+    for spine in ax.spines.values():
+        spine.set(color=GRID, linewidth=0.6, visible=image is not None)
+    marks = [*_marks(detections, outcome, baseline, colours)]
+    ax.add_artist(Marks(marks, width, height, font_size))
+    if title is not None:
+        set_title(ax, title)
+    if legend:
+        explain_lines(ax)
+    return ax
+
+
+def set_title(ax: Axes, title: str) -> None:
+    """A title at the left, cut where the axes (or the little that a figure is wide at least) end."""
+    room = max(width_of(ax), LEAST_TITLE)
+    letters = int(room * 72 / (TITLE_POINTS * 0.6))
+    text = shorten(one_line(title), letters)
+    ax.set_title(text, loc="left", color=INK, fontsize=TITLE_POINTS, parse_math=False)
+
+
+def small_picture(image: ImageSource) -> Image.Image:
+    """The image as RGB, no larger than figures need."""
+    picture = load_image(image)
+    if max(picture.size) > LONGEST_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    return picture
+
+
+def summary(outcome: ConfigurationOutcome) -> str:
+    """`3 kept, 1 lost, 2 detections of nothing`; what does not occur is left out."""
+    parts = [f"{count} {status.value}" for status, count in outcome.counts.items() if count]
+    if outcome.of_nothing:
+        parts.append(f"{counted(len(outcome.of_nothing), 'detection')} of nothing")
+    return ", ".join(parts) or "nothing found"
+
+
+def explain_lines(ax: Axes, drop: float = 5.0) -> None:
+    """A legend below the picture, by `drop` points, that says what the lines mean, of those that occur."""
+    marks = [mark for artist in ax.artists if isinstance(artist, Marks) for mark in artist.marks]
+    entries = (
+        ("found", Line.FOUND, MUTED, lambda mark: mark.line is Line.FOUND and mark.object is not None),
+        ("found again", Line.DUPLICATE, MUTED, lambda mark: mark.line is Line.DUPLICATE),
+        ("where it was", Line.WAS, MUTED, lambda mark: mark.line is Line.WAS),
+        ("of nothing", Line.FOUND, NOTHING_COLOUR, lambda mark: mark.colour == NOTHING_COLOUR),
+    )
+    handles = []
+    for label, line, colour, occurs in entries:
+        if any(occurs(mark) for mark in marks):
+            handle = Line2D([], [], color=colour, linewidth=line.width, label=label)
+            handle.set_linestyle("-" if line.dashes is None else (0, line.dashes))
+            if colour == NOTHING_COLOUR:
+                handle.set_path_effects([withStroke(linewidth=line.width + 1.4, foreground=MUTED)])
+            handles.append(handle)
+    if handles:
+        ax.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(0, 0),
+            bbox_transform=ax.transAxes + ScaledTranslation(0, -drop / 72, figure_of(ax).dpi_scale_trans),
+            borderaxespad=0,
+            borderpad=0,
+            frameon=False,
+            ncols=legend_columns(width_of(ax)),
+            fontsize=8,
+            labelcolor=MUTED,
+            handlelength=2.6,
+            columnspacing=1.4,
+        )
+
+
+def _marks(
+    detections: Detections,
+    outcome: ConfigurationOutcome | None,
+    baseline: Detections | None,
+    colours: tuple[str, ...],
+) -> Iterator[Mark]:
+    """By falling score, so that the surest is on top; then what is no detection."""
+    if outcome is None:
+        for index, found in enumerate(detections):
+            colour = colours[index % len(colours)]
+            yield Mark(found.box, colour, name=found.class_name, note=f"{found.score:.2f}")
+        return
+    owner = {d: (each, rank) for each in outcome.outcomes for rank, d in enumerate(each.detections)}
+    for index, detection in enumerate(detections):
+        note = f"{detection.score:.2f}"
+        if index not in owner:
+            yield Mark(detection.box, NOTHING_COLOUR, name=detection.class_name, note=note)
+            continue
+        each, rank = owner[index]
+        name = f"#{each.object} {detection.class_name}"
+        if each.status is Status.RELABELLED:
+            name = f"#{each.object} {detections.class_names[each.label]} → {detection.class_name}"
+        line = Line.DUPLICATE if rank else Line.FOUND
+        yield Mark(detection.box, colours[each.object % len(colours)], line, name, note, each.object)
+    for each in outcome.outcomes if baseline is not None else ():
+        assert baseline is not None
+        was = baseline[each.object]
+        colour = colours[each.object % len(colours)]
+        if each.status is Status.LOST:
+            yield Mark(was.box, colour, Line.WAS, f"#{each.object} {was.class_name}", "lost", each.object)
+        elif each.status is Status.MOVED:
+            yield Mark(was.box, colour, Line.WAS, object=each.object)

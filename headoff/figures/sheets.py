@@ -1,0 +1,104 @@
+"""The figures of a sweep, one after the other: nothing is drawn before it is asked for."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from textwrap import wrap
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from headoff.figures.canvas import CAPTION, caption_width, figure_of, image_figure, legend_height
+from headoff.figures.captions import NOTHING_OFF, View, heads_off_counts, slug, views
+from headoff.figures.charts import plot_outcomes, plot_survival
+from headoff.figures.palette import MUTED
+from headoff.figures.pictures import explain_lines, plot_detections, small_picture, summary
+from headoff.images import ImageSource
+from headoff.sweeps import SweepResult
+
+PANELS = 4
+"""Pictures in a grid."""
+_CAPTION_POINTS = 8.5
+
+MOST_PICTURES = 64
+"""Configurations with a figure of their own (all single heads of DETR are 48). Of all 256 subsets of eight
+heads, say, the first 64 are drawn; tables, charts and the page have them all."""
+
+
+@dataclass(frozen=True)
+class SweepFigure:
+    """A figure that is yet to be drawn; `stem` is the name of its file without suffix."""
+
+    stem: str
+    title: str
+    draw: Callable[[], Figure]
+
+
+def sweep_figures(image: ImageSource, result: SweepResult) -> Iterator[SweepFigure]:
+    """One figure per configuration, grids of four, the survival chart and the table of outcomes.
+
+    A cumulative sweep has the grids `nothing off`, `first 1-4 heads off`, `first 5-8 heads off`; for other
+    configurations four follow on four. See `MOST_PICTURES` for how many are drawn.
+    """
+    picture = small_picture(image)
+    shown = views(result)[:MOST_PICTURES]
+    for view in shown:
+        yield SweepFigure(view.stem, view.title, lambda view=view: _sheet(picture, result, [view]))  # type: ignore[misc]
+    for title, members in grids(result, shown):
+        yield SweepFigure(
+            f"grid-{slug(title)}",
+            title,
+            lambda members=members: _sheet(picture, result, members),  # type: ignore[misc]
+        )
+    yield SweepFigure("survival", "Survival", lambda: figure_of(plot_survival(result)))
+    yield SweepFigure("outcomes", "What became of each object", lambda: figure_of(plot_outcomes(result)))
+
+
+def grids(result: SweepResult, shown: Sequence[View]) -> Iterator[tuple[str, Sequence[View]]]:
+    """Titles and members of the grids."""
+    if heads_off_counts(result.configurations) is None:
+        if len(shown) > 1:
+            for start in range(0, len(shown), PANELS):
+                members = shown[start : start + PANELS]
+                yield f"pictures {start + 1}-{start + len(members)}", members
+        return
+    yield NOTHING_OFF, shown[:1]
+    for start in range(1, len(shown), PANELS):
+        members = shown[start : start + PANELS]
+        last = start + len(members) - 1
+        yield f"first {start}-{last} heads off" if last > start else members[0].title, members
+
+
+def _sheet(picture: Image.Image, result: SweepResult, members: Sequence[View]) -> Figure:
+    alone = len(members) == 1
+    room = caption_width(result.image_size, len(members))
+    captions = [wrap(summary(view.outcome), int(room * 72 / (_CAPTION_POINTS * 0.56))) for view in members]
+    caption = CAPTION + (max(map(len, captions)) - 1) * 0.15
+    below = caption + (legend_height(result.image_size) if alone else 0.0)
+    figure, axes = image_figure(result.image_size, len(members), below=below)
+    # No larger than it will be seen: matplotlib's own resampling takes as long as all the rest.
+    pixels = axes[0].get_window_extent()
+    picture = picture.copy()
+    picture.thumbnail((ceil(pixels.width), ceil(pixels.height)), Image.Resampling.LANCZOS)
+    for ax, view, lines in zip(axes, members, captions, strict=True):
+        plot_detections(
+            picture, view.detections, ax, outcome=view.outcome, baseline=result.baseline, title=view.title
+        )
+        _caption(ax, "\n".join(lines))
+        if alone:
+            explain_lines(ax, drop=5 + 72 * caption)
+    return figure
+
+
+def _caption(ax: Axes, text: str) -> None:
+    ax.annotate(
+        text,
+        xy=(0, 0),
+        xycoords="axes fraction",
+        xytext=(0, -5),
+        textcoords="offset points",
+        va="top",
+        fontsize=_CAPTION_POINTS,
+        color=MUTED,
+    )

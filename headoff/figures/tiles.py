@@ -1,0 +1,183 @@
+"""What grids of maps consist of: a sheet measured in inches, and on it pictures, maps, boxes, words, a scale."""
+
+from collections.abc import Iterator
+from textwrap import wrap
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from headoff.figures.canvas import DPI, TITLE_POINTS
+from headoff.figures.captions import one_line, shorten
+from headoff.figures.colouring import MapStyle
+from headoff.figures.marks import Line
+from headoff.figures.object_views import Box, ObjectView
+from headoff.figures.palette import GRID, INK, MUTED
+
+EDGE = 0.14
+"""Inches around a grid."""
+LINE = 0.15
+"""Inches that a line of words takes."""
+POINTS, SMALL = 7.5, 6.5
+_EMPTY = "#E9EBEF"
+_SAME = 0.015
+"""Boxes whose sides are nowhere further apart than this fraction of the image are one box to the eye."""
+
+
+class Place(NamedTuple):
+    """Where a picture goes: left, top, width and height, y downwards."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def box(self, fractions: Box) -> "Place":
+        """The place of a box on the picture, cut at its border."""
+        left, top, right, bottom = (min(max(side, 0.0), 1.0) for side in fractions)
+        return Place(
+            self.left + left * self.width,
+            self.top + top * self.height,
+            (right - left) * self.width,
+            (bottom - top) * self.height,
+        )
+
+
+class Sheet:
+    """Axes whose unit is the inch, in a figure of that size; in axes that are given, all of it shrinks to fit.
+
+    Pictures are pixels as numpy arrays (h, w, 3 or 4), uint8.
+    """
+
+    def __init__(self, width: float, height: float, ax: Axes | None = None) -> None:
+        self.width, self.height = width, height
+        self._factor = 1.0
+        if ax is None:
+            figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+            ax = figure.add_axes((0, 0, 1, 1))
+        else:
+            room, dpi = ax.get_window_extent(), ax.get_figure(root=True).dpi  # type: ignore[union-attr]
+            self._factor = min(room.width / dpi / width, room.height / dpi / height, 1.5)
+        ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal", anchor="NW")
+        ax.axis("off")
+        self.ax = ax
+
+    def head(self, title: str, lines: list[str]) -> None:
+        """A title at the top, and lines below it."""
+        self.write(EDGE, EDGE + 0.12, title, TITLE_POINTS, room=self.width - 2 * EDGE, bold=True)
+        for number, line in enumerate(lines):
+            self.write(EDGE, EDGE + 0.2 + (number + 0.9) * LINE, line, colour=MUTED)
+
+    def write(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        points: float = POINTS,
+        *,
+        colour: str = INK,
+        room: float | None = None,
+        bold: bool = False,
+        right: bool = False,
+    ) -> None:
+        """One line from `x` on, or up to it; cut where it would be longer than `room`."""
+        if room is not None:
+            text = shorten(one_line(text), int(room * 72 / (points * (0.64 if bold else 0.56))))
+        self.ax.text(
+            x,
+            y,
+            text,
+            fontsize=points * self._factor,
+            color=colour,
+            fontweight="bold" if bold else "normal",
+            ha="right" if right else "left",
+            va="baseline",
+            parse_math=False,
+        )
+
+    def paint(self, pixels: np.ndarray, place: Place, span: tuple[float, float] = (1.0, 1.0)) -> None:
+        """A picture in its place, or over `span` times the place where it juts out, and is cut."""
+        right, bottom = place.left + span[0] * place.width, place.top + span[1] * place.height
+        # Maps have opacity and are drawn token by token; photographs are smoothed.
+        smoothing = "nearest" if pixels.shape[-1] == 4 else "antialiased"
+        image = AxesImage(self.ax, extent=(place.left, right, bottom, place.top), interpolation=smoothing)
+        image.set_data(pixels)
+        self.ax.add_image(image)
+        image.set_clip_path(Rectangle(place[:2], place.width, place.height, transform=self.ax.transData))
+
+    def frame(self, place: Place) -> None:
+        self._rectangle(place, fill=False, edgecolor=GRID, linewidth=0.6, zorder=2)
+
+    def say(self, place: Place, words: str) -> None:
+        """Words in the place of a map."""
+        self._rectangle(place, facecolor=_EMPTY, edgecolor=GRID, linewidth=0.6, hatch="///", zorder=1)
+        self.ax.text(
+            place.left + place.width / 2,
+            place.top + place.height / 2,
+            words.replace(" ", "\n", 1) if place.width < 1.2 else words,
+            ha="center",
+            va="center",
+            fontsize=POINTS * self._factor,
+            color=MUTED,
+            bbox={"facecolor": _EMPTY, "edgecolor": "none", "pad": 1.5},
+        )
+
+    def boxes(self, place: Place, view: ObjectView, width: float) -> None:
+        """An object's boxes on a picture, in lines of `width` points; dotted where it was with nothing off."""
+        for box, dashes in _boxes_of(view):
+            line = width * self._factor * (0.7 if dashes else 1)
+            # Dark around light around the colour, as on detections: one of the rims is seen on any map.
+            rims = (("#000000", 1.4, 0.5), ("#FFFFFF", 0.8, 0.9)) if width > 1 else (("#000000", 0.7, 0.55),)
+            for colour, rim, alpha in (*rims, (view.colour, 0.0, 1.0)):
+                # Dashes count in line widths, and all lines must break in the same places.
+                pattern = tuple(dash * line / (line + rim) for dash in dashes) if dashes else ()
+                self._rectangle(
+                    place.box(box),
+                    fill=False,
+                    edgecolor=colour,
+                    alpha=alpha,
+                    linewidth=line + rim,
+                    linestyle=(0, pattern) if pattern else "-",
+                    joinstyle="miter",
+                    zorder=3,
+                )
+
+    def scale(self, style: MapStyle, what: str, greatest: float) -> None:
+        """A strip of the colours at the foot, and what they stand for."""
+        bar = Place(EDGE, self.height - 0.25, min(1.2, self.width / 3), 0.1)
+        self.paint(np.repeat(style.colours[None], 2, axis=0), bar)
+        self.frame(bar)
+        ends = {
+            "sweep": f"0 to {greatest:.3g}, one scale for all",
+            "object": "0 to the object's greatest",
+            "map": "each map's least to its greatest",
+        }[style.scale]
+        self.write(bar.left + bar.width + 0.07, bar.top + 0.085, f"{what}, {ends}", SMALL, colour=MUTED)
+
+    def _rectangle(self, place: Place, **look: Any) -> None:
+        self.ax.add_patch(Rectangle(place[:2], place.width, place.height, **look))
+
+
+def wrapped(text: str, width: float) -> list[str]:
+    """`text` in lines that fit a sheet of `width` inches."""
+    return wrap(text, max(int((width - 2 * EDGE) * 72 / (POINTS * 0.54)), 12))
+
+
+def pixels_of(picture: Image.Image, place: Place, grey: bool = False) -> np.ndarray:
+    """A picture no larger than it will be seen; where it lies under a map in grey, for colours are the map's alone."""
+    side = int(max(place.width, place.height) * DPI * 1.3)
+    small = picture.copy()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(small.convert("L").convert("RGB") if grey else small)
+
+
+def _boxes_of(view: ObjectView) -> Iterator[tuple[Box, tuple[float, float] | None]]:
+    """Boxes and their dashes. That of nothing off is left out where the query's own is the same to the eye."""
+    if view.box is None or max(abs(a - b) for a, b in zip(view.box, view.first_box, strict=True)) > _SAME:
+        yield view.first_box, Line.WAS.dashes
+    if view.box is not None:
+        yield view.box, None

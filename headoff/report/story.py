@@ -1,0 +1,123 @@
+"""What a sweep shows, in sentences."""
+
+from collections.abc import Sequence
+
+from headoff.detections import Detections
+from headoff.figures.captions import counted, heads_off_counts, listed, object_name, title_of
+from headoff.outcomes import ConfigurationOutcome, Outcome, Status
+from headoff.sweeps import SweepResult
+
+_AT_MOST = 6
+"""Objects named in a sentence; of more their number is enough, the tables name them."""
+
+
+def verdict(result: SweepResult) -> str:
+    """The sweep in two or three sentences: `5 objects with nothing off. First lost at 3 heads off. ...`"""
+    objects = len(result.baseline)
+    opening = f"{counted(objects, 'object') if objects else 'No object'} with nothing off."
+    if not len(result):
+        return opening
+    if not objects:
+        most = max(len(each.of_nothing) for each in result.outcomes)
+        return f"{opening} " + (
+            f"With heads off, up to {counted(most, 'detection')} of nothing."
+            if most
+            else "Nothing is found under any other configuration either."
+        )
+    lost = [each.counts[Status.LOST] for each in result.outcomes]
+    if heads_off_counts(result.configurations) is None:
+        return f"{opening} {_of_any_configurations(result, lost)}"
+    return f"{opening} {_of_cumulative(result, lost)}"
+
+
+def _of_cumulative(result: SweepResult, lost: Sequence[int]) -> str:
+    objects, last = len(result.baseline), len(result) - 1
+    first = next((k for k, count in enumerate(lost) if count), None)
+    if first is None:
+        return f"None is lost, even with {_all_heads(last)} off."
+    names = _named(result.baseline, result.outcomes[first], Status.LOST)
+    if lost[last] < objects:
+        parts = [f"{count} {status.value}" for status, count in result.outcomes[last].counts.items() if count]
+        return f"First lost at {_heads(first)} off: {names}. With {_all_heads(last)} off: {', '.join(parts)}."
+    gone = next(k for k in range(len(lost)) if all(count == objects for count in lost[k:]))
+    if gone == first:
+        return f"{'It is' if objects == 1 else 'All are'} lost at {_heads(first)} off."
+    return f"First lost at {_heads(first)} off: {names}. All gone at {gone}."
+
+
+def _of_any_configurations(result: SweepResult, lost: Sequence[int]) -> str:
+    many = f"{counted(len(lost), 'configuration')}"
+    losing = sum(1 for count in lost if count)
+    if not losing:
+        changed = sum(1 for each in result.outcomes if each.counts[Status.KEPT] < len(result.baseline))
+        rest = f"; {changed} of them {_verb(changed)} something else" if changed else ""
+        return f"None is lost under {'the' if len(lost) == 1 else 'any of the'} {many}{rest}."
+    worst = max(range(len(lost)), key=lost.__getitem__)
+    name = title_of(result.configurations[worst])
+    if len(lost) == 1:
+        return f"{lost[0]} lost under '{name}'."
+    more = sum(1 for count in lost if count == lost[worst]) - 1
+    others = f" (as {counted(more, 'other')} {'does' if more == 1 else 'do'})" if more else ""
+    return f"{losing} of {many} lose at least one; '{name}' loses {lost[worst]}{others}."
+
+
+def sentences(baseline: Detections, detections: Detections, outcome: ConfigurationOutcome) -> list[str]:
+    """What became of each object under one configuration; one sentence for each status that occurs."""
+
+    def those(status: Status) -> list[Outcome]:
+        return [each for each in outcome.outcomes if each.status is status]
+
+    def name(each: Outcome) -> str:
+        return object_name(baseline, each.object)
+
+    def class_of(label: int | None) -> str:
+        return "?" if label is None else baseline.class_names[label]
+
+    told = []
+    if outcome.counts[Status.KEPT] == len(baseline) > 0:
+        told.append("All kept." if len(baseline) > 1 else f"{object_name(baseline, 0)} kept.")
+    elif outcome.counts[Status.LOST] == len(baseline) > 1:
+        told.append("All lost.")
+    else:
+        phrases = {
+            Status.KEPT: [name(each) for each in those(Status.KEPT)],
+            Status.MOVED: [f"{name(each)} (IoU {each.iou:.2f})" for each in those(Status.MOVED)],
+            Status.DUPLICATED: [
+                f"{name(each)} ({len(each.detections)} times)" for each in those(Status.DUPLICATED)
+            ],
+            Status.RELABELLED: [
+                f"{name(each)} as {class_of(each.new_label)}" for each in those(Status.RELABELLED)
+            ],
+            Status.LOST: [name(each) for each in those(Status.LOST)],
+        }
+        for status, words in phrases.items():
+            if words:
+                told.append(f"{status.value.capitalize()}: {listed(words)}.")
+    if outcome.of_nothing:
+        classes = listed(
+            f"{detections[index].class_name} {detections[index].score:.2f}"
+            for index in outcome.of_nothing[:_AT_MOST]
+        )
+        rest = len(outcome.of_nothing) - _AT_MOST
+        told.append(
+            f"{counted(len(outcome.of_nothing), 'detection')} of nothing: {classes}"
+            f"{f' and {rest} more' if rest > 0 else ''}."
+        )
+    return told or ["Nothing found."]
+
+
+def _named(baseline: Detections, outcome: ConfigurationOutcome, status: Status) -> str:
+    names = [object_name(baseline, each.object) for each in outcome.outcomes if each.status is status]
+    return listed(names) if len(names) <= _AT_MOST else counted(len(names), "object")
+
+
+def _heads(count: int) -> str:
+    return counted(count, "head")
+
+
+def _all_heads(count: int) -> str:
+    return "the one head" if count == 1 else f"all {count} heads"
+
+
+def _verb(count: int) -> str:
+    return "changes" if count == 1 else "change"

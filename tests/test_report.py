@@ -1,0 +1,262 @@
+import csv
+import dataclasses
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+from sweep_examples import crowd, scene_example
+
+import headoff.report.output as output
+from headoff.errors import OutputError
+from headoff.gates import cumulative, heads_off
+from headoff.outcomes import Status
+from headoff.report import SCHEMA_VERSION, folder_index, is_finished, verdict, write_report
+from headoff.report.page import render_page
+from headoff.report.story import sentences
+
+PROVENANCE = {"image": "a <b> & c.png", "model": "scenes", "command": "headoff sweep 'a <b> & c.png'"}
+VOID = {"meta", "img", "input", "source", "br", "link"}
+
+
+class Reader(HTMLParser):
+    """Checks that elements are nested, and collects what refers to something."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.references, self.ids, self.images_without_alt = [], [], [], 0
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.references += [v for k, v in attributes.items() if k in ("src", "href", "srcset", "xlink:href")]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.images_without_alt += tag == "img" and "alt" not in attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+
+def read(html):
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    image, result = scene_example(configurations=cumulative(3))
+    folder = tmp_path_factory.mktemp("report") / "new" / "folder"
+    page = write_report(folder, image, result, provenance=PROVENANCE)
+    return folder, page, result
+
+
+def test_everything_is_written(written):
+    folder, page, _ = written
+    assert page == folder / "index.html"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files >= {"detections.csv", "objects.csv", "sweep.json", "index.html", "thumbnail.webp"}
+    assert files >= {f"figures/{name}.png" for name in ("00-none-off", "survival", "outcomes")}
+    assert not [file for file in files if file.endswith(".part")]
+    assert is_finished(folder)
+    for file in files:
+        if file.endswith(".png"):
+            Image.open(folder / file).load()
+
+
+def test_json_says_what_the_result_says(written):
+    folder, _, result = written
+    contents = json.loads((folder / "sweep.json").read_text())
+    assert (contents["schema"], contents["schema_version"]) == ("headoff.sweep", SCHEMA_VERSION)
+    assert contents["provenance"] == PROVENANCE
+    assert contents["verdict"] == verdict(result)
+    for key, value in json.loads(json.dumps(result.as_dict())).items():
+        assert contents[key] == value
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert set(contents["files"]) == there - {"sweep.json"}
+
+
+def test_csv_has_a_row_for_each(written):
+    folder, _, result = written
+    with open(folder / "detections.csv", newline="") as file:
+        detections = [*csv.DictReader(file)]
+    with open(folder / "objects.csv", newline="") as file:
+        objects = [*csv.DictReader(file)]
+    assert len(detections) == sum(len(each) for each in result.detections)
+    assert len(objects) == len(result) * len(result.baseline)
+    nothing = [row for row in detections if row["status"] == "of nothing"]
+    assert len(nothing) == sum(len(each.of_nothing) for each in result.outcomes)
+    assert all(row["object"] == "" for row in nothing)
+    duplicates = [row for row in detections if row["status"] == "duplicate"]
+    assert len(duplicates) == sum(each.duplicates for each in result.outcomes) > 0
+    assert detections[0]["image"] == objects[0]["image"] == PROVENANCE["image"]
+    last = result.outcomes[-1].outcomes[0]
+    row = next(r for r in objects if r["configuration"] == "first 3 off" and r["object"] == "0")
+    assert (row["status"], float(row["query_score"])) == (
+        last.status,
+        pytest.approx(last.query_score, rel=1e-5),
+    )
+
+
+def test_the_page_stands_alone(written):
+    _, page, result = written
+    html = page.read_text()
+    reader = read(html)
+    assert all(ref.startswith(("#", "data:")) for ref in reader.references)
+    assert not re.search(r"https?:|//\w+\.\w+/|@import|url\((?!data:|#)", html)
+    assert len(reader.ids) == len(set(reader.ids))
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(reader.ids)
+    assert reader.images_without_alt == 0
+    assert "a &lt;b&gt; &amp; c.png" in html and "a <b>" not in html
+    assert html.count("<article") == len(result)
+    assert len(html) < 1_000_000
+
+
+@pytest.mark.parametrize("objects", [0, 1])
+def test_the_page_of_none_and_one(objects):
+    image, result = crowd(objects, (30, 40), ("<script>",), configurations=[heads_off(3)])
+    html = render_page(image, result, {})
+    read(html)
+    assert html.count("<script>") == 1
+    assert ("No object with nothing off" in html) == (objects == 0)
+
+
+def test_equal_results_make_equal_pages():
+    image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
+    assert render_page(image, result, {}) == render_page(image, result, {})
+
+
+@pytest.mark.parametrize("failing", [1, 3, 5])
+def test_an_interruption_leaves_whole_files_only(tmp_path, monkeypatch, failing):
+    image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
+    write_report(tmp_path, image, result, provenance=PROVENANCE, figures=False)
+    names, replace = [], output.os.replace
+
+    def interrupted(source, target):
+        names.append(target.name)
+        if len(names) == failing:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(output.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(tmp_path, image, result, provenance=PROVENANCE, figures=False)
+    assert not is_finished(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if ".part" in path.name]
+    monkeypatch.undo()
+    write_report(tmp_path, image, result, provenance=PROVENANCE, figures=False)
+    assert is_finished(tmp_path)
+
+
+def test_sweep_json_comes_last(tmp_path, monkeypatch):
+    image, result = crowd(0, (30, 40), configurations=[heads_off(3)])
+    names, write = [], output.write_file
+    monkeypatch.setattr(output, "write_file", lambda path, data: (names.append(path.name), write(path, data)))
+    write_report(tmp_path, image, result, provenance={}, figures=False)
+    assert names[-1] == "sweep.json" and names.count("sweep.json") == 1
+
+
+def test_writing_again_removes_what_is_stale_and_nothing_else(tmp_path):
+    image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
+    write_report(tmp_path, image, result, provenance={})
+    (tmp_path / "figures" / "mine.png").write_bytes(b"")
+    assert (tmp_path / "figures" / "00-h3-off.png").exists()
+    write_report(tmp_path, image, result, provenance={}, figures=False)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
+
+
+def test_a_manipulated_list_of_files_deletes_nothing_outside(tmp_path):
+    image, result = crowd(0, (30, 40), configurations=[heads_off(3)])
+    outside = tmp_path / "precious"
+    outside.write_text("")
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "sweep.json").write_text(json.dumps({"files": ["../precious", str(outside), 3, ""]}))
+    write_report(folder, image, result, provenance={}, figures=False)
+    assert outside.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    image, result = crowd(0, (30, 40), configurations=[heads_off(3)])
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OutputError) as caught:
+        write_report(blocked / "folder", image, result, provenance={})
+    message = str(caught.value)
+    assert "file" in message and "\n" not in message and not message.endswith(".")
+
+
+def lost_at(*ks, objects=None):
+    """A cumulative result where object i is lost from ks[i] heads off on (None: never)."""
+    _, result = crowd(len(ks), (60, 80), ("dog",))
+    kept = result.outcomes[0].outcomes
+    outcomes = []
+    for k in range(9):
+        each = [
+            dataclasses.replace(one, status=Status.LOST, detections=()) if at is not None and k >= at else one
+            for one, at in zip(kept, ks, strict=True)
+        ]
+        outcomes.append(dataclasses.replace(result.outcomes[0], outcomes=tuple(each)))
+    return dataclasses.replace(result, outcomes=tuple(outcomes))
+
+
+@pytest.mark.parametrize(
+    ("ks", "said"),
+    [
+        ((3, 8), "2 objects with nothing off. First lost at 3 heads off: #0 dog. All gone at 8."),
+        ((2, 2), "2 objects with nothing off. All are lost at 2 heads off."),
+        ((1,), "1 object with nothing off. It is lost at 1 head off."),
+        ((None, None), "2 objects with nothing off. None is lost, even with all 8 heads off."),
+        ((), "No object with nothing off. Nothing is found under any other configuration either."),
+        (
+            (None, 4),
+            "2 objects with nothing off. First lost at 4 heads off: #1 dog. "
+            "With all 8 heads off: 1 kept, 1 lost.",
+        ),
+    ],
+)
+def test_verdict_of_a_cumulative_sweep(ks, said):
+    assert verdict(lost_at(*ks)) == said
+
+
+def test_verdict_of_other_configurations():
+    _, result = scene_example(configurations=[heads_off(1), heads_off(2), heads_off(3)])
+    assert (
+        verdict(result)
+        == "5 objects with nothing off. 1 of 3 configurations lose at least one; 'H3 off' loses 3."
+    )
+
+
+def test_sentences_name_every_object_once():
+    _, result = crowd(12, (60, 80))
+    for detections, outcome in zip(result.detections, result.outcomes, strict=True):
+        told = " ".join(sentences(result.baseline, detections, outcome))
+        if told.startswith("All"):
+            continue
+        assert all(len(re.findall(rf"#{index}\b", told)) == 1 for index in range(12))
+
+
+def test_folder_index(tmp_path):
+    image, result = crowd(1, (30, 40), ("dog",), configurations=[heads_off(3)])
+    for name in ("one #1", "two"):
+        write_report(tmp_path / name, image, result, provenance={"image": f"{name}.jpg"}, figures=False)
+    page = folder_index(
+        tmp_path, [tmp_path / "one #1", tmp_path / "two"], failures={"bad.jpg": "it is <empty>"}
+    )
+    html = page.read_text()
+    reader = read(html)
+    assert [r for r in reader.references if r.endswith("html")] == ["one%20%231/index.html", "two/index.html"]
+    assert html.count(verdict(result)) == 2
+    assert "one #1.jpg" in html and "it is &lt;empty&gt;" in html
+    with pytest.raises(OutputError, match="no finished results"):
+        folder_index(tmp_path, [tmp_path / "three"])
