@@ -19,6 +19,7 @@ from headoff.detr.sharing import SharingPlan, sharing_plan
 from headoff.detr.transformer import AttentionAddress, Decoder, Encoder
 from headoff.errors import CheckpointError, GateError
 from headoff.gates import Gates, HeadLayout, Site
+from headoff.images import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Detector(nn.Module):
         )
 
     @property
-    def preprocessing(self):
+    def preprocessing(self) -> Preprocessing:
         """How images become the pixels this detector was trained with."""
         return self.config.preprocessing
 
@@ -220,7 +221,18 @@ class Detector(nn.Module):
             plan = sharing_plan(
                 gates.decoder_self, gates.decoder_cross, self.config.decoder_layers, len(gates.names)
             )
-        return self.heads(self.decoder_states(memory, plan)[-1], plan)
+        positions = self.query_embedding.weight
+        states = self.decoder(
+            positions.new_zeros(len(memory), 1, *positions.shape),
+            positions,
+            memory.tokens,
+            memory.positions,
+            self.attend,
+            memory.attn_mask,
+            plan,
+            every_layer=False,
+        )
+        return self.heads(states[-1], plan)
 
     def _check_gate(self, site: Site, gate: Tensor, rows: int) -> None:
         # Broadcasting, or a loop over fewer layers, would make something plausible of a gate for another detector.
@@ -235,14 +247,6 @@ class Detector(nn.Module):
                 f"the {site} gate is of shape {tuple(gate.shape)} and this detector has ({layers}, {rows} or 1, "
                 f"{heads}) layers, queries and heads there; stack the configurations for detector.head_layout"
             )
-
-    def decoder_states(self, memory: Memory, plan: SharingPlan | None = None) -> Tensor:
-        """Normalised queries after every decoder layer: (layers, B, runs, Q, d)."""
-        positions = self.query_embedding.weight
-        content = positions.new_zeros(len(memory), 1, *positions.shape)
-        return self.decoder(
-            content, positions, memory.tokens, memory.positions, self.attend, memory.attn_mask, plan
-        )
 
     def heads(self, states: Tensor, plan: SharingPlan | None = None) -> DetectorOutput:
         """Class and box heads on (B, runs, Q, d), runs spread to the plan's configurations."""

@@ -215,8 +215,10 @@ class Decoder(nn.Module):
         attend: Attend,
         attn_mask: Tensor | None = None,
         plan: SharingPlan | None = None,
+        *,
+        every_layer: bool = True,
     ) -> Tensor:
-        """Queries after every layer, normalised.
+        """Queries after every layer, or after the last one alone, normalised.
 
         Args:
             x: (B, G, Q, d) the queries' content, zeros in DETR; G = 1 where a `plan` splits the runs.
@@ -226,10 +228,11 @@ class Decoder(nn.Module):
             plan: gates and the runs they split into; None for all heads on.
 
         Returns:
-            (layers, B, G', Q, d), G' = number of final runs. Earlier layers' runs are repeated to it.
+            (layers or 1, B, G', Q, d), G' = number of final runs. Earlier layers' runs are repeated to it.
         """
         after: list[Tensor] = []
         for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
             self_step, cross_step = (
                 (plan.self_attention[index], plan.cross_attention[index]) if plan else (_ALL_ON, _ALL_ON)
             )
@@ -240,7 +243,8 @@ class Decoder(nn.Module):
                 x, query_positions, memory, memory_positions, attend, attn_mask, cross_step.gate
             )
             x = layer.feed_forward(x)
-            after.append(x)
+            if every_layer or layer is self.layers[-1]:
+                after.append(x)
         return self.norm(torch.stack(after))
 
 
