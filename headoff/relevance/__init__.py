@@ -1,0 +1,34 @@
+"""Where each detection draws its evidence from: relevance maps of any target under any head gates.
+
+`explain` is the way in; `RelevanceEngine` is what it runs, `rules` and `oracle` say what is right.
+"""
+
+from headoff.relevance.engine import (
+    MEMORY_BUDGET,
+    ConfigurationRelevance,
+    PairRelevance,
+    RelevanceEngine,
+)
+from headoff.relevance.explanations import Explanation, ExplanationStatus, explain, load_explanation
+from headoff.relevance.methods import Method, method_names, register_method, resolve_method
+from headoff.relevance.targets import BOX_COORDINATES, Target, box_coordinate, class_logit, make_target
+
+__all__ = [
+    "BOX_COORDINATES",
+    "MEMORY_BUDGET",
+    "ConfigurationRelevance",
+    "Explanation",
+    "ExplanationStatus",
+    "Method",
+    "PairRelevance",
+    "RelevanceEngine",
+    "Target",
+    "box_coordinate",
+    "class_logit",
+    "explain",
+    "load_explanation",
+    "make_target",
+    "method_names",
+    "register_method",
+    "resolve_method",
+]

@@ -1,0 +1,174 @@
+"""Equations 6 to 11 for a few rows at a time: vectors times cams, never a cam times a cam of N x N.
+
+What is wanted of R_qi is one row per target and decoder layer. With E_l, D_m, X_m the cams of encoder layer l, decoder
+self-attention m and cross-attention m, S_m = R_qq - I after layer m, and t the target's query:
+
+- Decoder. Unrolled, equations 7 and 10 give row t after layer M as the sum over m <= M of
+  (Rbar_m p_m)^T X_m Rbar_ii, with p_M = e_t and p_m = p_(m+1) (I + D_(m+1)). The sums before the factor Rbar_ii are
+  `DecoderRows.rows`.
+- Encoder. Row sums of R_ii - I by a chain from the right, s <- s + E_l (1 + s) for l = 1 ... L; rows times R_ii by one
+  from the left, y <- y + y E_l for l = L ... 1.
+
+Shapes: P pairs, M decoder layers, Q queries, N tokens. All in the dtype of the cams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from headoff.relevance.rules import ZeroRows
+
+
+class EncoderCams(Protocol):
+    """The cams of all encoder layers, as what they do to vectors."""
+
+    def __len__(self) -> int: ...
+
+    def right(self, layer: int, vectors: Tensor) -> Tensor:
+        """E_l times vectors (P, N): (P, N)."""
+        ...
+
+    def left(self, layer: int, rows: Tensor) -> Tensor:
+        """rows (P, M, N) times E_l: (P, M, N)."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecoderCams:
+    """`own`: D_m (P, Q, Q), and `cross`: X_m (P, Q, N), per layer; `queries` (P,) int64: t."""
+
+    own: Sequence[Tensor]
+    cross: Sequence[Tensor]
+    queries: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the relevance (P, M, N), and how many identity rows its normalisation took.
+
+    `decoder_identity_rows` (P, M), `encoder_identity_rows` (P,), int64.
+    """
+
+    rows: Tensor
+    decoder_identity_rows: Tensor
+    encoder_identity_rows: Tensor
+
+    def of(self, pairs: Tensor) -> Rows:
+        """Those of some pairs."""
+        return Rows(self.rows[pairs], self.decoder_identity_rows[pairs], self.encoder_identity_rows[pairs])
+
+
+def _none(rows: Tensor) -> Rows:
+    pairs, layers, _ = rows.shape
+    zeros = torch.zeros(pairs, layers, dtype=torch.long, device=rows.device)
+    return Rows(rows, zeros, zeros[:, 0])
+
+
+def _over_sums(excess: Tensor, sums: Tensor) -> Tensor:
+    """Equations 8 and 9 without their I: rows over their sums, zero where the sum is."""
+    return excess / sums.masked_fill(sums == 0, 1)
+
+
+def _unit_rows(cams: DecoderCams) -> Tensor:
+    """e_t (P, Q)."""
+    return torch.nn.functional.one_hot(cams.queries, cams.own[0].shape[-1]).to(cams.own[0])
+
+
+def chefer_decoder(
+    cams: DecoderCams,
+    *,
+    normalised: bool = True,
+    self_in_rule_10: bool = True,
+    zero_rows: ZeroRows = "identity",
+) -> Rows:
+    """The decoder's share of equations 5 to 11, for every layer."""
+    excess: list[Tensor] = []
+    for own in cams.own:
+        excess.append(own if not excess else excess[-1] + own + own @ excess[-1])
+    sums = [each.sum(-1, keepdim=True) for each in excess]
+    identity_rows = torch.stack([(each == 0).sum((1, 2)) for each in sums], dim=1)
+
+    layers, tokens = len(cams.own), cams.cross[0].shape[-1]
+    unit = _unit_rows(cams)
+    rows = unit.new_zeros(len(unit), layers, tokens)
+    path = unit.new_empty(len(unit), 0, unit.shape[1])  # p_m of the maps after layers m, ..., M
+    for layer in reversed(range(layers)):
+        if path.shape[1]:
+            path = path + path @ cams.own[layer + 1]
+        path = torch.cat((unit[:, None], path), dim=1)
+        through = path
+        if self_in_rule_10:
+            back = _over_sums(excess[layer], sums[layer]) if normalised else excess[layer]
+            through = path + path @ back.transpose(1, 2)
+        update = through @ cams.cross[layer]
+        if zero_rows == "reference" and normalised and self_in_rule_10:
+            update = update.masked_fill((identity_rows[:, layer] > 0)[:, None, None], 0)
+        rows[:, layer:] += update
+    if not (normalised and self_in_rule_10):
+        return _none(rows)
+    return Rows(rows, identity_rows, identity_rows.new_zeros(len(unit)))
+
+
+def chefer_encoder(
+    found: Rows,
+    encoder: EncoderCams,
+    tokens: Tensor | None,
+    *,
+    normalised: bool = True,
+    zero_rows: ZeroRows = "identity",
+) -> Rows:
+    """The factor Rbar_ii; `tokens` (N,) bool, True = image, or None."""
+    rows, weights, zeros = found.rows, found.rows, found.encoder_identity_rows
+    if normalised:
+        sums = rows.new_zeros(len(rows), rows.shape[-1])
+        for layer in range(len(encoder)):
+            sums = sums + encoder.right(layer, 1 + sums)
+        zero = sums == 0
+        zeros = (zero if tokens is None else zero & tokens).sum(-1)
+        weights = torch.where(zero[:, None], 0, _over_sums(rows, sums[:, None]))
+    more = torch.zeros_like(rows)
+    for layer in reversed(range(len(encoder))):
+        more = more + encoder.left(layer, weights + more)
+    rows = rows + more
+    if zero_rows == "reference" and normalised:
+        rows = rows.masked_fill((zeros > 0)[:, None, None], 0)
+    return Rows(rows, found.decoder_identity_rows, zeros)
+
+
+def no_aggregation_decoder(cams: DecoderCams, *, residual: bool = False) -> Rows:
+    """Column t of D_m ... D_1, times X_m; with `residual`, of the (D + I) whose rows are normalised (rollout)."""
+    column = _unit_rows(cams)[:, :, None]
+    rows = []
+    for own, cross in zip(cams.own, cams.cross, strict=True):
+        after = own @ column
+        column = (after + column) / (1 + own.sum(-1, keepdim=True)) if residual else after
+        rows.append(column.transpose(1, 2) @ cross)
+    return _none(torch.cat(rows, dim=1))
+
+
+def no_aggregation_encoder(
+    found: Rows, encoder: EncoderCams, tokens: Tensor | None, *, residual: bool = False
+) -> Rows:
+    """Rows times E_L ... E_1; with `residual`, times the (E + I) whose rows are normalised (rollout)."""
+    rows = found.rows
+    for layer in reversed(range(len(encoder))):
+        if residual:
+            sums = 1 + encoder.right(layer, rows.new_ones(len(rows), rows.shape[-1]))
+            rows = rows / sums[:, None]
+            rows = rows + encoder.left(layer, rows)
+        else:
+            rows = encoder.left(layer, rows)
+    return Rows(rows, found.decoder_identity_rows, found.encoder_identity_rows)
+
+
+def cross_only(cams: DecoderCams) -> Rows:
+    """Row t of X_m."""
+    index = cams.queries[:, None, None]
+    return _none(
+        torch.cat([cross.gather(1, index.expand(-1, 1, cross.shape[-1])) for cross in cams.cross], dim=1)
+    )

@@ -1,0 +1,410 @@
+"""The engine: one encode, all configurations decoded together, all targets' gradients sent back in batches.
+
+Only what relevance is made of is computed: contexts' gradients at each attention, no gradients of weights, nothing of
+the backbone. A pair of (configuration, target) costs the VJPs of decoder and encoder and a few products of cams with
+vectors (`headoff.relevance.aggregation`). Memory is bounded by a budget, which decides
+
+- how many configurations are decoded, and how many pairs sent back, at once;
+- whether attention weights and encoder cams (N x N per layer) are kept, or made anew tile by tile. Without them the
+  memory of a pair is O(N).
+
+Results come one configuration at a time, in the order of the gates where the encoder is not gated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headoff.detr.detector import Detector, Features
+from headoff.errors import NonFiniteError, SettingError
+from headoff.gates import Gates
+from headoff.relevance.aggregation import DecoderCams, Rows
+from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
+from headoff.relevance.capture import AttentionRecord
+from headoff.relevance.methods import Method, resolve_method
+from headoff.relevance.rules import ZeroRows
+from headoff.relevance.targets import Target
+from headoff.relevance.traces import DecoderTrace, EncoderTrace
+from headoff.sweeps import by_encoder_gate
+
+Backward = Literal["auto", "analytic", "callable"]
+
+MEMORY_BUDGET = 2**30
+"""Bytes that the engine may use beside the model, by default."""
+
+TargetsOf = Callable[[int, Tensor, Tensor], Sequence[Target | None]]
+"""(index of a configuration, its logits (Q, K + 1), its boxes (Q, 4)) to what is to be explained of it."""
+
+
+@dataclass(frozen=True)
+class PairRelevance:
+    """The relevance of one target under one configuration, on the CPU.
+
+    - `rows` (M, N): after each decoder layer, float32 or float64
+    - `value`: the target's
+    - `decoder_identity_rows` (M,) int64 and `encoder_identity_rows`: identity rows that normalisation took; 0 where
+      there was nothing to normalise
+    - `reference_differs` (M,) bool: whether the paper's published code drops a contribution to that map, for a row
+      that normalisation could not divide
+    """
+
+    rows: Tensor
+    value: float
+    decoder_identity_rows: Tensor
+    encoder_identity_rows: int
+    reference_differs: Tensor
+
+
+@dataclass(frozen=True)
+class ConfigurationRelevance:
+    """One configuration: its index in the gates, logits (Q, K + 1), boxes (Q, 4), and one result per target asked for
+    (None for None). `heads` (targets, M, H, N): cross-attention weights after the gate, where they were asked for.
+    """
+
+    index: int
+    logits: Tensor
+    boxes: Tensor
+    pairs: list[PairRelevance | None]
+    heads: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Pair:
+    run: int
+    slot: int
+    target: Target
+
+
+class KeptCams:
+    """Encoder cams as matrices (P or 1, N, N)."""
+
+    def __init__(self, cams: list[Tensor]) -> None:
+        self._cams = cams
+
+    def __len__(self) -> int:
+        return len(self._cams)
+
+    def right(self, layer: int, vectors: Tensor) -> Tensor:
+        return (self._cams[layer] @ vectors[:, :, None])[:, :, 0]
+
+    def left(self, layer: int, rows: Tensor) -> Tensor:
+        return rows @ self._cams[layer]
+
+
+class RecomputedCams:
+    """Encoder cams that are made anew, tile by tile, each time they are multiplied by: dO is all that is kept."""
+
+    def __init__(self, attention: list[AttentionVjp], gradients: list[Tensor] | None, pairs: int) -> None:
+        self._attention = attention
+        self._gradients = gradients
+        self._runs = torch.zeros(pairs, dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self._attention)
+
+    def _blocks(self, layer: int) -> Iterator[tuple[int, slice, Tensor]]:
+        gradient = None if self._gradients is None else self._gradients[layer]
+        return self._attention[layer].cam_blocks(gradient, self._runs)
+
+    def right(self, layer: int, vectors: Tensor) -> Tensor:
+        result = torch.empty_like(vectors)
+        for pair, rows, block in self._blocks(layer):
+            result[pair, rows] = block @ vectors[pair]
+        return result
+
+    def left(self, layer: int, rows: Tensor) -> Tensor:
+        result = torch.zeros_like(rows)
+        for pair, part, block in self._blocks(layer):
+            result[pair].addmm_(rows[pair, :, part], block)
+        return result
+
+
+class RelevanceEngine:
+    """Relevance of one image for any number of configurations and targets.
+
+    Args:
+        detector: in evaluation mode; its attention callable computes every forward pass.
+        features: of one image (`Detector.features`), padded or not.
+        method: a name or a `Method`.
+        zero_rows: see `headoff.relevance.rules`.
+        backward: how gradients pass an attention: by its own backward pass (`callable`), which a patch under test is
+            to be judged by, or by the formula (`analytic`), which is faster. `auto` is analytic for this package's
+            attentions and callable for any other. Cams are made of the captured tensors either way.
+        memory_budget: bytes; what cannot be made smaller is taken regardless.
+
+    Raises SettingError for options that cannot be; see `run` for the rest.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        features: Features,
+        *,
+        method: Method | str = "chefer",
+        zero_rows: ZeroRows = "identity",
+        backward: Backward = "auto",
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> None:
+        if len(features) != 1:
+            raise SettingError(f"relevance is of one image at a time: give one, not {len(features)}")
+        if memory_budget <= 0:
+            raise SettingError(f"a memory budget of {memory_budget} bytes holds nothing; give a positive one")
+        for name, value, known in (
+            ("backward", backward, ("auto", "analytic", "callable")),
+            ("zero_rows", zero_rows, ("identity", "reference")),
+        ):
+            if value not in known:
+                raise SettingError(f"{name} cannot be {value!r}: use one of {', '.join(known)}")
+        self.detector = detector
+        self.features = features
+        self.method = resolve_method(method)
+        self.zero_rows: ZeroRows = zero_rows
+        plain = type(detector).attend is Detector.attend and "attend" not in vars(detector)
+        self.analytic = backward == "analytic" or (
+            backward == "auto" and plain and is_builtin(detector.attention)
+        )
+        self._compute = torch.promote_types(detector.dtype, torch.float32)
+        self._budget = _Budget(detector, features, self.method, memory_budget)
+        self._encoded: tuple[Tensor | None, EncoderTrace] | None = None
+
+    @torch.no_grad()
+    def encode(self, gate: Tensor | None = None) -> EncoderTrace:
+        """The image through the encoder under `gate` (layers, N or 1, H); the last one is remembered."""
+        if self._encoded is not None:
+            known, trace = self._encoded
+            if known is gate or (known is not None and gate is not None and torch.equal(known, gate)):
+                return trace
+        self._encoded = None
+        trace = EncoderTrace.of(self.detector, self.features, gate, self._make)
+        if self._budget.keep_weights and self.method.encoder is not None:
+            for layer in trace.layers:
+                layer.attention.record.keep_weights()
+        self._encoded = (gate, trace)
+        return trace
+
+    @torch.no_grad()
+    def run(
+        self, gates: Gates, targets: TargetsOf, *, layers: Sequence[int] | None = None, heads: bool = False
+    ) -> Iterator[ConfigurationRelevance]:
+        """Decode and explain every configuration.
+
+        Args:
+            gates: all sites, the encoder's included.
+            targets: called for each configuration once it is decoded.
+            layers: decoder layers after which maps are wanted; None = all.
+            heads: whether to add per-head cross-attention weights.
+
+        Raises NonFiniteError where NaN or infinity appears, AttentionError where a patched attention has no backward
+        pass, SettingError for a target that is no differentiable number.
+        """
+        chosen = list(range(self.detector.config.decoder_layers)) if layers is None else list(layers)
+        for encoder_gate, members in by_encoder_gate(gates):
+            encoder = self.encode(encoder_gate)
+            for batch in members.split(self._budget.configurations_at_once):
+                yield from self._batch(encoder, gates[batch], batch.tolist(), targets, chosen, heads)
+
+    def _make(self, record: AttentionRecord) -> AttentionVjp:
+        attend = None if self.analytic else self.detector.attend
+        return AttentionVjp(record, self.method.rule, attend, self.detector.dtype)
+
+    def _batch(
+        self,
+        encoder: EncoderTrace,
+        gates: Gates,
+        indices: list[int],
+        targets: TargetsOf,
+        layers: list[int],
+        heads: bool,
+    ) -> Iterator[ConfigurationRelevance]:
+        decoder = DecoderTrace.of(self.detector, encoder.memory, gates, self._make)
+        for layer in decoder.layers:
+            layer.own.record.keep_weights()
+            layer.cross.record.keep_weights()
+        logits, boxes = decoder.output.logits[:, 0], decoder.output.boxes[:, 0]
+        asked = [targets(index, logits[run], boxes[run]) for run, index in enumerate(indices)]
+        pairs = [
+            _Pair(run, slot, target)
+            for run, wanted in enumerate(asked)
+            for slot, target in enumerate(wanted)
+            if target is not None
+        ]
+        found: dict[tuple[int, int], PairRelevance] = {}
+        for start in range(0, len(pairs), self._budget.pairs_at_once):
+            chunk = pairs[start : start + self._budget.pairs_at_once]
+            results = self._pairs(encoder, decoder, gates, chunk, layers)
+            found.update({(pair.run, pair.slot): each for pair, each in zip(chunk, results, strict=True)})
+        for run, (index, wanted) in enumerate(zip(indices, asked, strict=True)):
+            yield ConfigurationRelevance(
+                index,
+                logits[run].cpu(),
+                boxes[run].cpu(),
+                [found.get((run, slot)) for slot in range(len(wanted))],
+                _head_weights(decoder, run, wanted, layers) if heads else None,
+            )
+
+    def _pairs(
+        self,
+        encoder: EncoderTrace,
+        decoder: DecoderTrace,
+        gates: Gates,
+        pairs: list[_Pair],
+        layers: list[int],
+    ) -> list[PairRelevance]:
+        values, gradient = self._seed(decoder, pairs)
+        tokens = self.features.tokens.shape[1]
+        rows = torch.zeros(len(pairs), len(layers), tokens, dtype=self._compute)
+        decoder_zeros = torch.zeros(len(pairs), len(layers), dtype=torch.long)
+        encoder_zeros = torch.zeros(len(pairs), dtype=torch.long)
+        differs = torch.zeros(len(pairs), len(layers), dtype=torch.bool)
+        # With all cross-attention off no evidence comes from the image: the map is zero, and known without computing.
+        seeing = _seeing(gates)
+        live = torch.tensor([index for index, pair in enumerate(pairs) if seeing[pair.run]], dtype=torch.long)
+        if len(live):
+            device = decoder.states.device
+            runs = torch.tensor([pairs[index].run for index in live.tolist()], device=device)
+            queries = torch.tensor([pairs[index].target.query for index in live.tolist()], device=device)
+            seed = gradient[live.to(device)] if self.method.needs_gradient else None
+            needs_encoder = self.method.encoder is not None and self.method.needs_gradient
+            flow = decoder.backward(seed, runs, memory=needs_encoder)
+            options = self.method.options(self.zero_rows)
+            below = self.method.decoder(DecoderCams(flow.own, flow.cross, queries), **options)
+            # What is dropped at a layer is missing from every map after it, whichever of them are asked for.
+            differs[live] = (below.decoder_identity_rows.cumsum(1) > 0)[:, layers].cpu()
+            below = Rows(
+                below.rows[:, layers], below.decoder_identity_rows[:, layers], below.encoder_identity_rows
+            )
+            of_memory = flow.memory
+            del flow
+            for part in torch.arange(len(live)).split(self._budget.encoder_pairs_at_once):
+                among = part.to(device)
+                some = self._encoder_part(
+                    encoder, below.of(among), None if of_memory is None else of_memory[among], options
+                )
+                there = live[part]
+                rows[there] = some.rows.cpu()
+                decoder_zeros[there] = some.decoder_identity_rows.cpu()
+                encoder_zeros[there] = some.encoder_identity_rows.cpu()
+                differs[there] |= encoder_zeros[there, None] > 0
+        if not bool(rows.isfinite().all()):
+            raise _non_finite(rows, pairs, gates, layers)
+        return [
+            PairRelevance(*each)
+            for each in zip(rows, values, decoder_zeros, encoder_zeros.tolist(), differs, strict=True)
+        ]
+
+    def _encoder_part(
+        self, encoder: EncoderTrace, rows: Rows, of_memory: Tensor | None, options: dict[str, object]
+    ) -> Rows:
+        if self.method.encoder is None or not bool(rows.rows.any()):
+            return rows
+        mask = self.features.attn_mask
+        tokens = None if mask is None else mask.flatten()
+        attention = [layer.attention for layer in encoder.layers]
+        keep = self._budget.keep_cams
+        if of_memory is None:
+            one = torch.zeros(1, dtype=torch.long)
+            if keep:
+                kept = [each(None, one, inputs=False)[0] for each in attention]
+                cams = KeptCams([each for each in kept if each is not None])
+                return self.method.encoder(rows, cams, tokens, **options)
+            return self.method.encoder(
+                rows, RecomputedCams(attention, None, len(rows.rows)), tokens, **options
+            )
+        flow = encoder.backward(of_memory, keep)
+        if keep:
+            return self.method.encoder(
+                rows, KeptCams([cams for cams, _ in flow if cams is not None]), tokens, **options
+            )
+        gradients = [gradient for _, gradient in flow]
+        return self.method.encoder(
+            rows, RecomputedCams(attention, gradients, len(rows.rows)), tokens, **options
+        )
+
+    def _seed(self, decoder: DecoderTrace, pairs: list[_Pair]) -> tuple[list[float], Tensor]:
+        """The targets' values, and their gradients with respect to the decoder's states, (P, Q, d)."""
+        device = decoder.states.device
+        runs = torch.tensor([pair.run for pair in pairs], device=device)
+        with torch.enable_grad():
+            # The heads are small and no part of what may be patched: autograd will do.
+            states = decoder.states.index_select(0, runs).detach().requires_grad_()
+            output = self.detector.heads(states[None])
+            values = [
+                pair.target.value(output.logits[index, 0], output.boxes[index, 0])
+                for index, pair in enumerate(pairs)
+            ]
+            (gradient,) = torch.autograd.grad(torch.stack(values).sum(), states)
+        return [float(value) for value in values], gradient.to(self._compute)
+
+
+def _non_finite(rows: Tensor, pairs: list[_Pair], gates: Gates, layers: list[int]) -> NonFiniteError:
+    bad = (~rows.isfinite()).any(-1)
+    pair, place = (int(index) for index in bad.nonzero()[0])
+    return NonFiniteError(
+        f"NaN or infinity in the relevance of query {pairs[pair].target.query} under "
+        f"'{gates.names[pairs[pair].run]}', first after decoder layer {layers[place]}, though logits and boxes "
+        "are finite: check the backward pass of the attention and the target's gradient"
+    )
+
+
+class _Budget:
+    """How a number of bytes is spent."""
+
+    def __init__(self, detector: Detector, features: Features, method: Method, memory_budget: int) -> None:
+        config = detector.config
+        size = torch.promote_types(detector.dtype, torch.float32).itemsize
+        tokens, queries, heads = features.tokens.shape[1], config.queries, config.heads
+        on_cpu = detector.device.type == "cpu"
+        # The encoder's activations, and one layer's gradients of one pair, are needed whatever the budget.
+        left = memory_budget - size * tokens * config.encoder_layers * (config.feedforward + 8 * config.width)
+        weights = size * heads * tokens**2 * config.encoder_layers if method.encoder is not None else 0
+        self.keep_weights = weights <= left / 2
+        if self.keep_weights:
+            left -= weights
+        states = size * queries * (2 * config.feedforward + 20 * config.width)
+        configuration = config.decoder_layers * (states + size * queries * heads * (tokens + queries))
+        self.configurations_at_once = int(max(1, min(64, left / 2 // configuration)))
+        left -= self.configurations_at_once * configuration
+
+        below = size * (config.decoder_layers * queries * (tokens + queries) + tokens * (6 * config.width))
+        # Enough rows for a matrix product to be worth it; on a GPU, as many as there are.
+        enough = max(1, 1024 // queries) if on_cpu else 256
+        self.pairs_at_once = int(max(1, min(enough, left / 2 // below)))
+        left -= self.pairs_at_once * below
+
+        flow = size * tokens * (config.feedforward + 10 * config.width)
+        cams = size * tokens**2 * config.encoder_layers
+        self.keep_cams = cams + flow <= left
+        above = flow + (cams if self.keep_cams else size * tokens * config.width * config.encoder_layers)
+        enough = max(1, 1024 // tokens) if on_cpu else 64
+        self.encoder_pairs_at_once = int(max(1, min(enough, left // above)))
+
+
+def _seeing(gates: Gates) -> list[bool]:
+    """Whether each configuration leaves any head of the cross-attention on."""
+    if gates.decoder_cross is None:
+        return [True] * len(gates)
+    return [bool(each.any()) for each in gates.decoder_cross]
+
+
+def _head_weights(
+    decoder: DecoderTrace, run: int, wanted: Sequence[Target | None], layers: list[int]
+) -> Tensor:
+    """Cross-attention weights after the gate, of the targets' queries: (targets, M, H, N); zero where there is None."""
+    heads, _, tokens = decoder.layers[0].cross.record.weights(run).shape
+    result = torch.zeros(
+        len(wanted), len(layers), heads, tokens, dtype=decoder.layers[0].cross.record.query.dtype
+    )
+    for place, layer in enumerate(layers):
+        record = decoder.layers[layer].cross.record
+        weights = record.weights(run)
+        if record.gate is not None:
+            weights = weights * record.gate[run]
+        for slot, target in enumerate(wanted):
+            if target is not None:
+                result[slot, place] = weights[:, target.query].cpu()
+    return result

@@ -1,0 +1,102 @@
+"""The oracle's other half: weights and gradients of every attention by plain autograd, nothing shared or skipped.
+
+One configuration, one target, one forward pass, one backward pass. Meant for float64 and small models.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from headoff.detr.detector import Detector, Features
+from headoff.detr.sharing import sharing_plan
+from headoff.detr.transformer import AttentionAddress
+from headoff.gates import SITES, Gates
+from headoff.relevance.rules import AttentionEvidence, Evidence
+from headoff.relevance.targets import Target
+
+
+class _DenseAttention:
+    """Eager attention whose post-gate weights (1, H, Q, S) are kept, and may be differentiated by."""
+
+    def __init__(self) -> None:
+        self.weights: dict[AttentionAddress, Tensor] = {}
+        self.values: dict[AttentionAddress, Tensor] = {}
+        self.contexts: dict[AttentionAddress, Tensor] = {}
+
+    def __call__(
+        self,
+        address: AttentionAddress,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        head_gate: Tensor | None,
+    ) -> Tensor:
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        weights = scores.softmax(-1)
+        if head_gate is not None:
+            weights = weights * head_gate.to(weights)
+        # With frozen parameters the first self-attention of the decoder depends on nothing that has a gradient.
+        weights = weights if weights.requires_grad else weights.detach().requires_grad_()
+        self.weights[address], self.values[address] = weights, value
+        self.contexts[address] = weights @ value
+        return self.contexts[address]
+
+
+def dense_evidence(detector: Detector, features: Features, gates: Gates | None, target: Target) -> Evidence:
+    """Weights and gradients of every attention, for one image, one configuration (`gates` of length 1) and a target.
+
+    The detector's own encoder, decoder and heads run, under eager attention.
+    """
+    attention = _DenseAttention()
+    encoder_gate = None if gates is None or gates.encoder_self is None else gates.encoder_self[0]
+    with torch.enable_grad():
+        tokens = detector.encoder(
+            features.tokens.detach().requires_grad_(),
+            features.positions,
+            attention,
+            features.attn_mask,
+            None if encoder_gate is None else encoder_gate.to(features.tokens),
+        )
+        plan = None
+        if gates is not None:
+            plan = sharing_plan(gates.decoder_self, gates.decoder_cross, detector.config.decoder_layers, 1)
+        positions = detector.query_embedding.weight
+        states = detector.decoder(
+            positions.new_zeros(1, 1, *positions.shape),
+            positions,
+            tokens,
+            features.positions,
+            attention,
+            features.attn_mask,
+            plan,
+        )
+        output = detector.heads(states[-1], plan)
+        value = target.value(output.logits[0, 0], output.boxes[0, 0])
+        # Attention that the target does not see has no gradient.
+        addresses = list(attention.weights)
+        wanted = [kept[address] for kept in (attention.weights, attention.contexts) for address in addresses]
+        gradients = [
+            torch.zeros_like(one) if gradient is None else gradient
+            for one, gradient in zip(
+                wanted, torch.autograd.grad(value, wanted, allow_unused=True), strict=True
+            )
+        ]
+    found: dict[str, list[AttentionEvidence]] = {site: [] for site in SITES}
+    of_weights, of_contexts = gradients[: len(addresses)], gradients[len(addresses) :]
+    for address, of_weight, of_context in zip(addresses, of_weights, of_contexts, strict=True):
+        longest = attention.values[address].detach().norm(dim=-1).amax(-1)
+        scale = of_context.norm(dim=-1, keepdim=True) * longest[..., None, None]
+        found[address.site].append(
+            AttentionEvidence(attention.weights[address].detach()[0], of_weight[0], scale[0])
+        )
+    mask = features.attn_mask
+    image = torch.ones(features.tokens.shape[1], dtype=torch.bool) if mask is None else mask.flatten()
+    return Evidence(
+        tuple(found["encoder_self"]), tuple(found["decoder_self"]), tuple(found["decoder_cross"]), image
+    )

@@ -1,0 +1,68 @@
+"""What is explained: one scalar of a detector's answer, and the query whose row of the relevance is read.
+
+A target is a function of one configuration's `logits` (Q, K + 1) and `boxes` (Q, 4; centre x, centre y, width,
+height as fractions of the image). Class logits and box coordinates have names; any other function will do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from headoff.errors import SettingError
+
+BOX_COORDINATES = ("cx", "cy", "w", "h")
+"""Names of the columns of `boxes`."""
+
+Scalar = Callable[[Tensor, Tensor], Tensor]
+TargetSpec = str | Scalar
+"""`"class"`, one of `BOX_COORDINATES`, or a function of (logits, boxes) that returns a scalar tensor."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A scalar to explain. `query` is the row of R_qi that becomes the map; `name` is for people."""
+
+    query: int
+    name: str
+    function: Scalar
+
+    def value(self, logits: Tensor, boxes: Tensor) -> Tensor:
+        """The scalar, a tensor of no dimensions. Raises SettingError where the function returns anything else."""
+        value = self.function(logits, boxes)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise SettingError(
+                f"the target {self.name!r} must be one number computed from logits or boxes by torch: "
+                "return a tensor of one element that can be differentiated"
+            )
+        return value.reshape(())
+
+
+def class_logit(query: int, label: int) -> Target:
+    """The logit of class `label` at `query`."""
+    return Target(query, f"class {label}", lambda logits, _: logits[query, label])
+
+
+def box_coordinate(query: int, name: str) -> Target:
+    """A coordinate of the box of `query`: one of `BOX_COORDINATES`."""
+    column = BOX_COORDINATES.index(name)
+    return Target(query, name, lambda _, boxes: boxes[query, column])
+
+
+def make_target(spec: TargetSpec, query: int, label: int) -> Target:
+    """The target that `spec` means for `query` and the class `label`. Raises SettingError for an unknown name."""
+    if callable(spec):
+        return Target(query, getattr(spec, "__name__", type(spec).__name__), spec)
+    if spec == "class":
+        return class_logit(query, label)
+    if spec in BOX_COORDINATES:
+        return box_coordinate(query, spec)
+    names = ("class", *BOX_COORDINATES)
+    near = difflib.get_close_matches(str(spec), names, n=1)
+    raise SettingError(
+        f"there is no target {spec!r}{f' (did you mean {near[0]!r}?)' if near else ''}: use one of "
+        f"{', '.join(names)}, or a function of (logits, boxes)"
+    )
