@@ -65,7 +65,8 @@ def write_scenes(folder: Path, seeds: Iterable[int], size: int, split: str = "he
 
 def coco_annotations(scenes: Iterable[tuple[int, str, Scene]]) -> dict[str, Any]:
     """Scenes (image id, file name, scene) in COCO's `instances` format; boxes are (left, top, width, height)."""
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for identity, name, scene in scenes:
         height, width = scene.image.shape[:2]
         images.append({"id": identity, "file_name": name, "height": height, "width": width})

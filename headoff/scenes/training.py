@@ -1,4 +1,4 @@
-"""Training of the bundled detector, from nothing, on drawn scenes, on CPU cores or a GPU.
+"""Training of the bundled detector, from nothing, on drawn scenes, on CPU cores.
 
 What makes a small DETR learn in about an hour on two cores, where plain DETR training learns nothing at all:
 
@@ -35,6 +35,7 @@ from headoff.detr import Detector, DetrConfig, Memory
 from headoff.detr.checkpoints import save_native
 from headoff.detr.config import BackboneConfig
 from headoff.detr.detector import DetectorOutput
+from headoff.detr.transformer import DecoderLayer
 from headoff.errors import CheckpointError, NonFiniteError
 from headoff.images import Preprocessing
 from headoff.scenes.dataset import CLASS_NAMES
@@ -210,12 +211,13 @@ class Trainer(nn.Module):
         if states is not None:
             (queries_states, denoted) = states
             output = DetectorOutput(detector.class_head(queries_states), detector.box_head(queries_states))
-            # (layers, B, runs, Q, ..) to (sets, B, Q, ..)
-            matched_sets = [t[:, :, :2].movedim(2, 0).flatten(0, 1) for t in (output.logits, output.boxes)]
-            part = set_loss(*matched_sets, on_device, match(*matched_sets, on_device)) / 2
-            noisy = [t[:, :, 2] for t in (output.logits, output.boxes)]
-            known = _denoted_queries(denoted, targets).to(pixels.device)
-            noise_part = set_loss(*noisy, on_device, known.expand(len(noisy[0]), -1, -1))
+            # The first two runs: (layers, B, runs, Q, ..) to (sets, B, Q, ..)
+            logits, boxes = (
+                each[:, :, :2].movedim(2, 0).flatten(0, 1) for each in (output.logits, output.boxes)
+            )
+            part = set_loss(logits, boxes, on_device, match(logits, boxes, on_device)) / 2
+            known = _denoted_queries(denoted, targets).to(pixels.device).expand(len(output.logits), -1, -1)
+            noise_part = set_loss(output.logits[:, :, 2], output.boxes[:, :, 2], on_device, known)
             parts["set"], parts["denoise"] = part.item(), noise_part.item()
             loss = loss + part + 0.5 * noise_part
         return loss, parts
@@ -237,11 +239,11 @@ def _denoted_queries(denoted: Tensor, targets: Targets) -> Tensor:
 
 def _initialise(detector: Detector) -> None:
     """Xavier for the transformer, as the reference code; attention that starts by comparing positions."""
-    for module in (detector.encoder, detector.decoder):
-        for parameter in module.parameters():
-            if parameter.dim() > 1:
-                nn.init.xavier_uniform_(parameter)
+    for parameter in (*detector.encoder.parameters(), *detector.decoder.parameters()):
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
     for layer in detector.decoder.layers:
+        assert isinstance(layer, DecoderLayer)
         attention = layer.cross_attention
         attention.key.weight.data.copy_(attention.query.weight.data)
         attention.key.bias.data.copy_(attention.query.bias.data)
