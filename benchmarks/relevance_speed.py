@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peak_memory import peak_mib
 from torch import Tensor
 
 from headoff.detr import BackboneConfig, Detector, DetrConfig
@@ -64,16 +64,9 @@ class Clock:
         return {"cpu": cpu - self.cpu, "wall": wall - self.wall}
 
 
-def peak(device: str) -> float:
-    """MiB."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def run_engine(options: argparse.Namespace) -> dict[str, Any]:
     detector, picture = make_detector(options).requires_grad_(False), make_picture(options)
-    before, clock = peak(options.device), Clock(options.device)
+    before, clock = peak_mib(options.device), Clock(options.device)
     found = explain(
         detector,
         picture,
@@ -82,7 +75,12 @@ def run_engine(options: argparse.Namespace) -> dict[str, Any]:
         backward=options.backward,
         memory_budget=int(options.memory_budget * 2**20),
     )
-    return {**clock.read(), "before": before, "peak": peak(options.device), "map": found.maps[0, 0].tolist()}
+    return {
+        **clock.read(),
+        "before": before,
+        "peak": peak_mib(options.device),
+        "map": found.maps[0, 0].tolist(),
+    }
 
 
 class KeepingAttention:
@@ -149,7 +147,7 @@ def notebook_maps(attention: KeepingAttention, layers: int) -> list[Tensor]:
 
 def run_notebook(options: argparse.Namespace) -> dict[str, Any]:
     detector, picture = make_detector(options), make_picture(options)
-    before = peak(options.device)
+    before = peak_mib(options.device)
     gates = stack(cumulative(options.heads)[: options.configurations], detector.head_layout)
     configurations = options.configurations if options.full else 1
     objects = options.objects if options.full else min(options.sample, options.objects)
@@ -191,7 +189,7 @@ def run_notebook(options: argparse.Namespace) -> dict[str, Any]:
         "forwards": forwards[0]["cpu"],
         "backward": backwards[-1]["cpu"],
         "before": before,
-        "peak": peak(options.device),
+        "peak": peak_mib(options.device),
         "map": first,
     }
 

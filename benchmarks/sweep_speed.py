@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from peak_memory import peak_mib
 
 from headoff.detr import Detector, DetrConfig
 from headoff.detr.checkpoints import load
@@ -52,7 +52,7 @@ def main() -> None:
         name = "one forward" if options.peak_of == "forward" else "9 configurations"
         with torch.inference_mode():
             jobs[name]()
-        print(_peak(options.device))
+        print(peak_mib(options.device))
         return
     figures = measure(jobs, options.repetitions, options.device)
     figures["threads"] = torch.get_num_threads()
@@ -119,13 +119,6 @@ def measure(jobs: dict[str, Callable[[], object]], repetitions: int, device: str
 def _peak_in_fresh_process(what: str) -> float:
     command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", what]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def _peak(device: str) -> float:
-    """Peak memory in MiB: of the GPU's allocator, or of the whole process on a CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":
