@@ -451,6 +451,7 @@ def test_layers_and_targets_are_chosen():
     gates = stack([none_off(), first_off(1)], detector.head_layout)
     everything = engine_results(detector, features, gates, specs=["class"])
     engine = RelevanceEngine(detector, features)
+
     def only_second(index, logits, boxes):
         return [None, class_logit(0, int(logits[0, :-1].argmax()))] if index else [None, None]
 

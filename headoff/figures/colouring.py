@@ -57,6 +57,7 @@ class MapStyle:
 def coloured(values: Tensor, style: MapStyle) -> np.ndarray:
     """`values` (h, w) in 0..1 as (h, w, 4) uint8, red, green, blue and opacity."""
     numbers = values.double().clamp(0, 1).numpy()
-    opacity = numbers * OPACITY if style.overlay else np.ones_like(numbers)
+    # The root, for what is faint is of a dark colour already: both together would hide it.
+    opacity = np.sqrt(numbers) * OPACITY if style.overlay else np.ones_like(numbers)
     colours = style.colours[(numbers * 255).round().astype(np.uint8)]
     return np.concatenate([colours, (opacity * 255).round().astype(np.uint8)[..., None]], axis=-1)

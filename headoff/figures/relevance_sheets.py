@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from headoff.detections import Detections
+from headoff.figures.canvas import figure_of
 from headoff.figures.captions import slug, title_of
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
@@ -40,7 +40,7 @@ def relevance_figures(
             some = range(start, min(start + ABREAST, objects))
 
             def grid(number: int = number, some: range = some) -> Figure:
-                return _figure_of(
+                return figure_of(
                     plot_relevance_grid(
                         explanation,
                         number,
@@ -57,7 +57,7 @@ def relevance_figures(
         for index in range(objects if explanation.heads is not None else 0):
 
             def heads(number: int = number, index: int = index) -> Figure:
-                return _figure_of(
+                return figure_of(
                     plot_head_attention(
                         explanation,
                         number,
@@ -72,7 +72,3 @@ def relevance_figures(
             query = explanation.objects[index].query
             name = f"heads-{number:0{digits}}-{slug(configuration.name)}-query-{query}"
             yield SweepFigure(name, f"Attention of the heads, {title}", heads)
-
-
-def _figure_of(ax: Axes) -> Figure:
-    return ax.get_figure(root=True)  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from headoff.figures.canvas import DPI, TITLE_POINTS
+from headoff.figures.canvas import DPI, TITLE_POINTS, figure_of
 from headoff.figures.captions import one_line, shorten
 from headoff.figures.colouring import MapStyle
 from headoff.figures.marks import Line
@@ -60,7 +60,7 @@ class Sheet:
             figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
             ax = figure.add_axes((0, 0, 1, 1))
         else:
-            room, dpi = ax.get_window_extent(), ax.get_figure(root=True).dpi  # type: ignore[union-attr]
+            room, dpi = ax.get_window_extent(), figure_of(ax).dpi
             self._factor = min(room.width / dpi / width, room.height / dpi / height, 1.5)
         ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal", anchor="NW")
         ax.axis("off")
@@ -159,7 +159,8 @@ class Sheet:
         self.write(bar.left + bar.width + 0.07, bar.top + 0.085, f"{what}, {ends}", SMALL, colour=MUTED)
 
     def _rectangle(self, place: Place, **look: Any) -> None:
-        self.ax.add_patch(Rectangle(place[:2], place.width, place.height, **look))
+        # Not add_patch, which would look at every corner to learn limits that are settled.
+        self.ax.add_artist(Rectangle(place[:2], place.width, place.height, **look))
 
 
 def wrapped(text: str, width: float) -> list[str]:

@@ -80,16 +80,20 @@ class AttentionVjp:
         record = self.record
         pairs, queries, keys = len(runs), record.query.shape[2], record.key.shape[2]
         cams = record.query.new_empty(pairs, queries, keys) if cam else None
-        own = None
+        own: tuple[Tensor, Tensor, Tensor] | None = None
         if inputs and by_callable is None:
-            shape = (pairs, *record.query.shape[1:])
+            heads, channels, zeros = record.query.shape[1], record.query.shape[3], record.query.new_zeros
             # The rows of key and value are added up over tiles, those of the query are written once.
-            own = tuple(record.query.new_zeros(*shape[:2], n, shape[3]) for n in (queries, keys, keys))
+            own = (
+                zeros(pairs, heads, queries, channels),
+                zeros(pairs, heads, keys, channels),
+                zeros(pairs, heads, keys, channels),
+            )
         if cams is not None or own is not None:
             for pair, rows, tile in self._tiles(gradient, runs, own):
                 if cams is not None:
                     cams[pair, rows] = tile
-        return cams, by_callable or own  # type: ignore[return-value]
+        return cams, own if by_callable is None else by_callable
 
     def cam_blocks(self, gradient: Tensor | None, runs: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
         """The cams in blocks of rows, for those who cannot keep them: pair, rows, (rows, S)."""

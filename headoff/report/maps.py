@@ -38,7 +38,7 @@ def page_maps(
     if explanation.heads is not None and explanation.heads.numel() + size <= MOST_BYTES:
         channels += [(f"head {head}", each) for head, each in enumerate(explanation.heads.unbind(3))]
     # Of the first configurations, as many as fit; at least one.
-    count = max(1, min(len(explanation), MOST_BYTES * len(explanation) // size))
+    count = min(len(explanation), max(1, MOST_BYTES * len(explanation) // size))
     views = [
         object_views(explanation, index, baseline=result.baseline, confidence=result.confidence)
         for index in range(count)
@@ -52,7 +52,7 @@ def page_maps(
         "layers": explanation.layers,
         "objects": [
             {"colour": view.colour, "first": _rounded(view.first_box), "score": _short(view.first_score)}
-            for view in views[0]
+            for view in (views[0] if views else ())
         ],
         "configurations": [
             {

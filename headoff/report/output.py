@@ -17,7 +17,7 @@ from typing import Literal
 
 from PIL import Image
 
-from headoff.errors import OutputError
+from headoff.errors import OutputError, SettingError
 from headoff.figures import sweep_figures
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
@@ -67,8 +67,12 @@ def write_report(
             in figures and, as numbers with named axes, in maps.npz or maps.safetensors, as `maps` says.
         style: how maps are drawn; by default plain and on one scale.
 
-    Raises OutputError when something cannot be written.
+    Raises OutputError when something cannot be written, SettingError for an explanation of other configurations.
     """
+    if explanation is not None and explanation.configurations != result.configurations:
+        raise SettingError(
+            "the explanation is of other configurations than the sweep: explain(..., result.configurations)"
+        )
     folder = Path(folder)
     name = provenance.get("image", "")
     picture = small_picture(image)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import count
+from pathlib import PurePath
 from typing import Any
 
 import jinja2
@@ -106,9 +107,9 @@ def render_page(
             }
         )
     return template("sweep.html").render(
-        title=provenance.get("image") or "Sweep",
+        title=PurePath(provenance.get("image", "")).name or "Sweep",
         verdict=headline(result, explanation),
-        relevance=explanation and _relevance(explanation, result, style or MapStyle(), pictured),
+        relevance=_relevance(explanation, result, style or MapStyle(), pictured),
         frames=frames,
         left_out=len(shown) - len(pictured),
         many=len(shown) > MANY,
@@ -117,7 +118,7 @@ def render_page(
         wide_width=round(wide[0]),
         narrow_width=round(narrow[0]),
         aspect=f"{result.image_size[1]} / {result.image_size[0]}",
-        charts=_charts(result),
+        charts=_charts(result) if len(shown) > 1 else {},
         survival_of="the number of heads off" if cumulative else "configurations",
         objects=[
             {"name": object_name(result.baseline, index), "colour": object_colour(index), "index": index}
@@ -219,8 +220,10 @@ def _overlay(result: SweepResult, view: View, screen: Screen) -> str:
 
 
 def _relevance(
-    explanation: Explanation, result: SweepResult, style: MapStyle, pictured: Sequence[View]
-) -> dict[str, Any]:
+    explanation: Explanation | None, result: SweepResult, style: MapStyle, pictured: Sequence[View]
+) -> dict[str, Any] | None:
+    if explanation is None:
+        return None
     data = page_maps(explanation, result, style, [view.configuration for view in pictured])
     return {
         "evidence": evidence(explanation),

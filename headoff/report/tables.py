@@ -27,7 +27,7 @@ RELEVANCE_COLUMNS = (
     *("image", "configuration", "text", "method", "target"),
     *("object", "query", "label", "class", "score", "value"),
     *("layer", "status", "mass", "share_in_box", "peak_x", "peak_y"),
-    *("decoder_identity_rows", "encoder_identity_rows"),
+    *("decoder_identity_rows", "encoder_identity_rows", "reference_differs"),
 )
 Row = dict[str, str | int]
 
@@ -105,6 +105,7 @@ def relevance_rows(explanation: Explanation, image: str = "") -> Iterator[Row]:
                     "peak_y": _number(peaks[c][o][m][1]),
                     "decoder_identity_rows": int(explanation.decoder_identity_rows[c, o, m]),
                     "encoder_identity_rows": int(explanation.encoder_identity_rows[c, o]),
+                    "reference_differs": int(explanation.reference_differs[c, o, m]),
                 }
 
 

@@ -49,7 +49,7 @@
       const number = value(channel.bytes[index * tokens + token]);
       const colour = 3 * Math.round(255 * number);
       for (let part = 0; part < 3; part++) picture.data[4 * token + part] = table[colour + part];
-      picture.data[4 * token + 3] = overlay ? 255 * data.opacity * number : 255;
+      picture.data[4 * token + 3] = overlay ? 255 * data.opacity * Math.sqrt(number) : 255;
     }
     canvas.getContext("2d").putImageData(picture, 0, 0);
   }
