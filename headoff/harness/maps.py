@@ -35,13 +35,13 @@ SHOWN = 6
 class Budget:
     """How far a candidate may be from the truth.
 
-    - `eager_errors` (O, M): what eager attention is off by, map by map, on the candidate's device
-    - `scale`: of those errors, where they were measured in another dtype than the candidate's
+    - `eager_errors` (O, M): what eager attention is off by on this case, map by map
+    - `eager_error`: by how much it may be off, in the candidate's dtype on the candidate's device
     - `floor`: what is allowed even where eager is exact by luck
     """
 
     eager_errors: NDArray[np.float64]
-    scale: float
+    eager_error: float
     floor: float
 
     @classmethod
@@ -50,6 +50,7 @@ class Budget:
         eager_errors: NDArray[np.float64],
         roundings: int,
         *,
+        among: float = 0.0,
         dtype: torch.dtype = torch.float32,
         measured_in: torch.dtype = torch.float32,
     ) -> Budget:
@@ -62,14 +63,11 @@ class Budget:
             eager_errors: (O, M), as `map_errors` gives them.
             roundings: attention layers that a map comes through. Each rounds at least once, so that nobody can be
                 asked to be closer than that many units.
+            among: the largest error of eager in cases like this one. That of one case may be small by luck.
         """
         unit = torch.finfo(dtype).eps
-        return cls(eager_errors, unit / torch.finfo(measured_in).eps, roundings * unit)
-
-    @property
-    def eager_error(self) -> float:
-        """The largest of the case: a single map's error may be small by luck."""
-        return self.scale * float(self.eager_errors.max(initial=0.0))
+        largest = max(among, float(eager_errors.max(initial=0.0)))
+        return cls(eager_errors, largest * unit / torch.finfo(measured_in).eps, roundings * unit)
 
     @property
     def allowed(self) -> float:
@@ -116,7 +114,7 @@ class CaseMaps:
             "objects": list(self.objects),
             "inputs": dict(self.inputs),
             "axes": {"maps": ["object", "layer", "row", "column"], "eager_errors": ["object", "layer"]},
-            "budget": {"scale": self.budget.scale, "floor": self.budget.floor},
+            "budget": {"eager_error": self.budget.eager_error, "floor": self.budget.floor},
         }
         file = io.BytesIO()
         np.savez_compressed(

@@ -12,14 +12,14 @@ giving the very comparison answers that are known to be wrong:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from headoff.detr.detector import Detector, Features
-from headoff.gates import Configuration, Gates, stack
+from headoff.gates import Configuration, Gates, HeadLayout, stack
 from headoff.harness.maps import CaseMaps, map_errors
 from headoff.relevance import Target
 from headoff.relevance.engine import RelevanceEngine
@@ -49,60 +49,63 @@ def accepted_wrongly(truth: CaseMaps, allowed: float) -> list[str]:
 
 
 def one_head_errors_accepted(
-    detector: Detector,
-    features: Features,
+    engine: RelevanceEngine,
     configuration: Configuration,
     targets: Sequence[Target],
     truth: CaseMaps,
     allowed: float,
+    heads: Sequence[tuple[int, int]] | None = None,
 ) -> list[str]:
-    """Which one-head errors would pass for `truth`, the maps of `targets`; a sentence each."""
+    """Which one-head errors would pass for `truth`, the maps of `targets`; a sentence each.
+
+    Of `heads`, pairs of (layer, head); of every one where None.
+    """
+    layout = engine.detector.head_layout
+    if heads is None:
+        heads = list(product(range(layout.decoder_layers), range(layout.heads)))
     for count in (1, len(targets)):
         # One object's maps mostly give an error away, and more of them can only do so better.
-        errors = one_head_errors(detector, features, configuration, targets[:count], truth)
-        if errors.min() > allowed:
+        errors = one_head_errors(engine, configuration, targets[:count], truth, heads)
+        if (errors > allowed).all():
             return []
     return [
         f"{truth.case}: with the gate of head {head} in layer {layer} wrong, maps pass "
-        f"(off by {errors[layer, head]:.1e}, allowed {allowed:.1e})"
-        for layer, head in zip(*np.nonzero(errors <= allowed), strict=True)
+        f"(off by {error:.1e}, allowed {allowed:.1e})"
+        for (layer, head), error in zip(heads, errors, strict=True)
+        if error <= allowed
     ]
 
 
 def one_head_errors(
-    detector: Detector,
-    features: Features,
+    engine: RelevanceEngine,
     configuration: Configuration,
     targets: Sequence[Target],
     truth: CaseMaps,
+    heads: Sequence[tuple[int, int]],
 ) -> NDArray[np.float64]:
-    """How far every one-head error is from the truth: (layers, heads), the largest error of any map.
+    """How far each one-head error is from the truth, by the largest error of any map: one number per pair of `heads`.
 
     `targets` are those of the first objects of `truth`.
     """
-    gates = wrong_by_one_head(configuration, detector)
-    layers, heads = detector.config.decoder_layers, detector.config.heads
-    errors = np.zeros(layers * heads)
-    engine = RelevanceEngine(detector, features)
-    for found in engine.run(gates, lambda *_: list(targets)):
+    errors = np.zeros(len(heads))
+    for found in engine.run(
+        wrong_by_one_head(configuration, engine.detector.head_layout, heads), lambda *_: list(targets)
+    ):
         rows = torch.stack([pair.rows for pair in found.pairs if pair is not None])
-        maps = rows.unflatten(-1, features.grid).numpy()
+        maps = rows.unflatten(-1, engine.features.grid).numpy()
         errors[found.index] = map_errors(truth.maps[: len(targets)], maps).max()
-    return errors.reshape(layers, heads)
+    return errors
 
 
-def wrong_by_one_head(configuration: Configuration, detector: Detector) -> Gates:
-    """The configuration's cross-attention gate with one head switched the other way, for every layer and head."""
-    gates = stack([configuration], detector.head_layout)
-    layers, heads = detector.config.decoder_layers, detector.config.heads
-    right = gates.decoder_cross
-    right = torch.ones(1, layers, 1, heads) if right is None else right
-    count = layers * heads
-    flipped = torch.eye(count).reshape(count, layers, 1, heads)
-    wrong = (right - flipped).abs()
-
-    def same(gate: Tensor | None) -> Tensor | None:
-        return None if gate is None else gate.expand(count, *gate.shape[1:])
-
-    names = tuple(f"L{index // heads}H{index % heads} wrong" for index in range(count))
-    return Gates(names, same(gates.encoder_self), same(gates.decoder_self), wrong)
+def wrong_by_one_head(
+    configuration: Configuration, layout: HeadLayout, heads: Sequence[tuple[int, int]]
+) -> Gates:
+    """The configuration with one head's cross-attention gate switched the other way, once for each of `heads`."""
+    gates = stack((configuration.named(f"L{layer}H{head} wrong") for layer, head in heads), layout)
+    if gates.decoder_cross is None:
+        wrong = torch.ones(len(heads), layout.decoder_layers, 1, layout.heads)
+    else:
+        wrong = gates.decoder_cross.clone()
+    for index, (layer, head) in enumerate(heads):
+        wrong[index, layer, :, head] = 1 - wrong[index, layer, :, head]
+    return replace(gates, decoder_cross=wrong)

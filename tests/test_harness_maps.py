@@ -1,0 +1,159 @@
+"""Comparison of maps, error budgets, and the proof that a tolerance is small enough."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from relevance_examples import features_of, tiny_detector
+
+from headoff.errors import SettingError
+from headoff.gates import HeadLayout, first_off
+from headoff.harness.kinks import is_undecided, nearest_kink
+from headoff.harness.maps import Budget, CaseMaps, map_errors, mismatches
+from headoff.harness.refusals import accepted_wrongly, one_head_errors_accepted, wrong_by_one_head
+from headoff.harness.truth import dense_maps
+from headoff.relevance import RelevanceEngine, class_logit
+
+
+def case(maps, allowed=1e-6) -> CaseMaps:
+    maps = np.asarray(maps, np.float64)
+    names = tuple(f"query {index}" for index in range(len(maps)))
+    budget = Budget(np.zeros(maps.shape[:2]), 0.0, allowed)
+    return CaseMaps("a case", maps, names, {"weights": "w"}, budget)
+
+
+def random_maps(seed=0):
+    return np.random.default_rng(seed).random((2, 3, 4, 5))
+
+
+def test_errors_are_relative_to_the_true_peak():
+    true = np.array([[[1.0, 4.0]], [[1e-9, 4e-9]]])
+    assert map_errors(true, true * [1.0, 1.5]).tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_what_is_truly_zero_must_be_exactly_zero():
+    zero = np.zeros((1, 2))
+    assert map_errors(zero, zero) == 0
+    assert map_errors(zero, zero + 1e-300) == np.inf
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_infinitely_wrong(value):
+    assert map_errors(np.ones((1, 2)), np.array([[1.0, value]])) == np.inf
+
+
+def test_a_budget_is_measured():
+    errors = np.array([[1e-6, 3e-6]])
+    single = Budget.measured(errors, 10)
+    assert single.allowed == pytest.approx(4 * 3e-6 + 10 * 2**-23)
+    assert Budget.measured(errors, 10, among=9e-6).allowed == pytest.approx(4 * 9e-6 + 10 * 2**-23)
+    double = Budget.measured(errors, 10, dtype=torch.float64)
+    assert double.allowed == pytest.approx(single.allowed * 2**-29)
+    half = Budget.measured(errors, 10, dtype=torch.bfloat16, measured_in=torch.bfloat16)
+    assert half.allowed == pytest.approx(4 * 3e-6 + 10 * 2**-7)
+
+
+def test_bytes_and_back():
+    true = case(random_maps())
+    again = CaseMaps.from_bytes(true.to_bytes())
+    assert np.array_equal(again.maps, true.maps) and again.maps.dtype == np.float64
+    assert np.array_equal(again.budget.eager_errors, true.budget.eager_errors)
+    for name in ("case", "objects", "inputs", "found_by"):
+        assert getattr(again, name) == getattr(true, name)
+    assert again.budget.allowed == true.budget.allowed
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x05\x06" + bytes(18), case(random_maps()).to_bytes()[:-100]])
+def test_what_is_no_golden_file_is_told(data):
+    with pytest.raises(SettingError, match="golden file cannot be read .* --snapshot-update"):
+        CaseMaps.from_bytes(data)
+
+
+def test_shapes_that_do_not_go_together_are_told():
+    with pytest.raises(SettingError, match="do not go with 1 objects"):
+        CaseMaps("a case", random_maps(), ("query 0",), {}, Budget(np.zeros((2, 3)), 0.0, 1.0))
+
+
+def test_the_worst_maps_are_told_first_and_the_rest_counted():
+    true = case(random_maps().repeat(2, axis=0))
+    wrong = case(true.maps * (1 + np.linspace(0.01, 0.12, 12).reshape(4, 3, 1, 1)))
+    problems = mismatches(true, wrong)
+    assert problems[0].startswith("a case: 12 of 12 maps")
+    assert "query 3, after layer 2" in problems[1] and "off by 1.2e-01" in problems[1]
+    assert problems[-2] == "  and 6 more"
+    assert mismatches(true, case(true.maps)) == []
+
+
+def test_evidence_where_there_is_none_is_told():
+    true, found = case(np.zeros((1, 1, 2, 2))), case(np.full((1, 1, 2, 2), 1e-30))
+    assert "not zero, 1.000e-30 at token (0, 0)" in mismatches(true, found)[1]
+
+
+def test_a_tolerance_that_lets_zero_maps_pass_is_refused():
+    true = case(random_maps())
+    assert accepted_wrongly(true, 1e-3) == []
+    problems = accepted_wrongly(true, 1.0)
+    assert len([each for each in problems if "a map of zeros passes" in each]) == 6
+    assert problems[0] == "a case: query 0, after layer 0: a map of zeros passes"
+
+
+def test_a_tolerance_that_lets_another_querys_map_pass_is_refused():
+    """Of one layer only, even."""
+    maps = random_maps()
+    maps[1, 2] = maps[0, 2] * 1.001
+    problems = accepted_wrongly(case(maps), 1e-2)
+    assert problems == [
+        "a case: query 0, after layer 2: the map of query 1 passes",
+        "a case: query 1, after layer 2: the map of query 0 passes",
+    ]
+    assert accepted_wrongly(case(maps), 1e-5) == []
+
+
+def test_a_relu_that_cannot_be_told_from_zero_leaves_a_case_undecided():
+    detector = tiny_detector()
+    features = features_of(detector)
+    assert not is_undecided(detector, features, first_off(1))
+    before = nearest_kink(detector, features, first_off(1))
+    expand = detector.decoder.layers[1].feedforward.expand
+    hidden = []
+    hook = expand.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    assert nearest_kink(detector, features, first_off(1)) == before > 1e-6
+    hook.remove()
+    expand.bias[3] -= hidden[0].flatten(0, -2)[2, 3] * (1 - 1e-9)
+    assert nearest_kink(detector, features, first_off(1)) < 1e-8
+    assert is_undecided(detector, features, first_off(1))
+    assert not is_undecided(detector, features, first_off(1), torch.float64)
+
+
+def test_no_evidence_at_all_leaves_nothing_to_refuse():
+    assert accepted_wrongly(case(np.zeros((2, 1, 2, 2))), 1.0) == []
+
+
+def test_a_gate_is_wrong_for_one_head_at_a_time():
+    layout = HeadLayout(2, 3, 4, 5)
+    right = first_off(1).gate("decoder_cross", layout)
+    wrong = wrong_by_one_head(first_off(1), layout, [(0, 0), (1, 1), (2, 3)])
+    difference = (wrong.decoder_cross - right)[:, :, 0]
+    assert difference.nonzero().tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 3]]
+    assert difference[0, 0, 0] == 1 and difference[1, 1, 1] == -1
+    assert wrong.names[1] == "L1H1 wrong"
+
+
+def test_a_tolerance_that_lets_a_one_head_error_pass_is_refused():
+    detector = tiny_detector()
+    features = features_of(detector)
+    targets = [class_logit(0, 1), class_logit(3, 0)]
+
+    def accepted(allowed: float, **options) -> list[str]:
+        truth = case(dense_maps(detector, features, first_off(1), targets))
+        engine = RelevanceEngine(detector, features)
+        return one_head_errors_accepted(engine, first_off(1), targets, truth, allowed, **options)
+
+    assert accepted(1e-9) == []
+    # A head whose values come to nothing can be on or off.
+    detector.decoder.layers[2].cross_attention.output.weight.unflatten(1, (4, -1))[:, 3] = 0
+    (problem,) = accepted(1e-9)
+    assert problem.startswith("a case: with the gate of head 3 in layer 2 wrong, maps pass (off by ")
+    assert accepted(1e-9, heads=[(2, 2), (1, 3)]) == []
+    assert len(accepted(1e9)) == 12
