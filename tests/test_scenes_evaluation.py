@@ -104,7 +104,9 @@ def test_the_card_is_about_these_weights(detector):
     digest = hashlib.sha256((WEIGHTS / "scenes.safetensors").read_bytes()).hexdigest()
     assert digest in card
     assert f"{sum(p.numel() for p in detector.parameters()):,}" in card
-    assert detector.config.encoder_layers == detector.config.decoder_layers == 6 and detector.config.heads == 8
+    assert (
+        detector.config.encoder_layers == detector.config.decoder_layers == 6 and detector.config.heads == 8
+    )
     side = detector.preprocessing.short_side
     assert (side // detector.config.backbone.stride) >= 12, "maps of 12 x 12 tokens or more"
     figures = re.search(r"\| none off \| ([\d.]+) \| ([\d.]+) \|", card)
