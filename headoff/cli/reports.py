@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from headoff.cli.options import columns, images_at, plural
-from headoff.errors import HeadoffError, ImageError, SettingError
+from headoff.errors import ImageError, SettingError
 from headoff.outcomes import Status
 from headoff.report import FINISHED, folder_index
 from headoff.scenes.samples import sample_image
@@ -57,8 +57,8 @@ def _for_folder(
     settings: argparse.Namespace, images: list[Path], made_with: Mapping[str, str], work: Work
 ) -> int:
     """Every image of a folder, each into a folder of its own. One that cannot be read does not stop the others."""
-    failed: list[HeadoffError] = []
-    done = []
+    failed: dict[str, str] = {}
+    done: list[Path] = []
     with tqdm(images, desc="working", unit="image") as bar:
         for image in bar:
             # The whole name: street.jpg and street.png are two images.
@@ -70,11 +70,11 @@ def _for_folder(
                     work(folder, image, provenance, False)
                 done.append(folder)
             except (ImageError, SettingError) as error:
-                failed.append(error)
+                failed[image.name] = str(error)
                 bar.write(f"headoff: error: {error}", file=sys.stderr)
             finally:
                 if done:
-                    folder_index(settings.out, done)
+                    folder_index(settings.out, done, failures=failed)
     if done:
         print(f"{plural(len(done), 'report')} in {settings.out}, index: {settings.out / 'index.html'}")
     if failed:

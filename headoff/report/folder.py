@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
@@ -39,7 +39,7 @@ def folder_index(
 def _card(folder: Path, entry: Path) -> dict[str, Any]:
     try:
         sweep = json.loads((entry / FINISHED).read_text(encoding="utf-8"))
-        name, verdict = sweep["provenance"].get("image") or entry.name, sweep["verdict"]
+        name, verdict = PurePath(sweep["provenance"].get("image", "")).name or entry.name, sweep["verdict"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{str(entry)!r} holds no finished results (its {FINISHED} is missing or damaged): "
