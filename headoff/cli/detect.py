@@ -13,9 +13,9 @@ from headoff.cli.options import (
     columns,
     images_at,
     load_detector,
-    plural,
 )
 from headoff.detections import detect
+from headoff.figures.captions import counted
 from headoff.scenes.samples import sample_image
 
 
@@ -45,7 +45,7 @@ def run(settings: argparse.Namespace) -> int:
         if settings.json:
             print(json.dumps({"image": str(path), **detections.as_dict()}))
             continue
-        print(f"{path}: {plural(len(detections), 'detection')} above confidence {settings.confidence:g}")
+        print(f"{path}: {counted(len(detections), 'detection')} above confidence {settings.confidence:g}")
         rows = [
             (f"  #{number}", each.class_name, f"{each.score:.3f}", f"query {each.query}", _corners(each.box))
             for number, each in enumerate(detections)

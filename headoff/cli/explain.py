@@ -18,13 +18,14 @@ from headoff.cli.options import (
     add_confidence_option,
     add_detector_options,
     load_detector,
-    plural,
     provenance,
     whole,
 )
 from headoff.cli.relevance import Wanted, layers_of
 from headoff.cli.reports import add_report_options, images_asked_for, table, write_reports
+from headoff.figures.captions import counted
 from headoff.figures.colouring import SCALES
+from headoff.images import load_image
 from headoff.relevance import BOX_COORDINATES, Explanation, method_names
 from headoff.relevance.explanations import PICKS
 from headoff.sweeps import sweep
@@ -132,8 +133,9 @@ def run(settings: argparse.Namespace) -> int:
     configurations = choice.configurations(detector)
 
     def work(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
-        result = sweep(detector, image, configurations, confidence=settings.confidence)
-        explanation = wanted.write(folder, image, detector, result, made_with, progress)
+        picture = load_image(image)
+        result = sweep(detector, picture, configurations, confidence=settings.confidence)
+        explanation = wanted.write(folder, picture, detector, result, made_with, progress)
         return _summary(image, explanation)
 
     asked = {**configurations_asked_for(settings), "confidence": f"{settings.confidence:g}"}
@@ -147,7 +149,7 @@ def _summary(image: Path, explanation: Explanation) -> str:
     if not len(objects):
         return f"{image}: no object with nothing off, nothing to explain"
     title = (
-        f"{image}: {plural(len(objects), 'object')} explained, relevance ({explanation.method}) "
+        f"{image}: {counted(len(objects), 'object')} explained, relevance ({explanation.method}) "
         f"after decoder layer {explanation.layers[-1]}"
     )
     rows: list[tuple[object, ...]] = [

@@ -142,11 +142,6 @@ def probability(text: str) -> float:
     return value
 
 
-def plural(count: int, noun: str) -> str:
-    """`1 object`, `2 objects`."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
 def columns(rows: Iterable[Iterable[object]]) -> str:
     """Rows of cells as text with aligned columns."""
     cells = [[str(cell) for cell in row] for row in rows]

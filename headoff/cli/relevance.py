@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from tqdm import tqdm
 
 from headoff.detr import Detector
 from headoff.errors import SettingError
 from headoff.figures.colouring import MapStyle, Scale
 from headoff.gates import HeadLayout
-from headoff.images import load_image
 from headoff.relevance import Explanation, explain, make_target, resolve_method
 from headoff.relevance.explanations import Pick
 from headoff.report import write_report
@@ -74,7 +74,7 @@ class Wanted:
     def write(
         self,
         folder: Path,
-        image: Path,
+        picture: Image.Image,
         detector: Detector,
         result: SweepResult,
         made_with: Mapping[str, str],
@@ -89,7 +89,7 @@ class Wanted:
         ) as bar:
             explanation = explain(
                 detector,
-                image,
+                picture,
                 result.configurations,
                 queries,
                 self.method,
@@ -102,7 +102,7 @@ class Wanted:
             )
         write_report(
             folder,
-            load_image(image),
+            picture,
             result,
             provenance=made_with,
             explanation=explanation,

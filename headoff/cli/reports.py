@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from headoff.cli.options import columns, images_at, plural
+from headoff.cli.options import columns, images_at
 from headoff.errors import ImageError, SettingError
+from headoff.figures.captions import counted
 from headoff.outcomes import Status
 from headoff.report import FINISHED, folder_index
 from headoff.scenes.samples import sample_image
@@ -76,9 +77,9 @@ def _for_folder(
                 if done:
                     folder_index(settings.out, done, failures=failed)
     if done:
-        print(f"{plural(len(done), 'report')} in {settings.out}, index: {settings.out / 'index.html'}")
+        print(f"{counted(len(done), 'report')} in {settings.out}, index: {settings.out / 'index.html'}")
     if failed:
-        print(f"{plural(len(failed), 'image')} left out, see above", file=sys.stderr)
+        print(f"{counted(len(failed), 'image')} left out, see above", file=sys.stderr)
     return 2 if failed else 0
 
 
@@ -95,7 +96,7 @@ def _is_finished(folder: Path, made_with: Mapping[str, str]) -> bool:
 def sweep_summary(image: Path, result: SweepResult) -> str:
     """What became of the objects, a line per configuration."""
     objects = ", ".join(f"#{number} {each.class_name}" for number, each in enumerate(result.baseline))
-    title = f"{image}: {plural(len(result.baseline), 'object')} with nothing off" + (
+    title = f"{image}: {counted(len(result.baseline), 'object')} with nothing off" + (
         f" ({objects})" if objects else ""
     )
     header = ("configuration", "found", *(status.value for status in Status), "of nothing")

@@ -78,13 +78,14 @@ def run(settings: argparse.Namespace) -> int:
     configurations = choice.configurations(detector)
 
     def work(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
+        picture = load_image(image)
         result = sweep(
-            detector, image, configurations, object_index=settings.object, confidence=settings.confidence
+            detector, picture, configurations, object_index=settings.object, confidence=settings.confidence
         )
         if wanted is None:
-            write_report(folder, load_image(image), result, provenance=made_with)
+            write_report(folder, picture, result, provenance=made_with)
         else:
-            wanted.write(folder, image, detector, result, made_with, progress)
+            wanted.write(folder, picture, detector, result, made_with, progress)
         return sweep_summary(image, result)
 
     made_with = {**provenance(settings, detector), **_asked_for(settings)}

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from headoff.detections import Detections, class_probabilities, detections_from
 from headoff.detr.detector import Detector
 from headoff.errors import OutputError, SettingError
+from headoff.files import written_atomically
 from headoff.gates import Configuration, cumulative, none_off, stack
 from headoff.images import ImageSource, load_image, preprocess
 from headoff.notation import parse_configuration
@@ -222,7 +224,8 @@ class Explanation:
         """Write to `path`, ending in .npz or .safetensors: every tensor, and labels of every axis as JSON.
 
         Arrays are named as the attributes. The JSON is the array `metadata` of an npz and the metadata entry
-        `headoff` of a safetensors file. Raises SettingError for another ending, OutputError where it cannot be written.
+        `headoff` of a safetensors file. The file is whole or absent. Raises SettingError for
+        another ending, OutputError where it cannot be written.
         """
         path = Path(path)
         tensors = {
@@ -242,20 +245,19 @@ class Explanation:
                 **{name: getattr(self, name) for name in _PLAIN},
             }
         )
+        if path.suffix not in (".npz", ".safetensors"):
+            raise SettingError(f"{path} has no known format: end its name in .npz or .safetensors")
         try:
-            if path.suffix == ".npz":
-                np.savez_compressed(
-                    path,
-                    allow_pickle=False,
-                    metadata=np.array(metadata),
-                    **{k: v.numpy() for k, v in tensors.items()},
-                )
-            elif path.suffix == ".safetensors":
-                from safetensors.torch import save_file
-
-                save_file(tensors, path, {"headoff": metadata})
-            else:
-                raise SettingError(f"{path} has no known format: end its name in .npz or .safetensors")
+            with written_atomically(path) as file:
+                if path.suffix == ".npz":
+                    np.savez_compressed(
+                        file,
+                        allow_pickle=False,
+                        metadata=np.array(metadata),
+                        **{k: v.numpy() for k, v in tensors.items()},
+                    )
+                else:
+                    file.write(safetensors.torch.save(tensors, {"headoff": metadata}))
         except OSError as error:
             raise OutputError(
                 f"{path} cannot be written ({error.strerror or error}): choose another place"

@@ -8,9 +8,8 @@ written again.
 import io
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -22,6 +21,7 @@ from headoff.figures import sweep_figures
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance_sheets import relevance_figures
+from headoff.files import written_atomically
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
 from headoff.report.page import render_page
@@ -89,7 +89,7 @@ def write_report(
         write("objects.csv", csv_text(OBJECT_COLUMNS, object_rows(result, name)))
         if explanation is not None:
             write("relevance.csv", csv_text(RELEVANCE_COLUMNS, relevance_rows(explanation, name)))
-            _write_maps(folder / f"maps.{maps}", explanation)
+            explanation.save(folder / f"maps.{maps}")
             written.append(f"maps.{maps}")
         if figures:
             drawn = sweep_figures(picture, result)
@@ -132,29 +132,8 @@ def write_file(path: Path, contents: bytes | str) -> None:
     data = contents.encode() if isinstance(contents, str) else contents
     with _one_sentence(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not tempfile's: its files are for their owner alone, results for whoever may read the folder.
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-
-
-def _write_maps(path: Path, explanation: Explanation) -> None:
-    """As `write_file`; the format is known by the ending, which the name until then has as well."""
-    temporary = path.with_name(f".{secrets.token_hex(6)}.part{path.suffix}")
-    with _one_sentence(path):
-        try:
-            explanation.save(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
+        with written_atomically(path) as file:
+            file.write(data)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from headoff.scenes.dataset import MAX_OBJECTS, augment, draw_scene
+from headoff.scenes.dataset import MAX_OBJECTS, augment, collate, draw_scene
 from headoff.scenes.losses import Targets
 
 _CHUNK = 256
@@ -73,17 +73,17 @@ class ScenePool:
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Targets]:
         """A random augmented batch: pixels uint8 (size, 3, S, S) and targets."""
-        chosen = torch.randint(len(self), (size,), generator=generator).numpy()
-        images = torch.from_numpy(self._images[np.sort(chosen)])
-        counts = self._counts[np.sort(chosen)]
+        # In the order of the file, which is read faster so.
+        chosen = np.sort(torch.randint(len(self), (size,), generator=generator).numpy())
+        images = torch.from_numpy(self._images[chosen])
+        counts = self._counts[chosen]
         boxes = [
-            torch.from_numpy(row[:count])
-            for row, count in zip(self._boxes[np.sort(chosen)], counts, strict=True)
+            torch.from_numpy(row[:count]) for row, count in zip(self._boxes[chosen], counts, strict=True)
         ]
         images, boxes = augment(images, boxes, generator)
         padded = torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True)
         objects = padded.shape[1]
-        labels = torch.from_numpy(self._labels[np.sort(chosen)][:, :objects])
+        labels = torch.from_numpy(self._labels[chosen][:, :objects])
         valid = torch.arange(objects) < torch.from_numpy(counts)[:, None]
         return images, Targets(padded, labels, valid)
 
@@ -92,13 +92,9 @@ def _draw_chunk(job: tuple[str, int, int, int, int]) -> tuple[int, int, list[tup
     path, start, stop, size, first_seed = job
     torch.set_num_threads(1)
     images = np.lib.format.open_memmap(path, "r+")
-    objects = []
-    for index in range(start, stop):
-        scene = draw_scene(first_seed + index, size, "train")
-        images[index] = scene.image.transpose(2, 0, 1)
-        centre_size = np.concatenate(
-            [(scene.boxes[:, :2] + scene.boxes[:, 2:]) / 2, scene.boxes[:, 2:] - scene.boxes[:, :2]], axis=1
-        )
-        objects.append((centre_size / size, scene.labels))
+    scenes = [draw_scene(first_seed + index, size, "train") for index in range(start, stop)]
+    pixels, boxes, labels = collate(scenes)
+    images[start:stop] = pixels.numpy()
+    objects = [(box.numpy(), label.numpy()) for box, label in zip(boxes, labels, strict=True)]
     images.flush()
     return start, stop, objects

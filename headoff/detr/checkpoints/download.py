@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from headoff.detr.checkpoints.files import written_atomically
 from headoff.errors import DownloadError
+from headoff.files import written_atomically
 
 _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 1 << 20
@@ -67,6 +67,7 @@ def _receive(response: http.client.HTTPResponse, url: str, target: Path, sha256_
     expected = int(length) if length.isdecimal() else None
     digest = hashlib.sha256()
     received = 0
+    target.parent.mkdir(parents=True, exist_ok=True)
     with (
         written_atomically(target) as file,
         tqdm(

@@ -1,4 +1,4 @@
-"""Reading tensors from files that may be anything, and writing files that are whole or absent.
+"""Reading tensors from files that may be anything, and writing checkpoints that are whole or absent.
 
 A checkpoint comes from a stranger: nothing in it is ever executed. Pickles are read with torch's restricted
 unpickler, which knows tensors, plain containers and, here, `argparse.Namespace` (DETR's training settings).
@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import re
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headoff.errors import CheckpointError, OutputError
+from headoff.files import written_atomically
 
 _CONTAINERS = ("model", "state_dict", "model_state_dict")
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
@@ -170,30 +168,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-@contextmanager
-def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in `path`'s folder (made if need be), which becomes `path` when the block ends well.
-
-    Until then `path` is what it was; after an error or Ctrl-C, nothing is left. Raises OSError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; a checkpoint is an ordinary file.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or none. Raises OutputError."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with written_atomically(path) as file:
             file.write(content)
     except OSError as error:
@@ -201,10 +179,3 @@ def write_bytes(path: Path, content: bytes) -> None:
             f"{str(path)!r} cannot be written ({error.strerror or error}); "
             "check the folder and the free space"
         ) from error
-
-
-def _umask() -> int:
-    # There is no way to read it but to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
