@@ -1,8 +1,27 @@
 """Settings of every test run."""
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
+
+import headoff
+from headoff.harness.options import add_short_names
+
+
+def pytest_addoption(parser):
+    # What the plugin does by itself where it is installed.
+    add_short_names(parser)
+
+
+pytest_plugins = ["headoff.harness.plugin"]  # where headoff is not installed and has no entry point
+
+if Path(headoff.__file__).parents[1] != Path(__file__).parent:
+    pytest.exit(
+        f"headoff was imported from {Path(headoff.__file__).parent}, not from this checkout: run `pip install -e .`",
+        returncode=4,
+    )
 
 # One thread a worker under pytest-xdist, all cores without it: two workers of two threads each on two cores wait
 # for each other most of the time.

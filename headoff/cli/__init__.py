@@ -1,4 +1,4 @@
-"""The command line: `headoff sweep`, `headoff explain`, `headoff detect`, `headoff scenes`."""
+"""The command line: `headoff sweep`, `headoff explain`, `headoff detect`, `headoff verify`, `headoff scenes`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from headoff.cli import detect, explain, scenes, sweep
+from headoff.cli import detect, explain, scenes, sweep, verify
 from headoff.errors import HeadoffError
 
 EPILOG = """\
-Exit codes: 0 done, 2 something was wrong with what was asked or given (one sentence says what), 130 interrupted.
+Exit codes: 0 done, 1 an attention was found wrong (`verify`), 2 something was wrong with what was asked or given (one
+sentence says what), 130 interrupted.
 """
 
 
@@ -25,14 +26,20 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"headoff {_version()}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sweep, explain, detect, scenes):
+    for command in (sweep, explain, detect, verify, scenes):
         command.add_parser(commands)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    settings = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    pytest_options: list[str] = []
+    if given[:1] == ["verify"] and "--" in given:
+        place = given.index("--")
+        given, pytest_options = given[:place], given[place + 1 :]
+    settings = parser().parse_args(given)
+    settings.pytest_options = pytest_options
     try:
         # A user's warning filters are for their code; ours says what matters in its own words.
         with warnings.catch_warnings():

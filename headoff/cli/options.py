@@ -13,15 +13,9 @@ import torch
 from headoff.attention import attention_label
 from headoff.detr import Detector
 from headoff.detr.checkpoints import load
-from headoff.errors import ImageError, SettingError
+from headoff.devices import DTYPES, chosen_device
+from headoff.errors import ImageError
 from headoff.images import find_images
-
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def add_detector_options(parser: argparse.ArgumentParser) -> None:
@@ -76,19 +70,6 @@ def load_detector(settings: argparse.Namespace) -> Detector:
     )
 
 
-def chosen_device(name: str | None) -> torch.device:
-    """The device of that name; without one, CUDA where there is one. Raises SettingError if it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise SettingError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from error
-    return device
-
-
 def provenance(settings: argparse.Namespace, detector: Detector) -> dict[str, str]:
     """What a result was made with, for reports."""
     from headoff import __version__
@@ -139,6 +120,17 @@ def probability(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no probability; give a number from 0 to 1")
+    return value
+
+
+def ratio(text: str) -> float:
+    """An argument above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no ratio; give a number above 0, such as 1.1")
     return value
 
 

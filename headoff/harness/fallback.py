@@ -1,0 +1,122 @@
+"""Whether a patch computes its own context, or quietly lets something else do it.
+
+A kernel that fails, or does not know a shape, is often wrapped so that torch's attention takes over. Then everything is
+right, nothing is tested, and a benchmark compares torch with torch. Two signs give it away without knowing the patch:
+
+- it answers, although an exception was raised and caught in its own file;
+- at some sites torch's SDPA runs inside it, at others it does not.
+
+A patch that is made of torch's SDPA shows neither: it calls it at every site, on purpose.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from headoff.attention import AdaptedAttention, Attention
+from headoff.harness.findings import Finding
+
+Call = Callable[[], Tensor]
+
+
+class SdpaCount(TorchFunctionMode):
+    """Counts calls of torch's scaled dot-product attention while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is scaled_dot_product_attention:
+            self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+def fallback_findings(attention: Attention, calls: dict[str, Call]) -> list[Finding]:
+    """What gives a fallback away, a finding each.
+
+    `calls`: by the name of a site, a function that calls `attention` as the model does there, with nothing off.
+    """
+    findings = []
+    by_sdpa = {}
+    for site, call in calls.items():
+        call()  # what is set up once is set up here
+        with SdpaCount() as count:
+            call()
+        by_sdpa[site] = count.calls
+        caught = exceptions_caught(attention, call)
+        if caught:
+            findings.append(
+                Finding(
+                    property="calls",
+                    message=f"called as in {site}, it raised and caught {caught[0]}, and answered all the same: "
+                    "what it falls back to was tested in its place",
+                    case=site,
+                )
+            )
+    with_sdpa = [site for site, count in by_sdpa.items() if count]
+    if with_sdpa and len(with_sdpa) < len(by_sdpa):
+        without = [site for site in by_sdpa if site not in with_sdpa]
+        findings.append(
+            Finding(
+                property="calls",
+                message="it falls back to torch's scaled_dot_product_attention as called in "
+                f"{' and '.join(with_sdpa)}, but not in {' and '.join(without)}",
+                case=with_sdpa[0],
+            )
+        )
+    return findings
+
+
+def exceptions_caught(attention: Attention, call: Call) -> list[str]:
+    """Exceptions that came through the attention's own file while `call` succeeded: `ValueError: text (line 7)`.
+
+    Raises what `call` raises.
+    """
+    file = source_file(attention)
+    if file is None:
+        return []
+    seen: list[str] = []
+
+    def local(frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "exception":
+            kind, value, _ = argument
+            if not issubclass(kind, (StopIteration, GeneratorExit, StopAsyncIteration)):
+                seen.append(f"{kind.__name__}: {' '.join(str(value).split())} (line {frame.f_lineno})")
+        return local
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        return local if frame.f_code.co_filename == file else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return seen
+
+
+def source_file(attention: Attention) -> str | None:
+    """The file the attention is written in, where that is a file of its user's."""
+    inner: Any = attention.call if isinstance(attention, AdaptedAttention) else attention
+    inner = getattr(inner, "func", inner)  # a partial
+    if isinstance(inner, torch.nn.Module):
+        inner = type(inner).forward
+    elif not inspect.isroutine(inner):
+        inner = type(inner).__call__
+    try:
+        file = inspect.getfile(inspect.unwrap(inner))
+    except (TypeError, OSError):
+        return None
+    return None if Path(file).is_relative_to(Path(torch.__file__).parent) else file

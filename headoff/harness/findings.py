@@ -1,0 +1,86 @@
+"""What a check found wrong with an attention: a record that a test fails with, and that reports are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import pytest
+
+if TYPE_CHECKING:
+    from headoff.gates import Site
+
+Property = Literal[
+    "gate",  # the head gate: ignored, on other heads or rows, renormalised, before softmax
+    "mask",  # the attention mask: ignored, inverted, of another batch item, wrong for rows without keys
+    "scale",  # the factor 1 / sqrt(D)
+    "softmax",  # the weights themselves: overflow, an approximate exponential, no normalisation
+    "sizes",  # the rest of a block, one query, one key, other numbers of heads or channels
+    "context",  # the forward pass, in a way that none of the above explains
+    "dq",  # the gradient of the query
+    "dk",  # the gradient of the key
+    "dv",  # the gradient of the value
+    "softmax backward",  # gradients of query and key together
+    "precision",  # errors much larger than the dtype's
+    "dtype",  # the context's dtype
+    "shape",  # the context's shape
+    "layout",  # strides: of inputs not respected, of the context not usable
+    "state",  # something carried from call to call, or left behind
+    "randomness",  # other numbers for the same inputs
+    "in-place",  # inputs modified
+    "crash",  # an exception
+    "calls",  # never called, or something else computed in its place
+    "detections",  # logits, boxes or detections
+    "relevance",  # relevance maps
+    "time",  # slower than is allowed
+]
+PROPERTIES: tuple[str, ...] = get_args(Property)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One way in which an attention is wrong.
+
+    - `property`: which of its properties, as far as this check can tell
+    - `message`: a sentence for people, with error, budget and place
+    - `case`: what was tried, for people
+    - `error`, `budget`: what was measured and what is allowed, in the same unit
+    - `site`, `layer`, `head`, `configuration`: where in the model, as far as that is known
+    - `pictures`: paths of PNG files
+    """
+
+    property: Property
+    message: str
+    case: str
+    error: float | None = None
+    budget: float | None = None
+    site: Site | None = None
+    layer: int | None = None
+    head: int | None = None
+    configuration: str | None = None
+    pictures: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Of types that JSON knows."""
+        return {**asdict(self), "pictures": list(self.pictures)}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Finding:
+        """What `as_dict` gave."""
+        return cls(**{**record, "pictures": tuple(record["pictures"])})
+
+
+class WrongAttention(pytest.fail.Exception):  # type: ignore[name-defined]
+    """A test's failure that says what is wrong with the attention under test; shown without a traceback."""
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        self.findings = tuple(findings)
+        super().__init__("\n".join(f"{each.property}: {each.message}" for each in findings), pytrace=False)
+
+
+def refuse(findings: Sequence[Finding]) -> None:
+    """Fail the test with `findings`, unless there are none."""
+    __tracebackhide__ = True
+    if findings:
+        raise WrongAttention(findings)

@@ -1,0 +1,239 @@
+"""The pytest plugin: options, one clear error, what is said at the end, reports, workers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import syrupy
+import torch
+
+from headoff.attention import resolve_attention
+from headoff.errors import AttentionError
+from headoff.harness.preflight import first_calls, preflight
+
+pytest_plugins = ["pytester"]
+
+SUITE = """
+import pytest
+from headoff.harness.findings import Finding, refuse
+
+def test_heads_off_one(under_test):
+    if under_test.label.endswith("wrong"):
+        under_test.unsupported["float64"] = "TypeError: no doubles"
+        under_test.calls["decoder_cross"] += 3
+        refuse([Finding("gate", "the gate is ignored (error 1e-1, allowed 1e-6)", "a case", 1e-1, 1e-6)])
+
+def test_heads_off_two(under_test):
+    under_test.calls["decoder_cross"] += 4
+    assert under_test.seed == {seed}
+
+def test_heads_off_tolerance():
+    assert {holds}
+"""
+
+KERNEL = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+def right(query, key, value, attn_mask=None):
+    return scaled_dot_product_attention(query, key, value, attn_mask)
+
+wrong = right
+
+def crashing(query, key, value, attn_mask=None):
+    raise ValueError("out of luck")
+
+def killed(query, key, value, attn_mask=None):
+    import os, signal
+    os.kill(os.getpid(), signal.SIGABRT)
+
+def forward_only(query, key, value, attn_mask=None):
+    return right(query, key, value, attn_mask).detach()
+
+def transposed(query, key, value, attn_mask=None):
+    return right(query, key, value, attn_mask).transpose(1, 2)
+
+def no_tensor(query, key, value, attn_mask=None, *, head_gate=None):
+    return [query]
+
+def gateless(query, key, value, attn_mask=None, *, head_gate=None):
+    if head_gate is not None:
+        raise KeyError("gate")
+    return right(query, key, value, attn_mask)
+
+class OneWay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, attn_mask=None):
+        return query.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("uphill")
+
+one_way = OneWay.apply
+"""
+
+
+@pytest.fixture
+def run(pytester, monkeypatch):
+    """`run(*options, seed=0, holds=True)` runs a suite of three tests."""
+    for name in ("CI", "BUILD_NUMBER", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
+        monkeypatch.delenv(name, raising=False)
+    pytester.makepyfile(kernel=KERNEL)
+
+    def run_suite(*options: str, seed: int = 0, holds: bool = True) -> pytest.RunResult:
+        pytester.makepyfile(test_heads_off_mine=SUITE.format(seed=seed, holds=holds))
+        # syrupy keeps the running session in a global: give the outer one its own back.
+        outer = syrupy._syrupy
+        try:
+            return pytester.runpytest_inprocess("-p", "headoff.harness.plugin", "-p", "no:randomly", *options)
+        finally:
+            syrupy._syrupy = outer
+
+    return run_suite
+
+
+def section(result: pytest.RunResult) -> list[str]:
+    """The lines of our section of the summary, its headline first."""
+    lines = result.outlines
+    start = next(index for index, line in enumerate(lines) if line.strip("= ") == "headoff")
+    rest = lines[start + 1 :]
+    return rest[: next(index for index, line in enumerate(rest) if line.startswith("==="))]
+
+
+def test_a_right_attention(run):
+    result = run("--attention", "kernel.py:right")
+    result.assert_outcomes(passed=3)
+    assert section(result)[0] == "kernel.py:right is right: 3 checks passed"
+    assert "called in the model: decoder_cross 4" in section(result)[1]
+
+
+def test_a_wrong_attention_is_named_before_its_failures(run):
+    result = run("--attention", "kernel.py:wrong")
+    result.assert_outcomes(passed=2, failed=1)
+    headline = section(result)[0]
+    assert headline == "kernel.py:wrong is wrong: gate: the gate is ignored (error 1e-1, allowed 1e-6)"
+    lines = result.outlines
+    assert lines.index(headline) < next(i for i, line in enumerate(lines) if "FAILURES" in line)
+    assert any("float64 is not supported" in line and "no doubles" in line for line in section(result))
+    assert any(line == "  called in the model: decoder_cross 7" for line in section(result))
+    assert "Traceback" not in result.stdout.str() and "Error" not in headline
+
+
+def test_workers_find_the_same(run):
+    pytest.importorskip("xdist")
+    alone, shared = run("--attention", "kernel.py:wrong"), run("--attention", "kernel.py:wrong", "-n", "2")
+    shared.assert_outcomes(passed=2, failed=1)
+    assert section(shared) == section(alone)
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("kernel.py:killed", "ended its process by SIGABRT"),
+        ("kernel.py:nobody", "has no 'nobody'"),
+    ],
+)
+def test_what_cannot_be_tested_is_one_error(run, name, said):
+    result = run("--attention", name)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    errors = [line for line in result.errlines if line.strip()]
+    assert len(errors) == 1 and errors[0].startswith("ERROR: headoff: ") and said in errors[0]
+    assert "passed" not in result.stdout.str() and "failed" not in result.stdout.str()
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        (
+            "crashing",
+            "raised ValueError: out of luck (kernel.py, line 11) when called as in encoder_self (144 queries",
+        ),
+        ("forward_only", "returned a context without a gradient"),
+        ("transposed", "context of shape (1, 144, 8, 32)"),
+        ("no_tensor", "returned a list"),
+        ("one_way", "has no backward pass that works: it raised RuntimeError: uphill"),
+        ("gateless", "raised KeyError: 'gate' (kernel.py, line"),
+    ],
+)
+def test_first_calls_say_what_is_wrong(tmp_path, name, said):
+    file = tmp_path / "kernel.py"
+    file.write_text(KERNEL)
+    spec = f"{file}:{name}"
+    with pytest.raises(AttentionError) as raised:
+        first_calls(resolve_attention(spec), spec, torch.device("cpu"), torch.float32)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_what_does_not_come_back_is_one_error(tmp_path, monkeypatch):
+    file = tmp_path / "kernel.py"
+    file.write_text("import time\ndef sleepy(query, key, value, attn_mask=None):\n    time.sleep(600)\n")
+    monkeypatch.setattr("headoff.harness.preflight.TIME_LIMIT", 1.0)
+    with pytest.raises(AttentionError, match="did not come back from its first calls within 1 s"):
+        preflight(f"{file}:sleepy", "cpu", "float32")
+
+
+def test_with_workers_it_is_one_error_as_well(run):
+    pytest.importorskip("xdist")
+    result = run("--attention", "kernel.py:crashing", "-n", "2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line.strip()] == [
+        line for line in result.errlines if "out of luck" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--dtype", "int8"), "dtype 'int8' is not known"),
+        (("--device", "abacus"), "device 'abacus' cannot be used here"),
+        (("--headoff-seed", "minus one"), "--seed cannot be 'minus one'"),
+        (("--max-slowdown", "nan"), "--max-slowdown cannot be 'nan'"),
+        (("--report", "report.pdf"), "give a name that ends in .html or .json"),
+        (("--report", "nowhere/report.html"), "there is no folder"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_error(run, options, said):
+    result = run(*options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    errors = [line for line in result.errlines if line.strip()]
+    assert len(errors) == 1 and said in errors[0]
+
+
+def test_the_configuration_file_serves_as_well_and_the_command_line_wins(run, pytester):
+    pytester.makeini("[pytest]\nheadoff_attention = kernel.py:wrong\nheadoff_seed = 5\n")
+    assert "wrong: gate" in section(run(seed=5))[0]
+    assert "kernel.py:right is right" in section(run("--attention", "kernel.py:right", seed=5))[0]
+
+
+def test_an_option_that_somebody_else_has_keeps_its_long_name(run, pytester):
+    pytester.makeconftest("def pytest_addoption(parser):\n    parser.addoption('--device', default='mine')\n")
+    result = run("--headoff-device", "cpu", "--device", "theirs", "--attention", "kernel.py:right")
+    result.assert_outcomes(passed=3)
+
+
+def test_a_report(run, pytester):
+    result = run("--attention", "kernel.py:wrong", "--report", "report.html")
+    document = json.loads((pytester.path / "report.json").read_text())
+    assert document["headline"] == section(result)[0]
+    assert document["verdict"] == "wrong"
+    assert document["suites"] == [document["suites"][0] | {"name": "mine", "passed": 2, "failed": 1}]
+    assert document["calls"] == {"decoder_cross": 7}
+    assert document["about"]["attention"] == "kernel.py:wrong" and document["about"]["torch"]
+    assert document["headline"].split(":")[-1].strip() in (pytester.path / "report.html").read_text()
+
+
+def test_a_failure_of_the_harness_itself_is_no_verdict(run):
+    result = run("--attention", "kernel.py:right", holds=False)
+    result.assert_outcomes(passed=2, failed=1)
+    assert "no verdict" in section(result)[0] and "its tolerances do not hold here" in section(result)[0]
+
+
+def test_other_tests_are_left_in_peace(run, pytester):
+    run()
+    pytester.path.joinpath("test_heads_off_mine.py").unlink()
+    pytester.makepyfile(test_other="import sys\ndef test_other():\n    assert 'torch' not in sys.modules\n")
+    result = pytester.runpytest_subprocess("-p", "headoff.harness.plugin")
+    result.assert_outcomes(passed=1)
+    assert not any(line.strip("= ") == "headoff" for line in result.outlines)
