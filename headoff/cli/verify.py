@@ -102,8 +102,8 @@ def add_parser(commands: Any) -> None:
         "--render",
         nargs=2,
         type=Path,
-        metavar=("JSON", "HTML"),
-        help="only make the page of an earlier run's results",
+        metavar=("JSON", "PAGE"),
+        help="only make the page (.html) or the summary (.md) of an earlier run's results",
     )
     parser.add_argument(
         "-n",
@@ -154,8 +154,14 @@ def _pytest_arguments(settings: argparse.Namespace) -> list[str]:
         names = [*names, "benchmark"]
     files = [str(suite_file(name)) for name in dict.fromkeys(names)]
     isolated = ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder / 'tests'}"]
-    kept = ["-o", f"cache_dir={cache_folder() / 'pytest'}"]  # for --lf
-    said = ["-v", "--tb=short"] if settings.verbose else ["-q", "--no-header", "--tb=no", "-rN", "--disable-warnings"]
+    # Not in the folder that somebody happens to stand in: what --lf and --benchmark-save keep.
+    kept = ["-o", f"cache_dir={cache_folder() / 'pytest'}"]
+    kept.append(f"--benchmark-storage=file://{cache_folder() / 'benchmarks'}")
+    said = (
+        ["-v", "--tb=short"]
+        if settings.verbose
+        else ["-q", "--no-header", "--tb=no", "-rN", "--disable-warnings"]
+    )
     chosen = {
         "attention": settings.patch,
         "model": settings.model,

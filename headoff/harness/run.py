@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from headoff.harness.findings import PROPERTIES, Finding
+from headoff.harness.page.document import FORMAT, Verdict
 
-FORMAT = "headoff verification 1"
-Verdict = Literal["right", "wrong", "slower", "incomplete"]
 BENCHMARK = "benchmark"
 """Name of the suite whose failures are about time."""
 
@@ -116,7 +115,7 @@ class Run:
         verdict = self.verdict
         ran = sum(each.outcome == "passed" for each in self.tests.values())
         if verdict == "right":
-            return f"{self.label} is right: {ran} checks passed{self._times()}"
+            return f"{self.label} is right: {ran} check{'' if ran == 1 else 's'} passed{self._times()}"
         if verdict == "slower":
             slower = len(self.failed(suite=BENCHMARK))
             return f"{self.label} is right but slower in {slower} of its benchmarks{self._times()}"

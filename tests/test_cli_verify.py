@@ -1,0 +1,118 @@
+"""`headoff verify`: exit codes, one sentence for what cannot be, reports, and where it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import headoff
+from headoff import cli
+from headoff.harness import shipped
+
+KERNEL = """
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+def attention(query, key, value, attn_mask=None):
+    return scaled_dot_product_attention(query, key, value, attn_mask)
+
+def falls_back(query, key, value, attn_mask=None):
+    try:
+        raise RuntimeError("no kernel for this shape")
+    except RuntimeError:
+        return attention(query, key, value, attn_mask)
+
+def crashing(query, key, value, attn_mask=None):
+    raise ValueError("out of luck")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A project of somebody's own, with settings for pytest that are not to count."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kernel.py").write_text(KERNEL)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
+    (tmp_path / "conftest.py").write_text("raise RuntimeError('this is not to be read')\n")
+    return tmp_path
+
+
+def verify(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own: pytest within pytest shares more than it should."""
+    left_out = ("CI", "BUILD_NUMBER", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment |= {
+        "HEADOFF_CACHE": str(folder / "cache"),
+        "PYTHONPATH": str(Path(headoff.__file__).parents[1]),
+        "PYTEST_ADDOPTS": "--no-such-option",
+    }
+    program = "import sys, headoff.cli; sys.exit(headoff.cli.main())"
+    return subprocess.run(
+        [sys.executable, "-c", program, "verify", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_right_from_any_folder(folder):
+    done = verify(
+        folder, "kernel.py:attention", "--only", "calls", "--report", "out.html", "--junitxml", "out.xml"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernel.py:attention is right: 1 check passed" in done.stdout
+    document = json.loads((folder / "out.json").read_text())
+    assert document["verdict"] == "right" and document["about"]["attention"] == "kernel.py:attention"
+    assert "kernel.py:attention is right" in (folder / "out.html").read_text()
+    assert 'tests="1"' in (folder / "out.xml").read_text()
+    left = {path.name for path in folder.iterdir()} - {"__pycache__", "cache"}
+    assert left == {"kernel.py", "pytest.ini", "conftest.py", "out.html", "out.json", "out.xml"}
+
+
+def test_wrong_and_options_of_pytest(folder):
+    done = verify(folder, "kernel.py:falls_back", "--only", "calls", "--", "-x", "--tb=short")
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = [
+        line for line in done.stdout.splitlines() if line.startswith("kernel.py:falls_back is wrong: calls: ")
+    ]
+    assert said and "RuntimeError: no kernel for this shape (line 10)" in said[0]
+    assert "FAILURES" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ((), "nothing to verify was named"),
+        (("kernel.py:crashing",), "kernel.py:crashing raised ValueError: out of luck (kernel.py, line 15)"),
+        (("kernel.py:atention",), "did you mean 'attention'?"),
+        (("kernel.py:attention", "--only", "spelling"), "there is no suite 'spelling': name one of "),
+        (("kernel.py:attention", "--device", "abacus"), "device 'abacus' cannot be used here"),
+        (("kernel.py:attention", "--report", "report.pdf"), "give a name that ends in .html or .json"),
+        (("kernel.py:attention", "-n", "2", "--benchmark"), "times need the machine to themselves"),
+        (("--render", "nothing.json", "page.html"), "nothing.json"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(folder, capsys, arguments, said):
+    assert cli.main(["verify", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and err.startswith("headoff: error: ") and err.count("\n") == 1 and not out
+    assert not (folder / "page.html").exists()
+
+
+def test_every_suite_is_there_and_goes_into_the_wheel():
+    import tomllib
+
+    root = Path(headoff.__file__).parents[1]
+    assert shipped.suites_folder() == root
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    files = {f"tests/{path.name}" for path in (root / "tests").glob(shipped.PATTERN)}
+    assert {name for name in included if name.startswith("tests/")} == files
+    assert all(target == f"headoff/suites/{source}" for source, target in included.items())
