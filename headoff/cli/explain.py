@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headoff.cli.autocast import Autocast, add_autocast_option, check_autocast
 from headoff.cli.configurations import (
     NOTATION,
     Choice,
@@ -28,7 +29,6 @@ from headoff.figures.colouring import SCALES
 from headoff.images import load_image
 from headoff.relevance import BOX_COORDINATES, Explanation, method_names
 from headoff.relevance.explanations import PICKS
-from headoff.sweeps import sweep
 
 EPILOG = f"""\
 what to switch off:
@@ -108,12 +108,14 @@ def add_parser(commands: Any) -> None:
     add_configuration_options(parser, None)
     add_confidence_option(parser)
     add_detector_options(parser)
+    add_autocast_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(settings: argparse.Namespace) -> int:
     # What can be refused is refused before the weights are read.
     images = images_asked_for(settings)
+    check_autocast(settings)
     choice = Choice.of(settings)
     wanted = Wanted(
         method=settings.method,
@@ -131,15 +133,16 @@ def run(settings: argparse.Namespace) -> int:
     detector = load_detector(settings)
     wanted.check(detector.head_layout)
     configurations = choice.configurations(detector)
+    autocast = Autocast(settings.autocast)
 
     def work(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
-        result = sweep(detector, picture, configurations, confidence=settings.confidence)
-        explanation = wanted.write(folder, picture, detector, result, made_with, progress)
-        return _summary(image, explanation)
+        result = autocast.sweep(detector, picture, configurations, confidence=settings.confidence)
+        explanation = autocast.write(wanted, folder, picture, detector, result, made_with, progress)
+        return autocast.summary(image, _summary(image, explanation), progress)
 
     asked = {**configurations_asked_for(settings), "confidence": f"{settings.confidence:g}"}
-    made_with = {**provenance(settings, detector), **asked, **wanted.words()}
+    made_with = {**provenance(settings, detector), **asked, **autocast.words(), **wanted.words()}
     return write_reports(settings, images, made_with, work)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headoff.cli.autocast import Autocast, add_autocast_option, check_autocast
 from headoff.cli.configurations import (
     NOTATION,
     Choice,
@@ -22,9 +23,9 @@ from headoff.cli.options import (
 )
 from headoff.cli.relevance import Wanted
 from headoff.cli.reports import add_report_options, images_asked_for, sweep_summary, write_reports
+from headoff.detr.graphs import DecodeGraphs
 from headoff.images import load_image
 from headoff.report import write_report
-from headoff.sweeps import sweep
 
 EXAMPLES = f"""\
 what to switch off:
@@ -36,6 +37,7 @@ examples:
   headoff sweep street.jpg --model detr-resnet-50 --object 0
   headoff sweep street.jpg --relevance
   headoff sweep photos/ --order random:7 --out random7
+  headoff sweep street.jpg --autocast bfloat16
   headoff sweep --off 'L4H2,L5H0-3' --off 'only L5H2 on'
 """
 
@@ -66,29 +68,39 @@ def add_parser(commands: Any) -> None:
     )
     add_confidence_option(parser)
     add_detector_options(parser)
+    add_autocast_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(settings: argparse.Namespace) -> int:
     # What can be refused is refused before the weights are read.
     images = images_asked_for(settings)
+    check_autocast(settings)
     choice = Choice.of(settings)
     wanted = Wanted() if settings.relevance else None
     detector = load_detector(settings)
     configurations = choice.configurations(detector)
+    autocast = Autocast(settings.autocast)
+    # A folder's images are often of one size: on a GPU their decodes are then replayed.
+    graphs = DecodeGraphs() if len(images) > 1 else None
 
     def work(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
-        result = sweep(
-            detector, picture, configurations, object_index=settings.object, confidence=settings.confidence
+        result = autocast.sweep(
+            detector,
+            picture,
+            configurations,
+            object_index=settings.object,
+            confidence=settings.confidence,
+            graphs=graphs,
         )
         if wanted is None:
             write_report(folder, picture, result, provenance=made_with)
         else:
-            wanted.write(folder, picture, detector, result, made_with, progress)
-        return sweep_summary(image, result)
+            autocast.write(wanted, folder, picture, detector, result, made_with, progress)
+        return autocast.summary(image, sweep_summary(image, result), progress)
 
-    made_with = {**provenance(settings, detector), **_asked_for(settings)}
+    made_with = {**provenance(settings, detector), **_asked_for(settings), **autocast.words()}
     if wanted is not None:
         made_with |= wanted.words()
     return write_reports(settings, images, made_with, work)

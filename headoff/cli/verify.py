@@ -131,20 +131,29 @@ def run(settings: argparse.Namespace) -> int:
     import pytest
 
     from headoff.harness.preflight import preflight
-    from headoff.harness.reporter import checked_report
+    from headoff.harness.reporter import make_way
 
     if settings.benchmark and settings.workers:
         raise SettingError("times need the machine to themselves: leave out -n, or --benchmark")
     if settings.report:
-        checked_report(settings.report)
+        make_way(settings.report)
     preflight(settings.patch, str(chosen_device(settings.device)), settings.dtype)
     # What a person set for pytest in their own project is not about these suites.
     os.environ.pop("PYTEST_ADDOPTS", None)
-    return EXIT_CODES.get(int(pytest.main(_pytest_arguments(settings))), 2)
+    interrupts = _Interrupts()
+    code = int(pytest.main(_pytest_arguments(settings), plugins=[interrupts]))
+    if interrupts.seen:
+        return 130
+    return code if code in (0, 1) else 2  # by any other of pytest's, the suites could not be run
 
 
-EXIT_CODES = {0: 0, 1: 1, 2: 130}
-"""Of the command, by pytest's; all others mean that nothing could be tested."""
+class _Interrupts:
+    """A plugin that tells Ctrl-C from a suite that cannot be read: pytest has one exit code for both."""
+
+    seen = False
+
+    def pytest_keyboard_interrupt(self) -> None:
+        self.seen = True
 
 
 def _pytest_arguments(settings: argparse.Namespace) -> list[str]:

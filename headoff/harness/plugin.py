@@ -15,7 +15,7 @@ import pytest
 
 from headoff.errors import HeadoffError
 from headoff.harness.options import add_options, add_short_names, settings_from, value_of, was_chosen
-from headoff.harness.reporter import Reporter, checked_report, tests_the_patch
+from headoff.harness.reporter import Reporter, make_way, tests_the_patch
 
 if TYPE_CHECKING:
     from headoff.harness.patch import Patch
@@ -36,9 +36,9 @@ def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     report = value_of(config, "report")
-    if report:
+    if report and not is_worker(config):
         with one_clear_error():
-            checked_report(Path(report))
+            make_way(Path(report))
     reporter = Reporter(config, worker=is_worker(config))
     config.stash[REPORTER] = reporter
     config.pluginmanager.register(reporter, "headoff-reporter")

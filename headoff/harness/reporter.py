@@ -66,11 +66,15 @@ class Reporter:
         if noted is not None and not self.worker:
             self.run.add(report.nodeid, report.when or "call", report.outcome, report.duration, noted)
 
+    def pytest_keyboard_interrupt(self) -> None:
+        self.run.interrupted = True
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int | pytest.ExitCode) -> None:
         if self.worker or not self.run.tests:
             return
-        self.run.interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
+        if self.run.all_skipped and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED  # as little was found out
         self._look_closer()
         self.document = self.run.document()
         report = value_of(self.config, "report")
@@ -109,7 +113,7 @@ class Reporter:
 
                 with written_atomically(path) as file:
                     file.write(render(self.document).encode())
-        except OSError as error:
+        except (OSError, HeadoffError) as error:
             raise pytest.UsageError(f"the report cannot be written: {error}") from error
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -161,14 +165,22 @@ def tests_the_patch(item: pytest.Item) -> bool:
     return "under_test" in getattr(item, "fixturenames", ())
 
 
-def checked_report(path: Path) -> None:
-    """Raise OutputError, before anything runs, for a report that could not be written in the end."""
+def make_way(path: Path) -> None:
+    """Remove an earlier report, which would be taken for this run's if anything went wrong.
+
+    Raises OutputError, before anything runs, for one that could not be written in the end.
+    """
     if path.suffix not in (".html", ".json"):
         raise OutputError(f"a report cannot be written to {path}: give a name that ends in .html or .json")
     if not path.absolute().parent.is_dir():
         raise OutputError(
             f"there is no folder {path.absolute().parent} for the report: make it, or name another"
         )
+    try:
+        for old in (path, path.with_suffix(".json")):
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be replaced ({error.strerror}): name another report") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,6 +21,9 @@ from headoff.harness.page.document import FORMAT, Verdict
 BENCHMARK = "benchmark"
 """Name of the suite whose failures are about time."""
 
+PICTURES = 8
+"""That a document keeps of one property."""
+
 SUITE_ORDER = ("operator", "calls", "detections", "relevance", "gradients", BENCHMARK)
 
 
@@ -93,6 +96,12 @@ class Run:
             and suite in (None, each.suite)
             and about_patch in (None, each.about_patch)
         ]
+
+    @property
+    def all_skipped(self) -> bool:
+        """Whether tests of the patch were there, and none was run."""
+        about_patch = [each for each in self.tests.values() if each.about_patch]
+        return bool(about_patch) and all(each.outcome == "skipped" for each in about_patch)
 
     @property
     def verdict(self) -> Verdict:
@@ -202,8 +211,12 @@ def _count(name: str, tests: list[TestRecord]) -> dict[str, Any]:
 
 
 def _pictures(findings: Iterable[Finding]) -> dict[str, str]:
-    """PNG files in base64, by the path that findings know them by; what has gone is left out."""
-    paths = dict.fromkeys(path for each in findings for path in each.pictures)
-    return {
-        path: base64.b64encode(Path(path).read_bytes()).decode() for path in paths if Path(path).is_file()
-    }
+    """PNG files in base64, by the path that findings know them by; a few of each property say as much as all."""
+    shown: Counter[str] = Counter()
+    pictures: dict[str, str] = {}
+    for finding in findings:
+        for path in finding.pictures:
+            if path not in pictures and shown[finding.property] < PICTURES and Path(path).is_file():
+                shown[finding.property] += 1
+                pictures[path] = base64.b64encode(Path(path).read_bytes()).decode()
+    return pictures
