@@ -10,7 +10,8 @@ argument      shape                       meaning
 query         (B, H, Q, D)                any float dtype, any strides (a batch expanded with stride 0, too)
 key, value    (B, H, S, D)                of the dtype and on the device of ``query``
 attn_mask     broadcasts to (B, H, Q, S)  as in ``torch.nn.functional.scaled_dot_product_attention``: bool
-                                          (True = attend), or float and added to the scores; 2 to 4 dimensions
+                                          (True = attend), or of the dtype of ``query`` and added to the scores;
+                                          2 to 4 dimensions
 head_gate     broadcasts to (B, H, Q, 1)  multiplies the weights after softmax: 1 = on, 0 = off, fractions
                                           are legal; of any dtype, on the device of ``query``
 context       (B, H, Q, D)                (softmax(query key^T / sqrt(D) + attn_mask) * head_gate) @ value,

@@ -1,0 +1,18 @@
+"""Whether a single attention call is right: context and gradients against the float64 oracle, conduct, diagnosis."""
+
+from headoff.harness.operator.accuracy import operator_findings, refusal_of
+from headoff.harness.operator.cases import OperatorCase, case_named, operator_cases, reduced_cases
+from headoff.harness.operator.conduct import CONDUCT, conduct_findings
+from headoff.harness.operator.diagnosis import diagnose
+
+__all__ = [
+    "CONDUCT",
+    "OperatorCase",
+    "case_named",
+    "conduct_findings",
+    "diagnose",
+    "operator_cases",
+    "operator_findings",
+    "reduced_cases",
+    "refusal_of",
+]

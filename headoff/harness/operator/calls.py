@@ -1,0 +1,76 @@
+"""One call of an attention and its backward pass; and where the fault is when that raises."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import headoff
+from headoff.attention.contract import Attention
+from headoff.harness.operator.cases import Wanted
+from headoff.harness.operator.tensors import CallTensors
+
+Results = dict[str, Tensor]
+"""`context`, `dq`, `dk`, `dv`, or those of them that were wanted."""
+
+
+def leaves_of(tensors: CallTensors, wanted: Wanted) -> dict[str, Tensor]:
+    """`query`, `key`, `value` detached, of the same memory, and requiring a gradient where one is wanted."""
+    leaves = {
+        "query": tensors.query.detach().requires_grad_(wanted != "key and value"),
+        "key": tensors.key.detach().requires_grad_(wanted != "query"),
+        "value": tensors.value.detach().requires_grad_(wanted != "query"),
+    }
+    if wanted == "query is key":
+        leaves["key"] = leaves["query"]
+    return leaves
+
+
+def call(attention: Attention, tensors: CallTensors, wanted: Wanted = "all") -> Results:
+    """Context and gradients. Those of inputs that the context does not depend on are zeros."""
+    leaves = leaves_of(tensors, wanted)
+    context = attention(leaves["query"], leaves["key"], leaves["value"], tensors.mask, head_gate=tensors.gate)
+    return {"context": context, **gradients(context, leaves, tensors.gradient)}
+
+
+def gradients(
+    context: Tensor, leaves: dict[str, Tensor], gradient: Tensor, *, retain_graph: bool = False
+) -> Results:
+    """`dq`, `dk`, `dv` of those `leaves` that require one."""
+    names = {"query": "dq", "key": "dk", "value": "dv"}
+    # A tensor that is both query and key is named by the first.
+    inputs = {id(leaf): (names[name], leaf) for name, leaf in reversed(leaves.items()) if leaf.requires_grad}
+    named = dict(inputs.values())
+    if not context.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in named.items()}
+    found = torch.autograd.grad(
+        context, list(named.values()), gradient, retain_graph=retain_graph, allow_unused=True
+    )
+    return {
+        name: torch.zeros_like(leaf) if each is None else each
+        for (name, leaf), each in zip(named.items(), found, strict=True)
+    }
+
+
+def describe_exception(error: BaseException) -> str:
+    """Type and message in one line, and the innermost line that belongs neither to torch nor to this package."""
+    text = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    frame = _frame_of_patch(traceback.extract_tb(error.__traceback__))
+    return text if frame is None else f"{text} ({frame.filename}, line {frame.lineno})"
+
+
+def _frame_of_patch(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
+    """The innermost frame of a file that is nobody's library; of a library other than torch where there is none."""
+    torch_folder, own_folder = Path(torch.__file__).parent, Path(headoff.__file__).parent
+    others = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith((f"{torch_folder}/", f"{own_folder}/", "<"))
+    ]
+    patch = [frame for frame in others if not frame.filename.startswith(f"{torch_folder.parent}/")]
+    return patch[-1] if patch else others[-1] if others else None

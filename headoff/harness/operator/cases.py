@@ -1,0 +1,378 @@
+"""Cases of a single attention call: sizes, dtype, gate, mask, inputs and their strides, and which gradients are wanted.
+
+Cases are few and each has several difficulties at once; what a failure is due to, `headoff.harness.operator.diagnosis`
+finds by taking the difficulties away again. Beside the chosen cases there are drawn ones, other combinations for
+another seed, for the faults that need two difficulties to meet.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from headoff.gates import Site
+from headoff.harness.operator.gate_kinds import GATE_KINDS
+from headoff.harness.operator.input_kinds import INPUT_KINDS
+from headoff.harness.operator.layouts import CALL_LAYOUTS
+from headoff.harness.operator.mask_kinds import MASK_KINDS
+
+Wanted = Literal["all", "query", "key and value", "query is key"]
+"""Whose gradient is asked for. `query is key`: of one tensor that is both, as in self-attention without positions."""
+
+GRADIENT_KINDS = ("random", "ones", "heads last", "every second", "one row")
+"""How the context's gradient comes: `ones` is that of a sum, of stride 0; `one row` is zero but for one query's."""
+
+DRAWN = 24
+"""Drawn cases; half as many and small ones in dtypes that nobody asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorCase:
+    """One attention call.
+
+    - `name`: without spaces, for pytest
+    - `batch`, `heads`, `queries`, `keys`, `channels`: B, H, Q, S, D
+    - `dtype`: of query, key and value, of a float mask and of the context's gradient
+    - `gate`, `gate_dtype`: a kind of gate, and its dtype; None is that of the query
+    - `mask`, `inputs`: kinds of them
+    - `layout`, `gradient`: strides of query, key and value, and of the context's gradient
+    - `wanted`: whose gradients
+    - `site`: where DETR attends with such sizes
+    - `seed`: of the random numbers
+    """
+
+    name: str
+    batch: int = 1
+    heads: int = 8
+    queries: int = 100
+    keys: int = 100
+    channels: int = 32
+    dtype: torch.dtype = torch.float32
+    gate: str = "none"
+    gate_dtype: torch.dtype | None = None
+    mask: str = "none"
+    inputs: str = "normal"
+    layout: str = "contiguous"
+    gradient: str = "random"
+    wanted: Wanted = "all"
+    site: Site | None = None
+    seed: int = 0
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        text = f"{self.name}: {self.batch} x {self.heads} heads, {self.queries} queries x {self.keys} keys x "
+        text += f"{self.channels} channels, {dtype}"
+        for what, kind in (
+            ("gate", self.gate),
+            ("mask", self.mask),
+            ("inputs", self.inputs),
+            ("layout", self.layout),
+        ):
+            if kind not in ("none", "normal", "contiguous"):
+                text += f", {what}: {kind}"
+        return text
+
+    @property
+    def weights(self) -> int:
+        """B * H * Q * S, the size of it."""
+        return self.batch * self.heads * self.queries * self.keys
+
+
+def _sized(batch: int, heads: int, queries: int, keys: int, channels: int, **fields: object) -> OperatorCase:
+    return OperatorCase(
+        batch=batch,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        channels=channels,
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def _detr() -> list[OperatorCase]:
+    """The sizes that DETR has at 800 x 1066 pixels, and a sweep's nine configurations end to end."""
+    return [
+        _sized(
+            1,
+            8,
+            100,
+            850,
+            32,
+            name="decoder_cross",
+            gate="first-3",
+            layout="heads last",
+            site="decoder_cross",
+        ),
+        _sized(
+            1, 8, 850, 850, 32, name="encoder_self", mask="padding", layout="heads last", site="encoder_self"
+        ),
+        _sized(
+            3,
+            8,
+            100,
+            100,
+            32,
+            name="decoder_self",
+            gate="per item",
+            layout="sequence first",
+            site="decoder_self",
+        ),
+        _sized(
+            1,
+            8,
+            900,
+            850,
+            32,
+            name="sweep",
+            gate="configurations",
+            mask="padding",
+            layout="heads last",
+            site="decoder_cross",
+        ),
+        _sized(1, 8, 7, 3350, 32, name="dilated", gate="full", mask="holes", site="decoder_cross"),
+    ]
+
+
+def _sizes() -> list[OperatorCase]:
+    """Sizes that are no multiple of anything, or of everything, or equal where they could be mistaken."""
+    ragged = [
+        (1, 1),
+        (1, 850),
+        (100, 1),
+        (2, 3),
+        (17, 33),
+        (31, 63),
+        (65, 129),
+        (127, 257),
+        (33, 1023),
+        (129, 40),
+    ]
+    even = [(16, 16), (64, 64), (128, 256), (64, 520)]
+    cases = []
+    for number, (queries, keys) in enumerate(ragged + even):
+        cases.append(
+            _sized(
+                1 + number % 2,
+                2,
+                queries,
+                keys,
+                32,
+                name=f"sizes-{queries}x{keys}",
+                gate=("none", "full")[number % 2],
+                inputs=("normal", "spotlight")[number // 2 % 2],
+            )
+        )
+    for channels, heads in ((16, 3), (32, 1), (40, 2), (64, 3), (128, 2), (20, 12), (8, 5)):
+        cases.append(
+            _sized(
+                2,
+                heads,
+                37,
+                45,
+                channels,
+                name=f"channels-{channels}-heads-{heads}",
+                gate="full",
+                mask="padding",
+            )
+        )
+    cases += [
+        _sized(2, 3, 1, 50, 32, name="one-query-masked", gate="full", mask="padding"),
+        _sized(2, 3, 1, 50, 32, name="one-query-keyless", mask="keyless item"),
+        _sized(2, 3, 20, 1, 32, name="one-key-keyless", gate="full", mask="keyless item"),
+        _sized(2, 3, 20, 1, 32, name="one-key-additive", mask="additive keyless rows"),
+        _sized(1, 1, 1100, 9, 16, name="many-queries", gate="full", mask="rows"),
+        _sized(2, 8, 8, 8, 8, name="all-sizes-equal", gate="full", mask="full"),
+        _sized(8, 8, 8, 8, 16, name="batch-as-heads", gate="per item", mask="padding"),
+        _sized(2, 8, 8, 50, 32, name="queries-as-heads", gate="per query", layout="heads last"),
+        _sized(2, 3, 32, 32, 32, name="square", gate="full", mask="rows per item", layout="channels first"),
+        _sized(3, 4, 24, 4, 16, name="keys-as-heads", gate="per item", mask="bias of keys"),
+        _sized(5, 3, 9, 21, 32, name="odd-batch", gate="full", mask="full"),
+        _sized(2, 12, 20, 300, 32, name="many-heads", gate="first-9", inputs="spotlight"),
+    ]
+    return cases
+
+
+def _gates() -> list[OperatorCase]:
+    kinds = [f"first-{k}" for k in range(9)] + ["only-0", "only-7", "without-5", *GATE_KINDS]
+    cases = [
+        _sized(
+            2,
+            8,
+            26,
+            41,
+            16,
+            name=f"gate-{kind.replace(' ', '-')}",
+            gate=kind,
+            inputs=("spotlight", "normal")[number % 2],
+            mask=("none", "padding", "bias")[number % 3],
+        )
+        for number, kind in enumerate(kinds)
+    ]
+    for dtype in (torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        kind = "binary" if dtype == torch.bool else "full"
+        name = str(dtype).removeprefix("torch.")
+        cases.append(_sized(2, 4, 33, 40, 32, name=f"gate-of-{name}", gate=kind, gate_dtype=dtype))
+    cases.append(
+        _sized(
+            2,
+            6,
+            20,
+            30,
+            32,
+            name="gate-of-bool-heads",
+            gate="binary heads",
+            gate_dtype=torch.bool,
+            mask="keys",
+        )
+    )
+    return cases
+
+
+def _masks() -> list[OperatorCase]:
+    return [
+        _sized(
+            3,
+            4,
+            34,
+            150,
+            16,
+            name=f"mask-{kind.replace(' ', '-')}",
+            mask=kind,
+            gate=("none", "full", "per item")[number % 3],
+            inputs=("normal", "positive")[number % 2],
+        )
+        for number, kind in enumerate(MASK_KINDS)
+    ]
+
+
+def _inputs() -> list[OperatorCase]:
+    cases = []
+    for number, kind in enumerate(INPUT_KINDS):
+        cases.append(
+            _sized(
+                2,
+                4,
+                70,
+                139,
+                32,
+                name=f"inputs-{kind}",
+                inputs=kind,
+                gate=("full", "none")[number % 2],
+                mask=("none", "padding")[number // 2 % 2],
+            )
+        )
+    cases += [
+        _sized(1, 2, 64, 128, 64, name="spotlight-even", inputs="spotlight", gate="fractions"),
+        _sized(
+            2, 2, 75, 150, 40, name="spotlight-padding", inputs="spotlight", mask="holes", gate="per item"
+        ),
+    ]
+    return cases
+
+
+def _layouts() -> list[OperatorCase]:
+    cases = [
+        _sized(3, 4, 25, 47, 32, name=f"layout-{kind.replace(' ', '-')}", layout=kind, gate="full", mask=mask)
+        for kind in CALL_LAYOUTS
+        for mask in (("padding",) if kind != "contiguous" else ("none",))
+    ]
+    for kind in GRADIENT_KINDS:
+        cases.append(
+            _sized(
+                2,
+                3,
+                40,
+                50,
+                32,
+                name=f"gradient-{kind.replace(' ', '-')}",
+                gradient=kind,
+                gate="full",
+                layout="heads last",
+                inputs="positive",
+            )
+        )
+    for wanted in ("query", "key and value", "query is key"):
+        cases.append(
+            OperatorCase(
+                batch=2,
+                heads=3,
+                queries=35,
+                keys=35,
+                name=f"wanted-{wanted.replace(' ', '-')}",
+                wanted=wanted,
+                gate="full",
+                mask="padding",
+            )
+        )
+    return cases
+
+
+CHOSEN: tuple[OperatorCase, ...] = tuple(_detr() + _sizes() + _gates() + _masks() + _inputs() + _layouts())
+
+ALSO_IN_OTHER_DTYPES = (
+    "sizes-1x1",
+    "sizes-65x129",
+    "sizes-33x1023",
+    "channels-40-heads-2",
+    "queries-as-heads",
+    "gate-fractions",
+    "gate-per-item",
+    "gate-of-float32",
+    "gate-of-bool",
+    "gate-all-off",
+    "mask-padding",
+    "mask-left-padding",
+    "mask-bias-and-padding",
+    "mask-keyless-rows",
+    "mask-additive-keyless-rows",
+    "inputs-normal",
+    "inputs-large",
+    "inputs-spotlight",
+    "inputs-tiny",
+    "spotlight-padding",
+    "layout-heads-last",
+    "gradient-ones",
+)
+
+
+def drawn(number: int, seed: int) -> OperatorCase:
+    """A combination by chance; the same for the same seed on every machine."""
+    choose = random.Random(f"{seed} {number}").choice
+    keys = choose((1, 2, 5, 8, 16, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129, 200, 257))
+    queries = choose((1, 2, 3, 8, 15, 16, 17, 32, 33, 50, 64, 65, 100))
+    gates = [kind for kind in GATE_KINDS if kind not in ("all off",)]
+    return _sized(
+        choose((1, 2, 3)),
+        choose((1, 2, 3, 4, 5, 8)),
+        queries,
+        keys,
+        choose((16, 32, 32, 40, 64)),
+        name=f"drawn-{number}",
+        gate=choose(["none", *gates]),
+        mask=choose(["none", *MASK_KINDS]),
+        inputs=choose(("normal", "normal", "positive", "spotlight", "large")),
+        layout=choose(CALL_LAYOUTS),
+        gradient=choose(GRADIENT_KINDS),
+        seed=seed,
+    )
+
+
+def operator_cases(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[OperatorCase]:
+    """All cases in `dtype`, chosen and drawn ones. Their names depend on neither argument."""
+    chosen = [replace(case, dtype=dtype, seed=seed) for case in CHOSEN]
+    return chosen + [replace(drawn(number, seed), dtype=dtype) for number in range(DRAWN)]
+
+
+def reduced_cases(dtype: torch.dtype, seed: int = 0) -> list[OperatorCase]:
+    """Those cases that are worth trying in dtypes that nobody asked for: small ones, of each kind a few."""
+    cases = operator_cases(dtype, seed)
+    return [case for case in cases if case.name in ALSO_IN_OTHER_DTYPES] + cases[-DRAWN:][: DRAWN // 4]
+
+
+def case_named(name: str, dtype: torch.dtype, seed: int, cases: Sequence[OperatorCase] = ()) -> OperatorCase:
+    """Raises KeyError for a name that `operator_cases` does not have."""
+    return {case.name: case for case in cases or operator_cases(dtype, seed)}[name]

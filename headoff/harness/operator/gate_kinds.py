@@ -1,0 +1,68 @@
+"""Head gates that an attention is tried with: all shapes that broadcast to (B, H, Q, 1), all kinds of values.
+
+Values that differ between heads, queries and batch items, because a gate that is the same everywhere cannot show that
+it was read in the wrong place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+CONFIGURATIONS = 9
+"""Configurations that a cumulative sweep lays end to end along the query axis: none off, first 1 off, ..., 8 off."""
+
+Build = Callable[[Generator, int, int, int], Tensor]
+
+
+def gate_values(kind: str, generator: Generator, batch: int, heads: int, queries: int) -> Tensor | None:
+    """A float64 gate of a kind of `GATE_KINDS`, or `first-K`, `without-K`, `only-K`; None for `none`.
+
+    Raises KeyError for another kind.
+    """
+    if kind == "none":
+        return None
+    if match := re.fullmatch(r"(first|without|only)-(\d+)", kind):
+        number, head = int(match[2]), torch.arange(heads)
+        on = {"first": head >= number, "without": head != number, "only": head == number}[match[1]]
+        return on.double().view(1, heads, 1, 1)
+    return GATE_KINDS[kind](generator, batch, heads, queries)
+
+
+def _fractions(generator: Generator, *shape: int) -> Tensor:
+    """Between 0.05 and 0.95: neither so small that float16 underflows, nor to be taken for 0 or 1."""
+    return 0.05 + 0.9 * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _mixed(generator: Generator, *shape: int) -> Tensor:
+    """Fractions, and among them gates that are wholly off or wholly on."""
+    fractions, which = _fractions(generator, *shape), _fractions(generator, *shape)
+    return torch.where(which < 0.3, 0.0, torch.where(which > 0.8, 1.0, fractions))
+
+
+def _configurations(_generator: Generator, _batch: int, heads: int, queries: int) -> Tensor:
+    """(1, H, Q, 1): the rows in nine runs, and in the c-th of them the first c heads are off."""
+    off = torch.arange(queries) * CONFIGURATIONS // queries
+    return (torch.arange(heads)[:, None] >= off).double().view(1, heads, queries, 1)
+
+
+GATE_KINDS: dict[str, Build] = {
+    "all on": lambda g, b, h, q: torch.ones(h, 1, 1, dtype=torch.float64),
+    "all off": lambda g, b, h, q: torch.zeros(1, h, 1, 1, dtype=torch.float64),
+    "scalar": lambda g, b, h, q: _fractions(g),
+    "fractions": lambda g, b, h, q: _fractions(g, h, 1, 1),
+    "beyond": lambda g, b, h, q: 2.5 * _fractions(g, 1, h, 1, 1) - 0.5,
+    "per item": lambda g, b, h, q: _mixed(g, b, h, 1, 1),
+    "per item alone": lambda g, b, h, q: _fractions(g, b, 1, 1, 1),
+    "per query": lambda g, b, h, q: _mixed(g, b, 1, q, 1),
+    "per query alone": lambda g, b, h, q: _mixed(g, q, 1),
+    "full": lambda g, b, h, q: _mixed(g, b, h, q, 1),
+    "binary": lambda g, b, h, q: (_fractions(g, b, h, q, 1) < 0.5).double(),
+    "binary heads": lambda g, b, h, q: (_fractions(g, h, 1, 1) < 0.5).double(),
+    "configurations": _configurations,
+    "expanded": lambda g, b, h, q: _mixed(g, 1, h, 1, 1).expand(b, h, q, 1),
+    "queries first": lambda g, b, h, q: _mixed(g, q, b, h, 1).permute(1, 2, 0, 3),
+}

@@ -1,0 +1,99 @@
+"""Numbers that query, key and value are made of: ordinary ones, and such as bring out one weakness each.
+
+All are float64, contiguous, and to be rounded to the case's dtype; none overflows float16 on the way through attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+Sizes = tuple[int, int, int, int, int]
+Triple = tuple[Tensor, Tensor, Tensor]
+
+SPOTLIGHT_SCORE = 16.0
+"""Of a key that a spotlight is on; the others stay well below, and in few bits it is still exact enough."""
+
+
+def input_values(kind: str, generator: Generator, sizes: Sizes) -> Triple:
+    """Query (B, H, Q, D), key and value (B, H, S, D) for `sizes` (B, H, Q, S, D). KeyError for an unknown kind."""
+    return INPUT_KINDS[kind](generator, sizes)
+
+
+def _normal(generator: Generator, sizes: Sizes) -> Triple:
+    batch, heads, queries, keys, channels = sizes
+    return (
+        torch.randn(batch, heads, queries, channels, generator=generator, dtype=torch.float64),
+        torch.randn(batch, heads, keys, channels, generator=generator, dtype=torch.float64),
+        torch.randn(batch, heads, keys, channels, generator=generator, dtype=torch.float64),
+    )
+
+
+def _scores_times(factor: float) -> Callable[[Generator, Sizes], Triple]:
+    def build(generator: Generator, sizes: Sizes) -> Triple:
+        query, key, value = _normal(generator, sizes)
+        return query * factor, key, value
+
+    return build
+
+
+def _scores_plus(offset: float) -> Callable[[Generator, Sizes], Triple]:
+    """All scores of a call are about `offset`, which a softmax does not feel and its exponential does."""
+
+    def build(generator: Generator, sizes: Sizes) -> Triple:
+        query, key, value = _normal(generator, sizes)
+        push = math.sqrt(abs(offset) / math.sqrt(sizes[-1]))
+        return query + push, key + math.copysign(push, offset), value
+
+    return build
+
+
+def _positive(generator: Generator, sizes: Sizes) -> Triple:
+    """Keys and values that have a mean, so that sums over them do not cancel."""
+    query, key, value = _normal(generator, sizes)
+    return query, key + 1, value + 2
+
+
+def _tiny(generator: Generator, sizes: Sizes) -> Triple:
+    query, key, value = _normal(generator, sizes)
+    return query / 100, key / 100, value / 100
+
+
+def _constant_keys(generator: Generator, sizes: Sizes) -> Triple:
+    """All keys of a head are one: its weights are uniform."""
+    query, key, value = _normal(generator, sizes)
+    return query, key[:, :, :1].expand_as(key).contiguous(), value
+
+
+def _spotlight(generator: Generator, sizes: Sizes) -> Triple:
+    """Each query attends to two keys, half to each, and to next to nothing else; keys get their turns in order.
+
+    Whatever a wrong index, gate or mask does is then of order 1, in values and gradients, in any dtype.
+    """
+    batch, heads, queries, keys, channels = sizes
+    query, key, value = _normal(generator, sizes)
+    key = key / key.norm(dim=-1, keepdim=True) * math.sqrt(channels)
+    # Counted from the end, where blocks are cut short: the last keys have their turn even where queries are few.
+    first = (keys - 1 - 2 * torch.arange(queries)) % keys
+    pair = key[:, :, first], key[:, :, (first - 1) % keys]
+    # With both keys of squared norm D and cosine c to one another, this gives both of them that score.
+    cosine = (pair[0] * pair[1]).sum(-1, keepdim=True) / channels
+    strength = SPOTLIGHT_SCORE / math.sqrt(channels) / (1 + cosine).clamp(min=0.1)
+    query = torch.where(first[:, None] == (first[:, None] - 1) % keys, pair[0], pair[0] + pair[1]) * strength
+    return query, key, value
+
+
+INPUT_KINDS: dict[str, Callable[[Generator, Sizes], Triple]] = {
+    "normal": _normal,
+    "positive": _positive,
+    "large": _scores_times(60.0),
+    "huge": _scores_times(600.0),
+    "raised": _scores_plus(300.0),
+    "sunken": _scores_plus(-300.0),
+    "tiny": _tiny,
+    "constant": _constant_keys,
+    "spotlight": _spotlight,
+}

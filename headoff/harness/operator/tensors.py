@@ -1,0 +1,127 @@
+"""The tensors of a case: made on the CPU from its seed, then moved, so that they are the same on every machine."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.gate_kinds import gate_values
+from headoff.harness.operator.input_kinds import input_values
+from headoff.harness.operator.layouts import LAYOUTS, layouts_of
+from headoff.harness.operator.mask_kinds import mask_values
+
+
+@dataclass(frozen=True, eq=False)
+class CallTensors:
+    """What an attention call is made with: `query`, `key`, `value`, `mask` or None, `gate` or None; and the `gradient`
+    of the context (B, H, Q, D) that its backward pass begins with."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    gate: Tensor | None
+    gradient: Tensor
+
+    def named(self) -> dict[str, Tensor]:
+        """Those that are there."""
+        return {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if getattr(self, each.name) is not None
+        }
+
+    def double(self) -> CallTensors:
+        """The same numbers in float64, contiguous and on the CPU; a bool mask stays bool."""
+        mask = self.mask
+        if mask is not None:
+            mask = mask.cpu() if mask.dtype == torch.bool else mask.cpu().double()
+        gate = None if self.gate is None else self.gate.cpu().double()
+        query, key, value, gradient = (
+            tensor.cpu().double().contiguous() for tensor in (self.query, self.key, self.value, self.gradient)
+        )
+        return CallTensors(query, key, value, mask, gate, gradient)
+
+
+def tensors_of(case: OperatorCase, device: torch.device | str = "cpu") -> CallTensors:
+    """New tensors at each call; none requires a gradient."""
+    query, key, value, mask, gate, gradient = _values_of(case)
+    of_query, of_key, of_value = (LAYOUTS[name] for name in layouts_of(case.layout))
+    query = of_query(_copy(query, case.dtype, device))
+    key = query if case.wanted == "query is key" else of_key(_copy(key, case.dtype, device))
+    value = of_value(_copy(value, case.dtype, device))
+    if mask is not None:
+        mask = _moved(mask, torch.bool if mask.dtype == torch.bool else case.dtype, device)
+    if gate is not None:
+        gate = _moved(gate, case.gate_dtype or case.dtype, device)
+    return CallTensors(
+        query, key, value, mask, gate, _in_layout(_copy(gradient, case.dtype, device), case.gradient)
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _values_of(case: OperatorCase) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Query, key, value, mask, gate and gradient in float64; kept while one case is looked at in several ways."""
+    # Of a text, because Python's own hash of one changes from process to process.
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(replace(case, dtype=torch.float64)).encode()))
+    sizes = (case.batch, case.heads, case.queries, case.keys, case.channels)
+    query, key, value = input_values(case.inputs, generator, sizes)
+    if case.wanted == "query is key":
+        key = query
+    mask = mask_values(case.mask, generator, case.batch, case.heads, case.queries, case.keys)
+    gate = gate_values(case.gate, generator, case.batch, case.heads, case.queries)
+    gradient = _gradient(case, generator)
+    if mask is not None and case.wanted != "query is key":
+        key, value = _fill_masked(case, query, key, value, mask)
+    return query, key, value, mask, gate, gradient
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Never the tensor itself, which is kept and must not be what a patch may write into."""
+    return tensor.to(dtype=dtype, copy=True).to(device)
+
+
+def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """In `dtype`, on `device`, and where dimensions were expanded or transposed they still are."""
+    once = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    return _copy(once, dtype, device).expand(tensor.shape)
+
+
+def _gradient(case: OperatorCase, generator: torch.Generator) -> Tensor:
+    shape = (case.batch, case.heads, case.queries, case.channels)
+    gradient = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if case.gradient == "ones":
+        return torch.ones_like(gradient)
+    if case.gradient == "one row":
+        row = torch.arange(case.queries)[:, None] == case.queries // 2
+        return gradient * row
+    return gradient
+
+
+def _in_layout(gradient: Tensor, kind: str) -> Tensor:
+    if kind == "ones":
+        return gradient[:1, :1, :1, :1].clone().view(()).expand(gradient.shape)
+    return LAYOUTS.get(kind, LAYOUTS["contiguous"])(gradient)
+
+
+def _fill_masked(
+    case: OperatorCase, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Large numbers into keys and values that no query may attend to: the largest scores of all, if they leaked.
+
+    As large as float16 stands without overflow of the products, and much larger where there is room.
+    """
+    mask = mask if mask.dtype == torch.bool else mask != -torch.inf
+    seen = mask[(None,) * (4 - mask.dim())].any(-2, keepdim=True).expand(case.batch, case.heads, 1, case.keys)
+    if "expanded" in case.layout:  # one memory for all items
+        seen = seen.any(0, keepdim=True)
+    unseen = ~seen.mT
+    largest = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
+    room = (2e4, 1e3) if case.dtype == torch.float16 else (1e6, 1e6)
+    factor = max(1.0, min(room[0] / largest, room[1] / float(key.abs().max())))
+    return torch.where(unseen, key * factor, key), torch.where(unseen, value * 30, value)

@@ -1,0 +1,324 @@
+"""The operator suite's own parts: cases, tensors, truth, budgets, conduct and diagnosis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headoff.attention import eager, sdpa
+from headoff.errors import SettingError
+from headoff.harness.operator import (
+    CONDUCT,
+    OperatorCase,
+    conduct_findings,
+    diagnose,
+    operator_cases,
+    operator_findings,
+    reduced_cases,
+    refusal_of,
+)
+from headoff.harness.operator.budget import normalised
+from headoff.harness.operator.calls import call
+from headoff.harness.operator.gate_kinds import GATE_KINDS, gate_values
+from headoff.harness.operator.layouts import LAYOUTS
+from headoff.harness.operator.mask_kinds import MASK_KINDS, mask_values
+from headoff.harness.operator.tensors import tensors_of
+from headoff.harness.operator.torch_settings import READERS, WRITERS, read_settings, watched_settings
+from headoff.harness.operator.truth import truth_of
+
+SMALL = OperatorCase(
+    name="small", batch=2, heads=3, queries=7, keys=11, channels=16, gate="full", mask="keyless rows"
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_cases_have_names_of_their_own():
+    names = [case.name for case in operator_cases()]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if " " in name]
+    assert names == [case.name for case in operator_cases(torch.float16, 5)]
+    assert {case.name for case in reduced_cases(torch.float64)} <= set(names)
+
+
+def test_drawn_cases_follow_the_seed():
+    assert operator_cases(seed=1) == operator_cases(seed=1)
+    assert operator_cases(seed=1)[-1] != replace(operator_cases(seed=2)[-1], seed=1)
+
+
+@pytest.mark.parametrize("kind", [*GATE_KINDS, "first-2", "only-1", "without-0"])
+def test_gates_broadcast(kind):
+    gate = gate_values(kind, torch.Generator().manual_seed(0), 2, 3, 7)
+    assert gate.expand(2, 3, 7, 1).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", MASK_KINDS)
+def test_masks_broadcast_and_only_keyless_ones_have_rows_without_keys(kind):
+    mask = mask_values(kind, torch.Generator().manual_seed(0), 2, 3, 7, 11)
+    assert mask.dim() >= 2
+    attended = (mask if mask.dtype == torch.bool else mask != -math.inf).expand(2, 3, 7, 11)
+    assert bool(attended.any(-1).all()) == ("keyless" not in kind and kind != "all masked")
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_layouts_keep_the_numbers(kind):
+    tensor = torch.randn(2, 3, 5, 4)
+    laid = LAYOUTS[kind](tensor)
+    assert torch.equal(laid, tensor[:1].expand_as(tensor) if kind == "expanded" else tensor)
+    assert kind == "contiguous" or laid.stride() != tensor.stride()
+
+
+def test_tensors_are_made_anew_and_the_same():
+    for case in (SMALL, replace(SMALL, dtype=torch.float64), replace(SMALL, layout="sliced")):
+        first = tensors_of(case)
+        kept = first.query.clone()
+        for tensor in first.named().values():
+            tensor.zero_()
+        assert torch.equal(tensors_of(case).query, kept)
+
+
+@pytest.mark.parametrize("mask", ["none", "bias and padding", "keyless rows"])
+@pytest.mark.parametrize("wanted", ["all", "query", "key and value"])
+def test_truth_is_what_autograd_finds(mask, wanted):
+    """The formulas against the derivative of the oracle's forward pass."""
+    case = replace(SMALL, mask=mask, wanted=wanted, dtype=torch.float64)
+    results = call(eager, tensors_of(case), wanted)
+    truth = truth_of(case)
+    assert results.keys() == truth.values.keys()
+    for name, true in truth.values.items():
+        torch.testing.assert_close(results[name].detach(), true, rtol=1e-9, atol=1e-9)
+
+
+def test_truth_of_one_tensor_that_is_query_and_key():
+    case = replace(SMALL, queries=9, keys=9, wanted="query is key", dtype=torch.float64, mask="none")
+    results = call(eager, tensors_of(case), case.wanted)
+    assert results.keys() == truth_of(case).values.keys() == {"context", "dq", "dv"}
+    torch.testing.assert_close(results["dq"], truth_of(case).values["dq"])
+
+
+def test_truth_does_not_depend_on_the_chunks(monkeypatch):
+    whole = truth_of(SMALL)
+    monkeypatch.setattr("headoff.harness.operator.truth.CHUNK", 1)
+    parts = truth_of.__wrapped__(SMALL)
+    for name, true in whole.values.items():
+        torch.testing.assert_close(parts.values[name], true)
+        torch.testing.assert_close(parts.scales[name], whole.scales[name])
+
+
+def test_scales_are_zero_exactly_where_nothing_can_be_rounded():
+    case = replace(SMALL, gate="first-1", mask="additive keyless rows")
+    truth = truth_of(case)
+    keyless = (tensors_of(case).mask == -math.inf).all(-1)[:, 0]
+    assert (truth.scales["context"][:, 0] == 0).all()
+    for head in (1, 2):
+        assert torch.equal((truth.scales["context"][:, head] == 0).all(-1), keyless)
+        assert torch.equal((truth.scales["dq"][:, head] == 0).all(-1), keyless)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_are_of_the_size_of_rounding_errors(dtype):
+    """Where sums are accumulated in a finer dtype, errors are hundredths of the unit to one unit, not tens."""
+    case = OperatorCase(name="rounding", heads=4, queries=40, keys=60, dtype=dtype, gate="fractions")
+    found, truth = call(eager, tensors_of(case)), truth_of(case)
+    for name, true in truth.values.items():
+        error = normalised(found[name], true, truth.scales[name], dtype)
+        assert 0.02 < error.square().mean().sqrt() < 1, name
+
+
+def gate_ignored(query, key, value, attn_mask=None, *, head_gate=None):
+    return eager(query, key, value, attn_mask)
+
+
+def mask_of_first_item(query, key, value, attn_mask=None, *, head_gate=None):
+    if attn_mask is not None and attn_mask.dim() == 4:
+        attn_mask = attn_mask[:1]
+    return eager(query, key, value, attn_mask, head_gate=head_gate)
+
+
+def scaled_by_a_thousandth_more(query, key, value, attn_mask=None, *, head_gate=None):
+    return eager(query * 1.001, key, value, attn_mask, head_gate=head_gate)
+
+
+def last_keys_dropped(query, key, value, attn_mask=None, *, head_gate=None):
+    kept = key.shape[-2] // 16 * 16 or key.shape[-2]
+    if attn_mask is not None and attn_mask.shape[-1] > 1:
+        attn_mask = attn_mask[..., :kept]
+    return eager(query, key[..., :kept, :], value[..., :kept, :], attn_mask, head_gate=head_gate)
+
+
+class UnscaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query):
+        return query.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * gradient.shape[-1] ** 0.5
+
+
+def dq_unscaled(query, key, value, attn_mask=None, *, head_gate=None):
+    return eager(UnscaledGradient.apply(query), key, value, attn_mask, head_gate=head_gate)
+
+
+def bfloat16_inside(query, key, value, attn_mask=None, *, head_gate=None):
+    low = (tensor.bfloat16() for tensor in (query, key, value))
+    return eager(*low, attn_mask, head_gate=head_gate).to(query)
+
+
+def raises_for_masks(query, key, value, attn_mask=None, *, head_gate=None):
+    if attn_mask is not None:
+        raise ValueError("no masks, please")
+    return eager(query, key, value, head_gate=head_gate)
+
+
+WRONG = {
+    gate_ignored: ("gate", "ignored"),
+    mask_of_first_item: ("mask", "that of the first"),
+    scaled_by_a_thousandth_more: ("scale", "1.001 / sqrt(D)"),
+    last_keys_dropped: ("sizes", "dropped"),
+    dq_unscaled: ("dq", "5.65685 times"),
+    bfloat16_inside: ("precision", "bfloat16"),
+    raises_for_masks: ("crash", "no masks, please"),
+}
+
+
+def small_cases():
+    return [case for case in operator_cases() if case.weights < 1e5]
+
+
+@pytest.mark.parametrize("attention", WRONG, ids=lambda attention: attention.__name__)
+def test_diagnosis_names_property_and_cause(attention):
+    failed = [case for case in small_cases() if operator_findings(attention, case, "cpu")]
+    root = diagnose(attention, failed, "cpu")
+    prop, words = WRONG[attention]
+    assert root.property == prop
+    assert words in root.message
+
+
+def test_diagnosis_of_nothing():
+    assert diagnose(sdpa, [], "cpu") is None
+
+
+def test_diagnosis_of_what_is_right_when_called_again_is_state():
+    assert diagnose(sdpa, [SMALL], "cpu").property == "state"
+
+
+def test_findings_say_error_budget_and_place():
+    finding = operator_findings(gate_ignored, replace(SMALL, gate="fractions", mask="none"), "cpu")[0]
+    assert finding.property == "context"
+    assert finding.error > finding.budget > 0
+    for word in ("roundings of float32", "allowed", "batch item", "head", "query", "channel", "expected"):
+        assert word in finding.message
+
+
+def test_a_crash_names_the_line_of_the_patch():
+    finding = operator_findings(raises_for_masks, SMALL, "cpu")[0]
+    assert finding.property == "crash"
+    assert f"{__file__}, line " in finding.message
+
+
+def test_a_refused_dtype_is_no_failure():
+    def float32_only(query, key, value, attn_mask=None, *, head_gate=None):
+        if query.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return eager(query, key, value, attn_mask, head_gate=head_gate)
+
+    assert refusal_of(float32_only, torch.float32, "cpu") is None
+    assert "float32 only" in refusal_of(float32_only, torch.bfloat16, "cpu")
+
+
+def noisy(query, key, value, attn_mask=None, *, head_gate=None):
+    context = eager(query, key, value, attn_mask, head_gate=head_gate)
+    return context * (1 + 1e-7 * torch.randn_like(context))
+
+
+def writes_into_the_mask(query, key, value, attn_mask=None, *, head_gate=None):
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask.clamp_(min=-1e30)
+    return eager(query, key, value, attn_mask, head_gate=head_gate)
+
+
+def scales_and_restores(query, key, value, attn_mask=None, *, head_gate=None):
+    with torch.no_grad():
+        query.detach().mul_(2)
+        query.detach().mul_(0.5)
+    return eager(query, key, value, attn_mask, head_gate=head_gate)
+
+
+def sets_precision(query, key, value, attn_mask=None, *, head_gate=None):
+    torch.set_float32_matmul_precision("high")
+    return eager(query, key, value, attn_mask, head_gate=head_gate)
+
+
+class Remembers:
+    """Gives the first result of each set of shapes again, where no gradient is wanted."""
+
+    def __init__(self):
+        self.results = {}
+
+    def __call__(self, query, key, value, attn_mask=None, *, head_gate=None):
+        if query.requires_grad or key.requires_grad or value.requires_grad:
+            return eager(query, key, value, attn_mask, head_gate=head_gate)
+        shapes = query.shape, key.shape, query.dtype
+        if shapes not in self.results:
+            self.results[shapes] = eager(query, key, value, attn_mask, head_gate=head_gate)
+        return self.results[shapes].clone()
+
+
+def expands_single_values(query, key, value, attn_mask=None, *, head_gate=None):
+    if key.shape[-2] == 1 and attn_mask is None and head_gate is None:
+        return value.expand_as(query)
+    return eager(query, key, value, attn_mask, head_gate=head_gate)
+
+
+MISBEHAVING = {
+    "repeatable": (lambda: noisy, "randomness"),
+    "random-state": (lambda: noisy, "state"),
+    "inputs-untouched": (lambda: scales_and_restores, "in-place"),
+    "settings-untouched": (lambda: sets_precision, "state"),
+    "changing-calls": (Remembers, "state"),
+    "changed-contents": (Remembers, "state"),
+    "context-is-its-own": (lambda: expands_single_values, "layout"),
+}
+
+
+@pytest.mark.parametrize("check", MISBEHAVING)
+def test_conduct_is_found_wrong(check):
+    make, prop = MISBEHAVING[check]
+    assert conduct_findings(make(), check, torch.float32, "cpu")[0].property == prop
+
+
+def test_a_mask_that_is_written_into_is_found():
+    finding = conduct_findings(writes_into_the_mask, "inputs-untouched", torch.float32, "cpu")[0]
+    assert finding.property == "in-place"
+    assert "mask" in finding.message
+
+
+@pytest.mark.parametrize("check", CONDUCT)
+def test_conduct_does_not_take_a_wrong_context_for_something_else(check):
+    findings = conduct_findings(gate_ignored, check, torch.float32, "cpu")
+    assert {finding.property for finding in findings} <= {"context"}
+
+
+def test_conduct_refuses_unknown_checks():
+    with pytest.raises(SettingError, match="no check 'manners'"):
+        conduct_findings(sdpa, "manners", torch.float32, "cpu")
+
+
+def test_settings_are_put_back():
+    assert READERS.keys() == WRITERS.keys()
+    before = read_settings()
+    with watched_settings() as changes:
+        torch.set_float32_matmul_precision("medium")
+        torch.set_default_dtype(torch.float64)
+    assert len(changes) >= 2
+    assert read_settings() == before

@@ -1,0 +1,32 @@
+"""Attentions to try the harness on: `WRONG`, each wrong in one realistic way, and `RIGHT`, in many styles.
+
+Both are dicts of name to entry (`zoo.entries`); `entry.make()` gives a fresh attention callable.
+"""
+
+from zoo import (
+    right,
+    wrong_backward,
+    wrong_conduct,
+    wrong_gates,
+    wrong_masks,
+    wrong_numbers,
+    wrong_shapes,
+    wrong_weights,
+)
+from zoo.entries import FAMILIES, RIGHT, WRONG, Right, Wrong
+
+__all__ = [
+    "FAMILIES",
+    "RIGHT",
+    "WRONG",
+    "Right",
+    "Wrong",
+    "right",
+    "wrong_backward",
+    "wrong_conduct",
+    "wrong_gates",
+    "wrong_masks",
+    "wrong_numbers",
+    "wrong_shapes",
+    "wrong_weights",
+]
