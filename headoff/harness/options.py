@@ -57,10 +57,13 @@ OPTIONS = (
     ),
     Option("baseline", "what the benchmarks compare the attention with", "sdpa", "PATCH"),
     Option("max-slowdown", "a benchmark fails where its ratio is surely above this", "1.10", "RATIO"),
+    Option("bench-size", "sizes of the benchmarks: auto (default), model, r50 or dc5", "auto", "SIZE"),
+    Option("bench-seconds", "about how long each benchmark measures", None, "SECONDS"),
     Option("failures", "folder for pictures of failures", "headoff-failures", "FOLDER"),
     Option("seed", "of the random inputs", "0", "N"),
 )
-SHORT = tuple(option for option in OPTIONS if option.name not in ("seed", "failures"))
+LONG_ONLY = ("bench-size", "bench-seconds", "failures", "seed")
+SHORT = tuple(option for option in OPTIONS if option.name not in LONG_ONLY)
 """Those that have a name without `headoff-` as well."""
 
 
@@ -132,6 +135,11 @@ def settings_from(config: pytest.Config) -> Settings:
         baseline=value_of(config, "baseline"),
         max_slowdown=_number(config, "max-slowdown", float, 0.0),
     )
+
+
+def seconds_chosen(config: pytest.Config) -> float | None:
+    """How long a benchmark is to measure; None for what suits the device. Raises SettingError."""
+    return _number(config, "bench-seconds", float, 0.0) if was_chosen(config, "bench-seconds") else None
 
 
 def _number(config: pytest.Config, name: str, kind: Callable[[str], Any], least: float) -> Any:

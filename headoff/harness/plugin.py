@@ -14,11 +14,24 @@ from typing import TYPE_CHECKING
 import pytest
 
 from headoff.errors import HeadoffError
+from headoff.harness.benchmark_hooks import (
+    pytest_benchmark_compare_machine_info,
+    pytest_benchmark_update_json,
+    pytest_terminal_summary,
+)
 from headoff.harness.options import add_options, add_short_names, settings_from, value_of, was_chosen
 from headoff.harness.reporter import Reporter, make_way, tests_the_patch
 
 if TYPE_CHECKING:
     from headoff.harness.patch import Patch
+
+__all__ = [  # hooks that are written elsewhere
+    "pytest_benchmark_compare_machine_info",
+    "pytest_benchmark_update_json",
+    "pytest_terminal_summary",
+]
+
+PROOF = "headoff_proof: a test of the harness itself, for example that a tolerance refuses what is wrong"
 
 REPORTER = pytest.StashKey[Reporter]()
 
@@ -35,6 +48,7 @@ def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", PROOF)
     report = value_of(config, "report")
     if report and not is_worker(config):
         with one_clear_error():

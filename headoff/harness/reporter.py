@@ -52,7 +52,7 @@ class Reporter:
         error = call.excinfo.value if call.excinfo else None
         findings = error.findings if isinstance(error, WrongAttention) else ()
         return {
-            "about_patch": tests_the_patch(item),
+            "about_patch": tests_the_patch(item) and item.get_closest_marker("headoff_proof") is None,
             "findings": [each.as_dict() for each in findings],
             "unsupported": dict(self.patch.unsupported) if self.patch else {},
             "calls": self.patch.take_calls() if self.patch else {},
@@ -87,10 +87,13 @@ class Reporter:
 
         import headoff
         from headoff.harness.roots import roots_of
+        from headoff.harness.timing.benchmarks import RECORDS
         from headoff.harness.timing.machine import machine
+        from headoff.harness.timing.threads import THREADS
 
         settings = settings_from(self.config)
-        self.run.machine = machine(settings.device)
+        self.run.benchmarks = self.config.stash.get(RECORDS, [])
+        self.run.machine = machine(settings.device, THREADS if self.run.benchmarks else None)
         self.run.about |= {
             "device": settings.device,
             "headoff": headoff.__version__,

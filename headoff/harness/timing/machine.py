@@ -1,0 +1,123 @@
+"""The machine that timings were made on, and whether those of two machines may be compared."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NVIDIA_SMI = {
+    "driver": "driver_version",
+    "sm_clock": "clocks.sm",
+    "memory_clock": "clocks.mem",
+    "max_sm_clock": "clocks.max.sm",
+    "max_memory_clock": "clocks.max.mem",
+    "power_limit": "power.limit",
+    "temperature": "temperature.gpu",
+}
+"""What is asked of nvidia-smi, by our names: clocks in MHz, power in W, temperature in degrees Celsius."""
+
+
+def machine(device: torch.device | str = "cpu", threads: int | None = None) -> dict[str, Any]:
+    """What timings on `device` depend on, of types that JSON knows.
+
+    `threads` is how many torch computes with on the CPU while it is timed; as many as now where None.
+
+    - `device`: `cpu`, `cuda`
+    - `python`, `torch`, `cuda` (that torch was built with; None where it was built without), `system`
+    - `cpu`: its `model`, `cores` (that this process may use), `threads`
+    - `gpu`: None on a CPU; else `name`, `capability`, `memory_bytes`, `l2_bytes`, `multiprocessors`, and what
+      nvidia-smi says of driver and clocks, each None where it cannot be asked
+    """
+    device = torch.device(device)
+    return {
+        "device": device.type,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cpu": {
+            "model": cpu_model(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads() if threads is None else threads,
+        },
+        "gpu": gpu(device) if device.type == "cuda" else None,
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(named), platform.processor() or platform.machine())
+
+
+def gpu(device: torch.device, cuda: Any = torch.cuda) -> dict[str, Any]:
+    """Of one GPU. What is not known is None: timings are still worth having without it."""
+    properties = cuda.get_device_properties(device)
+    uuid = getattr(properties, "uuid", None)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "multiprocessors": properties.multi_processor_count,
+        **ask_nvidia_smi(None if uuid is None else f"GPU-{uuid}"),
+    }
+
+
+def ask_nvidia_smi(identifier: str | None) -> dict[str, str | None]:
+    """The values of `NVIDIA_SMI` for the GPU of this UUID, which means the same GPU under CUDA_VISIBLE_DEVICES."""
+    unknown: dict[str, str | None] = dict.fromkeys(NVIDIA_SMI)
+    if identifier is None:
+        return unknown
+    command = ["nvidia-smi", f"--id={identifier}", f"--query-gpu={','.join(NVIDIA_SMI.values())}"]
+    try:
+        answer = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+    values = [value.strip() for value in answer.stdout.splitlines()[0].split(",")] if answer.stdout else []
+    if len(values) != len(NVIDIA_SMI):
+        return unknown
+    return {
+        name: None if value.startswith("[") else value for name, value in zip(NVIDIA_SMI, values, strict=True)
+    }
+
+
+def processor(described: Mapping[str, Any]) -> str:
+    """What does the work on a machine that `machine` described, for people: the GPU, or the CPU and its threads."""
+    if described["device"] == "cuda":
+        return str(described["gpu"]["name"])
+    return f"{described['cpu']['model']}, threads: {described['cpu']['threads']}"
+
+
+def incomparable(now: Mapping[str, Any], then: Mapping[str, Any] | None) -> str | None:
+    """Why times of the machine `then` say nothing beside those of `now`, in one sentence; None where they do.
+
+    Both as `machine` gave them; `then` is None for timings that were made without.
+    """
+    if then is None:
+        return (
+            f"the saved run does not say on what it was timed, this one is on {processor(now)}: their times cannot "
+            "be compared; save a run of this version"
+        )
+    if processor(now) == processor(then):
+        return None
+    return (
+        f"the saved run was timed on {processor(then)}, this one is on {processor(now)}: their times cannot be "
+        "compared, only the ratios of patch to baseline within each; save a run on this machine"
+    )
