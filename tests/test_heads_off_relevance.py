@@ -1,301 +1,335 @@
-"""For every cumulative configuration, the relevance maps of the bundled scenes are those of the golden files.
+"""For every cumulative configuration, relevance maps made with the attention under test are those of the golden files.
 
 `test_heads_off_truth` runs the dense float64 oracle and is the only test that writes golden files, by
-`pytest -k heads_off --snapshot-update`. All others are candidates: they read, under any option.
-
-Parametrized over configuration, scene, device and attention. CUDA cases are collected everywhere and skipped where
-there is no GPU, so that the list of cases is the same on every machine.
+`pytest -k heads_off --snapshot-update`. All others are candidates: they read, under any option. For a model or an image
+without golden files the oracle's maps are made on the spot, and kept in the cache.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import headoff
-from headoff.detr.detector import Features
+from headoff.detr.detector import Detector, Features
 from headoff.detr.transformer import MultiHeadAttention
-from headoff.gates import Configuration, stack
-from headoff.harness.golden import ExpectedMaps, GoldenMaps, golden_folder, read_only
-from headoff.harness.kinks import is_undecided
+from headoff.gates import stack
+from headoff.harness import subjects
+from headoff.harness.findings import refuse
+from headoff.harness.golden import GoldenMaps, kept_in
+from headoff.harness.kinks import Decisions
 from headoff.harness.maps import UPDATE, Budget, CaseMaps, map_errors, stale
-from headoff.harness.refusals import accepted_wrongly, one_head_errors_accepted
-from headoff.harness.truth import dense_maps, features_of, sha256_of
-from headoff.relevance import Explanation, RelevanceEngine, Target, class_logit, explain
-from headoff.scenes.samples import sample_folder
+from headoff.harness.options import settings_from
+from headoff.harness.patching import features_on, width_of
+from headoff.harness.precision import InDtype
+from headoff.harness.refusals import accepted_wrongly, share_of_heads, with_wrong_heads
+from headoff.harness.relevance import (
+    case_of,
+    found_maps,
+    judge,
+    maps_by,
+    relevance_budget,
+    relevance_findings,
+    roundings,
+)
+from headoff.harness.subjects import METHOD, cumulative_names
+from headoff.harness.truth import dense_maps
 
-METHOD = "chefer"
-SCENES = [path.stem for path in headoff.sample_images()]
-OBJECTS = 3
-"""Objects explained in a scene, the surest ones: more of them test little more, and take room in the repository."""
-SHARES = 5
-"""A scene tries every fifth one-head error: with ten scenes, each is tried in two."""
-CONFIGURATIONS = {configuration.name: configuration for configuration in headoff.cumulative()}
-WEIGHTS = sample_folder().parent / "weights" / "scenes.safetensors"
-ATTENTIONS = ["eager", "sdpa"]
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
-    ),
-]
-every_device = pytest.mark.parametrize("device", DEVICES)
-every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
-every_scene = pytest.mark.parametrize("scene", SCENES)
-every_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS)
-# Analytic tests compare with golden files as well: a few scenes say as much as all.
-some_scenes = pytest.mark.parametrize("scene", SCENES[:3])
+SOME = 1
+"""Images that invariances are tried on: they hold for any image or for none."""
+ANALYTIC = 2
+"""Images that the analytic backward pass is tried on."""
+WRONG_HEADS = 2
+"""One-head errors tried for a configuration of an image; other images and seeds try others."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def full_float32():
-    """No TF32 in convolutions on CUDA: float32 is to mean the same everywhere."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+def pytest_generate_tests(metafunc):
+    for name, count in (("some_scene", SOME), ("analytic_scene", ANALYTIC)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, subjects.names(settings_from(metafunc.config))[:count])
+
+
+every_configuration = pytest.mark.parametrize("configuration", cumulative_names())
 
 
 @pytest.fixture
-def expected(snapshot):
-    """`expected(name=truth_name(...)) == maps`: compared with the oracle's golden file, which stays as it is."""
-    return read_only(snapshot.use_extension(ExpectedMaps))
+def subject(scene, under_test):
+    return subjects.subject(under_test.settings, scene)
 
 
-# What is compared
+@pytest.fixture
+def some_subject(some_scene, under_test):
+    return subjects.subject(under_test.settings, some_scene)
 
 
-@functools.cache
-def detector_of(attention: str, dtype: torch.dtype, device: str) -> headoff.Detector:
-    return headoff.load("scenes", attention=attention, dtype=dtype, device=device)
+@pytest.fixture(scope="module")
+def findings_of(under_test):
+    """All that is wrong on a subject, found once."""
+
+    @functools.cache
+    def find(subject):
+        return relevance_findings(
+            under_test.attention,
+            subject,
+            under_test.device,
+            under_test.dtype,
+            pictures=under_test.settings.failures,
+            calls=under_test.calls,
+        )
+
+    return find
 
 
-@functools.cache
-def objects_of(scene: str) -> list[headoff.Detection]:
-    detector = detector_of("eager", torch.float64, "cpu")
-    baseline = headoff.sweep(detector, image_of(scene), [headoff.none_off()]).baseline
-    return list(baseline)[:OBJECTS]
-
-
-def targets_of(scene: str) -> list[Target]:
-    return [class_logit(each.query, each.label) for each in objects_of(scene)]
-
-
-def names_of(objects) -> tuple[str, ...]:
-    return tuple(f"query {each.query} ({each.class_name})" for each in objects)
-
-
-def image_of(scene: str) -> Path:
-    return headoff.sample_image(SCENES.index(scene))
-
-
-@functools.cache
-def inputs_of(scene: str, configuration: str) -> dict[str, str]:
-    return {
-        "configuration": CONFIGURATIONS[configuration].text,
-        "image": sha256_of(image_of(scene)),
-        "method": METHOD,
-        "weights": weights_hash(),
-    }
-
-
-@functools.cache
-def weights_hash() -> str:
-    return sha256_of(WEIGHTS)
-
-
-@functools.cache
-def dense(scene: str, configuration: str, dtype: torch.dtype, device: str) -> np.ndarray:
-    """By the oracle's code, (O, M, h, w)."""
-    detector = detector_of("eager", dtype, device)
-    features = scene_features(scene, dtype, device)
-    found = dense_maps(detector, features, CONFIGURATIONS[configuration], targets_of(scene), METHOD)
-    return found.double().numpy()
-
-
-@functools.cache
-def scene_features(scene: str, dtype: torch.dtype, device: str) -> Features:
-    return features_of(detector_of("eager", dtype, device), image_of(scene))
-
-
-def truth_name(scene: str, configuration: str) -> str:
-    return f"{test_heads_off_truth.__name__}[{scene}-{configuration}]"
-
-
-@functools.cache
-def golden_of(scene: str, configuration: str) -> CaseMaps:
-    path = golden_folder(Path(__file__)) / Path(__file__).stem / f"{truth_name(scene, configuration)}.npz"
-    if not path.exists():
-        pytest.fail(f"there is no golden file for {scene}, {configuration}: run `{UPDATE}`")
-    golden = CaseMaps.from_bytes(path.read_bytes())
-    if problems := stale(golden, inputs_of(scene, configuration), names_of(objects_of(scene))):
-        pytest.fail("\n".join(problems))
-    return golden
-
-
-@functools.cache
-def budget_of(scene: str, configuration: str, device: str) -> Budget:
-    """What a float32 candidate on `device` may be off by: measured here and now, against the golden files."""
-    errors = {
-        name: map_errors(golden_of(scene, name).maps, dense(scene, name, torch.float32, device))
-        for name in decided(scene)
-    }
-    return Budget.measured(errors[configuration], roundings(), among=max(map(np.max, errors.values())))
-
-
-@functools.cache
-def decided(scene: str) -> list[str]:
-    """Names of the configurations whose maps float32 can be asked for; the others are left out with a reason."""
-    detector = detector_of("eager", torch.float64, "cpu")
-    features = scene_features(scene, torch.float64, "cpu")
-    return [name for name, each in CONFIGURATIONS.items() if not is_undecided(detector, features, each)]
-
-
-def roundings() -> int:
-    """Attention layers of the detector: one in an encoder layer, two in a decoder layer."""
-    config = detector_of("eager", torch.float64, "cpu").config
-    return config.encoder_layers + 2 * config.decoder_layers
-
-
-@functools.cache
-def explanation_of(scene: str, attention: str, device: str) -> Explanation:
-    """By `explain`, all configurations, in float32."""
-    return explained(detector_of(attention, torch.float32, device), scene, tuple(CONFIGURATIONS.values()))
-
-
-def explained(
-    detector: headoff.Detector, scene: str, configurations: tuple[Configuration, ...]
-) -> Explanation:
-    queries = [each.query for each in objects_of(scene)]
-    return explain(detector, image_of(scene), configurations, queries=queries, method=METHOD)
-
-
-def candidate(scene: str, configuration: str, maps, objects, device: str, found_by: str) -> CaseMaps:
-    return CaseMaps(
-        case=f"{scene}, {configuration}",
-        maps=np.asarray(maps, np.float64),
-        objects=names_of(objects),
-        inputs=inputs_of(scene, configuration),
-        budget=budget_of(scene, configuration, device),
-        found_by=f"{found_by} in float32 on {device}",
-    )
-
-
-def truth_of(scene: str, configuration: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """The oracle's maps, eager's float32 errors beside them, and the largest of the scene."""
-    errors = {
-        name: map_errors(dense(scene, name, torch.float64, "cpu"), dense(scene, name, torch.float32, "cpu"))
-        for name in {*decided(scene), configuration}
-    }
-    among = max(float(errors[name].max()) for name in decided(scene))
-    return dense(scene, configuration, torch.float64, "cpu"), errors[configuration], among
-
-
-# The truth, and candidates for it
+# The truth, and the candidate for it
 
 
 @every_configuration
-@every_scene
-def test_heads_off_truth(snapshot, scene, configuration):
+def test_heads_off_truth(request, snapshot, under_test, scene, configuration):
     """The dense float64 oracle gives the golden file, and writes it under --snapshot-update.
 
-    What it may be off by is the float32 error scaled to float64: as much as another machine would make of it.
+    It takes its time, so a plain run makes one configuration of every image anew, and another one for another `--seed`;
+    of the others it is seen that the golden file is of this model, image and configuration. What the truth may be off
+    by is the float32 error scaled to float64: as much as another machine would make of it.
     """
-    maps, errors, among = truth_of(scene, configuration)
-    assert snapshot.use_extension(GoldenMaps) == CaseMaps(
-        case=f"{scene}, {configuration}",
-        maps=maps,
-        objects=names_of(objects_of(scene)),
-        inputs=inputs_of(scene, configuration),
-        budget=Budget.measured(
-            errors, roundings(), among=among, dtype=torch.float64, measured_in=torch.float32
-        ),
-    )
+    subject = subjects.subject(under_test.settings, scene)
+    chosen = subject.configuration(configuration)
+    anew = is_its_turn(subject, configuration, under_test) or request.config.option.update_snapshots
+    if subject.golden is None:
+        # Made on the spot, or kept from another day: then it is to be what would be made today.
+        known = subject.maps([chosen])[0]
+        assert np.isfinite(known).all()
+        if anew and subject.features.tokens.shape[1] <= subjects.MANY_TOKENS:
+            errors = map_errors(known, subject.make_maps(chosen))
+            assert errors.max() <= Budget.measured(errors, roundings(subject), dtype=torch.float64).floor
+        return
+    golden = snapshot.use_extension(kept_in(subject.golden, GoldenMaps))
+    path = subject.golden_file(chosen)
+    if anew:
+        assert golden == truth_of(subject, chosen)
+        return
+    if not path.is_file():
+        pytest.fail(f"there is no golden file for {scene}, {configuration}: run `{UPDATE}`")
+    kept = CaseMaps.from_bytes(path.read_bytes())
+    problems = stale(kept, subject.inputs(chosen), subject.object_names)
+    assert not problems, "\n".join(problems)
+    assert golden == kept
 
 
 @every_configuration
-@every_scene
-@every_attention
-@every_device
-def test_expected_maps(expected, device, attention, scene, configuration):
-    """`headoff.explain` in float32, with each attention, gives the maps of the golden file."""
-    if configuration not in decided(scene):
-        pytest.skip("a ReLU of the decoder is so near zero here that float32 cannot tell on which side it is")
-    found = explanation_of(scene, attention, device)
-    maps = found.maps[list(CONFIGURATIONS).index(configuration)]
-    assert expected(name=truth_name(scene, configuration)) == candidate(
-        scene, configuration, maps, found.objects, device, attention
+def test_expected_maps(subject, configuration, findings_of):
+    """Maps made with the attention's own backward pass are the oracle's."""
+    refuse(
+        [
+            each
+            for each in findings_of(subject)
+            if each.configuration == configuration
+            or (each.configuration is None and each.property != "calls")
+        ]
     )
 
 
-@every_scene
-@every_device
-def test_the_tolerance_refuses_wrong_maps(device, scene):
+def test_attention_is_called_at_every_site(subject, findings_of):
+    """In every layer at least once for encoding, and for decoding."""
+    refuse([each for each in findings_of(subject) if each.configuration is None])
+
+
+def test_analytic_maps(analytic_scene, under_test):
+    """headoff's own attentions are differentiated by formula as well: the same maps."""
+    subject = subjects.subject(under_test.settings, analytic_scene)
+    device, dtype = under_test.device, width_of(under_test.dtype)
+    truth, budget = subject.maps(subject.cumulative), relevance_budget(subject, device, dtype)
+    for name in ("eager", "sdpa"):
+        attention = headoff.attention.resolve_attention(name)
+        found = found_maps(attention, subject, device, dtype, subject.cumulative, backward="analytic")
+        for index, configuration in enumerate(subject.cumulative):
+            case = case_of(subject, configuration, found.maps[index], budget, f"{name}, analytic")
+            assert judge(subject, configuration, truth[index], case) is None
+
+
+def test_the_tolerance_refuses_wrong_maps(subject, under_test):
     """Under the tolerance used above, no map of zeros, no other query's map and no one-head error passes.
 
-    One-head errors are shared out: each head of each layer is wrong in some scenes, under every configuration.
+    One-head errors are shared out over images and seeds: each run tries some under every configuration.
     """
-    assert len(objects_of(scene)) > 1, "a scene with one object cannot tell queries apart"
-    engine = RelevanceEngine(
-        detector_of("sdpa", torch.float32, "cpu"), scene_features(scene, torch.float32, "cpu"), method=METHOD
-    )
-    layout = engine.detector.head_layout
-    heads = list(product(range(layout.decoder_layers), range(layout.heads)))
-    share = heads[SCENES.index(scene) % SHARES :: SHARES]
+    assert len(subject.objects) > 1, "with one object queries cannot be told apart"
+    device, dtype = under_test.device, under_test.dtype
+    budget = relevance_budget(subject, device, dtype)
+    truth = subject.maps(subject.cumulative)
     problems = []
-    for name in decided(scene):
-        truth, allowed = golden_of(scene, name), budget_of(scene, name, device).allowed
-        problems += accepted_wrongly(truth, allowed)
-        problems += one_head_errors_accepted(
-            engine, CONFIGURATIONS[name], targets_of(scene), truth, allowed, share
-        )
+    turn = subjects.names(under_test.settings).index(subject.name) + under_test.seed * 10
+    for index, configuration in enumerate(subject.cumulative):
+        case = case_of(subject, configuration, truth[index], budget, "the float64 oracle")
+        problems += accepted_wrongly(case, budget.allowed)
+    gated = [configuration for configuration in subject.cumulative for _ in range(WRONG_HEADS)]
+    heads = [
+        pair
+        for index in range(len(subject.cumulative))
+        for pair in share_of_heads(subject.layout, turn + index, WRONG_HEADS)
+    ]
+    names = [
+        each.named(f"{each.name}, L{layer}H{head} wrong")
+        for each, (layer, head) in zip(gated, heads, strict=True)
+    ]
+    gates = with_wrong_heads(stack(names, subject.layout), subject.layout, heads)
+    # One object's maps mostly give an error away, and more of them can only do so better.
+    found = found_maps(
+        subject.detector.attention, subject, device, width_of(dtype), gated, backward="analytic",
+        gates=gates, objects=[0],
+    )  # fmt: skip
+    for place, (configuration, (layer, head)) in enumerate(zip(gated, heads, strict=True)):
+        true = truth[subject.cumulative.index(configuration)][:1]
+        error = map_errors(true, found.maps[place]).max()
+        if error <= budget.allowed:
+            problems.append(
+                f"{subject.name}, {configuration.name}: with the gate of head {head} in layer {layer} wrong, maps pass "
+                f"(off by {error:.1e}, allowed {budget.allowed:.1e})"
+            )
+    if problems and (subject.model != subjects.BUNDLED or torch.finfo(dtype).bits < 32):
+        pytest.skip(f"the tolerance cannot tell {len(problems)} wrong maps from rounding: {problems[0]}")
     assert not problems, "\n".join(problems)
 
 
 # What must hold whatever the weights are
 
 
-@every_attention
-@every_device
-def test_everything_off_leaves_no_image_evidence(device, attention):
-    """All cross-attention off: maps are exactly zero, and detections are the same for every image."""
-    everything_off = list(CONFIGURATIONS)[-1]
-    found = [explanation_of(scene, attention, device) for scene in SCENES]
-    for scene, each in zip(SCENES, found, strict=True):
-        assert not golden_of(scene, everything_off).maps.any(), "the oracle, which takes no short cut"
-        assert not each.maps[-1].any()
-        assert {status for row in each.statuses[-1] for status in row} == {"no image evidence"}
-        assert each.maps[:-1].flatten(3).any(-1).all(), "with a head left there is evidence"
-        assert torch.equal(each.logits[-1], found[0].logits[-1])
-        assert torch.equal(each.boxes[-1], found[0].boxes[-1])
+def test_everything_off_leaves_no_image_evidence(some_subject, under_test):
+    """All cross-attention off: maps are exactly zero, the oracle's as well; with a head left there is evidence."""
+    subject = some_subject
+    chosen = subject.cumulative[-2:]
+    found = found_maps(under_test.attention, subject, under_test.device, under_test.dtype, chosen)
+    truth = subject.maps(chosen)
+    assert not truth[1].any(), "the oracle, which takes no short cut"
+    assert not found.maps[1].any()
+    assert truth[0].any() and found.maps[0].any()
 
 
-@some_scenes
-@every_attention
-@every_device
-def test_padding_changes_nothing(expected, device, attention, scene):
-    """Whatever stands in the padding, the image's tokens get the maps of the golden file, and the padding gets none.
+def test_padding_changes_nothing(some_subject, under_test):
+    """Whatever stands in the padding, the image's tokens get the expected maps, and the padding gets none.
 
     From the encoder on: at the image's border a convolution does see the padding.
     """
-    detector = detector_of(attention, torch.float32, device)
-    features = padded(scene_features(scene, torch.float32, device), bottom=2, right=3)
-    height, width = scene_features(scene, torch.float32, device).grid
-    targets = targets_of(scene)
-    gates = stack((CONFIGURATIONS[name] for name in decided(scene)), detector.head_layout)
-    for found in RelevanceEngine(detector, features, method=METHOD).run(gates, lambda *_: targets):
-        maps = torch.stack([pair.rows for pair in found.pairs]).unflatten(-1, features.grid)
-        assert not maps[..., height:, :].any() and not maps[..., width:].any()
-        name = gates.names[found.index]
-        assert expected(name=truth_name(scene, name)) == candidate(
-            scene, name, maps[..., :height, :width], objects_of(scene), device, f"{attention}, padded,"
+    subject = some_subject
+    height, width = subject.features.grid
+    features = padded(features_on(subject, under_test.device, under_test.dtype), bottom=2, right=3)
+    chosen = some_configurations(subject)
+    decisions = {
+        name: embedded(on, subject.features.grid, features.grid) if name.startswith("encoder") else on
+        for name, on in decisions_of(subject, chosen).on.items()
+    }
+    detector = own_detector(subject, under_test)
+    found = maps_by(detector, features, stack(chosen, subject.layout), subject.targets, Decisions(decisions))
+    assert not found.maps[..., height:, :].any() and not found.maps[..., width:].any()
+    refuse_wrong(subject, under_test, chosen, found.maps[..., :height, :width], "padded")
+
+
+def test_permuting_heads_changes_nothing(some_subject, under_test):
+    """Heads in another order, at every site and in every layer, and gates with them: the expected maps."""
+    subject = some_subject
+    detector = own_detector(subject, under_test)
+    generator = torch.Generator().manual_seed(under_test.seed)
+    heads = detector.config.heads
+    order = []
+    for layer in attention_layers(detector):
+        permutation = torch.randperm(heads, generator=generator)
+        permute_heads(layer, permutation.to(under_test.device))
+        if layer.address.site == "decoder_cross":
+            order.append(permutation.argsort().tolist())
+    chosen = some_configurations(subject)
+    permuted = headoff.cumulative(heads, order)
+    gates = stack([permuted[subject.cumulative.index(each)] for each in chosen], subject.layout)
+    features = features_on(subject, under_test.device, under_test.dtype)
+    found = maps_by(detector, features, gates, subject.targets, decisions_of(subject, chosen))
+    refuse_wrong(subject, under_test, chosen, found.maps, "heads permuted")
+
+
+def test_switching_off_a_head_without_output_changes_nothing(some_subject, under_test):
+    """A head whose output projection is zero, at any site: on or off, the very same maps and answers."""
+    subject = some_subject
+    detector = own_detector(subject, under_test)
+    generator = torch.Generator().manual_seed(under_test.seed)
+    heads = detector.config.heads
+    silent = headoff.none_off()
+    for layer in attention_layers(detector):
+        head = int(torch.randint(heads, (), generator=generator))
+        layer.output.weight.unflatten(1, (heads, -1))[:, head] = 0
+        silent &= headoff.heads_off(head, layers=[layer.address.layer], site=layer.address.site)
+    chosen = some_configurations(subject)
+    features = features_on(subject, under_test.device, under_test.dtype)
+    on, off = (
+        maps_by(
+            detector,
+            features,
+            stack(configurations, subject.layout),
+            subject.targets,
+            decisions_of(subject, chosen),
         )
+        for configurations in (chosen, [each & silent for each in chosen])
+    )
+    assert on.maps.any()
+    assert torch.equal(on.logits, off.logits) and torch.equal(on.boxes, off.boxes)
+    assert np.array_equal(on.maps, off.maps)
+
+
+# What the tests are made of
+
+
+def is_its_turn(subject, configuration: str, under_test) -> bool:
+    names = cumulative_names()
+    scene = subjects.names(under_test.settings).index(subject.name)
+    return names[(scene + under_test.seed) % len(names)] == configuration
+
+
+def truth_of(subject, configuration) -> CaseMaps:
+    """The oracle's maps, with eager's float32 errors beside them."""
+    maps = subject.make_maps(configuration)
+    detector = headoff.load(subject.model, attention="eager", dtype=torch.float32)
+    single = dense_maps(
+        detector,
+        features_on(subject, torch.device("cpu"), torch.float32),
+        configuration,
+        subject.targets,
+        METHOD,
+    )
+    budget = Budget.measured(
+        map_errors(maps, single.numpy()), roundings(subject), dtype=torch.float64, measured_in=torch.float32
+    )
+    return case_of(subject, configuration, maps, budget, "the float64 oracle")
+
+
+def refuse_wrong(subject, under_test, configurations, maps, how: str) -> None:
+    budget = relevance_budget(subject, under_test.device, under_test.dtype)
+    truth = subject.maps(configurations)
+    found = [
+        judge(
+            subject,
+            configuration,
+            truth[index],
+            case_of(subject, configuration, maps[index], budget, f"{under_test.label}, {how},"),
+            under_test.settings.failures,
+        )
+        for index, configuration in enumerate(configurations)
+    ]
+    refuse([each for each in found if each is not None])
+
+
+def some_configurations(subject):
+    """Nothing off, some heads off, all but one off."""
+    return tuple(subject.cumulative[index] for index in (0, len(subject.cumulative) // 3, -2))
+
+
+def decisions_of(subject, configurations) -> Decisions:
+    return subject.decisions[[subject.configurations.index(each) for each in configurations]]
+
+
+def own_detector(subject, under_test) -> Detector:
+    """One whose weights may be changed."""
+    attention = InDtype(under_test.attention, under_test.dtype)
+    return headoff.load(
+        subject.model, attention=attention, device=under_test.device, dtype=width_of(under_test.dtype)
+    )
 
 
 def padded(features: Features, bottom: int, right: int) -> Features:
@@ -305,60 +339,24 @@ def padded(features: Features, bottom: int, right: int) -> Features:
     image = torch.zeros(grid, dtype=torch.bool)
     image[:height, :width] = True
 
-    def embed(values: torch.Tensor) -> torch.Tensor:
-        around = 10 * torch.randn(1, *grid, values.shape[-1], generator=generator).to(values)
-        around[:, :height, :width] = values.unflatten(1, features.grid)
-        return around.flatten(1, 2)
+    def around(values: torch.Tensor) -> torch.Tensor:
+        noise = 10 * torch.randn(1, grid[0] * grid[1], values.shape[-1], generator=generator)
+        return embedded(values, features.grid, grid, noise.to(values))
 
     mask = image.flatten()[None, None, None].to(features.tokens.device)
-    return Features(embed(features.tokens), embed(features.positions), mask, grid)
+    return Features(around(features.tokens), around(features.positions), mask, grid)
 
 
-@some_scenes
-@every_attention
-@every_device
-def test_permuting_heads_changes_nothing(expected, device, attention, scene):
-    """Heads in another order, at every site and in every layer, and gates with them: the maps of the golden file."""
-    detector = copy.deepcopy(detector_of(attention, torch.float32, device))
-    generator = torch.Generator().manual_seed(0)
-    heads = detector.config.heads
-    order = []
-    for layer in attention_layers(detector):
-        permutation = torch.randperm(heads, generator=generator)
-        permute_heads(layer, permutation.to(device))
-        if layer.address.site == "decoder_cross":
-            order.append(permutation.argsort().tolist())
-    found = explained(detector, scene, headoff.cumulative(heads, order))
-    for name, maps in zip(CONFIGURATIONS, found.maps, strict=True):
-        if name not in decided(scene):
-            continue
-        assert expected(name=truth_name(scene, name)) == candidate(
-            scene, name, maps, found.objects, device, f"{attention}, heads permuted,"
-        )
+def embedded(values, grid, into, around=None):
+    """Values (n, h * w, ...) of a grid as the upper left part of a larger one, of zeros unless it is given."""
+    count, _, width = values.shape
+    result = values.new_zeros(count, into[0] * into[1], width) if around is None else around
+    result = result.unflatten(1, into)
+    result[:, : grid[0], : grid[1]] = values.unflatten(1, grid)
+    return result.flatten(1, 2)
 
 
-@some_scenes
-@every_attention
-@every_device
-def test_switching_off_a_head_without_output_changes_nothing(device, attention, scene):
-    """A head whose output projection is zero, at any site: on or off, the very same maps and detections."""
-    detector = copy.deepcopy(detector_of(attention, torch.float32, device))
-    generator = torch.Generator().manual_seed(0)
-    heads = detector.config.heads
-    silent = headoff.none_off()
-    for layer in attention_layers(detector):
-        head = int(torch.randint(heads, (), generator=generator))
-        layer.output.weight.unflatten(1, (heads, -1))[:, head] = 0
-        silent &= headoff.heads_off(head, layers=[layer.address.layer], site=layer.address.site)
-    some = (headoff.none_off(), headoff.first_off(3), headoff.first_off(7))
-    on = explained(detector, scene, some)
-    off = explained(detector, scene, tuple(each & silent for each in some))
-    assert on.maps.any()
-    assert torch.equal(on.logits, off.logits) and torch.equal(on.boxes, off.boxes)
-    assert torch.equal(on.maps, off.maps)
-
-
-def attention_layers(detector: headoff.Detector) -> list[MultiHeadAttention]:
+def attention_layers(detector: Detector) -> list[MultiHeadAttention]:
     return [module for module in detector.modules() if isinstance(module, MultiHeadAttention)]
 
 

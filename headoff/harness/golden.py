@@ -18,6 +18,8 @@ from syrupy.location import PyTestLocation
 
 from headoff.harness.expected import BOX_DECIMALS, SCORE_DECIMALS, dump
 from headoff.harness.maps import UPDATE, CaseMaps, incomparable, mismatches
+from headoff.harness.settings import Settings
+from headoff.harness.shipped import suites_folder
 from headoff.harness.triptych import write_triptych
 
 FAILURES = Path("build", "golden-failures")
@@ -25,12 +27,18 @@ FAILURES = Path("build", "golden-failures")
 
 
 class GoldenFile(SingleFileSnapshotExtension):
-    """One file per test case, `golden/<test file>/<test name>.<extension>`."""
+    """One file per test case, `golden/<test file>/<test name>.<extension>`.
+
+    `root` is another folder than `golden/`; see `kept_in`.
+    """
+
+    root: Path | None = None
 
     @classmethod
     def dirname(cls, *, test_location: PyTestLocation) -> str:
         # Ends in the test file's name: syrupy looks there, and only there, for golden files without a test.
-        return str(golden_folder(Path(test_location.filepath)) / test_location.basename)
+        root = cls.root or golden_folder(Path(test_location.filepath))
+        return str(root / test_location.basename)
 
 
 class GoldenDetections(GoldenFile):
@@ -102,6 +110,16 @@ def read_only(snapshot: SnapshotAssertion) -> SnapshotAssertion:
 def golden_folder(test_file: Path) -> Path:
     """`golden/` beside the folder of the test file."""
     return test_file.parent.parent / "golden"
+
+
+def golden_root(settings: Settings) -> Path:
+    """The folder of golden files: that of the settings, or `golden/` beside the suites."""
+    return settings.golden_dir.absolute() if settings.golden_dir else suites_folder() / "golden"
+
+
+def kept_in(root: Path, extension: type[GoldenFile]) -> type[GoldenFile]:
+    """The same syrupy extension with its files under `root`."""
+    return type(extension.__name__, (extension,), {"root": root})
 
 
 def _same(one: Any, other: Any, key: str = "") -> bool:

@@ -48,7 +48,7 @@ class Budget:
     def measured(
         cls,
         eager_errors: NDArray[np.float64],
-        roundings: int,
+        roundings: float,
         *,
         among: float = 0.0,
         dtype: torch.dtype = torch.float32,

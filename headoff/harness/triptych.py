@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from headoff.harness.maps import CaseMaps, map_errors, worst_map
+from headoff.harness.sheets import picture_path
 
 
 def write_triptych(expected: CaseMaps, found: CaseMaps, folder: Path) -> Path:
@@ -45,16 +44,6 @@ def write_triptych(expected: CaseMaps, found: CaseMaps, folder: Path) -> Path:
         axes.set_title(title, fontsize=9)
         axes.set(xticks=[], yticks=[])
         figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
-    name = re.sub(r"[^\w.-]+", "-", f"{found.case} {found.found_by}") + ".png"
-    path = _writable(folder) / name
+    path = picture_path(folder, f"{found.case} {found.found_by}")
     figure.savefig(path, dpi=100)
     return path
-
-
-def _writable(folder: Path) -> Path:
-    """The folder, made; another one where it cannot be: a failure is to be reported, not to fail."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="golden-failures-"))

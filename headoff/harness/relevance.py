@@ -1,0 +1,210 @@
+"""The relevance level: maps made through the backward pass of the attention under test, against those of the oracle."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from headoff.attention import Attention, attention_label
+from headoff.detr.detector import Detector, Features
+from headoff.gates import Configuration, Gates, stack
+from headoff.harness.calls import CallCount
+from headoff.harness.findings import Finding
+from headoff.harness.kinks import Decisions
+from headoff.harness.maps import Budget, CaseMaps, map_errors, mismatches
+from headoff.harness.patching import failures_as, features_on, patched
+from headoff.harness.rounding import IMPLEMENTATIONS, machine, right_implementations
+from headoff.harness.subjects import METHOD, Subject
+from headoff.harness.triptych import write_triptych
+from headoff.harness.truths import Arrays, kept
+from headoff.relevance import RelevanceEngine, Target
+from headoff.relevance.engine import Backward
+
+MEMORY = 2**32
+"""Bytes for the engine: enough that all configurations of a cumulative sweep are decoded together."""
+
+MORE_DRAWS = 6
+"""Right implementations that the map with the largest rounding errors is made by, beside those that make all."""
+
+DRAWN = 2
+"""Findings of one image that get a picture: the others look alike."""
+
+
+@dataclass(frozen=True, eq=False)
+class FoundMaps:
+    """Maps (C, O, M, h, w) in float64, logits (C, Q, K + 1) and boxes (C, Q, 4), and the calls that they took."""
+
+    maps: NDArray[np.float64]
+    logits: torch.Tensor
+    boxes: torch.Tensor
+    calls: CallCount
+
+
+def relevance_findings(
+    attention: Attention,
+    subject: Subject,
+    device: torch.device,
+    dtype: torch.dtype,
+    configurations: Sequence[Configuration] | None = None,
+    pictures: Path | None = None,
+    calls: Counter[str] | None = None,
+) -> list[Finding]:
+    """Where relevance maps made with `attention` are wrong: at most one finding for each configuration, and calls.
+
+    Of the cumulative `configurations` unless told. Gradients pass the attention by its own backward pass. `pictures`: a
+    folder, None to draw none. The calls at each site are added to `calls`.
+    """
+    chosen = tuple(subject.cumulative if configurations is None else configurations)
+    truth = subject.maps(chosen)
+    budget = relevance_budget(subject, device, dtype)
+    label = f"{attention_label(attention)} in {_name(dtype)} on {device}"
+    findings: list[Finding] = []
+    found = None
+    with failures_as(findings, "relevance", f"relevance of {subject.name}"):
+        found = found_maps(attention, subject, device, dtype, chosen)
+    if found is None:
+        return findings
+    # Once for encoding and for decoding, and again for backward passes, which repeat the forward pass.
+    findings += found.calls.findings(f"relevance of {subject.name}", 1, 1, at_least=True)
+    if calls is not None:
+        calls.update(found.calls.by_site)
+    for index, configuration in enumerate(chosen):
+        case = case_of(subject, configuration, found.maps[index], budget, label)
+        draw = pictures if len(findings) < DRAWN else None
+        if (finding := judge(subject, configuration, truth[index], case, draw)) is not None:
+            findings.append(finding)
+    return findings
+
+
+def found_maps(
+    attention: Attention,
+    subject: Subject,
+    device: torch.device,
+    dtype: torch.dtype,
+    configurations: Sequence[Configuration],
+    *,
+    backward: Backward = "callable",
+    gates: Gates | None = None,
+    objects: Sequence[int] | None = None,
+) -> FoundMaps:
+    """With `attention` in the subject's model, from the oracle's features and its ReLUs' decisions on.
+
+    Args:
+        gates: others than those of the configurations, as many.
+        objects: indices of the subject's objects that are explained; all of them where None.
+    """
+    at = [subject.configurations.index(each) for each in configurations]
+    gates = stack(configurations, subject.layout) if gates is None else gates
+    targets = subject.targets if objects is None else [subject.targets[index] for index in objects]
+    features = features_on(subject, device, dtype)
+    with patched(subject, attention, device, dtype) as detector:
+        return maps_by(detector, features, gates, targets, subject.decisions[at], backward)
+
+
+def maps_by(
+    detector: Detector,
+    features: Features,
+    gates: Gates,
+    targets: Sequence[Target],
+    decisions: Decisions,
+    backward: Backward = "callable",
+) -> FoundMaps:
+    """By `RelevanceEngine`, under all `gates` and with the ReLUs' `decisions` under each of them."""
+    with decisions.imposed_on(detector), CallCount(detector) as calls:
+        engine = RelevanceEngine(detector, features, method=METHOD, backward=backward, memory_budget=MEMORY)
+        results = sorted(engine.run(gates, lambda *_: targets), key=lambda each: each.index)
+    maps = [torch.stack([pair.rows for pair in each.pairs if pair is not None]) for each in results]
+    return FoundMaps(
+        torch.stack(maps).unflatten(-1, features.grid).double().numpy(),
+        torch.stack([each.logits for each in results]),
+        torch.stack([each.boxes for each in results]),
+        calls,
+    )
+
+
+def case_of(
+    subject: Subject, configuration: Configuration, maps: NDArray[np.float64], budget: Budget, found_by: str
+) -> CaseMaps:
+    """The maps of one configuration (O, M, h, w), with all that they are to be compared by."""
+    return CaseMaps(
+        case=f"{subject.name}, {configuration.name}",
+        maps=maps,
+        objects=subject.object_names,
+        inputs=subject.inputs(configuration),
+        budget=budget,
+        found_by=found_by,
+    )
+
+
+def judge(
+    subject: Subject,
+    configuration: Configuration,
+    truth: NDArray[np.float64],
+    found: CaseMaps,
+    pictures: Path | None = None,
+) -> Finding | None:
+    """A finding where the maps of one configuration are wrong."""
+    expected = case_of(subject, configuration, truth, found.budget, "the float64 oracle")
+    problems = mismatches(expected, found)
+    if not problems:
+        return None
+    drawn = () if pictures is None else (str(write_triptych(expected, found, pictures)),)
+    error = float(map_errors(expected.maps, found.maps).max())
+    return Finding(
+        "relevance",
+        "\n".join(problems),
+        case=found.case,
+        error=error if np.isfinite(error) else None,
+        budget=found.budget.allowed,
+        configuration=configuration.name,
+        pictures=drawn,
+    )
+
+
+@functools.cache
+def relevance_budget(subject: Subject, device: torch.device, dtype: torch.dtype) -> Budget:
+    """What a candidate may be off by on this image: by the largest error of right implementations on any of its maps.
+
+    Measured once on a machine, and kept.
+    """
+
+    def measure() -> Arrays:
+        chosen = subject.cumulative
+        truth = subject.maps(chosen)
+        errors = np.max(
+            [
+                map_errors(truth, found_maps(each, subject, device, dtype, chosen).maps)
+                for each in right_implementations()
+            ],
+            axis=0,
+        )
+        # Where a map hangs on a difference of large numbers its errors are large, and spread widely. A few more draws
+        # of the worst say how far they reach.
+        worst, one = np.unravel_index(errors.max(-1).argmax(), errors.shape[:2])
+        for each in right_implementations(MORE_DRAWS, first_seed=IMPLEMENTATIONS):
+            again = found_maps(each, subject, device, dtype, [chosen[worst]], objects=[int(one)]).maps[0, 0]
+            errors[worst, one] = np.maximum(errors[worst, one], map_errors(truth[worst, one], again))
+        return {"errors": errors.max(0)}
+
+    about = {**subject.inputs(subject.cumulative[-1]), **machine(device, dtype)}
+    errors = kept("relevance-rounding", about, measure)["errors"]
+    return Budget.measured(errors, roundings(subject), dtype=dtype, measured_in=dtype)
+
+
+def roundings(subject: Subject) -> float:
+    """Rounding errors of all attention layers (one in an encoder layer, two in a decoder layer), in units of one.
+
+    They add up as a random walk does. Nobody can be asked to be closer than that.
+    """
+    return (subject.layout.encoder_layers + 2 * subject.layout.decoder_layers) ** 0.5
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,262 @@
+"""Subjects of a user's own model and image, their truth on disk, and what the checks say of wrong attentions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from relevance_examples import tiny_detector
+
+from headoff.attention.eager import eager
+from headoff.attention.sdpa import sdpa
+from headoff.detr.checkpoints import save_native
+from headoff.detr.transformer import AttentionAddress
+from headoff.errors import HeadoffError, SettingError
+from headoff.gates import first_off, none_off, stack
+from headoff.harness.calls import CallCount
+from headoff.harness.detections import detection_findings
+from headoff.harness.gradients import backward, forward, gradient_findings, target_of, true_gradients
+from headoff.harness.kinks import Decisions
+from headoff.harness.layers import faulty_layers
+from headoff.harness.maps import map_errors
+from headoff.harness.precision import InDtype
+from headoff.harness.relevance import maps_by, relevance_findings
+from headoff.harness.rounding import RoundedOtherwise
+from headoff.harness.settings import Settings
+from headoff.harness.subjects import METHOD, names, subject
+from headoff.harness.truth import dense_maps
+from headoff.harness.truths import FOLDER, kept
+from headoff.relevance import class_logit
+from headoff.sweeps import decode_all
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HEADOFF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / FOLDER
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A random model and a random image, saved where a user might have them."""
+    model, image = tmp_path / "mine.safetensors", tmp_path / "street.png"
+    save_native(tiny_detector(dtype=torch.float32), model, torch.float32)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(image)
+    return Settings(model=str(model), images=(image,))
+
+
+def test_a_model_and_an_image_of_a_users_own_are_judged_as_the_bundled_ones(own):
+    """With a right attention nothing is found on any level, with a wrong one something is on each."""
+    mine = subject(own, "street")
+    assert len(mine.objects) >= 2, "random weights detect nothing, and are explained all the same"
+    for dtype in (torch.float32, torch.bfloat16):
+        for check in (detection_findings, relevance_findings, gradient_findings):
+            assert check(sdpa, mine, CPU, dtype) == []
+        assert faulty_layers(sdpa, mine, mine.cumulative, CPU, dtype) == []
+    for check in (detection_findings, relevance_findings, gradient_findings):
+        found = check(gate_of_the_next_head, mine, CPU, torch.float32)
+        assert {each.configuration for each in found} >= {"first 1 off", "first 2 off"}
+        assert all(each.error > each.budget for each in found if each.error is not None)
+
+
+def test_truth_is_made_once_and_again_where_its_file_is_damaged(cache, capfd):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"maps": np.arange(6.0).reshape(2, 3)}
+
+    first = kept("example", {"image": "a"}, make)
+    assert np.array_equal(kept("example", {"image": "a"}, make)["maps"], first["maps"])
+    assert len(made) == 1
+    kept("example", {"image": "b"}, make)
+    assert len(made) == 2, "another image has another truth"
+    for path in cache.iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert np.array_equal(kept("example", {"image": "a"}, make)["maps"], first["maps"])
+    assert len(made) == 3
+
+
+def test_truth_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("HEADOFF_CACHE", str(tmp_path / "file"))
+    assert kept("example", {}, lambda: {"maps": np.ones(2)})["maps"].sum() == 2
+
+
+def test_names_are_those_of_the_images(tmp_path):
+    assert names(Settings())[:2] == ["scene-000", "scene-001"]
+    twice = Settings(images=(tmp_path / "a" / "cup.png", tmp_path / "b" / "cup.jpg"))
+    assert names(twice) == ["cup", "cup (2)"]
+    assert 0 < len(names(Settings(model="detr-resnet-50"))) < len(names(Settings()))
+    with pytest.raises(SettingError, match="there is no image 'tree' here: use one of cup"):
+        subject(twice, "tree")
+
+
+def test_what_cannot_be_read_is_said(own, tmp_path):
+    with pytest.raises(HeadoffError, match="gone.png"):
+        subject(Settings(images=(tmp_path / "gone.png",)), "gone").features  # noqa: B018
+    broken = Settings(model=str(tmp_path / "gone.safetensors"), images=own.images)
+    with pytest.raises(HeadoffError, match="gone.safetensors"):
+        subject(broken, "street").detector  # noqa: B018
+
+
+def test_exceptions_of_an_attention_are_findings(own):
+    mine = subject(own, "street")
+
+    def fails(query, key, value, attn_mask=None, *, head_gate=None):
+        raise ValueError("no kernel\nfor this size")
+
+    for check in (detection_findings, relevance_findings, gradient_findings):
+        (found,) = check(fails, mine, CPU, torch.float32)
+        assert found.property == "crash"
+        assert "ValueError: no kernel for this size" in found.message and "\n" not in found.message
+
+
+def test_nan_is_a_finding(own):
+    def nan(query, key, value, attn_mask=None, *, head_gate=None):
+        return query * torch.nan
+
+    mine = subject(own, "street")
+    for check in (detection_findings, relevance_findings, gradient_findings):
+        assert check(nan, mine, CPU, torch.float32)
+
+
+def test_one_wrong_layer_does_not_blame_its_successors(own):
+    mine = subject(own, "street")
+    calls = []
+
+    def third_call_wrong(query, key, value, attn_mask=None, *, head_gate=None):
+        calls.append(1)
+        # The encoder has two layers, and then come the decoder's: its first cross-attention is the fourth.
+        factor = 1.01 if len(calls) == 4 else 1.0
+        return eager(query * factor, key, value, attn_mask, head_gate=head_gate)
+
+    (found,) = faulty_layers(third_call_wrong, mine, mine.cumulative, CPU, torch.float32)
+    assert (found.property, found.site, found.layer) == ("context", "decoder_cross", 0)
+
+
+@pytest.mark.parametrize("wrong", ["dq", "dk", "dv"])
+def test_the_wrong_gradient_is_named(own, wrong):
+    mine = subject(own, "street")
+
+    def attention(query, key, value, attn_mask=None, *, head_gate=None):
+        inputs = {"dq": query, "dk": key, "dv": value}
+        inputs[wrong] = 0.99 * inputs[wrong] + 0.01 * inputs[wrong].detach()
+        return eager(*inputs.values(), attn_mask, head_gate=head_gate)
+
+    for found in faulty_layers(attention, mine, mine.cumulative, CPU, torch.float32):
+        assert found.property == wrong
+    assert {each.property for each in gradient_findings(attention, mine, CPU, torch.float32)} == {wrong}
+
+
+def test_a_head_is_blamed_from_the_configuration_on_where_it_is_off(own):
+    def second_head_stays_on(query, key, value, attn_mask=None, *, head_gate=None):
+        if head_gate is not None:
+            head_gate = head_gate.clone()
+            head_gate[:, 1] = 1
+        return eager(query, key, value, attn_mask, head_gate=head_gate)
+
+    mine = subject(own, "street")
+    (found,) = faulty_layers(second_head_stays_on, mine, mine.cumulative, CPU, torch.float32)
+    assert (found.site, found.head, found.configuration) == ("decoder_cross", 1, "first 2 off")
+
+
+def test_calls_are_counted_site_by_site():
+    detector = tiny_detector()
+    from relevance_examples import features_of
+
+    features = features_of(detector)
+    with CallCount(detector) as count:
+        decode_all(detector, features, stack([none_off(), first_off(2)], detector.head_layout))
+    assert "attend" not in vars(detector)
+    assert count.by_site == {"encoder_self": 2, "decoder_self": 3, "decoder_cross": 3}
+    assert count.findings("a case", 1, 1) == []
+    count.of[AttentionAddress("decoder_cross", 1)] = 0
+    (found,) = count.findings("a case", 1, 1)
+    assert (found.property, found.site, found.layer) == ("calls", "decoder_cross", 1)
+    assert "never" in found.message
+
+
+def test_imposed_decisions_carry_maps_over_a_kink():
+    """A hidden unit that is zero but for rounding: float32 decides by luck, and as the oracle when made to."""
+    from relevance_examples import features_of
+
+    exact = tiny_detector()
+    features = features_of(exact)
+    expand = exact.decoder.layers[0].feedforward.expand
+    seen = []
+    handle = expand.register_forward_hook(lambda module, inputs, hidden: seen.append(hidden))
+    decode_all(exact, features, stack([none_off()], exact.head_layout))
+    handle.remove()
+    expand.bias[3] -= seen[0][0, 0, 0, 3] - 1e-12
+    truth = dense_maps(exact, features, none_off(), [class_logit(0, 1)], METHOD).numpy()
+    decisions = Decisions.of(exact, features, [none_off()])
+
+    below = tiny_detector()
+    below.decoder.layers[0].feedforward.expand.bias[3] = expand.bias[3] - 2e-12
+    gates = stack([none_off()], exact.head_layout)
+    anything = Decisions({name: on for name, on in Decisions.of(below, features, [none_off()]).on.items()})
+    found, jumped = (
+        maps_by(below, features, gates, [class_logit(0, 1)], each).maps[0] for each in (decisions, anything)
+    )
+    assert map_errors(truth, found).max() < 1e-9
+    assert map_errors(truth, jumped).max() > 1e-5
+
+
+def test_gradients_are_the_slopes_of_their_targets(own):
+    """Central differences along a random direction, in float64."""
+    mine = subject(own, "street")
+    chosen = mine.configurations[:3]
+    gates, targets = stack(chosen, mine.layout), [target_of(mine, each) for each in chosen]
+    _, of_tokens = backward(mine.detector, mine.features, gates, targets)
+    assert torch.allclose(of_tokens, true_gradients(mine)["tokens"][:3], rtol=1e-10)
+    direction = torch.randn(mine.features.tokens.shape, generator=torch.Generator().manual_seed(0)).double()
+    step = 1e-6
+
+    def value(sign: int) -> torch.Tensor:
+        moved = mine.features.tokens + sign * step * direction
+        features = type(mine.features)(moved, mine.features.positions, None, mine.features.grid)
+        return forward(mine.detector, features, gates, targets)[0]
+
+    slope = (value(1) - value(-1)) / (2 * step)
+    assert slope.item() == pytest.approx((of_tokens * direction).sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_attention_in_another_dtype_keeps_tiny_gradients(dtype):
+    """Gradients below the smallest number of half precision come through."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, gradient = (torch.randn(1, 2, 5, 4, generator=generator) for _ in range(4))
+    seen = []
+
+    def attention(*inputs, head_gate=None):
+        seen.extend(each.dtype for each in inputs[:3])
+        return eager(*inputs, head_gate=head_gate)
+
+    found = []
+    for each in (InDtype(attention, dtype), eager):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        context = each(*leaves)
+        assert context.dtype == torch.float32
+        found.append(torch.autograd.grad(context, leaves, 1e-9 * gradient))
+    assert set(seen) == {dtype}
+    unit = torch.finfo(dtype).eps
+    for got, true in zip(*found, strict=True):
+        assert (got - true).abs().max() <= 20 * unit * true.abs().max()
+
+
+def test_another_rounding_is_one_rounding_away():
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 5, 4, generator=generator) for _ in range(3)]
+    true, found, again = eager(*inputs), RoundedOtherwise(1)(*inputs), RoundedOtherwise(1)(*inputs)
+    assert torch.equal(found, again)
+    assert not torch.equal(found, true)
+    assert ((found - true).abs() <= torch.finfo(torch.float32).eps * true.abs()).all()
+
+
+def gate_of_the_next_head(query, key, value, attn_mask=None, *, head_gate=None):
+    return eager(query, key, value, attn_mask, head_gate=None if head_gate is None else head_gate.roll(1, 1))
