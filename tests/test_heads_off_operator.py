@@ -11,13 +11,12 @@ import functools
 import pytest
 import torch
 
-from headoff.harness.findings import Finding, refuse
+from headoff.harness.findings import refuse
 from headoff.harness.operator import (
     CONDUCT,
     OperatorCase,
     case_named,
     conduct_findings,
-    diagnose,
     operator_cases,
     operator_findings,
     reduced_cases,
@@ -54,11 +53,7 @@ def refusal(attention, dtype, device):
 
 
 def check(under_test, case: OperatorCase) -> None:
-    found: list[Finding] = operator_findings(under_test.attention, case, under_test.device)
-    if found and found[0].property in ("context", "dq", "dk", "dv"):
-        root = diagnose(under_test.attention, [case], under_test.device)
-        found = [root] if root is not None else found
-    refuse(found)
+    refuse(operator_findings(under_test.attention, case, under_test.device))
 
 
 @pytest.mark.parametrize("name", CASES)

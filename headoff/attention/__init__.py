@@ -1,5 +1,6 @@
 """Attention callables: their contract, the oracle, the fast path, and finding them by name."""
 
+from headoff.attention.choice import AUTO, chosen_attention
 from headoff.attention.contract import AdaptedAttention, Attention, conform, gate_context
 from headoff.attention.eager import eager
 from headoff.attention.registry import (
@@ -11,10 +12,12 @@ from headoff.attention.registry import (
 from headoff.attention.sdpa import sdpa
 
 __all__ = [
+    "AUTO",
     "AdaptedAttention",
     "Attention",
     "attention_label",
     "attention_names",
+    "chosen_attention",
     "conform",
     "eager",
     "gate_context",

@@ -8,6 +8,7 @@ to do.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -21,6 +22,7 @@ from typing import Any
 
 from headoff.attention.contract import AdaptedAttention, Attention, conform
 from headoff.attention.eager import eager
+from headoff.attention.fused import triton_attention
 from headoff.attention.sdpa import sdpa
 from headoff.errors import AttentionError
 
@@ -214,3 +216,5 @@ def _where(error: BaseException, path: Path | None) -> str:
 
 register_attention("eager", eager)
 register_attention("sdpa", sdpa)
+register_attention("triton", triton_attention)
+register_attention("triton-tf32", functools.partial(triton_attention, precision="tf32"))

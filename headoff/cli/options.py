@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from headoff.attention import attention_label
+from headoff.attention import AUTO, attention_label
 from headoff.detr import Detector
 from headoff.detr.checkpoints import load
 from headoff.devices import DTYPES, chosen_device
@@ -31,9 +31,10 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--attention",
-        default="sdpa",
+        default=AUTO,
         metavar="NAME|PATCH",
-        help="what computes attention: `sdpa` (default), `eager`, `package.module:name` or `path/to/file.py:name`",
+        help="what computes attention: `auto` (default: `triton` on a GPU, `sdpa` elsewhere), `eager`, "
+        "`package.module:name` or `path/to/file.py:name`",
     )
     group.add_argument(
         "--device", default=None, help="`cpu`, `cuda`, `cuda:1`; CUDA where there is one by default"

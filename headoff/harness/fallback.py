@@ -25,8 +25,24 @@ from torch.overrides import TorchFunctionMode
 
 from headoff.attention import AdaptedAttention, Attention
 from headoff.harness.findings import Finding
+from headoff.harness.preflight import SHAPES
 
 Call = Callable[[], Tensor]
+
+
+def model_calls(attention: Attention, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Call]:
+    """Calls as the bundled model makes them at each site, with nothing off; for `fallback_findings`."""
+
+    def calling(queries: int, keys: int) -> Call:
+        generator = torch.Generator().manual_seed(seed)
+        query, key, value = (
+            torch.randn(1, 8, length, 32, generator=generator).to(device, dtype)
+            for length in (queries, keys, keys)
+        )
+        gate = torch.ones(8, 1, 1, device=device, dtype=dtype)
+        return lambda: attention(query, key, value, None, head_gate=gate)
+
+    return {site: calling(*shape) for site, shape in SHAPES.items()}
 
 
 class SdpaCount(TorchFunctionMode):

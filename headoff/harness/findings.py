@@ -33,6 +33,7 @@ Property = Literal[
     "calls",  # never called, or something else computed in its place
     "detections",  # logits, boxes or detections
     "relevance",  # relevance maps
+    "gradients",  # end-to-end gradients through the model
     "time",  # slower than is allowed
 ]
 PROPERTIES: tuple[str, ...] = get_args(Property)

@@ -23,7 +23,7 @@ from headoff.detr.detector import Detector, Features
 from headoff.detr.transformer import AttentionAddress
 from headoff.gates import SITES, Configuration, Gates, stack
 from headoff.harness.calls import CallCount
-from headoff.harness.findings import Finding, Property
+from headoff.harness.findings import Finding
 from headoff.harness.maps import ERROR_FACTOR
 from headoff.harness.patching import failures_as, features_on, patched
 from headoff.harness.relevance import roundings
@@ -75,7 +75,7 @@ def gradient_findings(
     budget = gradient_budget(subject, device, dtype)
     findings: list[Finding] = []
     found = None
-    with failures_as(findings, "softmax backward", case):
+    with failures_as(findings, "gradients", case):
         found = found_gradients(attention, subject, device, dtype, chosen)
     if found is None:
         return findings
@@ -88,13 +88,9 @@ def gradient_findings(
         for index in range(len(chosen))
         if (parts := [part for part in PARTS if part in errors and errors[part][index] > budget])
     }
-    if wrong:
-        culprit = _property(attention, subject, device, dtype)
-        findings += [
-            _finding(subject, chosen[index], index, parts, errors, budget, culprit)
-            for index, parts in wrong.items()
-        ]
-    return findings
+    return findings + [
+        _finding(subject, chosen[index], index, parts, errors, budget) for index, parts in wrong.items()
+    ]
 
 
 def target_of(subject: Subject, configuration: Configuration) -> Target:
@@ -319,14 +315,6 @@ def _at_once(detector: Detector, features: Features) -> int:
     return max(1, MEMORY // ((weights + hidden) * features.tokens.element_size()))
 
 
-def _property(attention: Attention, subject: Subject, device: torch.device, dtype: torch.dtype) -> Property:
-    """Which gradient of a single call is wrong, or the context where that is: what end-to-end gradients cannot tell."""
-    from headoff.harness.layers import faulty_layers
-
-    found = faulty_layers(attention, subject, subject.cumulative, device, dtype)
-    return found[0].property if found else "softmax backward"
-
-
 def _finding(
     subject: Subject,
     configuration: Configuration,
@@ -334,7 +322,6 @@ def _finding(
     parts: list[str],
     errors: dict[str, NDArray[np.float64]],
     budget: float,
-    culprit: Property,
 ) -> Finding:
     case = f"{subject.name}, {configuration.name}"
     target = target_of(subject, configuration)
@@ -346,7 +333,7 @@ def _finding(
     )
     error = float(errors[parts[0]][index])
     return Finding(
-        culprit,
+        "gradients",
         f"{case}: the gradient of query {target.query}'s {target.name} is wrong: that {said}",
         case=case,
         error=error if np.isfinite(error) else None,

@@ -30,13 +30,13 @@ SHAPES = {"encoder_self": (144, 144), "decoder_self": (100, 100), "decoder_cross
 
 @functools.cache
 def preflight(attention: str, device: str, dtype: str) -> None:
-    """Raise AttentionError, one sentence, where the attention cannot be tested at all.
-
-    headoff's own attentions are known to be callable.
-    """
+    """Raise AttentionError, one sentence, where the attention cannot be tested at all."""
+    known = resolve_attention(
+        attention
+    )  # what is wrong with a name or an import is said here, without a process
     if attention in attention_names():
+        first_calls(known, attention, torch.device(device), DTYPES[dtype])  # headoff's own do no harm
         return
-    resolve_attention(attention)  # what is wrong with a name or an import is said here, without a process
     asked = json.dumps([attention, device, dtype])
     command = [sys.executable, "-c", _PROGRAM, asked, json.dumps(sys.path)]
     try:

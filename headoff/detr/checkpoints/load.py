@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from headoff.attention import Attention
+from headoff.attention import AUTO, Attention
 from headoff.detr.checkpoints.coco import COCO_CLASSES
 from headoff.detr.checkpoints.files import TensorFile, read_tensors
 from headoff.detr.checkpoints.fitting import Hints, assemble, infer_config
@@ -36,7 +36,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 def load(
     source: str | os.PathLike[str],
     *,
-    attention: Attention | str = "sdpa",
+    attention: Attention | str = AUTO,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     dilated: bool | None = None,
@@ -55,7 +55,8 @@ def load(
             - `owner/name`: a repository of the Hugging Face hub, where there is no such folder here.
 
             The fixed names come before files of the same name: write `./scenes` for those.
-        attention: the attention callable, or its name; see `headoff.attention`.
+        attention: the attention callable, or its name; by default one of headoff's own that suits device and dtype
+            (`headoff.attention.chosen_attention`).
         device, dtype: where and as what the weights are kept, whatever they are stored as.
         dilated: whether the backbone's last stage dilates (DC5), which no tensor tells. By default what the
             checkpoint's configuration says, or else whether its file name has a part `dc5`.

@@ -1,7 +1,13 @@
 """Whether a single attention call is right: context and gradients against the float64 oracle, conduct, diagnosis."""
 
 from headoff.harness.operator.accuracy import operator_findings, refusal_of
-from headoff.harness.operator.cases import OperatorCase, case_named, operator_cases, reduced_cases
+from headoff.harness.operator.cases import (
+    OperatorCase,
+    case_named,
+    case_of_text,
+    operator_cases,
+    reduced_cases,
+)
 from headoff.harness.operator.conduct import CONDUCT, conduct_findings
 from headoff.harness.operator.diagnosis import diagnose
 
@@ -9,6 +15,7 @@ __all__ = [
     "CONDUCT",
     "OperatorCase",
     "case_named",
+    "case_of_text",
     "conduct_findings",
     "diagnose",
     "operator_cases",

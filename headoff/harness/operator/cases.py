@@ -376,3 +376,13 @@ def reduced_cases(dtype: torch.dtype, seed: int = 0) -> list[OperatorCase]:
 def case_named(name: str, dtype: torch.dtype, seed: int, cases: Sequence[OperatorCase] = ()) -> OperatorCase:
     """Raises KeyError for a name that `operator_cases` does not have."""
     return {case.name: case for case in cases or operator_cases(dtype, seed)}[name]
+
+
+def case_of_text(text: str, seed: int) -> OperatorCase | None:
+    """The case that `str` gave this text of; None for any other text."""
+    name, _, rest = text.partition(": ")
+    for word in rest.split(", "):
+        dtype = getattr(torch, word, None)
+        if isinstance(dtype, torch.dtype):
+            return {case.name: case for case in operator_cases(dtype, seed)}.get(name)
+    return None

@@ -37,6 +37,7 @@ PROPERTIES = {
     "calls": "whether the patch was called at all",
     "detections": "logits, boxes and detections",
     "relevance": "relevance maps",
+    "gradients": "end-to-end gradients through the model",
     "time": "what it costs beside the baseline",
 }
 """What each property of a finding is about. Others, of later versions, are shown by their name alone."""

@@ -250,7 +250,7 @@ class DecoderWorkload(_DetectorWorkload):
     def outputs(self, result: Any) -> dict[str, Output]:
         if self.direction == "forward":
             return _answers(result.logits, result.boxes)
-        return {"gradient of the memory": Output(result.flatten()[None], "relevance")}
+        return {"gradient of the memory": Output(result.flatten()[None], "gradients")}
 
     def in_dtype(self, dtype: torch.dtype) -> DecoderWorkload:
         memory = replace(

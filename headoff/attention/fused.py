@@ -1,0 +1,394 @@
+"""The fused path on a GPU: attention, gate and gradients in Triton, with no work for heads that are off.
+
+:func:`triton_attention` is an attention callable like any other (:mod:`headoff.attention.contract`). What it adds
+to one that is gated from outside:
+
+- The gate is read where it lies, one number a row, in the kernel. Blocks of rows that are all off are not
+  computed, neither forward nor backward, and the host never looks at a gate's values: nothing waits for the GPU.
+- Nothing of size Q x S exists, and nothing is copied: query, key, value, mask, gate and the gradient of the
+  context are read through their strides, so that an expanded batch or a broadcast mask costs what is really there.
+- Everything is deterministic: sums have a fixed order, and tiles are chosen by shapes, never by timings.
+
+The kernels are in :mod:`headoff.attention.triton_kernels`, which is imported by the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from headoff.errors import AttentionError
+
+Precision = Literal["ieee", "tf32", "tf32x3"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_CHANNELS = 128
+
+FEW_PROGRAMS = 264
+"""Two for each of the 132 multiprocessors of an H100 or H200; with fewer programs than that, rows are cut finer."""
+
+ENOUGH_PROGRAMS = 528
+"""What the rows are divided for in the gradients of key and value, which are else one program for 64 keys."""
+
+LEAST_SHARE = 512
+"""Rows in a program's share, at least: each share costs a partial result that is written, read and added."""
+
+
+class Tiling(NamedTuple):
+    """Rows and keys of a tile, and how many warps and pipeline stages a program of such tiles has."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Tilings(NamedTuple):
+    forward: Tiling
+    query_gradient: Tiling
+    key_value_gradient: Tiling
+
+
+def triton_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    head_gate: Tensor | None = None,
+    precision: Precision = "ieee",
+) -> Tensor:
+    """Context (B, H, Q, D) of ``query`` (B, H, Q, D) over ``key`` and ``value`` (B, H, S, D), in their dtype.
+
+    See :mod:`headoff.attention.contract` for masks and gates. float32, bfloat16 and float16, D up to 128, on a
+    CUDA device; on the CPU where ``TRITON_INTERPRET=1`` was set before Triton was imported (slow, for tests).
+    Softmax and sums are float32. ``precision`` is that of the products of float32 tensors: ``"ieee"`` keeps all
+    of their bits, ``"tf32"`` keeps 11 and is done by tensor cores, ``"tf32x3"`` makes three such products of
+    one, which lose about 3 bits. Differentiable once, with respect to query, key and value; the gradient of a
+    row that is off is exactly 0. Raises :class:`AttentionError` for what it does not support, a mask or gate
+    that requires a gradient among it (:func:`~headoff.attention.eager` has it).
+    """
+    _check(query, key, value, precision)
+    shape = query.shape
+    mask_strides = _broadcast_strides("attn_mask", attn_mask, query, (*shape[:3], key.shape[2]))
+    gate_strides = _broadcast_strides("head_gate", head_gate, query, (*shape[:3], 1))
+    call = _Call(attn_mask, mask_strides, head_gate, gate_strides, precision)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        context: Tensor = _Attention.apply(query, key, value, attn_mask, head_gate, call)
+        return context
+    return _forward(query, key, value, call, keep_logsumexp=False)[0]
+
+
+class _Call(NamedTuple):
+    """What a call is made with beside query, key and value; strides are those of the broadcast tensors."""
+
+    mask: Tensor | None
+    mask_strides: tuple[int, ...] | None
+    gate: Tensor | None
+    gate_strides: tuple[int, ...] | None
+    precision: Precision
+
+    @property
+    def by_key(self) -> bool:
+        """Whether the mask is there, and the same for all queries."""
+        return self.mask_strides is not None and self.mask_strides[2] == 0
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the gate is there, and not the same for all queries."""
+        return self.gate_strides is not None and self.gate_strides[2] != 0
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.mask, self.mask_strides, self.gate, self.gate_strides
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        head_gate: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        context, logsumexp = _forward(query, key, value, call, keep_logsumexp=True)
+        # Mask and gate, too: autograd then notices where one is changed before the backward pass.
+        ctx.save_for_backward(query, key, value, attn_mask, head_gate, context, logsumexp)
+        ctx.call = call._replace(mask=None, gate=None)
+        return context
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, attn_mask, head_gate, context, logsumexp = ctx.saved_tensors
+        call = ctx.call._replace(mask=attn_mask, gate=head_gate)
+        gradients: tuple[Tensor | None, ...] = _backward(
+            query, key, value, context, logsumexp, upstream, call, ctx.needs_input_grad
+        )
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = tuple(
+                None if gradient is None else _Once.apply(gradient, upstream, query, key, value)
+                for gradient in gradients
+            )
+        return *gradients, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as it is, except that it refuses to be differentiated.
+
+    torch's ``once_differentiable`` would not: where the upstream gradient is a constant, it hands out gradients
+    that pass for constants, too, and second derivatives would be wrong without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *_of: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise AttentionError(
+            "the triton attention is differentiable once, and a gradient of its gradient was asked for: use the "
+            "attention 'eager'."
+        )
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, call: _Call, *, keep_logsumexp: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Context, and the base-2 log-sum-exp (B, H, Q) of its rows in float32."""
+    batch, heads, queries, channels = query.shape
+    context = torch.empty_like(query)
+    logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32) if keep_logsumexp else None
+    tiling = tilings(query, key).forward
+    programs = batch * heads * -(-queries // tiling.queries)
+    if programs:
+        with _on_device_of(query):
+            _kernels().forward_kernel[(programs,)](
+                *_with_strides(query, key, value),
+                *call.arguments(),
+                *_with_strides(context),
+                logsumexp,
+                heads,
+                queries,
+                key.shape[2],
+                _scale(channels),
+                **_options(tiling, channels),
+                BY_KEY=call.by_key,
+                PRECISION=call.precision,
+            )
+    return context, logsumexp
+
+
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: Tensor,
+    logsumexp: Tensor,
+    upstream: Tensor,
+    call: _Call,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key and value; the last two are made together, where either is ``wanted``."""
+    batch, heads, queries, channels = query.shape
+    length = key.shape[2]
+    numbers = (heads, queries, length, _scale(channels))
+    tiling = tilings(query, key)
+    kernels = _kernels()
+    delta = torch.empty_like(logsumexp)
+    of_query = torch.empty_like(query) if wanted[0] else None
+    programs = batch * heads * -(-queries // tiling.query_gradient.queries)
+    with _on_device_of(query):
+        if programs:
+            kernels.query_gradient_kernel[(programs,)](
+                *_with_strides(query, key, value),
+                *call.arguments(),
+                *_with_strides(context, upstream),
+                logsumexp,
+                delta,
+                *((None, None) if of_query is None else _with_strides(of_query)),
+                *numbers,
+                **_options(tiling.query_gradient, channels),
+                BY_KEY=call.by_key,
+                PRECISION=call.precision,
+            )
+        if not wanted[1] and not wanted[2]:
+            return of_query, None, None
+        shares, share = _shares(query, key, tiling.key_value_gradient)
+        if shares == 1:
+            of_key, of_value = torch.empty_like(key), torch.empty_like(value)
+        else:
+            partial = query.new_empty(2, shares * batch, heads, length, channels, dtype=torch.float32)
+            of_key, of_value = partial[0], partial[1]
+        programs = shares * batch * heads * -(-length // tiling.key_value_gradient.keys)
+        if programs:
+            kernels.key_value_gradient_kernel[(programs,)](
+                *_with_strides(query, key, value),
+                *call.arguments(),
+                *_with_strides(upstream),
+                logsumexp,
+                delta,
+                *_with_strides(of_key, of_value),
+                batch,
+                *numbers,
+                share,
+                **_options(tiling.key_value_gradient, channels),
+                BY_KEY=call.by_key,
+                BY_ROW=call.by_row,
+                PRECISION=call.precision,
+            )
+    if shares > 1:
+        of_key, of_value = partial.unflatten(1, (shares, batch)).sum(1).to(key.dtype).unbind()
+    return of_query, of_key if wanted[1] else None, of_value if wanted[2] else None
+
+
+def tilings(query: Tensor, key: Tensor) -> Tilings:
+    """The tiles of the three kernels for ``query`` (B, H, Q, D) and ``key`` (B, H, S, D).
+
+    By dtype and shape alone, so that results repeat. Tensor cores want 64 rows; where that makes too few
+    programs to occupy a GPU, 32, which also leaves fewer rows that are off in blocks that are not. Tiles are the
+    largest whose accumulators and operands ptxas fits into the registers without spilling. Those of float32 are
+    smaller, as exact products are no work of tensor cores and keep their operands in registers.
+    """
+    batch, heads, queries, channels = query.shape
+    if query.dtype == torch.float32:
+        of_rows = Tiling(32, 32, 4 if channels <= 64 else 8, 2)
+        return Tilings(of_rows, of_rows, Tiling(16, 32, 4, 2))
+    rows = 32 if batch * heads * -(-queries // 64) < FEW_PROGRAMS else 64
+    of_rows = Tiling(rows, 64 if channels <= 64 else 32, 4, 2)
+    if channels <= 32:
+        return Tilings(of_rows, of_rows, Tiling(64, 64, 4, 2))
+    return Tilings(of_rows, of_rows, Tiling(32, 64, 4 if channels <= 64 else 8, 2))
+
+
+def _shares(query: Tensor, key: Tensor, tiling: Tiling) -> tuple[int, int]:
+    """In how many shares the rows are divided for the gradients of key and value, and rows in a share."""
+    batch, heads, queries, _ = query.shape
+    programs = batch * heads * -(-key.shape[2] // tiling.keys)
+    shares = max(1, min(-(-ENOUGH_PROGRAMS // max(programs, 1)), queries // LEAST_SHARE))
+    share = -(-queries // (shares * tiling.queries)) * tiling.queries
+    return (-(-queries // share), share) if queries else (1, tiling.queries)
+
+
+def _options(tiling: Tiling, channels: int) -> dict[str, Any]:
+    return {
+        "CHANNELS": channels,
+        "BLOCK_D": max(16, 1 << (channels - 1).bit_length()),
+        "BLOCK_Q": tiling.queries,
+        "BLOCK_K": tiling.keys,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+        # Whether a * b + c is rounded once or twice is not to change with Triton's default, which does.
+        "enable_fp_fusion": True,
+    }
+
+
+def _scale(channels: int) -> float:
+    return math.log2(math.e) / math.sqrt(channels)
+
+
+def _with_strides(*tensors: Tensor) -> tuple[Any, ...]:
+    return tuple(part for tensor in tensors for part in (tensor, tensor.stride()))
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    try:
+        from headoff.attention import triton_kernels
+    except ImportError as error:
+        raise AttentionError(
+            f"the triton attention cannot import Triton ({error}): install it with 'pip install triton', or use "
+            f"the attention 'sdpa'."
+        ) from error
+    return triton_kernels
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, precision: str) -> None:
+    """Raise :class:`AttentionError` for what the kernels cannot do."""
+    shapes = query.shape, key.shape, value.shape
+    if query.dim() != 4 or key.shape != value.shape or key.dim() != 4 or _outer(query) != _outer(key):
+        raise AttentionError(
+            f"the triton attention was given query, key and value of shapes "
+            f"{', '.join(str(tuple(shape)) for shape in shapes)}: make them (B, H, Q, D), (B, H, S, D) and "
+            f"(B, H, S, D), with an expanded batch where one memory serves many."
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise AttentionError(
+            f"the triton attention was given query, key and value of dtypes {query.dtype}, {key.dtype} and "
+            f"{value.dtype}: convert them to one."
+        )
+    if query.dtype not in DTYPES:
+        raise AttentionError(
+            f"the triton attention has no kernel for {query.dtype}: use float32, bfloat16 or float16, or the "
+            f"attention 'eager'."
+        )
+    if not 0 < query.shape[3] <= MAX_CHANNELS:
+        raise AttentionError(
+            f"the triton attention takes heads of 1 to {MAX_CHANNELS} channels, not {query.shape[3]}: use the "
+            f"attention 'sdpa'."
+        )
+    if precision not in get_args(Precision):
+        raise AttentionError(
+            f"the triton attention knows no precision {precision!r}: use one of {', '.join(get_args(Precision))}."
+        )
+    _check_device("key", key, query)
+    _check_device("value", value, query)
+    if not query.is_cuda and not (query.device.type == "cpu" and _kernels().INTERPRETED):
+        raise AttentionError(
+            f"the triton attention was given tensors on {query.device}: move them to a CUDA device, or set "
+            f"TRITON_INTERPRET=1 before Python starts to try it on the CPU."
+        )
+
+
+def _outer(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.shape[0], tensor.shape[1], tensor.shape[3]
+
+
+def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise AttentionError(
+            f"the triton attention was given {name} on {tensor.device} and query on {query.device}: move them "
+            f"to one device."
+        )
+
+
+def _broadcast_strides(
+    name: str, tensor: Tensor | None, query: Tensor, shape: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Strides of ``tensor`` when broadcast to ``shape``, 0 where it is repeated; None for None.
+
+    Raises :class:`AttentionError` for a ``tensor`` that does not broadcast, or cannot be read by the kernels.
+    """
+    if tensor is None:
+        return None
+    sizes = (1,) * (4 - tensor.dim()) + tuple(tensor.shape)
+    if len(sizes) > 4 or any(size not in (1, whole) for size, whole in zip(sizes, shape, strict=True)):
+        raise AttentionError(
+            f"{name} of shape {tuple(tensor.shape)} does not broadcast to {shape}: give each of its dimensions "
+            f"that size, or 1."
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise AttentionError(
+            f"the triton attention has no gradient of {name}: detach it, or use the attention 'eager'."
+        )
+    if name == "attn_mask" and tensor.dtype != torch.bool and not tensor.is_floating_point():
+        raise AttentionError(
+            f"attn_mask is of {tensor.dtype}: make it bool (True = attend), or additive float."
+        )
+    if tensor.is_complex():
+        raise AttentionError(f"{name} is of {tensor.dtype}: make it real.")
+    _check_device(name, tensor, query)
+    strides = (0,) * (4 - tensor.dim()) + tensor.stride()
+    return tuple(0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))

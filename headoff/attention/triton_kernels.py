@@ -1,0 +1,428 @@
+"""The kernels of :mod:`headoff.attention.fused`: forward, gradient of the query, gradients of key and value.
+
+Scores are kept in base 2, s = log2(e) * (q k^T / sqrt(D) + mask), so that P = 2^(s - L) with L the base-2
+log-sum-exp of the row: the GPU's exponential is one of base 2. Softmax and accumulators are float32 whatever
+the inputs are. With g the gate of a row, O its gated context, and P the weights *before* the gate::
+
+    forward     O  = g * P V
+    backward    dS = g * P * (dO V^T - delta)   with delta = rowsum(dO * O) / g, of the rows that are on
+                dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D),  dV = (g * P)^T dO
+
+which are the formulas of headoff/relevance/attention_vjp.py with a factor g taken out of dS: g * P is then all
+that the gradients of key and value need of P, and the gradient of the query has its gate at the end. delta is made
+of the context as it was returned, rounded to its dtype.
+
+Rows that are off (g = 0) and rows without keys get L = +inf, hence P = 0, and need no branch of their own in
+the backward pass. Blocks of rows that are all off are never touched; nor are blocks of keys that a mask which is
+the same for all queries hides. Which blocks are left is kept in the bits of an integer (`_live_rows`,
+`_live_keys`), so that the loops over them have a known length and no branches inside, and can be pipelined.
+
+Every output has one writer, and sums are in a fixed order: results repeat bit for bit. Offsets are 64-bit.
+
+Importing this module imports Triton. ``TRITON_INTERPRET=1`` has to be set before that for kernels that run on
+the CPU.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether the kernels run on the CPU, statement by statement, to be tested."""
+
+GROUP = tl.constexpr(32)
+"""Blocks whose liveness is looked up at once, and kept in the bits of one integer."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """Matrix product with a float32 result; operands of 16 bits are multiplied as they are."""
+    if INTERPRETED:
+        # The interpreter keeps bfloat16 as the integers of its bits, and multiplies those.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _stream(pointer, strides, batch, head):
+    """Where one head of one batch item begins."""
+    return pointer + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def _tile(pointer, strides, rows, channels):
+    """Pointers to ``rows`` (N,) times ``channels`` (D,)."""
+    return pointer + rows.to(tl.int64)[:, None] * strides[2] + channels.to(tl.int64)[None, :] * strides[3]
+
+
+@triton.jit
+def _gates(gate, gate_strides, rows, length):
+    """The gates of ``rows`` in float32; rows from ``length`` on are off. 1 everywhere without a gate."""
+    gates = rows < length
+    if gate is not None:
+        gates = tl.load(gate + rows.to(tl.int64) * gate_strides[2], mask=gates, other=0)
+    return gates.to(tl.float32)
+
+
+@triton.jit
+def _of_keys(mask, mask_strides, keys, length, BY_KEY: tl.constexpr):
+    """What holds for ``keys`` whatever the query: whether it may attend them, and the base-2 term of its scores."""
+    attended = keys < length
+    term = tl.zeros(keys.shape, tl.float32)
+    if BY_KEY:
+        loaded = tl.load(mask + keys.to(tl.int64) * mask_strides[3], mask=attended, other=0)
+        if mask.dtype.element_ty == tl.int1:
+            attended = attended & loaded
+        else:
+            attended = attended & (loaded != float("-inf"))
+            term = loaded.to(tl.float32) * LOG2_E
+    return attended, term
+
+
+@triton.jit
+def _scores(
+    products, scale, attended, term, mask, mask_strides, rows, keys, queries, length, BY_KEY: tl.constexpr
+):
+    """Base-2 scores, -inf where a key is hidden or does not exist.
+
+    All but ``products`` are two-dimensional and broadcast to its shape, either way round.
+    """
+    scores = products * scale + term
+    if mask is not None and not BY_KEY:
+        places = mask + rows.to(tl.int64) * mask_strides[2] + keys.to(tl.int64) * mask_strides[3]
+        loaded = tl.load(places, mask=(keys < length) & (rows < queries), other=0)
+        if mask.dtype.element_ty == tl.int1:
+            attended = attended & loaded
+        else:
+            scores += loaded.to(tl.float32) * LOG2_E
+    return tl.where(attended, scores, float("-inf"))
+
+
+@triton.jit
+def _bits(live):
+    """A bit for each block of ``live`` (GROUP, BLOCK) with anything alive in it, and how many there are."""
+    alive = tl.max(live.to(tl.int32), 1)
+    return tl.sum(alive.to(tl.int64) << tl.arange(0, GROUP).to(tl.int64)), tl.sum(alive)
+
+
+@triton.jit
+def _positions(start, BLOCK: tl.constexpr):
+    return start + tl.arange(0, GROUP)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def _live_keys(mask, mask_strides, start, length, BLOCK: tl.constexpr):
+    """Bits and number of those of the ``GROUP`` blocks of keys from ``start`` on that are not hidden."""
+    attended, _ = _of_keys(mask, mask_strides, _positions(start, BLOCK), length, True)
+    return _bits(attended)
+
+
+@triton.jit
+def _live_rows(gate, gate_strides, start, end, BLOCK: tl.constexpr):
+    """Bits and number of those of the ``GROUP`` blocks of rows from ``start`` on that are not off."""
+    return _bits(_gates(gate, gate_strides, _positions(start, BLOCK), end) != 0)
+
+
+@triton.jit
+def _lowest(bits):
+    """The place of the lowest bit that is set."""
+    # The exponent of a float32, which holds powers of two exactly.
+    return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _attend_keys(
+    start, peak, total, context, query, key, key_strides, value, value_strides, mask, mask_strides,
+    rows, channels, queries, length, scale,
+    CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the block of keys from ``start`` on."""
+    keys = start + tl.arange(0, BLOCK_K)
+    inside = (keys < length)[:, None] & (channels < CHANNELS)[None, :]
+    key_tile = tl.load(_tile(key, key_strides, keys, channels), mask=inside, other=0)
+    products = _dot(query, tl.trans(key_tile), PRECISION)
+    attended, term = _of_keys(mask, mask_strides, keys, length, BY_KEY)
+    scores = _scores(
+        products, scale, attended[None, :], term[None, :],
+        mask, mask_strides, rows[:, None], keys[None, :], queries, length, BY_KEY,
+    )  # fmt: skip
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    # -inf - -inf is NaN: a row that has seen no key yet is shifted by 0, and its terms are 2^-inf.
+    shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    terms = tl.exp2(scores - shift[:, None])
+    shrunk = tl.exp2(peak - shift)
+    total = total * shrunk + tl.sum(terms, 1)
+    value_tile = tl.load(_tile(value, value_strides, keys, channels), mask=inside, other=0)
+    context = context * shrunk[:, None] + _dot(terms.to(value_tile.dtype), value_tile, PRECISION)
+    return new_peak, total, context
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "length"])
+def forward_kernel(
+    query, query_strides, key, key_strides, value, value_strides, mask, mask_strides, gate, gate_strides,
+    context, context_strides, logsumexp, heads, queries, length, scale,
+    CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Context, and L where ``logsumexp`` (B, H, Q) is not None. One program for each block of rows of a head.
+
+    ``scale`` is log2(e) / sqrt(D); ``BY_KEY`` says that the mask is the same for all queries.
+    """
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    stream = tl.program_id(0) // blocks
+    batch, head = stream // heads, stream % heads
+    rows = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    channels = tl.arange(0, BLOCK_D)
+    if mask is not None:
+        mask = _stream(mask, mask_strides, batch, head)
+    if gate is not None:
+        gate = _stream(gate, gate_strides, batch, head)
+    gates = _gates(gate, gate_strides, rows, queries)
+    on = gates != 0
+    query = _stream(query, query_strides, batch, head)
+    key = _stream(key, key_strides, batch, head)
+    value = _stream(value, value_strides, batch, head)
+
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    summed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    if tl.max(on.to(tl.int32), 0) > 0:
+        inside = on[:, None] & (channels < CHANNELS)[None, :]
+        query_tile = tl.load(_tile(query, query_strides, rows, channels), mask=inside, other=0)
+        if BY_KEY:
+            for group in range(0, length, GROUP * BLOCK_K):
+                bits, live = _live_keys(mask, mask_strides, group, length, BLOCK_K)
+                for _ in range(live):
+                    start = group + _lowest(bits) * BLOCK_K
+                    bits = bits & (bits - 1)
+                    peak, total, summed = _attend_keys(
+                        start, peak, total, summed, query_tile, key, key_strides, value, value_strides,
+                        mask, mask_strides, rows, channels, queries, length, scale,
+                        CHANNELS, BLOCK_K, BY_KEY, PRECISION,
+                    )  # fmt: skip
+        else:
+            for start in range(0, length, BLOCK_K):
+                peak, total, summed = _attend_keys(
+                    start, peak, total, summed, query_tile, key, key_strides, value, value_strides,
+                    mask, mask_strides, rows, channels, queries, length, scale,
+                    CHANNELS, BLOCK_K, BY_KEY, PRECISION,
+                )  # fmt: skip
+
+    empty = total == 0
+    weighted = summed * (gates / tl.where(empty, 1.0, total))[:, None]
+    # A row that is off in a block that is not has been attended with a query of zeros: cut off, not multiplied,
+    # for it is to be zero whatever its neighbours are.
+    weighted = tl.where(on[:, None], weighted, 0.0)
+    context = _stream(context, context_strides, batch, head)
+    inside = (rows < queries)[:, None] & (channels < CHANNELS)[None, :]
+    tl.store(
+        _tile(context, context_strides, rows, channels), weighted.to(context.dtype.element_ty), mask=inside
+    )
+    if logsumexp is not None:
+        sums = tl.where(empty | (on == 0), float("inf"), peak + tl.log2(tl.where(empty, 1.0, total)))
+        tl.store(logsumexp + stream.to(tl.int64) * queries + rows, sums, mask=rows < queries)
+
+
+@triton.jit
+def _query_gradient(
+    start, gradient, query, sums, deltas, upstream, key, key_strides, value, value_strides,
+    mask, mask_strides, rows, channels, queries, length, scale,
+    CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``gradient``, ungated, plus the share of the block of keys from ``start`` on."""
+    keys = start + tl.arange(0, BLOCK_K)
+    inside = (keys < length)[:, None] & (channels < CHANNELS)[None, :]
+    key_tile = tl.load(_tile(key, key_strides, keys, channels), mask=inside, other=0)
+    products = _dot(query, tl.trans(key_tile), PRECISION)
+    attended, term = _of_keys(mask, mask_strides, keys, length, BY_KEY)
+    scores = _scores(
+        products, scale, attended[None, :], term[None, :],
+        mask, mask_strides, rows[:, None], keys[None, :], queries, length, BY_KEY,
+    )  # fmt: skip
+    weights = tl.exp2(scores - sums[:, None])
+    value_tile = tl.load(_tile(value, value_strides, keys, channels), mask=inside, other=0)
+    of_weights = _dot(upstream, tl.trans(value_tile), PRECISION)
+    of_scores = weights * (of_weights - deltas[:, None])
+    return gradient + _dot(of_scores.to(key_tile.dtype), key_tile, PRECISION)
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "length"])
+def query_gradient_kernel(
+    query, query_strides, key, key_strides, value, value_strides, mask, mask_strides, gate, gate_strides,
+    context, context_strides, upstream, upstream_strides, logsumexp, delta, gradient, gradient_strides,
+    heads, queries, length, scale,
+    CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """delta, and dQ where ``gradient`` is not None. One program for each block of rows of a head.
+
+    ``upstream`` is dO. ``delta`` (B, H, Q) is for :func:`key_value_gradient_kernel`.
+    """
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    stream = tl.program_id(0) // blocks
+    batch, head = stream // heads, stream % heads
+    rows = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    channels = tl.arange(0, BLOCK_D)
+    if mask is not None:
+        mask = _stream(mask, mask_strides, batch, head)
+    if gate is not None:
+        gate = _stream(gate, gate_strides, batch, head)
+    gates = _gates(gate, gate_strides, rows, queries)
+    on = gates != 0
+    query = _stream(query, query_strides, batch, head)
+    key = _stream(key, key_strides, batch, head)
+    value = _stream(value, value_strides, batch, head)
+    upstream = _stream(upstream, upstream_strides, batch, head)
+    context = _stream(context, context_strides, batch, head)
+
+    deltas = tl.zeros([BLOCK_Q], tl.float32)
+    summed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    if tl.max(on.to(tl.int32), 0) > 0:
+        inside = on[:, None] & (channels < CHANNELS)[None, :]
+        upstream_tile = tl.load(_tile(upstream, upstream_strides, rows, channels), mask=inside, other=0)
+        context_tile = tl.load(_tile(context, context_strides, rows, channels), mask=inside, other=0)
+        deltas = tl.sum(upstream_tile.to(tl.float32) * context_tile.to(tl.float32), 1)
+        deltas = deltas / tl.where(on, gates, 1.0)
+        if gradient is not None:
+            query_tile = tl.load(_tile(query, query_strides, rows, channels), mask=inside, other=0)
+            sums = tl.load(
+                logsumexp + stream.to(tl.int64) * queries + rows, mask=rows < queries, other=float("inf")
+            )
+            if BY_KEY:
+                for group in range(0, length, GROUP * BLOCK_K):
+                    bits, live = _live_keys(mask, mask_strides, group, length, BLOCK_K)
+                    for _ in range(live):
+                        start = group + _lowest(bits) * BLOCK_K
+                        bits = bits & (bits - 1)
+                        summed = _query_gradient(
+                            start, summed, query_tile, sums, deltas, upstream_tile,
+                            key, key_strides, value, value_strides, mask, mask_strides,
+                            rows, channels, queries, length, scale,
+                            CHANNELS, BLOCK_K, BY_KEY, PRECISION,
+                        )  # fmt: skip
+            else:
+                for start in range(0, length, BLOCK_K):
+                    summed = _query_gradient(
+                        start, summed, query_tile, sums, deltas, upstream_tile,
+                        key, key_strides, value, value_strides, mask, mask_strides,
+                        rows, channels, queries, length, scale,
+                        CHANNELS, BLOCK_K, BY_KEY, PRECISION,
+                    )  # fmt: skip
+
+    tl.store(delta + stream.to(tl.int64) * queries + rows, deltas, mask=rows < queries)
+    if gradient is not None:
+        # scale / log2(e) is 1 / sqrt(D).
+        summed = tl.where(on[:, None], summed * (gates * (scale / LOG2_E))[:, None], 0.0)
+        gradient = _stream(gradient, gradient_strides, batch, head)
+        inside = (rows < queries)[:, None] & (channels < CHANNELS)[None, :]
+        tl.store(
+            _tile(gradient, gradient_strides, rows, channels),
+            summed.to(gradient.dtype.element_ty),
+            mask=inside,
+        )
+
+
+@triton.jit
+def _key_value_gradient(
+    start, end, of_key, of_value, query, query_strides, key, value, mask, mask_strides, gate, gate_strides,
+    upstream, upstream_strides, logsumexp, delta, keys, attended, term, channels, queries, length, scale,
+    CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``of_key`` and ``of_value`` plus the shares of the block of rows from ``start`` on; all transposed."""
+    rows = start + tl.arange(0, BLOCK_Q)
+    gates = _gates(gate, gate_strides, rows, end)
+    on = gates != 0
+    inside = on[:, None] & (channels < CHANNELS)[None, :]
+    query_tile = tl.load(_tile(query, query_strides, rows, channels), mask=inside, other=0)
+    products = _dot(key, tl.trans(query_tile), PRECISION)
+    scores = _scores(
+        products, scale, attended[:, None], term[:, None],
+        mask, mask_strides, rows[None, :], keys[:, None], queries, length, BY_KEY,
+    )  # fmt: skip
+    weights = tl.exp2(scores - tl.load(logsumexp + rows, mask=on, other=float("inf"))[None, :])
+    upstream_tile = tl.load(_tile(upstream, upstream_strides, rows, channels), mask=inside, other=0)
+    if gate is not None:
+        weights = weights * gates[None, :]
+    of_value += _dot(weights.to(upstream_tile.dtype), upstream_tile, PRECISION)
+    of_weights = _dot(value, tl.trans(upstream_tile), PRECISION)
+    of_scores = weights * (of_weights - tl.load(delta + rows, mask=on, other=0.0)[None, :])
+    of_key += _dot(of_scores.to(query_tile.dtype), query_tile, PRECISION)
+    return of_key, of_value
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "length", "share", "batches"])
+def key_value_gradient_kernel(
+    query, query_strides, key, key_strides, value, value_strides, mask, mask_strides, gate, gate_strides,
+    upstream, upstream_strides, logsumexp, delta, of_key, of_key_strides, of_value, of_value_strides,
+    batches, heads, queries, length, scale, share,
+    CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BY_KEY: tl.constexpr, BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV. One program for each block of keys of a head and each ``share`` of the rows.
+
+    The results of share i stand at batch items i * ``batches`` and on of ``of_key`` and ``of_value``, for the
+    caller to add up. ``BY_ROW`` says that the gate is not the same for all queries.
+    """
+    blocks = tl.cdiv(length, BLOCK_K)
+    part = tl.program_id(0) // blocks
+    head, batch, shares_before = part % heads, part // heads % batches, part // heads // batches
+    keys = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    channels = tl.arange(0, BLOCK_D)
+    first = shares_before * share
+    end = tl.minimum(first + share, queries)
+    inside = (keys < length)[:, None] & (channels < CHANNELS)[None, :]
+    query = _stream(query, query_strides, batch, head)
+    upstream = _stream(upstream, upstream_strides, batch, head)
+    key = _tile(_stream(key, key_strides, batch, head), key_strides, keys, channels)
+    value = _tile(_stream(value, value_strides, batch, head), value_strides, keys, channels)
+    logsumexp += (batch.to(tl.int64) * heads + head) * queries
+    delta += (batch.to(tl.int64) * heads + head) * queries
+
+    if mask is not None:
+        mask = _stream(mask, mask_strides, batch, head)
+    attended, term = _of_keys(mask, mask_strides, keys, length, BY_KEY)
+    alive = tl.max(attended.to(tl.int32), 0)
+    if gate is not None:
+        gate = _stream(gate, gate_strides, batch, head)
+        if not BY_ROW:
+            alive = alive * (tl.load(gate) != 0).to(tl.int32)
+
+    key_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    value_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    if alive > 0:
+        if BY_ROW:
+            for group in range(first, end, GROUP * BLOCK_Q):
+                bits, live = _live_rows(gate, gate_strides, group, end, BLOCK_Q)
+                if live > 0:
+                    # Not before the loop: a program without a live row is to load nothing.
+                    key_tile = tl.load(key, mask=inside, other=0)
+                    value_tile = tl.load(value, mask=inside, other=0)
+                    for _ in range(live):
+                        start = group + _lowest(bits) * BLOCK_Q
+                        bits = bits & (bits - 1)
+                        key_sum, value_sum = _key_value_gradient(
+                            start, end, key_sum, value_sum, query, query_strides, key_tile, value_tile,
+                            mask, mask_strides, gate, gate_strides, upstream, upstream_strides, logsumexp,
+                            delta, keys, attended, term, channels, queries, length, scale,
+                            CHANNELS, BLOCK_Q, BY_KEY, PRECISION,
+                        )  # fmt: skip
+        else:
+            key_tile = tl.load(key, mask=inside, other=0)
+            value_tile = tl.load(value, mask=inside, other=0)
+            for start in range(first, end, BLOCK_Q):
+                key_sum, value_sum = _key_value_gradient(
+                    start, end, key_sum, value_sum, query, query_strides, key_tile, value_tile,
+                    mask, mask_strides, gate, gate_strides, upstream, upstream_strides, logsumexp, delta,
+                    keys, attended, term, channels, queries, length, scale,
+                    CHANNELS, BLOCK_Q, BY_KEY, PRECISION,
+                )  # fmt: skip
+
+    batch += shares_before * batches
+    of_key = _tile(_stream(of_key, of_key_strides, batch, head), of_key_strides, keys, channels)
+    of_value = _tile(_stream(of_value, of_value_strides, batch, head), of_value_strides, keys, channels)
+    # scale / log2(e) is 1 / sqrt(D).
+    tl.store(of_key, (key_sum * (scale / LOG2_E)).to(of_key.dtype.element_ty), mask=inside)
+    tl.store(of_value, value_sum.to(of_value.dtype.element_ty), mask=inside)
