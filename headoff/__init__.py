@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from headoff.detections import Detection, Detections, detect
     from headoff.detr import Detector, DetectorOutput, DetrConfig, Memory
     from headoff.detr.checkpoints import load, save_native
+    from headoff.detr.graphs import DecodeGraphs
+    from headoff.effects import effect_on_detections, effect_on_maps
     from headoff.errors import (
         AttentionError,
         CheckpointError,
@@ -70,6 +72,8 @@ _NAMES = {
     "headoff.detections": ("Detection", "Detections", "detect"),
     "headoff.detr": ("Detector", "DetectorOutput", "DetrConfig", "Memory"),
     "headoff.detr.checkpoints": ("load", "save_native"),
+    "headoff.detr.graphs": ("DecodeGraphs",),
+    "headoff.effects": ("effect_on_detections", "effect_on_maps"),
     "headoff.errors": (
         "AttentionError",
         "CheckpointError",
@@ -122,6 +126,7 @@ __all__ = [
     "CheckpointError",
     "Configuration",
     "ConfigurationOutcome",
+    "DecodeGraphs",
     "Detection",
     "Detections",
     "Detector",
@@ -147,6 +152,8 @@ __all__ = [
     "attention_names",
     "cumulative",
     "detect",
+    "effect_on_detections",
+    "effect_on_maps",
     "explain",
     "first_off",
     "heads_off",

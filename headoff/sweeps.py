@@ -16,6 +16,8 @@ from torch import Tensor
 
 from headoff.detections import Detections, detections_from
 from headoff.detr.detector import Detector, DetectorOutput, Features
+from headoff.detr.graphs import DecodeGraphs
+from headoff.detr.transfers import sent
 from headoff.errors import SettingError
 from headoff.gates import Configuration, Gates, cumulative, none_off, stack
 from headoff.images import ImageSource, load_image, preprocess
@@ -95,8 +97,12 @@ def sweep(
     keep_iou: float = KEEP_IOU,
     touch_iou: float = TOUCH_IOU,
     memory_budget: int = MEMORY_BUDGET,
+    autocast: torch.dtype | None = None,
+    graphs: DecodeGraphs | None = None,
 ) -> SweepResult:
     """Run one image under every configuration.
+
+    On a GPU the host waits once, for logits and boxes; with `object_index` also for the answer of which query it is.
 
     Args:
         detector: see `headoff.load`.
@@ -109,10 +115,13 @@ def sweep(
         keep_iou, touch_iou: thresholds of `headoff.outcomes`.
         memory_budget: bytes of decoder activations held at once. It bounds how many configurations are decoded
             together and changes results by rounding at most.
+        autocast: compute in bfloat16 (or float16) what can be; see `Detector.autocasting`, and
+            `headoff.effects.effect_on_detections` for what it changes.
+        graphs: the same for all images of a folder: on a GPU their decodes are then captured and replayed.
 
     Raises:
         ImageError, GateError: for an image or a configuration that cannot be.
-        SettingError: for an object that is not there.
+        SettingError: for an object that is not there, or an autocast that cannot be.
         NonFiniteError: when the detector's answer is not finite.
     """
     layout = detector.head_layout
@@ -123,7 +132,7 @@ def sweep(
     )
     picture = load_image(image)
     image_size = (picture.height, picture.width)
-    with torch.inference_mode():
+    with torch.inference_mode(), detector.autocasting(autocast):
         pixel_values, _ = preprocess(
             [picture], detector.preprocessing, dtype=detector.dtype, device=detector.device
         )
@@ -138,8 +147,10 @@ def sweep(
             )
         # The baseline is decoded with the rest: what it shares with the others is not computed twice.
         gates = stack((none_off().named("baseline of the sweep"), *chosen), layout)
-        output = decode_all(detector, features, gates, memory_budget=memory_budget)
-        logits, boxes = output.logits[:, 0].cpu(), output.boxes[:, 0].cpu()
+        output = decode_all(detector, features, gates, memory_budget=memory_budget, graphs=graphs)
+        # One copy and one wait for both.
+        answers = torch.cat((output.logits[:, 0], output.boxes[:, 0]), dim=-1).cpu()
+        logits, boxes = answers[..., :-4].contiguous(), answers[..., -4:].contiguous()
     found = [
         detections_from(one, box, image_size, detector.class_names, confidence)
         for one, box in zip(logits, boxes, strict=True)
@@ -171,12 +182,17 @@ def query_of_object(objects: Detections, index: int) -> int:
 
 
 def decode_all(
-    detector: Detector, features: Features, gates: Gates, *, memory_budget: int = MEMORY_BUDGET
+    detector: Detector,
+    features: Features,
+    gates: Gates,
+    *,
+    memory_budget: int = MEMORY_BUDGET,
+    graphs: DecodeGraphs | None = None,
 ) -> DetectorOutput:
     """Logits and boxes of every configuration, encoder gates included.
 
     The encoder runs once for each distinct encoder gate (once in all where there is none), the decoder in batches
-    that fit `memory_budget`.
+    that fit `memory_budget`, by `graphs` where they are given and can be used. The host reads nothing back.
 
     Returns:
         Logits (C, B, Q, K + 1) and boxes (C, B, Q, 4), on the detector's device.
@@ -189,11 +205,15 @@ def decode_all(
         for batch in members.split(at_once):
             chosen = gates[batch]
             decoder_gates = Gates(chosen.names, None, chosen.decoder_self, chosen.decoder_cross)
-            parts.append(detector.decode(memory, decoder_gates))
+            parts.append(
+                detector.decode(memory, decoder_gates)
+                if graphs is None
+                else graphs.decode(detector, memory, decoder_gates)
+            )
             order.append(batch)
     if len(parts) == 1:
         return parts[0]
-    back = torch.cat(order).argsort().to(detector.device)
+    (back,) = sent([torch.cat(order).argsort()], detector.device)
     return DetectorOutput(
         torch.cat([part.logits for part in parts])[back], torch.cat([part.boxes for part in parts])[back]
     )

@@ -1,4 +1,5 @@
-"""The command line: `headoff sweep`, `headoff explain`, `headoff detect`, `headoff verify`, `headoff scenes`."""
+"""The command line: `headoff sweep`, `headoff explain`, `headoff detect`, `headoff verify`, `headoff bench`,
+`headoff scenes`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from headoff.cli import detect, explain, scenes, sweep, verify
+from headoff.cli import bench, detect, explain, scenes, sweep, verify
 from headoff.errors import HeadoffError
 
 EPILOG = """\
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"headoff {_version()}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sweep, explain, detect, verify, scenes):
+    for command in (sweep, explain, detect, verify, bench, scenes):
         command.add_parser(commands)
     return top
 

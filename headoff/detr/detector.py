@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from headoff.detr.backbone import ResNet
 from headoff.detr.config import DetrConfig
 from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import SharingPlan, sharing_plan
-from headoff.detr.transformer import AttentionAddress, Decoder, Encoder
-from headoff.errors import CheckpointError, GateError
+from headoff.detr.transfers import sent
+from headoff.detr.transformer import AttentionAddress, Decoder, Encoder, autocast
+from headoff.errors import CheckpointError, GateError, SettingError
 from headoff.gates import Gates, HeadLayout, Site
 from headoff.images import Preprocessing
 
@@ -167,7 +169,9 @@ class Detector(nn.Module):
 
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Features:
         """Backbone and input projection; see `encode` for the arguments."""
-        features = self.backbone(pixel_values.to(self.device, self.dtype))
+        with autocast(self.device, self.autocast_dtype):
+            features = self.backbone(pixel_values.to(self.device, self.dtype))
+            projected = self.input_projection(features).to(self.dtype)
         batch, _, height, width = features.shape
         if pixel_mask is None:
             token_mask = torch.ones(batch, height, width, dtype=torch.bool, device=features.device)
@@ -178,7 +182,7 @@ class Detector(nn.Module):
             padded = not bool(pixel_mask.all())
             token_mask = shrunk[:, 0].bool().to(features.device)
             attn_mask = token_mask.flatten(1)[:, None, None] if padded else None
-        tokens = self.input_projection(features).flatten(2).transpose(1, 2)
+        tokens = projected.flatten(2).transpose(1, 2)
         positions = sine_positions(token_mask, self.config.width, self.dtype)
         return Features(tokens, positions, attn_mask, (height, width))
 
@@ -186,7 +190,7 @@ class Detector(nn.Module):
         """The encoder alone; `gate` (encoder layers, N or 1, heads) for its self-attention."""
         if gate is not None:
             self._check_gate("encoder_self", gate, features.tokens.shape[1])
-            gate = gate.to(features.tokens)
+            (gate,) = sent([gate], features.tokens.device, features.tokens.dtype)
         tokens = self.encoder(features.tokens, features.positions, self.attend, features.attn_mask, gate)
         return Memory(tokens, features.positions, features.attn_mask, features.grid)
 
@@ -202,25 +206,15 @@ class Detector(nn.Module):
         """
         return self.encode_features(self.features(pixel_values, pixel_mask), gate)
 
-    def decode(self, memory: Memory, gates: Gates | None = None) -> DetectorOutput:
+    def decode(self, memory: Memory, gates: Gates | SharingPlan | None = None) -> DetectorOutput:
         """Memory to logits and boxes, for C configurations at once (C = 1, all heads on, without `gates`).
 
-        Raises GateError if `gates` gates the encoder (by now the memory is made; pass its gate to `encode`), or
-        was made for another layout.
+        The host waits for nothing: gates are read where they are made, on the CPU, and sent to a GPU once. For gates
+        that come again, make the `plan` of them yourself and decode that.
+
+        Raises GateError as `plan` does.
         """
-        plan = None
-        if gates is not None:
-            if gates.encoder_self is not None:
-                raise GateError(
-                    "encoder_self gates cannot act in decode, the memory is already made; "
-                    "pass them to encode, or use headoff.sweep, which does both"
-                )
-            for site in ("decoder_self", "decoder_cross"):
-                if (gate := gates.site(site)) is not None:
-                    self._check_gate(site, gate[0], self.config.queries)
-            plan = sharing_plan(
-                gates.decoder_self, gates.decoder_cross, self.config.decoder_layers, len(gates.names)
-            )
+        plan = self.plan(gates) if isinstance(gates, Gates) else gates
         positions = self.query_embedding.weight
         states = self.decoder(
             positions.new_zeros(len(memory), 1, *positions.shape),
@@ -233,6 +227,51 @@ class Detector(nn.Module):
             every_layer=False,
         )
         return self.heads(states[-1], plan)
+
+    def plan(self, gates: Gates) -> SharingPlan:
+        """What the decoder does under `gates`: which runs there are and where they split, on this device.
+
+        Raises GateError if `gates` gates the encoder (by now the memory is made; pass its gate to `encode`), or
+        was made for another layout.
+        """
+        if gates.encoder_self is not None:
+            raise GateError(
+                "encoder_self gates cannot act in decode, the memory is already made; "
+                "pass them to encode, or use headoff.sweep, which does both"
+            )
+        for site in ("decoder_self", "decoder_cross"):
+            if (gate := gates.site(site)) is not None:
+                self._check_gate(site, gate[0], self.config.queries)
+        plan = sharing_plan(gates.decoder_self, gates.decoder_cross, self.config.decoder_layers, len(gates))
+        return plan.to(self.device, self.dtype)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What `autocasting` was asked for; None where everything is computed in the weights' dtype."""
+        return self.encoder.autocast_dtype
+
+    @contextmanager
+    def autocasting(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Within this context backbone, encoder and decoder compute in `dtype` what torch.autocast finds fit for it.
+
+        That is convolutions, linear layers and attention, whose callables are given tensors of that dtype. Sums from
+        layer to layer stay in the weights' float32, and so do class and box heads: they are small, and eight bits
+        of a box would be four pixels. None changes nothing. Raises SettingError for a dtype other than bfloat16 and
+        float16, or a detector whose weights are not float32.
+        """
+        if dtype not in (None, torch.bfloat16, torch.float16):
+            raise SettingError(f"autocast cannot be to {dtype}: use torch.bfloat16 or torch.float16")
+        if dtype is not None and self.dtype != torch.float32:
+            raise SettingError(
+                f"autocast is for weights of float32, and this detector's are {self.dtype}: load it in float32, or "
+                "leave autocast out"
+            )
+        before = self.autocast_dtype
+        self.encoder.autocast_dtype = self.decoder.autocast_dtype = dtype
+        try:
+            yield
+        finally:
+            self.encoder.autocast_dtype = self.decoder.autocast_dtype = before
 
     def _check_gate(self, site: Site, gate: Tensor, rows: int) -> None:
         # Broadcasting, or a loop over fewer layers, would make something plausible of a gate for another detector.
@@ -253,7 +292,7 @@ class Detector(nn.Module):
         logits = self.class_head(states).transpose(0, 1)
         boxes = self.box_head(states).transpose(0, 1)
         if plan is not None:
-            member = plan.member.to(states.device)
+            (member,) = sent([plan.member], states.device)
             logits, boxes = logits.index_select(0, member), boxes.index_select(0, member)
         return DetectorOutput(logits, boxes)
 

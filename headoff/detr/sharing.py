@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headoff.detr.transfers import sent
+
 
 @dataclass(frozen=True)
 class LayerGates:
@@ -41,21 +43,40 @@ class SharingPlan:
     member: Tensor
     runs: tuple[int, ...]
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> SharingPlan:
+        """The plan where a decoder runs, gates in its dtype: two copies, whatever the number of layers."""
+        steps = (*self.self_attention, *self.cross_attention)
+        *parents, member = _sent_in_place([*(step.parent for step in steps), self.member], device)
+        gates = _sent_in_place([step.gate for step in steps], device, dtype)
+        assert member is not None
+        there = tuple(LayerGates(parent, gate) for parent, gate in zip(parents, gates, strict=True))
+        layers = len(self.self_attention)
+        return SharingPlan(there[:layers], there[layers:], member, self.runs)
+
+
+def _sent_in_place(
+    tensors: list[Tensor | None], device: torch.device, dtype: torch.dtype | None = None
+) -> list[Tensor | None]:
+    """Those that are there, sent; None where there is none."""
+    moved = iter(sent([tensor for tensor in tensors if tensor is not None], device, dtype))
+    return [None if tensor is None else next(moved) for tensor in tensors]
+
 
 def sharing_plan(self_gate: Tensor | None, cross_gate: Tensor | None, layers: int, count: int) -> SharingPlan:
     """Plan the distinct runs of `count` configurations through `layers` decoder layers.
 
     Args:
         self_gate, cross_gate: (count, layers, queries or 1, heads) of the decoder's two sites, or None for all on.
-            Read on the CPU: the plan is made before any kernel is launched.
+            Read on the CPU, where they should be: the plan is made before any kernel is launched.
     """
+    self_gate, cross_gate = (None if gate is None else gate.cpu() for gate in (self_gate, cross_gate))
     member = torch.zeros(count, dtype=torch.long)
     self_steps: list[LayerGates] = []
     cross_steps: list[LayerGates] = []
     runs: list[int] = []
     for layer in range(layers):
         for gate, steps in ((self_gate, self_steps), (cross_gate, cross_steps)):
-            member, step = _split(member, None if gate is None else gate[:, layer].cpu())
+            member, step = _split(member, None if gate is None else gate[:, layer])
             steps.append(step)
         runs.append(int(member.max()) + 1)
     return SharingPlan(tuple(self_steps), tuple(cross_steps), member, tuple(runs))

@@ -7,7 +7,8 @@ gates), N image tokens, Q object queries, d channels, H heads, D = d / H.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,11 @@ class Attend(Protocol):
         attn_mask: Tensor | None,
         head_gate: Tensor | None,
     ) -> Tensor: ...
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """`torch.autocast` to `dtype`; for None, nothing: whoever calls may have an autocast of their own."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -126,7 +132,12 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder stack; a final norm only where the layers are pre-norm, as in the reference code."""
+    """The encoder stack; a final norm only where the layers are pre-norm, as in the reference code.
+
+    `autocast_dtype`: see `Detector.autocasting`. What goes from layer to layer stays in the weights' dtype.
+    """
+
+    autocast_dtype: torch.dtype | None = None
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
@@ -142,10 +153,11 @@ class Encoder(nn.Module):
         gate: Tensor | None = None,
     ) -> Tensor:
         """(B, N, d) to (B, N, d); `gate` (layers, N or 1, heads)."""
-        for index, layer in enumerate(self.layers):
-            head_gate = None if gate is None else gate[index].transpose(0, 1).unsqueeze(-1)
-            tokens = layer(tokens, positions, attend, attn_mask, head_gate)
-        return self.norm(tokens)
+        with autocast(tokens.device, self.autocast_dtype):
+            for index, layer in enumerate(self.layers):
+                head_gate = None if gate is None else gate[index].transpose(0, 1).unsqueeze(-1)
+                tokens = layer(tokens, positions, attend, attn_mask, head_gate)
+            return self.norm(tokens)
 
 
 class DecoderLayer(nn.Module):
@@ -163,12 +175,15 @@ class DecoderLayer(nn.Module):
         self.feedforward_residual = Residual(config.width, config.pre_norm)
 
     def attend_queries(self, x: Tensor, positions: Tensor, attend: Attend, gate: Tensor | None) -> Tensor:
-        """Self-attention of each run's queries. x (B, G, Q, d), positions broadcastable to it, gate (G, Q|1, H)."""
+        """Self-attention of each run's queries. x (B, G, Q, d), positions broadcastable to it, gate (G, Q|1, H).
+
+        Gates here and below are on x's device, in its dtype.
+        """
         images, runs = x.shape[:2]
         entered = self.self_residual.enter(x)
         placed = (entered + positions).flatten(0, 1)
         if gate is not None:
-            gate = gate.to(x).transpose(1, 2).unsqueeze(-1).repeat(images, 1, 1, 1)
+            gate = gate.transpose(1, 2).unsqueeze(-1).repeat(images, 1, 1, 1)
         update = self.self_attention(placed, placed, entered.flatten(0, 1), attend, None, gate)
         return self.self_residual.leave(x, update.unflatten(0, (images, runs)))
 
@@ -190,7 +205,7 @@ class DecoderLayer(nn.Module):
         runs, queries = x.shape[1:3]
         placed = (self.cross_residual.enter(x) + positions).flatten(1, 2)
         if gate is not None:
-            gate = gate.to(x).expand(-1, queries, -1).flatten(0, 1).T[None, :, :, None]
+            gate = gate.expand(-1, queries, -1).flatten(0, 1).T[None, :, :, None]
         update = self.cross_attention(placed, memory + memory_positions, memory, attend, attn_mask, gate)
         return self.cross_residual.leave(x, update.unflatten(1, (runs, queries)))
 
@@ -199,7 +214,9 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder stack with its final norm."""
+    """The decoder stack with its final norm. `autocast_dtype`: as of the `Encoder`."""
+
+    autocast_dtype: torch.dtype | None = None
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
@@ -230,22 +247,25 @@ class Decoder(nn.Module):
         Returns:
             (layers or 1, B, G', Q, d), G' = number of final runs. Earlier layers' runs are repeated to it.
         """
+        if plan is not None:
+            plan = plan.to(x.device, x.dtype)
         after: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            self_step, cross_step = (
-                (plan.self_attention[index], plan.cross_attention[index]) if plan else (_ALL_ON, _ALL_ON)
-            )
-            x, after = _continue_runs(x, after, self_step)
-            x = layer.attend_queries(x, query_positions, attend, self_step.gate)
-            x, after = _continue_runs(x, after, cross_step)
-            x = layer.attend_memory(
-                x, query_positions, memory, memory_positions, attend, attn_mask, cross_step.gate
-            )
-            x = layer.feed_forward(x)
-            if every_layer or layer is self.layers[-1]:
-                after.append(x)
-        return self.norm(torch.stack(after))
+        with autocast(x.device, self.autocast_dtype):
+            for index, layer in enumerate(self.layers):
+                assert isinstance(layer, DecoderLayer)
+                self_step, cross_step = (
+                    (plan.self_attention[index], plan.cross_attention[index]) if plan else (_ALL_ON, _ALL_ON)
+                )
+                x, after = _continue_runs(x, after, self_step)
+                x = layer.attend_queries(x, query_positions, attend, self_step.gate)
+                x, after = _continue_runs(x, after, cross_step)
+                x = layer.attend_memory(
+                    x, query_positions, memory, memory_positions, attend, attn_mask, cross_step.gate
+                )
+                x = layer.feed_forward(x)
+                if every_layer or layer is self.layers[-1]:
+                    after.append(x)
+            return self.norm(torch.stack(after))
 
 
 _ALL_ON = LayerGates(None, None)
@@ -254,5 +274,5 @@ _ALL_ON = LayerGates(None, None)
 def _continue_runs(x: Tensor, after: list[Tensor], step: LayerGates) -> tuple[Tensor, list[Tensor]]:
     if step.parent is None:
         return x, after
-    parent = step.parent.to(x.device)
+    parent = step.parent
     return x.index_select(1, parent), [earlier.index_select(1, parent) for earlier in after]

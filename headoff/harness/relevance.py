@@ -118,7 +118,15 @@ def maps_by(
 ) -> FoundMaps:
     """By `RelevanceEngine`, under all `gates` and with the ReLUs' `decisions` under each of them."""
     with decisions.imposed_on(detector), CallCount(detector) as calls:
-        engine = RelevanceEngine(detector, features, method=METHOD, backward=backward, memory_budget=MEMORY)
+        engine = RelevanceEngine(
+            detector,
+            features,
+            method=METHOD,
+            backward=backward,
+            # Not by headoff's own fused kernels, where there are: they are no part of what is judged.
+            kernels="tiles" if features.tokens.device.type == "cpu" else "torch",
+            memory_budget=MEMORY,
+        )
         results = sorted(engine.run(gates, lambda *_: targets), key=lambda each: each.index)
     maps = [torch.stack([pair.rows for pair in each.pairs if pair is not None]) for each in results]
     return FoundMaps(

@@ -58,7 +58,7 @@ class Rows:
     decoder_identity_rows: Tensor
     encoder_identity_rows: Tensor
 
-    def of(self, pairs: Tensor) -> Rows:
+    def of(self, pairs: slice) -> Rows:
         """Those of some pairs."""
         return Rows(self.rows[pairs], self.decoder_identity_rows[pairs], self.encoder_identity_rows[pairs])
 
@@ -76,7 +76,8 @@ def _over_sums(excess: Tensor, sums: Tensor) -> Tensor:
 
 def _unit_rows(cams: DecoderCams) -> Tensor:
     """e_t (P, Q)."""
-    return torch.nn.functional.one_hot(cams.queries, cams.own[0].shape[-1]).to(cams.own[0])
+    places = torch.arange(cams.own[0].shape[-1], device=cams.queries.device)
+    return (cams.queries[:, None] == places).to(cams.own[0])
 
 
 def chefer_decoder(

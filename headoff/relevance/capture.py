@@ -21,9 +21,13 @@ from torch import Tensor, nn
 from headoff.detr.detector import Detector
 from headoff.detr.transformer import Attend, AttentionAddress, FeedForward
 from headoff.errors import NonFiniteError
+from headoff.relevance.vjp import of_runs
 
 LOG_SUM_TILE = 2**17
-"""Scores that are held at once while only the logarithms of their rows' sums are wanted."""
+"""Scores that are held at once while only the logarithms of their rows' sums are wanted: a CPU's cache holds them."""
+
+ACCELERATOR_LOG_SUM_TILE = 2**25
+"""The same elsewhere: large enough for the launch of a kernel not to matter."""
 
 
 @dataclass
@@ -62,15 +66,34 @@ class AttentionRecord:
         """Weights after softmax, before the gate, of one run: (heads, rows, S). Not to be written to."""
         if self._weights is not None:
             return self._weights[run, heads, rows]
+        runs = slice(run, run + 1)
+        return self._scores(runs, heads, rows).sub_(self.log_sum[runs, heads, rows]).exp_()[0]
+
+    def weights_of(self, runs: Tensor, heads: slice = slice(None), rows: slice = slice(None)) -> Tensor:
+        """As `weights`, of runs (P,) int64: (P, heads, rows, S), or (1, ...) where the one run stands for all."""
+        if self._weights is not None:
+            return of_runs(self._weights[:, heads, rows], runs)
+        query, key, log_sum = (
+            of_runs(x, runs)
+            for x in (self.scaled_query[:, heads, rows], self.key[:, heads], self.log_sum[:, heads, rows])
+        )
+        scores = query @ key.transpose(-2, -1)
+        if self.keys is not None:
+            scores.masked_fill_(~self.keys, -math.inf)
+        return scores.sub_(log_sum).exp_()
+
+    @property
+    def log_sum(self) -> Tensor:
+        """Logarithms of the sums that softmax divides by, (G, H, T, 1); 0 for rows without keys. Computed once."""
         if self._log_sum is None:
             self._log_sum = self._log_sums()
-        runs = slice(run, run + 1)
-        return self._scores(runs, heads, rows).sub_(self._log_sum[runs, heads, rows]).exp_()[0]
+        return self._log_sum
 
     def _log_sums(self) -> Tensor:
         runs, heads, queries, _ = self.query.shape
         result = self.query.new_empty(runs, heads, queries, 1)
-        at_once = max(1, LOG_SUM_TILE // (heads * self.key.shape[2]))
+        tile = LOG_SUM_TILE if self.query.device.type == "cpu" else ACCELERATOR_LOG_SUM_TILE
+        at_once = max(1, tile // (heads * self.key.shape[2]))
         for run in range(runs):
             for start in range(0, queries, at_once):
                 part = slice(run, run + 1), slice(None), slice(start, start + at_once)

@@ -23,7 +23,7 @@ from headoff.gates import Configuration, cumulative, none_off, stack
 from headoff.images import ImageSource, load_image, preprocess
 from headoff.notation import parse_configuration
 from headoff.outcomes import outcomes_of
-from headoff.relevance.engine import MEMORY_BUDGET, Backward, RelevanceEngine
+from headoff.relevance.engine import Backward, Kernels, RelevanceEngine
 from headoff.relevance.methods import Method, resolve_method
 from headoff.relevance.rules import ZeroRows
 from headoff.relevance.targets import Target, TargetSpec, make_target
@@ -344,7 +344,8 @@ def explain(
     heads: bool = False,
     zero_rows: ZeroRows = "identity",
     backward: Backward = "auto",
-    memory_budget: int = MEMORY_BUDGET,
+    kernels: Kernels = "auto",
+    memory_budget: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Explanation:
     """Relevance maps of one image's objects under every configuration, after every decoder layer.
@@ -364,8 +365,11 @@ def explain(
             finds the object under each configuration (`headoff.outcomes`), and its class.
         confidence: score above which a query's answer is a detection.
         heads: add the cross-attention weights of every head.
-        zero_rows, backward, memory_budget: see `headoff.relevance.rules` and `RelevanceEngine`.
+        zero_rows, backward, kernels, memory_budget: see `headoff.relevance.rules` and `RelevanceEngine`.
         progress: called with (configurations done, configurations in all).
+
+    Under `with detector.autocasting(dtype):` the forward passes are in mixed precision, relevance in float32 all the
+    same.
 
     Returns:
         An `Explanation`; one without objects where nothing is detected.
@@ -400,6 +404,7 @@ def explain(
         method=method,
         zero_rows=zero_rows,
         backward=backward,
+        kernels=kernels,
         memory_budget=memory_budget,
     )
     (baseline,) = engine.run(stack((none_off(),), layout), lambda *_: ())

@@ -78,7 +78,7 @@ class EncoderTrace:
 
     def backward(self, gradient: Tensor, keep_cams: bool) -> list[tuple[Tensor | None, Tensor]]:
         """From the gradient of the memory (P, N, d): per layer the cams (P, N, N), where kept, and dO (P, H, N, D)."""
-        runs = torch.zeros(len(gradient), dtype=torch.long)
+        runs = torch.zeros(len(gradient), dtype=torch.long, device=gradient.device)
         found: list[tuple[Tensor | None, Tensor]] = []
         if self.final is not None:
             gradient = self.final(gradient, runs)

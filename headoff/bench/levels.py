@@ -1,0 +1,172 @@
+"""What is timed of attention calls, of the decoder and of the sweep. (Relevance: `headoff.bench.maps`.)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from headoff.attention import Attention, eager, sdpa
+from headoff.attention.fused import triton_attention
+from headoff.bench.cases import AttentionCase, Scale, attention_cases
+from headoff.bench.contestants import (
+    EAGER,
+    OWN,
+    SDPA_BACKENDS,
+    TRITON,
+    SdpaTimesGate,
+    attention_contestants,
+)
+from headoff.bench.contests import Bench, Contestant, contest
+from headoff.bench.notebook import Notebook
+from headoff.bench.records import Level, Row
+from headoff.bench.roofline import attention_work
+from headoff.detr.detector import DetectorOutput
+from headoff.detr.graphs import DecodeGraphs
+from headoff.gates import Configuration, all_subsets, cumulative, heads_off
+from headoff.harness.timing import workloads as timing
+from headoff.harness.timing.outputs import Expected
+from headoff.harness.timing.sides import Side
+from headoff.harness.timing.subjects import Subject
+from headoff.harness.timing.variants import with_attention
+from headoff.harness.timing.workloads import DecoderWorkload, SweepWorkload, Workload
+
+NOTEBOOK = "notebook"
+ONE_BY_ONE = "one by one"
+BY_GRAPH = "headoff sdpa, CUDA graph"
+
+OWN_ATTENTIONS: dict[str, Attention] = {OWN: sdpa, EAGER: eager, TRITON: triton_attention}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case that is yet to be run; `name` is for whoever waits."""
+
+    name: str
+    run: Callable[[], list[Row]]
+
+
+def judged(workload: Workload, expected: Expected, attention: Attention) -> Callable[[Any], str | None]:
+    """Compares what was returned with the float64 oracle's; see `headoff.harness.timing.outputs`."""
+
+    def judge(result: Any) -> str | None:
+        findings = expected.findings(result, attention)
+        return findings[0].message if findings else None
+
+    return judge
+
+
+def attention_jobs(bench: Bench, scale: Scale) -> Iterator[Job]:
+    """Each backend of SDPA times the gate, which are the reference, flex_attention, eager, and the package's own."""
+    for case in attention_cases(scale, bench.device, bench.dtype):
+        yield Job(case.name, partial(_attention, bench, case))
+
+
+def _attention(bench: Bench, case: AttentionCase) -> list[Row]:
+    expected = Expected(case)
+    contestants = [
+        Contestant(name, case.side(attention), judged(case, expected, attention))
+        for name, attention in attention_contestants().items()
+    ]
+    return contest(bench, "attention", case.name, contestants, SDPA_BACKENDS, attention_work(case))
+
+
+def configurations_of(level: Level, scale: Scale) -> dict[str, tuple[Configuration, ...]]:
+    """By name, what is decoded together."""
+    sweep = {"9 configurations": cumulative()}
+    subsets = {"256 configurations": all_subsets()}
+    if level == "decoder":
+        alone = {f"{off} heads off": (heads_off(*range(off)),) for off in (0, 4, 8)}
+        return (
+            {"0 heads off": alone["0 heads off"], **sweep}
+            if scale == "quick"
+            else {**alone, **sweep, **subsets}
+        )
+    if level == "sweep":
+        return sweep if scale == "quick" else {**sweep, **subsets}
+    few = {"3 configurations": tuple(cumulative()[k] for k in (0, 4, 8))}
+    return few if scale == "quick" else sweep
+
+
+def decoder_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job]:
+    """One decode, with every attention; by a CUDA graph; and one configuration after the other."""
+    for name, configurations in configurations_of("decoder", scale).items():
+        for direction in timing.DIRECTIONS:
+            case = f"{subject.name}, {name}, {direction}"
+
+            yield Job(case, partial(_decoder, bench, subject, configurations, direction, case))
+
+
+def _decoder(
+    bench: Bench,
+    subject: Subject,
+    configurations: tuple[Configuration, ...],
+    direction: timing.Direction,
+    case: str,
+) -> list[Row]:
+    workload = DecoderWorkload.of(subject, configurations, direction, seed=0)
+    expected = Expected(workload)
+    attentions: dict[str, Attention] = {
+        **{name: SdpaTimesGate(backend) for name, backend in SDPA_BACKENDS.items()},
+        **OWN_ATTENTIONS,
+    }
+    contestants = [
+        Contestant(name, workload.side(each), judged(workload, expected, each))
+        for name, each in attentions.items()
+    ]
+    if direction == "forward":
+        judge = judged(workload, expected, sdpa)
+        if bench.device.type == "cuda":
+            contestants.append(Contestant(BY_GRAPH, _by_graph(workload), judge))
+        if len(configurations) > 1:
+            contestants.append(Contestant(ONE_BY_ONE, _one_by_one(workload), judge))
+    return contest(bench, "decoder", case, contestants, SDPA_BACKENDS)
+
+
+def _by_graph(workload: DecoderWorkload) -> Side:
+    graphs = DecodeGraphs()
+    detector = with_attention(workload.subject.detector, sdpa)
+    decode = partial(graphs.decode, detector, workload.memory, workload.gates)
+    decode()  # the second one, which is the check's, is captured
+    return Side(decode)
+
+
+def _one_by_one(workload: DecoderWorkload) -> Side:
+    """What a sweep's decodes cost without batching and sharing."""
+    detector = with_attention(workload.subject.detector, sdpa)
+    gates = [workload.gates[index] for index in range(len(workload.gates))]
+
+    def decode() -> DetectorOutput:
+        with torch.inference_mode():
+            found = [detector.decode(workload.memory, each) for each in gates]
+            return DetectorOutput(
+                torch.cat([each.logits for each in found]), torch.cat([each.boxes for each in found])
+            )
+
+    return Side(decode)
+
+
+def sweep_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job]:
+    """From the picture to the outcomes, beside one whole forward pass for every configuration."""
+    for name, configurations in configurations_of("sweep", scale).items():
+        case = f"{subject.name}, {name}"
+
+        yield Job(case, partial(_sweep, bench, subject, configurations, case))
+
+
+def _sweep(bench: Bench, subject: Subject, configurations: tuple[Configuration, ...], case: str) -> list[Row]:
+    workload = SweepWorkload(subject, configurations)
+    expected = Expected(workload)
+    notebook = Notebook(subject.detector, subject.picture)
+    by_notebook = Side(lambda: notebook.detect(configurations))
+    contestants = [
+        Contestant(NOTEBOOK, by_notebook, judged(workload, expected, eager)),
+        *(
+            Contestant(name, workload.side(each), judged(workload, expected, each))
+            for name, each in OWN_ATTENTIONS.items()
+        ),
+    ]
+    return contest(bench, "sweep", case, contestants, {NOTEBOOK})

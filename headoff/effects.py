@@ -1,0 +1,115 @@
+"""What another precision changes in the results: of a sweep, and of relevance maps. Each effect is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from headoff.detections import class_probabilities
+from headoff.errors import SettingError
+from headoff.gates import Configuration
+from headoff.relevance.explanations import Explanation
+from headoff.sweeps import SweepResult
+
+
+@dataclass(frozen=True)
+class DetectionEffect:
+    """How the detections of one sweep differ from those of another, of the same image and configurations.
+
+    - `score`: largest difference of a probability, over configurations, queries and classes
+    - `box`: largest difference of a side, in pixels of the original image, of detections that both have
+    - `detections`: how many the reference has, over all configurations
+    - `gained`, `lost`: detections (query and class, under a configuration) that only this one, only the reference has
+    """
+
+    score: float
+    box: float
+    detections: int
+    gained: int
+    lost: int
+
+    def sentence(self, name: str) -> str:
+        """For people; `name` is what was changed."""
+        return (
+            f"{name} beside full precision: scores differ by at most {self.score:.2g}, boxes by {self.box:.2g} pixels; "
+            f"of {self.detections} detections in the sweep {self.lost} are lost, and {self.gained} gained"
+        )
+
+
+@dataclass(frozen=True)
+class MapEffect:
+    """How relevance maps differ from others of the same objects.
+
+    - `error`: largest difference in a map, relative to the reference map's peak; infinite where only one of them is
+      zero, or not finite; 0 where no map was compared
+    - `compared`: how many maps
+    - `other_targets`: maps left out, because another class is explained in one than in the other
+    """
+
+    error: float
+    compared: int
+    other_targets: int
+
+    def sentence(self, name: str) -> str:
+        """For people; `name` is what was changed."""
+        left_out = (
+            f"; {self.other_targets} explain another class and are left out" if self.other_targets else ""
+        )
+        if not self.compared:
+            return f"{name} beside full precision: there are no maps to compare{left_out}"
+        return (
+            f"{name} beside full precision: {self.compared} maps differ by at most {self.error:.2g} of their peak"
+            f"{left_out}"
+        )
+
+
+def effect_on_detections(reference: SweepResult, found: SweepResult) -> DetectionEffect:
+    """Raises SettingError where the two are not of the same configurations and image size."""
+    _check_same(reference.configurations, found.configurations, reference.image_size, found.image_size)
+    scores = class_probabilities(found.logits) - class_probabilities(reference.logits)
+    box, gained, lost = 0.0, 0, 0
+    for then, now in zip(reference.detections, found.detections, strict=True):
+        before = {(each.query, each.label): each.box for each in then}
+        after = {(each.query, each.label): each.box for each in now}
+        gained += len(after.keys() - before.keys())
+        lost += len(before.keys() - after.keys())
+        for key in before.keys() & after.keys():
+            box = max(box, *(abs(a - b) for a, b in zip(before[key], after[key], strict=True)))
+    return DetectionEffect(
+        score=float(scores[..., :-1].abs().amax()) if scores.numel() else 0.0,
+        box=box,
+        detections=sum(map(len, reference.detections)),
+        gained=gained,
+        lost=lost,
+    )
+
+
+def effect_on_maps(reference: Explanation, found: Explanation) -> MapEffect:
+    """Raises SettingError where the two are not of the same configurations, queries, layers and tokens."""
+    _check_same(reference.configurations, found.configurations, reference.maps.shape, found.maps.shape)
+    if not torch.equal(reference.objects.queries, found.objects.queries) or reference.layers != found.layers:
+        raise SettingError(
+            "the two explanations are of other queries or layers: give the queries of one to the other"
+        )
+    same = (reference.labels == found.labels) & (reference.queries == found.queries) & (found.queries >= 0)
+    truth, maps = reference.maps[same].double(), found.maps[same].double()
+    difference, peak = (maps - truth).abs().flatten(-2).amax(-1), truth.abs().flatten(-2).amax(-1)
+    errors = torch.where(difference == 0, 0.0, difference / peak)
+    errors = torch.where(errors.isfinite(), errors, torch.inf)
+    return MapEffect(
+        error=float(errors.amax()) if errors.numel() else 0.0,
+        compared=errors.numel(),
+        other_targets=int((~same).sum()) * len(reference.layers),
+    )
+
+
+def _check_same(
+    reference: Iterable[Configuration],
+    found: Iterable[Configuration],
+    expected: tuple[int, ...],
+    got: tuple[int, ...],
+) -> None:
+    if [each.text for each in reference] != [each.text for each in found] or tuple(expected) != tuple(got):
+        raise SettingError("the two results are of other configurations or sizes: make both of the same")

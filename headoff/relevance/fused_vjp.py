@@ -1,0 +1,250 @@
+"""The attention's backward pass in Triton: cams and gradients with no T x S matrix of a head ever written.
+
+For float32 on CUDA, and for cams that are made of products with the gradient (rules `gradient` and `centred`). What the
+kernels do, and why they are cut as they are, is said in `headoff.relevance.fused_kernels`, which is imported by the
+first launch. Apart from the kernels' products in `precision`, all is float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from headoff.detr.transformer import Attend
+from headoff.errors import SettingError
+from headoff.relevance.attention_vjp import AttentionVjp, CamRule, centred_threshold
+from headoff.relevance.capture import AttentionRecord
+from headoff.relevance.vjp import of_runs
+
+Precision = Literal["ieee", "tf32", "tf32x3"]
+
+RULES: tuple[CamRule, ...] = ("gradient", "centred")
+
+MAX_CHANNELS = 128
+
+PARTIAL = 2**26
+"""Numbers in the partial results of one launch where nothing is said."""
+
+MOST_PAIRS = 65535
+"""Programs along the second dimension of a grid in CUDA."""
+
+ENOUGH_PROGRAMS = 528
+"""Four for each of the 132 multiprocessors of an H100 or H200: what a launch is divided for."""
+
+
+class Tiling(NamedTuple):
+    """Rows and keys of a tile, and the warps and pipeline stages of a program."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiling(channels: int) -> Tiling:
+    """The tiles of all kernels, by the channels of a head: exact products keep their operands in registers."""
+    return Tiling(64, 64, 8, 2) if channels <= 32 else Tiling(32, 32, 8, 2)
+
+
+class FusedVjp(AttentionVjp):
+    """As `AttentionVjp`, for float32 tensors on CUDA, or on the CPU under `TRITON_INTERPRET=1`.
+
+    Args:
+        record, rule, attend, dtype: see there; `rule` is one of `RULES`.
+        tile: numbers in the partial results of one launch; pairs are divided among launches accordingly.
+        precision: of products: `"ieee"` keeps all bits, `"tf32"` 11 of them, `"tf32x3"` makes three such products of
+            one.
+
+    Raises SettingError for what the kernels cannot do.
+    """
+
+    def __init__(
+        self,
+        record: AttentionRecord,
+        rule: CamRule,
+        attend: Attend | None = None,
+        dtype: torch.dtype | None = None,
+        tile: int = PARTIAL,
+        *,
+        precision: Precision = "ieee",
+    ) -> None:
+        super().__init__(record, rule, attend, dtype, tile)
+        reason = unsupported(record.query.device, record.query.dtype, rule, record.query.shape[3])
+        if reason is not None:
+            raise SettingError(f"{reason}: use kernels='auto', which chooses what can be")
+        if precision not in get_args(Precision):
+            raise SettingError(
+                f"precision cannot be {precision!r}: use one of {', '.join(get_args(Precision))}"
+            )
+        self._precision = precision
+        self._tiling = tiling(record.query.shape[3])
+        self._mask = None if record.keys is None else record.keys.contiguous()
+
+    def right(self, gradient: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
+        given, (key_blocks, row_blocks) = self._inputs(gradient, runs), self._blocks()
+        result = vectors.new_empty(len(runs), self.record.query.shape[2])
+        for some in self._launches(len(runs), key_blocks * result.shape[1]):
+            part = given.of(some)
+            partial = vectors.new_empty(key_blocks, *result[some].shape)
+            self._launch(
+                "right_kernel", key_blocks * row_blocks, part, part.least, vectors[some].contiguous(), partial
+            )
+            torch.sum(partial, 0, out=result[some])
+        return result
+
+    def left(self, gradient: Tensor | None, runs: Tensor, rows: Tensor) -> Tensor:
+        given, (key_blocks, row_blocks) = self._inputs(gradient, runs), self._blocks()
+        pairs, layers, queries = rows.shape
+        # As many shares as make enough programs: each is a partial result.
+        blocks_of_share = -(-row_blocks // max(1, -(-ENOUGH_PROGRAMS // (key_blocks * pairs))))
+        shares = -(-row_blocks // blocks_of_share)
+        result = rows.new_empty(pairs, layers, self.record.key.shape[2])
+        for some in self._launches(pairs, shares * result[0].numel()):
+            part = given.of(some)
+            partial = rows.new_empty(shares, *result[some].shape)
+            self._launch(
+                "left_kernel",
+                key_blocks * shares,
+                part,
+                part.least,
+                rows[some].contiguous(),
+                partial,
+                layers,
+                blocks_of_share * self._tiling.rows,
+                BLOCK_M=max(16, 1 << (layers - 1).bit_length()),
+            )
+            torch.sum(partial, 0, out=result[some])
+        return result
+
+    def _formula(
+        self, gradient: Tensor | None, runs: Tensor, cam: bool, inputs: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+        given, (key_blocks, row_blocks) = self._inputs(gradient, runs), self._blocks()
+        query, key = self.record.query, self.record.key
+        _, heads, queries, channels = query.shape
+        cams = query.new_empty(len(runs), queries, key.shape[2]) if cam else None
+        own = None
+        if inputs:
+            of_query, of_key, of_value = (query.new_empty(len(runs), *x.shape[1:]) for x in (query, key, key))
+            own = of_query, of_key, of_value
+        scale = 1 / math.sqrt(channels)
+        for some in self._launches(len(runs), key_blocks * query[0].numel() if inputs else 0):
+            part = given.of(some)
+            partial = None if own is None else query.new_empty(key_blocks, *own[0][some].shape)
+            self._launch(
+                "cam_kernel",
+                key_blocks * row_blocks,
+                part,
+                part.least,
+                None if cams is None else cams[some],
+                partial,
+                scale,
+            )
+            if own is not None and partial is not None:
+                torch.sum(partial, 0, out=own[0][some])
+                self._launch(
+                    "key_value_gradient_kernel", key_blocks * heads, part, own[1][some], own[2][some]
+                )
+        return cams, own
+
+    def _inputs(self, gradient: Tensor | None, runs: Tensor) -> _Inputs:
+        gated, centre = self._gated(gradient, runs)
+        least = None
+        if self.rule == "centred":
+            least = centred_threshold(gated, of_runs(self._longest, runs)).contiguous()
+        return _Inputs(runs, gated, centre.contiguous(), least)
+
+    def _blocks(self) -> tuple[int, int]:
+        """Blocks of keys, and of rows."""
+        keys, rows = self.record.key.shape[2], self.record.query.shape[2]
+        return -(-keys // self._tiling.keys), -(-rows // self._tiling.rows)
+
+    def _launches(self, pairs: int, numbers: int) -> list[slice]:
+        """The pairs of each launch, of which each has `numbers` partial results."""
+        at_once = max(1, min(MOST_PAIRS, self._tile // max(numbers, 1)))
+        return [slice(start, start + at_once) for start in range(0, pairs, at_once)]
+
+    def _launch(self, kernel: str, programs: int, part: _Inputs, *rest: Any, **constants: Any) -> None:
+        """`programs` programs for each pair of `part`; `rest` are the kernel's own arguments."""
+        record = self.record
+        _, heads, queries, channels = record.query.shape
+        with torch.cuda.device(record.query.device) if record.query.is_cuda else nullcontext():
+            getattr(_kernels(), kernel)[(programs, len(part.runs))](
+                part.runs,
+                record.scaled_query,
+                record.key,
+                record.value,
+                self._mask,
+                record.log_sum,
+                part.gated,
+                part.centre,
+                *rest,
+                heads=heads,
+                queries=queries,
+                length=record.key.shape[2],
+                CHANNELS=channels,
+                BLOCK_D=max(16, 1 << (channels - 1).bit_length()),
+                BLOCK_Q=self._tiling.rows,
+                BLOCK_K=self._tiling.keys,
+                KEYS_BY_RUN=len(record.key) > 1,
+                PRECISION=self._precision,
+                num_warps=self._tiling.warps,
+                num_stages=self._tiling.stages,
+                **constants,
+            )
+
+
+class _Inputs(NamedTuple):
+    """What kernels take beside the record: `runs` (P,) int64, dO' `gated` (P, H, T, D), rowsum(dO * O) `centre`, and
+    what is rounding of a centred gradient, `least`, both (P, H, T, 1). All contiguous.
+    """
+
+    runs: Tensor
+    gated: Tensor
+    centre: Tensor
+    least: Tensor | None
+
+    def of(self, some: slice) -> _Inputs:
+        """Those of some pairs."""
+        least = None if self.least is None else self.least[some]
+        return _Inputs(self.runs[some], self.gated[some], self.centre[some], least)
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, rule: CamRule, channels: int) -> str | None:
+    """Why the kernels cannot do it, as the beginning of a sentence; None where they can."""
+    if dtype != torch.float32:
+        return f"the relevance kernels compute in float32, not {str(dtype).removeprefix('torch.')}"
+    if rule not in RULES:
+        return f"the relevance kernels make cams by the rules {' and '.join(RULES)}, not {rule}"
+    if channels > MAX_CHANNELS:
+        return f"the relevance kernels take heads of up to {MAX_CHANNELS} channels, not {channels}"
+    if importlib.util.find_spec("triton") is None:
+        return "the relevance kernels need Triton, which is not installed"
+    if device.type == "cuda":
+        # Triton compiles for these; what it makes for older GPUs is promised by nobody.
+        capability = torch.cuda.get_device_capability(device)
+        return (
+            None
+            if capability >= (8, 0)
+            else f"the relevance kernels need a GPU of capability 8.0, not {capability}"
+        )
+    if not _kernels().INTERPRETED:
+        return (
+            f"the relevance kernels run on CUDA, not on {device.type} (there, for tests, where TRITON_INTERPRET=1 "
+            "was set before Python started)"
+        )
+    return None
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from headoff.relevance import fused_kernels
+
+    return fused_kernels

@@ -1,0 +1,419 @@
+"""The ways back that are for accelerators: all pairs at once in plain PyTorch, and in Triton's kernels.
+
+There is one truth for both, the tile-by-tile path in float64, which tests/test_relevance_engine.py holds against the
+oracle. Plain PyTorch has to agree with it to float64 rounding; the kernels, under Triton's interpreter, to float32's.
+What needs the interpreter runs in a process of its own, for TRITON_INTERPRET has to be set before Triton is imported:
+these tests call this file, and its other half is below `interpreted`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from relevance_examples import (
+    QUERIES,
+    TARGETS,
+    assert_matches_oracle,
+    engine_results,
+    features_of,
+    random_gates,
+    tiny_detector,
+)
+from torch import Tensor
+
+from headoff.attention import eager, sdpa
+from headoff.detr.detector import Features
+from headoff.errors import SettingError
+from headoff.gates import first_off, none_off, stack
+from headoff.relevance import MEMORY_BUDGET, RelevanceEngine, method_names
+from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
+from headoff.relevance.batched_vjp import BatchedVjp
+from headoff.relevance.capture import AttentionRecord
+from headoff.relevance.engine import default_memory_budget
+from headoff.relevance.traces import DecoderTrace
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def example(
+    runs: int, runs_of_keys: int, *, masked: bool = False, pairs: int = 4, queries: int = 70, keys: int = 37
+) -> tuple[AttentionRecord, Tensor, Tensor]:
+    """A call of 2 heads of 5 channels in float64, the contexts' gradients of some pairs, and the pairs' runs.
+
+    Gates are on, off and in between; head 0 of run 0 is off. Of the last pair the first 64 rows see nothing.
+    """
+    generator = torch.Generator().manual_seed(runs + runs_of_keys + masked)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query, key, value = (
+        draw(runs, 2, queries, 5),
+        draw(runs_of_keys, 2, keys, 5),
+        draw(runs_of_keys, 2, keys, 5),
+    )
+    gate = torch.tensor([0.0, 0.3, 1.0, 1.0]).double()[
+        torch.randint(4, (runs, 2, queries, 1), generator=generator)
+    ]
+    gate[0, 0] = 0
+    mask = torch.rand(keys, generator=generator) > 0.3 if masked else None
+    context = eager(
+        query,
+        key.expand(runs, -1, -1, -1),
+        value.expand(runs, -1, -1, -1),
+        None if mask is None else mask[None, None, None],
+        head_gate=gate,
+    )
+    gradient = draw(pairs, 2, queries, 5)
+    gradient[-1, :, :64] = 0
+    of_pairs = torch.randint(runs, (pairs,), generator=generator)
+    of_pairs[0] = 0
+    return AttentionRecord(("decoder_cross", 0), query, key, value, gate, mask, context), gradient, of_pairs
+
+
+def in_float32(record: AttentionRecord) -> AttentionRecord:
+    return AttentionRecord(
+        record.address,
+        *(each.float() for each in (record.query, record.key, record.value)),
+        record.gate.float(),
+        record.keys,
+        record.context.float(),
+    )
+
+
+SHAPES = [(3, 3), (3, 1), (1, 1)]
+"""Runs, and runs of the keys: self-attention and cross-attention of a decoder, and an encoder."""
+
+
+def everything(
+    vjp: AttentionVjp, gradient: Tensor, runs: Tensor, vectors: Tensor, rows: Tensor
+) -> list[Tensor]:
+    """Cams, gradients of query, key and value, and both products with cams."""
+    wanted = vjp.rule != "attention"
+    cams, inputs = vjp(gradient, runs, inputs=wanted)
+    assert cams is not None
+    return [cams, *(inputs or ()), vjp.right(gradient, runs, vectors), vjp.left(gradient, runs, rows)]
+
+
+# Plain PyTorch.
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("runs", "runs_of_keys"), SHAPES)
+@pytest.mark.parametrize("rule", ["gradient", "centred", "attention", "gradcam"])
+def test_all_pairs_at_once_is_one_by_one(rule, runs, runs_of_keys, masked):
+    """Whatever the tile: a row of a head of a pair, a few heads, everything; and with weights kept or not."""
+    record, gradient, of_pairs = example(runs, runs_of_keys, masked=masked)
+    vectors, rows = torch.randn(4, 37).double(), torch.randn(4, 3, 70).double()
+    expected = everything(AttentionVjp(record, rule), gradient, of_pairs, vectors, rows)
+    torch.testing.assert_close(expected[-2], (expected[0] @ vectors[:, :, None])[:, :, 0])
+    torch.testing.assert_close(expected[-1], rows @ expected[0])
+    for kept in (False, True):
+        if kept:
+            record.keep_weights()
+        for tile in (37, 37 * 70, 37 * 70 * 4, 2**26):
+            found = everything(BatchedVjp(record, rule, tile=tile), gradient, of_pairs, vectors, rows)
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("memory_budget", [1, 2**30])
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_agrees_with_the_oracle(name, memory_budget):
+    detector = tiny_detector(1, decoder_layers=2)
+    features = features_of(detector, padded=True)
+    gates = random_gates(detector, 3, per_query=True, seed=4)
+    options = {"method": name, "memory_budget": memory_budget, "kernels": "torch", "specs": TARGETS[:2]}
+    assert assert_matches_oracle(detector, features, gates, **options)
+
+
+def test_a_small_budget_divides_the_work_and_keeps_nothing():
+    detector = tiny_detector(0)
+    features = features_of(detector)
+    small, large = (
+        RelevanceEngine(detector, features, kernels="torch", memory_budget=budget)._budget
+        for budget in (1, 2**30)
+    )
+    assert large.keep_cams and large.keep_weights and large.pairs_at_once == 256
+    assert not small.keep_cams and not small.keep_weights and small.pairs_at_once == 1
+    assert small.tile < large.tile < 2**30 / 8
+
+
+def test_nothing_is_read_between_gradient_and_map():
+    """On tensors that have no values a value cannot be read, nor can two devices be mixed."""
+    fake = pytest.importorskip("torch._subclasses.fake_tensor")
+    detector = tiny_detector(0, decoder_layers=2, encoder_layers=1)
+    features, gates = features_of(detector, padded=True), random_gates(detector, 3)
+    for method in ("chefer", "chefer_centred", "rollout", "attention_gradcam"):
+        for keep in (False, True):
+            engine = RelevanceEngine(detector, features, method=method, kernels="torch")
+            engine._budget.keep_cams = engine._budget.keep_weights = keep
+            encoder = engine.encode()
+            decoder = DecoderTrace.of(detector, encoder.memory, gates, engine._make)
+            with fake.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                on_gpu = elsewhere((encoder, decoder, features), mode, torch.device("cuda", 0))
+                engine.features = on_gpu[2]
+                seed = torch.empty(4, QUERIES, detector.config.width, dtype=torch.float64, device="cuda:0")
+                some = torch.empty(4, dtype=torch.long, device="cuda:0")
+                rows, differs = engine._flow(
+                    on_gpu[0], on_gpu[1], seed if engine.method.needs_gradient else None, some, some, some[:2]
+                )
+                assert rows.rows.shape == (4, 2, 15) and differs.device.type == "cuda"
+
+
+def elsewhere(thing, mode, device):
+    """A copy of a tree of objects whose tensors are fakes on a device that need not be there."""
+    if isinstance(thing, Tensor):
+        return torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=device)
+    if isinstance(thing, (list, tuple)) and type(thing) in (list, tuple):
+        return type(thing)(elsewhere(each, mode, device) for each in thing)
+    if type(thing).__module__.startswith("headoff.") and hasattr(thing, "__dict__"):
+        copy = object.__new__(type(thing))
+        copy.__dict__.update({name: elsewhere(each, mode, device) for name, each in vars(thing).items()})
+        return copy
+    return thing
+
+
+# What is chosen.
+
+
+def test_the_device_chooses():
+    detector = tiny_detector(0)
+    features = features_of(detector)
+    assert RelevanceEngine(detector, features).kernels == "tiles"
+    assert RelevanceEngine(detector, features, kernels="torch").kernels == "torch"
+    assert default_memory_budget(torch.device("cpu")) == MEMORY_BUDGET
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "message"),
+    [
+        (torch.float64, {"kernels": "triton"}, "compute in float32, not float64.*'auto'"),
+        (torch.float32, {"kernels": "triton", "method": "rollout"}, "gradient and centred, not attention"),
+        (
+            torch.float32,
+            {"kernels": "fused"},
+            "kernels cannot be 'fused': use one of auto, tiles, torch, triton",
+        ),
+        (torch.float32, {"precision": "tf32"}, "precision 'tf32' is of the Triton kernels.*'tiles'"),
+        (torch.float32, {"precision": "half"}, "precision cannot be 'half'"),
+    ],
+)
+def test_what_cannot_be_is_said(dtype, options, message):
+    detector = tiny_detector(0, dtype)
+    with pytest.raises(SettingError, match=message):
+        RelevanceEngine(detector, features_of(detector), **options)
+
+
+@needs_triton
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="under the interpreter there are kernels"
+)
+def test_kernels_are_refused_where_there_are_none():
+    detector = tiny_detector(0, torch.float32)
+    with pytest.raises(SettingError, match="run on CUDA, not on cpu"):
+        RelevanceEngine(detector, features_of(detector), kernels="triton")
+
+
+def test_builtins_are_known_by_their_module():
+    def patch(query, key, value, attn_mask=None):
+        return eager(query, key, value, attn_mask)
+
+    assert is_builtin(eager) and is_builtin(sdpa)
+    assert not is_builtin(patch)
+    detector = tiny_detector(0)
+    detector.attention = patch
+    assert not is_builtin(detector.attention), "what adapts a patch is this package's, the patch is not"
+
+
+# Triton's kernels.
+
+
+def interpreted(name: str) -> None:
+    """Run one of the functions below under Triton's interpreter, in a process of its own."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["kernels", "engine", "launches"])
+def test_under_the_interpreter(name):
+    interpreted(name)
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_compile_ahead_of_time(arch, tmp_path, monkeypatch):
+    """With all that may be there and without all that may not, to machine code: no GPU is needed for that."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from headoff.relevance import fused_kernels
+    from headoff.relevance.fused_vjp import tiling
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tiles = tiling(32)
+    constants = {
+        "CHANNELS": 32,
+        "BLOCK_D": 32,
+        "BLOCK_Q": tiles.rows,
+        "BLOCK_K": tiles.keys,
+        "BLOCK_M": 16,
+        "PRECISION": "ieee",
+    }
+    types = {"runs": "*i64", "mask": "*i1", "scale": "fp32"}
+    types |= dict.fromkeys(("layers", "share", "heads", "queries", "length"), "i32")
+    for name in ("cam_kernel", "key_value_gradient_kernel", "right_kernel", "left_kernel"):
+        kernel = getattr(fused_kernels, name)
+        left_out = ("mask", "least", "cam") if arch == 80 else ()
+        known = {**constants, "KEYS_BY_RUN": arch == 80, **dict.fromkeys(left_out)}
+        known = {name: value for name, value in known.items() if name in kernel.arg_names}
+        signature = {
+            name: "constexpr" if name in known else types.get(name, "*fp32") for name in kernel.arg_names
+        }
+        compiled = compile(
+            ASTSource(kernel, signature, known),
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+        )
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 48 * 2**10, "more than every device has without being asked"
+
+
+def float32_budget(record: AttentionRecord) -> float:
+    """What float32 rounding may make of this call, relative to the largest of its results.
+
+    Each term of a sum rounds once, by the worst of luck all in one direction: D of a score, whose error is the
+    relative one of its exponential, and as many as there are rows or keys in a gradient. That it is no licence is
+    shown by `assert_refused`.
+    """
+    magnitude = float((record.scaled_query.abs() @ record.key.abs().mT).max())
+    terms = record.query.shape[-1] * magnitude + max(record.query.shape[2], record.key.shape[2])
+    return terms * torch.finfo(torch.float32).eps
+
+
+def assert_refused(record: AttentionRecord, gradient: Tensor, runs: Tensor, expected: Tensor) -> None:
+    """Cams of products in TF32, and cams of the next pair, are nowhere near those expected."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return (x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+
+    operands = [rounded(each) for each in (record.query, record.key, record.value)]
+    coarse = AttentionRecord(record.address, *operands, record.gate, record.keys, record.context)
+    of_tf32, _ = AttentionVjp(coarse, "gradient")(rounded(gradient), runs, inputs=False)
+    for wrong in (of_tf32, expected.roll(1, 0)):
+        assert relative(wrong, expected) > 10 * float32_budget(record)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest number expected."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def kernels() -> None:
+    from headoff.relevance.fused_vjp import FusedVjp
+
+    for rule in ("gradient", "centred"):
+        for runs, runs_of_keys in SHAPES:
+            record, gradient, of_pairs = example(runs, runs_of_keys, masked=runs == runs_of_keys, pairs=3)
+            vectors, rows = torch.rand(3, 37).double(), torch.rand(3, 3, 70).double()
+            expected = everything(AttentionVjp(record, rule), gradient, of_pairs, vectors, rows)
+            single = in_float32(record)
+            given = [gradient.float(), of_pairs, vectors.float(), rows.float()]
+            found = everything(FusedVjp(single, rule), *given)
+            budget = float32_budget(record)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.dtype == torch.float32
+                worst = relative(ours, theirs)
+                assert worst < budget, f"{rule}, {runs} runs, {runs_of_keys} of keys: {worst} of {budget}"
+            if rule == "gradient":
+                assert_refused(record, gradient, of_pairs, expected[0])
+            # Cams are the same numbers however they are asked for: alone, or on the way to gradients.
+            assert FusedVjp(single, rule)(*given[:2], inputs=False)[0].equal(found[0])
+            # What is off, or hidden, or seen by nobody, is exactly zero.
+            assert found[0][-1, :64].eq(0).all()
+            off = of_pairs == 0
+            assert (
+                found[1][off, 0].eq(0).all() and found[2][off, 0].eq(0).all() and found[3][off, 0].eq(0).all()
+            )
+            if record.keys is not None:
+                assert found[0][:, :, ~record.keys].eq(0).all() and found[2][:, :, ~record.keys].eq(0).all()
+
+
+def launches() -> None:
+    """Pairs divided among launches, and heads of more channels, which have other tiles; NaN is not lost."""
+    from headoff.relevance.fused_vjp import FusedVjp, tiling
+
+    record, gradient, of_pairs = example(3, 1, queries=20, keys=70)
+    record, gradient = in_float32(record), gradient.float()
+    vectors, rows = torch.rand(4, 70), torch.rand(4, 2, 20)
+    whole, divided = (
+        everything(FusedVjp(record, "gradient", tile=tile), gradient, of_pairs, vectors, rows)
+        for tile in (2**20, 1)
+    )
+    assert all(one.equal(other) for one, other in zip(whole, divided, strict=True))
+
+    gradient[1, 1, 3, 2] = torch.nan
+    cams, inputs = FusedVjp(record, "gradient")(gradient, of_pairs)
+    found = [each.isnan().flatten(1).any(1) for each in (cams, *inputs)]
+    assert all(each.tolist() == [False, True, False, False] for each in found)
+
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, gradient = (
+        torch.randn(1, 1, n, 40, generator=generator).double() for n in (40, 33, 33, 40)
+    )
+    assert tiling(40) != tiling(5)
+    record = AttentionRecord(("encoder_self", 0), query, key, value, None, None, eager(query, key, value))
+    runs = torch.zeros(1, dtype=torch.long)
+    vectors, rows = torch.rand(1, 33).double(), torch.rand(1, 1, 40).double()
+    expected = everything(AttentionVjp(record, "gradient"), gradient, runs, vectors, rows)
+    single = AttentionRecord(
+        record.address, query.float(), key.float(), value.float(), None, None, record.context.float()
+    )
+    found = everything(FusedVjp(single, "gradient"), gradient.float(), runs, vectors.float(), rows.float())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative(ours, theirs) < float32_budget(record)
+
+
+def engine() -> None:
+    """The whole engine on the kernels, as near to float64's truth as the tile-by-tile path in float32."""
+    for padded, options in ((True, {}), (False, {"memory_budget": 1}), (True, {"method": "chefer_centred"})):
+        detector = tiny_detector(2, encoder_layers=1, decoder_layers=2, feedforward=8)
+        features = features_of(detector, padded=padded)
+        gates = stack([none_off(), first_off(2)], detector.head_layout)
+        truth = engine_results(detector, features, gates, specs=TARGETS[:2], **options)
+        single = Features(
+            features.tokens.float(), features.positions.float(), features.attn_mask, features.grid
+        )
+        detector.float()
+        assert RelevanceEngine(detector, single, kernels="triton").kernels == "triton"
+        tiles = engine_results(detector, single, gates, specs=TARGETS[:2], **options)
+        fused = engine_results(detector, single, gates, specs=TARGETS[:2], kernels="triton", **options)
+        for expected, plain, found in zip(sum(truth, []), sum(tiles, []), sum(fused, []), strict=True):
+            largest = float(expected.rows.max())
+            floor = largest * torch.finfo(torch.float32).eps * detector.config.width
+            allowed = 4 * float((plain.rows - expected.rows).abs().max()) + floor
+            worst = float((found.rows - expected.rows).abs().max())
+            assert worst <= allowed < 1e-3 * largest, f"{worst} of {allowed}, maximum {largest} ({options})"
+            assert found.decoder_identity_rows.equal(expected.decoder_identity_rows)
+            assert found.encoder_identity_rows == expected.encoder_identity_rows
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        {"kernels": kernels, "launches": launches, "engine": engine}[sys.argv[1]]()
