@@ -248,6 +248,13 @@ def test_the_host_clock_leaves_out_waiting_for_a_processor(tmp_path):
     assert 0 < clock.now() - start < clock.now().before - start.after - 0.0149
 
 
+def test_a_call_that_seems_to_have_waited_throughout_took_the_time_that_passed():
+    start = HostMoment(4.0, 0.5, 4.1)
+    assert HostMoment(5.1, 1.5, 5.2) - start == pytest.approx(1.0)
+    assert HostMoment(5.1, 2.5, 5.2) - start == pytest.approx(1.0)
+    assert HostMoment(5.1, 1.4, 5.2) - start == pytest.approx(0.1)
+
+
 def test_the_host_clock_without_such_a_file_tells_all_time(tmp_path):
     clock = HostClock(str(tmp_path / "none"))
     assert clock.name == "time.perf_counter"

@@ -26,6 +26,10 @@ RESOLUTION = time.get_clock_info("perf_counter").resolution
 """Seconds; nothing takes less, whatever two files of different times say."""
 
 
+LEAST_SHARE = 0.05
+"""Of the time that passed, that a thread is believed to have worked."""
+
+
 class Clock(Protocol):
     """How calls are timed on one device."""
 
@@ -53,8 +57,14 @@ class HostMoment:
     after: float
 
     def __sub__(self, start: HostMoment) -> float:
-        """Seconds that passed and in which the thread did not wait for a processor."""
-        return max(self.before - start.after - (self.wait - start.wait), RESOLUTION)
+        """Seconds that passed and in which the thread did not wait for a processor.
+
+        All that passed, where it should have waited nearly throughout: then the two clocks disagree, and a difference
+        of nothing would count as a call of no time.
+        """
+        passed = self.before - start.after
+        worked = passed - (self.wait - start.wait)
+        return max(worked if worked > LEAST_SHARE * passed else passed, RESOLUTION)
 
 
 class HostClock:
