@@ -30,6 +30,9 @@ REDUCED = [case.name for case in reduced_cases(torch.float32)]
 PROOF_CASES = 2e4
 """Weights of the largest case that wrong answers are made for."""
 
+ENOUGH = 8
+"""Cases in which a wrong answer is refused, to prove that it is."""
+
 NEVER_SEEN_IN = {
     "scale off by a hundredth": ("bfloat16",),
     "scale off by a ten-thousandth": ("bfloat16", "float16"),
@@ -87,7 +90,7 @@ def test_heads_off_conduct(under_test, name):
 def test_heads_off_tolerance_refuses(under_test, dtype, fault):
     """An answer that is wrong in a known way is refused.
 
-    Everywhere where it differs by more than a hundred roundings, and in one case of each dtype at least.
+    Wherever it differs by more than a hundred roundings, and in one case of each dtype at least; `ENOUGH` are.
     """
     refused = 0
     eps = torch.finfo(getattr(torch, dtype)).eps
@@ -100,4 +103,6 @@ def test_heads_off_tolerance_refuses(under_test, dtype, fault):
         is_seen = is_refused(results, case, under_test.device)
         assert is_seen or not could_be_seen(results, case, 100 * eps), f"{fault} passes in case {case}"
         refused += is_seen
+        if refused == ENOUGH:
+            break
     assert refused or dtype in NEVER_SEEN_IN.get(fault, ()), f"{fault} passes in all cases of {dtype}"

@@ -45,5 +45,6 @@ def untraced() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.setprofile(profile)
+        if profile is None or callable(profile):  # that of cProfile cannot be put back, and counts no more
+            sys.setprofile(profile)
         sys.settrace(trace)
