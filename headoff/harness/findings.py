@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -63,13 +64,18 @@ class Finding:
     pictures: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Of types that JSON knows."""
-        return {**asdict(self), "pictures": list(self.pictures)}
+        """Of types that JSON knows; an infinite error is None, for JSON has no word for it."""
+        record = {**asdict(self), "pictures": list(self.pictures)}
+        return {name: None if _is_infinite(value) else value for name, value in record.items()}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Finding:
         """What `as_dict` gave."""
         return cls(**{**record, "pictures": tuple(record["pictures"])})
+
+
+def _is_infinite(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 class WrongAttention(pytest.fail.Exception):  # type: ignore[name-defined]

@@ -107,7 +107,7 @@ class Reporter:
 
     def _write(self, path: Path) -> None:
         assert self.document is not None
-        text = json.dumps(self.document, indent=1)
+        text = json.dumps(self.document, indent=1, allow_nan=False)
         try:
             with written_atomically(path.with_suffix(".json")) as file:
                 file.write(text.encode())
@@ -139,7 +139,7 @@ class Reporter:
         """What is said below the headline."""
         assert self.document is not None
         roots = self.document["diagnosis"]
-        lines = [f"  also {each['property']}: {each['message']}" for each in roots[1:SHOWN]]
+        lines = [f"  {each['property']}: {each['message']}" for each in roots[:SHOWN]]
         if len(roots) > SHOWN:
             lines.append(f"  and {len(roots) - SHOWN} more causes")
         failed = [each for each in self.document["suites"] if each["failed"] or each["errors"]]

@@ -12,7 +12,7 @@ from headoff.harness.patch import Patch
 from headoff.harness.run import Run
 from headoff.harness.settings import Settings
 
-CONDUCT = ("crash", "calls", "randomness", "state", "in-place", "dtype", "shape", "layout")
+CONDUCT = ("calls", "randomness", "state", "in-place", "dtype", "shape", "layout")
 """Properties that are a root by themselves. Wrong numbers may follow from them, but not they from wrong numbers."""
 
 NUMBERS = ("context", "dq", "dk", "dv")
@@ -25,6 +25,7 @@ def roots_of(run: Run, settings: Settings) -> tuple[list[Finding], list[str]]:
     found = [each for each in run.findings if each.property != "time"]
     notes: list[str] = []
     conduct = _one_each(each for each in found if each.property in CONDUCT)
+    crash = _one_each(each for each in found if each.property == "crash")
     try:
         numbers = numbers_root(attention, found, settings)
     except Exception as error:
@@ -35,7 +36,8 @@ def roots_of(run: Run, settings: Settings) -> tuple[list[Finding], list[str]]:
     except Exception as error:
         places = []
         notes.append(f"where in the model it is wrong was not found out: {_said(error)}")
-    roots = [*conduct, *([numbers] if numbers else [])]
+    # An exception is in some cases; what is wrong with all others says more.
+    roots = [*conduct, *([numbers] if numbers else []), *crash]
     if not roots:
         # Single calls are right, as far as that was tested: what the model shows is all there is to say.
         roots = places or _one_each(found)
@@ -72,7 +74,6 @@ def _placed(root: Finding, places: Sequence[Finding], found: Iterable[Finding]) 
         first = places[0]
         return replace(
             root,
-            message=f"{root.message}; in the model first at {first.message}",
             site=first.site,
             layer=first.layer,
             head=first.head,

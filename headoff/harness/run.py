@@ -142,7 +142,10 @@ class Run:
     def _cause(self) -> str:
         roots = self.diagnosis or self.findings
         if roots:
-            return f"{roots[0].property}: {roots[0].message}"
+            root = roots[0]
+            # The first clause says what is wrong; numbers and case follow below.
+            said = f"{root.property}: {root.message.split('; ')[0]}"
+            return said if root.site is None else f"{said}; in the model first at {place_of(root)}"
         first = self.failed(about_patch=True)[0]
         return first.message or first.id
 
@@ -183,6 +186,15 @@ class Run:
         """Counts and seconds of each suite, in the order they are best read in."""
         names = sorted({each.suite for each in self.tests.values()}, key=_place)
         return [_count(name, [each for each in self.tests.values() if each.suite == name]) for name in names]
+
+
+def place_of(finding: Finding) -> str:
+    """`decoder_cross layer 0, head 2, with 'first 1 off'`, as far as it is known."""
+    parts = [str(finding.site)]
+    parts[0] += "" if finding.layer is None else f" layer {finding.layer}"
+    parts += [] if finding.head is None else [f"head {finding.head}"]
+    parts += [] if finding.configuration is None else [f"with '{finding.configuration}'"]
+    return ", ".join(parts)
 
 
 def suite_of(id: str) -> str:

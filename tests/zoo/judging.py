@@ -54,6 +54,10 @@ class Judge:
         """Conduct first: a call that leaves another world behind is to be known before others are made in it."""
         for check in CONDUCT:
             yield from conduct_findings(attention, check, torch.float32, CPU, self.seed)
+        yield from self.numbers(attention)
+
+    def numbers(self, attention: Attention) -> Iterator[Finding]:
+        """Of the operator suite, what is wrong with the numbers of single calls."""
         for case in operator_cases(torch.float32, self.seed):
             yield from operator_findings(attention, case, CPU)
         for dtype in ALL_DTYPES:

@@ -1,0 +1,184 @@
+"""The document of a run: verdict, headline, what of it is kept; and the root of many failures."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from headoff.attention import register_attention, registry
+from headoff.attention.eager import eager
+from headoff.harness.findings import PROPERTIES, Finding, WrongAttention, refuse
+from headoff.harness.operator import case_named, case_of_text, operator_cases
+from headoff.harness.options import OPTIONS, settings_from
+from headoff.harness.roots import roots_of
+from headoff.harness.run import Run, suite_of
+from headoff.harness.settings import Settings
+
+
+def run_of(*tests, **about) -> Run:
+    """A run of tests, each (suite, outcome, about the patch, findings...)."""
+    run = Run({"attention": "kernel.py:mine", "baseline": "sdpa", **about})
+    for number, (suite, outcome, about_patch, *findings) in enumerate(tests):
+        noted = {
+            "about_patch": about_patch,
+            "findings": [each.as_dict() for each in findings],
+            "unsupported": {},
+            "calls": {"decoder_cross": 6},
+            "message": "something" if outcome == "failed" else "",
+        }
+        run.add(f"tests/test_heads_off_{suite}.py::test_{number}", "call", outcome, 0.5, noted)
+    return run
+
+
+WRONG = Finding(
+    "gate", "the gate is ignored; and numbers", "a case", 1.0, 0.1, site="decoder_cross", layer=2, head=5
+)
+SLOW = Finding("time", "1.5 times as slow", "a workload", 1.5, 1.1)
+
+
+@pytest.mark.parametrize(
+    "tests, verdict, said",
+    [
+        ([("operator", "passed", True)], "right", "is right: 1 check passed"),
+        ([("operator", "passed", True), ("operator", "failed", True, WRONG)], "wrong", "is wrong: gate: the gate is"),
+        ([("benchmark", "failed", True, SLOW), ("operator", "passed", True)], "slower", "is right but slower in 1"),
+        ([("benchmark", "failed", True, WRONG)], "wrong", "is wrong: gate"),
+        ([("operator", "skipped", True)], "incomplete", "nothing was tested"),
+        ([("operator", "passed", True), ("operator", "failed", False)], "incomplete", "no verdict, for 1 tests"),
+        ([("operator", "failed", True), ("operator", "failed", False)], "wrong", "is wrong: something"),
+        ([], "incomplete", "nothing was tested"),
+    ],
+)  # fmt: skip
+def test_verdict_and_headline(tests, verdict, said):
+    run = run_of(*tests)
+    assert run.verdict == verdict
+    assert (
+        run.headline().startswith("kernel.py:mine") and said in run.headline() and "\n" not in run.headline()
+    )
+
+
+def test_an_interrupted_run_has_no_verdict_unless_something_was_wrong():
+    run = run_of(("operator", "passed", True))
+    run.interrupted = True
+    assert run.verdict == "incomplete" and "interrupted after 1 tests" in run.headline()
+    run = run_of(("operator", "failed", True, WRONG))
+    run.interrupted = True
+    assert run.verdict == "wrong"
+
+
+def test_the_headline_says_where_and_leaves_numbers_for_later():
+    assert run_of(("operator", "failed", True, WRONG)).headline() == (
+        "kernel.py:mine is wrong: gate: the gate is ignored; in the model first at decoder_cross layer 2, head 5"
+    )
+
+
+def test_phases_of_a_test_are_one_record():
+    run = Run({"attention": "a", "baseline": "sdpa"})
+    noted = {
+        "about_patch": True,
+        "findings": [],
+        "unsupported": {"float64": "no"},
+        "calls": {},
+        "message": "",
+    }
+    for phase, outcome in (("setup", "passed"), ("call", "passed"), ("teardown", "failed")):
+        run.add("tests/test_heads_off_calls.py::test", phase, outcome, 1.0, noted)
+    (record,) = run.tests.values()
+    assert (record.outcome, record.seconds, record.suite) == ("error", 3.0, "calls")
+    assert run.suites() == [
+        {"name": "calls", "passed": 0, "failed": 0, "skipped": 0, "errors": 1, "seconds": 3.0}
+    ]
+    assert run.document()["notes"] == ["float64 is not supported by it and was not tested: no"]
+
+
+def test_a_document_is_strict_json_with_few_pictures(tmp_path):
+    pictures = []
+    for number in range(30):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(b"picture")
+        pictures.append(Finding("relevance", "off", "case", math.inf, 1.0, pictures=(str(path),)))
+    run = run_of(("relevance", "failed", True, *pictures))
+    document = json.loads(json.dumps(run.document(), allow_nan=False))
+    assert document["tests"][0]["findings"][0]["error"] is None
+    assert 0 < len(document["pictures"]) < 10
+    assert [Finding.from_dict(each) for each in document["tests"][0]["findings"]][0].property == "relevance"
+
+
+def test_suites_are_named_by_their_files():
+    assert suite_of("tests/test_heads_off_operator.py::test_x[a::b]") == "operator"
+
+
+def test_refusing_nothing_passes_and_findings_go_with_the_failure():
+    refuse([])
+    with pytest.raises(WrongAttention, match="gate: the gate is ignored") as raised:
+        refuse([WRONG, SLOW])
+    assert raised.value.findings == (WRONG, SLOW)
+
+
+def test_a_case_is_known_again_by_its_text():
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in operator_cases(dtype, 3):
+            assert case_of_text(str(case), 3) == case
+    assert case_of_text("scene-000, first 1 off", 0) is None
+
+
+@pytest.fixture
+def attention_named():
+    """`attention_named(name, callable)` registers it for the test."""
+    known = dict(registry._registered)
+    yield register_attention
+    registry._registered.clear()
+    registry._registered.update(known)
+
+
+def test_the_root_is_found_and_its_place_in_the_model(attention_named):
+    def ungated(query, key, value, attn_mask=None, *, head_gate=None):
+        return eager(query, key, value, attn_mask)
+
+    attention_named("ungated", ungated)
+    case = case_named("gate-first-3", torch.float32, 0)
+    failed = Finding("context", "off", str(case), 1.0, 0.1)
+    crash = Finding("crash", "raises ValueError", "elsewhere")
+    roots, notes = roots_of(
+        run_of(("operator", "failed", True, crash, failed)), Settings(attention="ungated")
+    )
+    assert not notes
+    assert roots[0].property == "gate" and "ignored" in roots[0].message
+    assert (
+        roots[0].site == "decoder_cross"
+        and roots[0].layer == 0
+        and "first 1 off" in str(roots[0].configuration)
+    )
+    assert "crash" in [each.property for each in roots]
+    assert all(each.property in PROPERTIES for each in roots)
+
+
+def test_conduct_is_a_root_before_numbers(attention_named):
+    attention_named("fine", eager)
+    state = Finding("state", "kept the first mask", "fresh-masks")
+    roots, _ = roots_of(run_of(("operator", "failed", True, state)), Settings(attention="fine"))
+    assert [each.property for each in roots] == ["state"]
+
+
+def test_what_cannot_be_found_out_is_a_note(attention_named):
+    attention_named("fine", eager)
+    settings = Settings(attention="fine", model="no-such-model")
+    roots, notes = roots_of(
+        run_of(("relevance", "failed", True, Finding("relevance", "off", "case"))), settings
+    )
+    assert [each.property for each in roots] == ["relevance"]
+    assert len(notes) == 1 and "no-such-model" in notes[0]
+
+
+def test_every_option_has_a_place_in_the_settings():
+    values = {option.key: None for option in OPTIONS}
+    config = SimpleNamespace(getoption=lambda key, default=None: values[key], getini=lambda key: values[key])
+    assert settings_from(config).attention == "sdpa"  # type: ignore[arg-type]
+    values["headoff_image"] = ["one.png", "two.png"]
+    values["headoff_max_slowdown"] = "1.5"
+    chosen = settings_from(config)  # type: ignore[arg-type]
+    assert [image.name for image in chosen.images] == ["one.png", "two.png"] and chosen.max_slowdown == 1.5

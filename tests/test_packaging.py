@@ -1,0 +1,60 @@
+"""A wheel has the suites and golden files in it, and `headoff verify` runs them from there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import headoff
+
+pytest.importorskip("hatchling", reason="a wheel is built: pip install hatchling")
+ROOT = Path(headoff.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    from hatchling.builders.wheel import WheelBuilder
+
+    folder = tmp_path_factory.mktemp("wheel")
+    return Path(next(WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])))
+
+
+def test_suites_and_golden_files_are_in_the_wheel(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    golden = {f"headoff/suites/{path.relative_to(ROOT)}" for path in (ROOT / "golden").rglob("*.*")}
+    suites = {f"headoff/suites/tests/{path.name}" for path in (ROOT / "tests").glob("test_heads_off_*.py")}
+    assert len(golden) > 90 and golden <= names
+    assert suites <= names
+    assert not any("zoo" in name or "test_gates" in name for name in names), (
+        "tests of the project itself stay at home"
+    )
+    assert {"headoff/py.typed", "headoff/scenes/weights/scenes.safetensors"} <= names
+    assert any(name.startswith("headoff/harness/page/templates/") for name in names)
+    (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "[pytest11]\nheadoff.harness.plugin" in zipfile.ZipFile(wheel).read(entry_points).decode()
+
+
+def test_an_installed_headoff_verifies(wheel, tmp_path):
+    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(installed)
+    elsewhere.mkdir()
+    left_out = ("CI", "BUILD_NUMBER", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment |= {"PYTHONPATH": str(installed), "HEADOFF_CACHE": str(tmp_path / "cache")}
+    program = "import sys, headoff.cli; print(headoff.__file__); sys.exit(headoff.cli.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "verify", "sdpa", "--only", "calls", "--only", "detections"],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(installed) in done.stdout and "sdpa is right" in done.stdout
+    assert not list(elsewhere.iterdir()), "nothing is left where it ran"
