@@ -53,7 +53,9 @@ def judge(task: tuple[str, bool, int]) -> Row:
         conduct = [
             each for check in CHECKS for each in conduct_findings(attention, check, torch.float32, CPU, seed)
         ]
-        if first := next((each for each in conduct if each.property in CONDUCT), None):
+        if first := next(
+            (each for each in conduct if each.property in CONDUCT and each.property != "state"), None
+        ):
             return first
         wrong = (each for each in Judge(seed).numbers(attention) if each.property in NUMBERS)
         cases = [case_of_text(each.case, seed) for each in itertools.islice(wrong, 3)]

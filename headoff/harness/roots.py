@@ -36,8 +36,11 @@ def roots_of(run: Run, settings: Settings) -> tuple[list[Finding], list[str]]:
     except Exception as error:
         places = []
         notes.append(f"where in the model it is wrong was not found out: {_said(error)}")
-    # An exception is in some cases; what is wrong with all others says more.
-    roots = [*conduct, *([numbers] if numbers else []), *crash]
+    # An exception is in some cases; what is wrong with all others says more. And a call that is wrong by itself is
+    # wrong after others as well.
+    state = [each for each in conduct if each.property == "state"]
+    rest = [each for each in conduct if each.property != "state"]
+    roots = [*rest, *([numbers] if numbers else []), *state, *crash]
     if not roots:
         # Single calls are right, as far as that was tested: what the model shows is all there is to say.
         roots = places or _one_each(found)

@@ -292,6 +292,27 @@ def settings_untouched(trial: Trial) -> list[Finding]:
     return [Finding("state", f"a call changes {change}", str(trial.case())) for change in changes]
 
 
+def growing_numbers(trial: Trial) -> list[Finding]:
+    """Keys larger than any before, with queries smaller in proportion: the same scores, and so the same context."""
+    case = trial.case(mask="none")
+    tensors = tensors_of(case, trial.device)
+    for power in (0, 3, 6) if trial.dtype == torch.float16 else (0, 10, 20):
+        grown = replace(tensors, query=tensors.query * 2.0**-power, key=tensors.key * 2.0**power)
+        truth, allowed = truth_for(grown, case), allowed_for(case, trial.device)["context"]
+        comparison = compare(
+            "context",
+            trial.forward(grown),
+            truth.values["context"],
+            truth.scales["context"],
+            allowed,
+            trial.dtype,
+        )
+        if not comparison.is_right:
+            message = f"with keys {2**power} times as large, {describe(comparison, trial.dtype)}"
+            return [Finding("state" if power else "context", message, str(case))]
+    return []
+
+
 def changing_calls(trial: Trial) -> list[Finding]:
     """Calls of which each differs from the one before in contents, gate, mask, sizes or strides are each right."""
     fields: list[dict[str, Any]] = [
@@ -388,14 +409,16 @@ def crossed_backward(trial: Trial) -> list[Finding]:
                 (trial.context(leaves["query"], leaves["key"], leaves["value"], tensors), leaves, tensors)
             )
         trial.forward(trial.tensors(seed=trial.seed + 2))
-        for number in order:
+        for place, number in enumerate(order):
             context, leaves, tensors = calls[number]
-            found = _wrong(
-                trial,
-                cases[number],
-                {"context": context, **gradients(context, leaves, tensors.gradient, retain_graph=True)},
-            )
-            if found:
+            again = number in order[place + 1 :]
+            try:
+                results = gradients(context, leaves, tensors.gradient, retain_graph=again)
+            except RuntimeError:
+                if order.count(number) > 1:
+                    break  # to refuse a second backward pass is right, to get it wrong is not
+                raise
+            if found := _wrong(trial, cases[number], {"context": context, **results}):
                 how = "a second time" if order.count(number) > 1 else "after another call"
                 return _of_state(trial, cases[number], found, f"where the backward pass runs {how}")
     return []
@@ -417,6 +440,7 @@ CONDUCT: dict[str, Check] = {
     "repeatable": repeatable,
     "random-state": random_state,
     "settings-untouched": settings_untouched,
+    "growing-numbers": growing_numbers,
     "changing-calls": changing_calls,
     "changed-contents": changed_contents,
     "results-stay": results_stay,
