@@ -116,3 +116,22 @@ def test_every_suite_is_there_and_goes_into_the_wheel():
     files = {f"tests/{path.name}" for path in (root / "tests").glob(shipped.PATTERN)}
     assert {name for name in included if name.startswith("tests/")} == files
     assert all(target == f"headoff/suites/{source}" for source, target in included.items())
+
+
+def test_the_example_of_the_readme_is_right(tmp_path):
+    import torch
+
+    from headoff.attention import resolve_attention
+    from headoff.harness.operator import CONDUCT, conduct_findings, operator_findings, reduced_cases
+
+    readme = (Path(headoff.__file__).parents[1] / "README.md").read_text()
+    section = readme[readme.index("## Check your attention patch") :]
+    code = section.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) == 15
+    file = tmp_path / "my_kernel.py"
+    file.write_text(code)
+    attention = resolve_attention(f"{file}:attention")
+    for case in reduced_cases(torch.float32):
+        assert not operator_findings(attention, case, "cpu")
+    for check in CONDUCT:
+        assert not conduct_findings(attention, check, torch.float32, "cpu")
