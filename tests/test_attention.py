@@ -360,7 +360,7 @@ def test_cumulative_sweep_skips_two_fifths():
     assert len(groups) == 4
 
 
-def test_heads_off_everywhere_are_never_attended():
+def test_heads_that_are_off_everywhere_are_never_attended():
     head_gate = torch.zeros(2, 8, 1, 1)
     head_gate[0, 3] = head_gate[1, 5] = 1
     (group,) = skipping.plan(head_gate, torch.empty(2, 8, 100, 32), keys=850)

@@ -105,7 +105,7 @@ def test_a_gate_is_at_its_site_alone(site):
 
 @quick
 @given(numbers(4), numbers(3))
-def test_heads_off_and_only_heads_on_are_complements(heads, layers):
+def test_heads_that_are_off_and_only_heads_on_are_complements(heads, layers):
     off, on = dense(heads_off(*heads, layers=layers)), dense(only_heads_on(*heads, layers=layers))
     assert_close(off + on, torch.ones_like(off))
     assert (off == 0).sum() == len(heads) * len(layers) * SMALL.queries

@@ -237,3 +237,20 @@ def test_other_tests_are_left_in_peace(run, pytester):
     result = pytester.runpytest_subprocess("-p", "headoff.harness.plugin")
     result.assert_outcomes(passed=1)
     assert not any(line.strip("= ") == "headoff" for line in result.outlines)
+
+
+def test_the_suites_have_the_name_to_themselves():
+    """`-k heads_off` reads their files alone: a test of that name elsewhere would never be run by it."""
+    import re
+    from pathlib import Path
+
+    others = [
+        path
+        for path in Path(__file__).parent.glob("test_*.py")
+        if not path.name.startswith("test_heads_off_")
+    ]
+    named = {
+        path.name for path in others if re.search(r"^def test_\w*heads_off", path.read_text(), re.MULTILINE)
+    }
+    # Suites within these two are text, for a pytest of their own.
+    assert named == {"test_harness_golden.py", "test_harness_plugin.py"}
