@@ -45,6 +45,7 @@ def judge(task: tuple[str, bool, int]) -> Row:
     from headoff.harness.findings import Finding
     from headoff.harness.operator import CONDUCT as CHECKS
     from headoff.harness.operator import case_of_text, conduct_findings, diagnose
+    from headoff.harness.operator.torch_settings import watched_settings
     from headoff.harness.roots import CONDUCT, NUMBERS
 
     def root_of() -> Finding | None:
@@ -66,12 +67,15 @@ def judge(task: tuple[str, bool, int]) -> Row:
     entry = (WRONG if is_wrong else RIGHT)[name]
     row = Row(name, entry.family, is_wrong, entry.fault if is_wrong else entry.style, seed)
     for suite, check in Judge(seed).suites().items():
-        found = next(check(resolve_attention(entry.make())), None)
+        # What one attention does to torch's settings must not be held against the next.
+        with watched_settings():
+            found = next(check(resolve_attention(entry.make())), None)
         if found is None:
             continue
         row.caught[suite] = found.message
         if is_wrong and not row.diagnosis:
-            root = (root_of() if suite == "operator" else None) or found
+            with watched_settings():
+                root = (root_of() if suite == "operator" else None) or found
             row.diagnosis = f"{root.property}: {root.message.split('; ')[0]}"
     return row
 
