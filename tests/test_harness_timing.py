@@ -550,6 +550,8 @@ def test_a_patch_that_calls_attention_three_times_is_slower(workloads):
 
 
 def raises(query, key, value, attn_mask=None, *, head_gate=None):
+    if key.shape[2] in (100, 144):  # those of the first calls, which are to succeed
+        return eager(query, key, value, attn_mask, head_gate=head_gate)
     raise RuntimeError("no such block size")
 
 
@@ -572,6 +574,7 @@ def suite(pytester, request, monkeypatch):
         threads = torch.get_num_threads()
         try:
             return pytester.runpytest_inprocess(
+                "--import-mode=importlib",  # the suite itself may be imported already, under the same name
                 "-p",
                 "headoff.harness.plugin",
                 "-k",
