@@ -550,7 +550,7 @@ def test_a_patch_that_calls_attention_three_times_is_slower(workloads):
 
 
 def raises(query, key, value, attn_mask=None, *, head_gate=None):
-    if key.shape[2] in (100, 144):  # those of the first calls, which are to succeed
+    if head_gate is None or (head_gate == 0).sum() < 2:  # as in the first calls, which are to succeed
         return eager(query, key, value, attn_mask, head_gate=head_gate)
     raise RuntimeError("no such block size")
 
