@@ -102,9 +102,13 @@ def _add(parser: pytest.Parser, name: str, option: Option) -> None:
     )
 
 
+def _named(name: str) -> Option:
+    return next(each for each in OPTIONS if each.name == name)
+
+
 def value_of(config: pytest.Config, name: str) -> Any:
     """What was chosen for an option: on the command line, else in the configuration file, else its default."""
-    option = next(each for each in OPTIONS if each.name == name)
+    option = _named(name)
     given = config.getoption(option.key, None)
     if given in (None, []):
         given = config.getini(option.key)
@@ -113,7 +117,7 @@ def value_of(config: pytest.Config, name: str) -> Any:
 
 def was_chosen(config: pytest.Config, name: str) -> bool:
     """Whether the option was given at all, wherever."""
-    option = next(each for each in OPTIONS if each.name == name)
+    option = _named(name)
     return bool(config.getoption(option.key, None) or config.getini(option.key))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +13,7 @@ from headoff.detr.checkpoints.load import load
 from headoff.detr.detector import Detector, Features
 from headoff.errors import HeadoffError, NonFiniteError
 from headoff.harness.findings import Finding, Property
+from headoff.harness.operator.calls import describe_exception
 from headoff.harness.precision import InDtype
 from headoff.harness.subjects import Subject
 
@@ -60,18 +60,10 @@ def failures_as(findings: list[Finding], property: Property, case: str) -> Itera
 
 
 def _described(error: Exception) -> str:
-    """The exception's type and text in one line, and where in the user's file it was raised."""
-    text = " ".join(str(error).split())
+    """In one line, for people."""
     if isinstance(error, HeadoffError):
-        return text
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "headoff" not in frame.filename and "torch" not in frame.filename]
-    where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-    return (
-        f"it raised {type(error).__name__}: {text}{where}"
-        if text
-        else f"it raised {type(error).__name__}{where}"
-    )
+        return " ".join(str(error).split())
+    return f"it raised {describe_exception(error)}"
 
 
 @functools.cache
