@@ -7,6 +7,7 @@ import json
 import pytest
 import syrupy
 import torch
+import torchvision  # noqa: F401  a nested run that imports it leaves it half registered: have it before them all
 
 from headoff.attention import resolve_attention
 from headoff.errors import AttentionError
