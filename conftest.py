@@ -31,6 +31,18 @@ if Path(headoff.__file__).parents[1] != Path(__file__).parent:
         returncode=4,
     )
 
+
+@pytest.fixture
+def at_a_desk(monkeypatch):
+    """Runs of pytest within a test see no CI, no worker of pytest-xdist and no options of the run they are part of.
+
+    In a worker pytest-benchmark times nothing and syrupy leaves its report to the controller; CI makes pytest say
+    everything twice.
+    """
+    for name in ("CI", "BUILD_NUMBER", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 # One thread a worker under pytest-xdist, all cores without it: two workers of two threads each on two cores wait
 # for each other most of the time.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1)

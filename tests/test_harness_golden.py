@@ -63,13 +63,9 @@ def test_heads_off_candidate(expected):
 
 
 @pytest.fixture
-def run(pytester, monkeypatch):
+def run(pytester, at_a_desk):
     """`run(tests, *options)` runs a suite of those tests."""
     folder = pytester.mkdir("tests")
-    # In a worker syrupy leaves the report to the controller, and CI makes pytest say everything twice: the suite
-    # within is to run as at a desk, wherever this one runs.
-    for name in ("CI", "BUILD_NUMBER", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
-        monkeypatch.delenv(name, raising=False)
 
     def run_suite(tests: str, *options: str) -> pytest.RunResult:
         (folder / "test_suite.py").write_text(SUITE + tests)

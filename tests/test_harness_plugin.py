@@ -77,10 +77,8 @@ one_way = OneWay.apply
 
 
 @pytest.fixture
-def run(pytester, monkeypatch):
+def run(pytester, at_a_desk):
     """`run(*options, seed=0, holds=True)` runs a suite of three tests."""
-    for name in ("CI", "BUILD_NUMBER", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
-        monkeypatch.delenv(name, raising=False)
     pytester.makepyfile(kernel=KERNEL)
 
     def run_suite(*options: str, seed: int = 0, holds: bool = True) -> pytest.RunResult:

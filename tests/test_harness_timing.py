@@ -561,11 +561,10 @@ ONE = "encoder_self-forward-4"
 
 
 @pytest.fixture
-def suite(pytester, request, monkeypatch):
+def suite(pytester, request, at_a_desk):
     """Run the benchmark suite in a folder of its own, one benchmark of it, with the attentions above by name."""
     source = request.path.with_name("test_heads_off_benchmark.py")
     pytester.makepyfile(test_heads_off_benchmark=source.read_text())
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     known = dict(registry._registered)
     for wrong in (thrice, ignores_the_gate, raises):
         register_attention(wrong.__name__, wrong)
@@ -671,7 +670,7 @@ def test_histograms_are_drawn(suite, pytester):
     assert list(pytester.path.glob("found*.svg"))
 
 
-def test_other_benchmarks_are_left_alone(pytester):
+def test_other_benchmarks_are_left_alone(pytester, at_a_desk):
     pytester.makepyfile("def test_other(benchmark): benchmark.pedantic(int, rounds=2)")
     result = pytester.runpytest_inprocess("-p", "headoff.harness.plugin", "--benchmark-json=found.json")
     assert result.ret == 0 and "against" not in result.stdout.str()
