@@ -4,6 +4,9 @@ The message of each is one sentence that names the culprit and the remedy: the c
 stands and exits with code 2, so it must read well without a traceback around it.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class HeadoffError(Exception):
     """Base class of everything headoff raises on purpose."""
@@ -39,3 +42,11 @@ class OutputError(HeadoffError, OSError):
 
 class SettingError(HeadoffError, ValueError):
     """A setting or argument that cannot be: a confidence outside 0..1, thresholds in the wrong order."""
+
+
+def did_you_mean(wrong: object, known: Iterable[str], *, most: int = 1) -> str:
+    """` (did you mean 'near'?)`, to be put behind a wrong name; nothing where none is near or contains it."""
+    names = list(known)
+    near = difflib.get_close_matches(str(wrong), names, n=most)
+    near = near or [name for name in names if len(str(wrong)) > 2 and str(wrong) in name][:most]
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

@@ -127,7 +127,7 @@ def test_module_in_the_current_directory(folder):
     attention = resolve_attention("kernels_of_mine:attention")
     check(attention)
     assert attention_label(attention) == "kernels_of_mine:attention"
-    assert sys.path == path
+    assert sys.path == [*path, str(folder)]
 
 
 def test_module_that_does_not_exist():
@@ -155,7 +155,7 @@ def test_file(folder):
     attention = resolve_attention("kernel.py:attention")
     check(attention)
     assert attention_label(attention) == "kernel.py:attention"
-    assert sys.path == path
+    assert sys.path == [*path, str(folder)]
     assert "kernel" not in sys.modules
 
 
@@ -191,11 +191,20 @@ def test_file_is_executed_once_and_again_when_it_changed(folder):
     assert second.call.__module__ == first.call.__module__
 
 
-def test_file_imports_what_lies_beside_it(folder):
+@pytest.mark.parametrize("when", ["imported", "called"])
+def test_file_imports_what_lies_beside_it(folder, when):
     (folder / "deep").mkdir()
     (folder / "deep" / "beside_the_kernel.py").write_text(GOOD)
-    (folder / "deep" / "kernel.py").write_text("from beside_the_kernel import attention\n")
-    check(resolve_attention("deep/kernel.py:attention"))
+    texts = {
+        "imported": "from beside_the_kernel import attention\n",
+        "called": "def attention(query, key, value, attn_mask=None):\n"
+        "    import beside_the_kernel\n"
+        "    return beside_the_kernel.attention(query, key, value, attn_mask)\n",
+    }
+    (folder / "deep" / "kernel.py").write_text(texts[when])
+    for _ in range(2):
+        check(resolve_attention("deep/kernel.py:attention"))
+    assert sys.path.count(str(folder / "deep")) == 1
 
 
 def test_file_with_a_dataclass(folder):

@@ -7,14 +7,13 @@ to do.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ from headoff.attention.contract import AdaptedAttention, Attention, conform
 from headoff.attention.eager import eager
 from headoff.attention.fused import triton_attention
 from headoff.attention.sdpa import sdpa
-from headoff.errors import AttentionError
+from headoff.errors import AttentionError, did_you_mean
 
 FORMS = "'package.module:name' or 'path/to/file.py:name'"
 
@@ -62,7 +61,7 @@ def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
     ``spec`` is a callable, a registered name, ``"package.module:name"`` or ``"path/to/file.py:name"`` with a
     path relative to the current directory; ``name`` may have dots. While it is imported, the folder of the
     file (for a module, the current directory) comes first on ``sys.path``, so that what lies beside it can be
-    imported. A file is executed once, and again when it has changed since. Raises :class:`AttentionError`.
+    imported; afterwards last, for what a function imports when it is called. A file is executed once, and again when it has changed since. Raises :class:`AttentionError`.
     """
     if not isinstance(spec, str):
         return conform(spec, attention_label(spec) if callable(spec) else repr(spec))
@@ -73,7 +72,7 @@ def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
         raise AttentionError(f"{spec!r} does not say which function of the file: write '{spec}:name'.")
     if not source or not name:
         raise AttentionError(
-            f"there is no attention {spec!r}{_nearest(spec, _registered)}: write one of "
+            f"there is no attention {spec!r}{did_you_mean(spec, _registered)}: write one of "
             f"{', '.join(_registered)}, or {FORMS}."
         )
     is_file = source.endswith(".py") or "/" in source or "\\" in source
@@ -102,12 +101,6 @@ def _labelled(attention: Attention, label: str) -> Attention:
     return attention
 
 
-def _nearest(wrong: str, known: Iterable[str]) -> str:
-    """A question to put behind ``wrong``, or nothing where nothing known is near."""
-    matches = difflib.get_close_matches(wrong, known, n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
-
-
 def _member(module: ModuleType, dotted: str, source: str) -> Any:
     found: Any = module
     for name in dotted.split("."):
@@ -116,7 +109,7 @@ def _member(module: ModuleType, dotted: str, source: str) -> Any:
             candidates = [known for known in public if callable(getattr(found, known, None))]
             own = [known for known in candidates if _is_of(module, getattr(found, known))]
             there = f"; it defines {', '.join(own)}" if own else ""
-            hint = _nearest(name, candidates) or there
+            hint = did_you_mean(name, candidates) or there
             raise AttentionError(f"{source} has no {name!r}{hint}: correct the name.")
         found = getattr(found, name)
     return found
@@ -169,14 +162,23 @@ def _import_file(text: str) -> ModuleType:
 
 @contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
+    """The folder is looked into before all others, and from then on, where nothing fails, after them."""
     entry = str(folder)
     sys.path.insert(0, entry)
     try:
         yield
-    finally:
-        # By value, not by position: what was imported may have changed the path itself.
-        if entry in sys.path:
-            sys.path.remove(entry)
+    except BaseException:
+        _remove_first(entry)
+        raise
+    _remove_first(entry)
+    if entry not in sys.path:
+        sys.path.append(entry)
+
+
+def _remove_first(entry: str) -> None:
+    # By value, not by position: what was imported may have changed the path itself.
+    if entry in sys.path:
+        sys.path.remove(entry)
 
 
 def _no_file(path: Path) -> str:
@@ -184,7 +186,7 @@ def _no_file(path: Path) -> str:
         return f"{path} is not a Python file: name a file that ends in .py."
     if not path.parent.is_dir():
         return f"{path} does not exist, nor does its folder: correct the path (from {Path.cwd()})."
-    near = _nearest(path.name, (entry.name for entry in path.parent.glob("*.py")))
+    near = did_you_mean(path.name, (entry.name for entry in path.parent.glob("*.py")))
     return f"{path} does not exist{near}: correct the path (from {Path.cwd()})."
 
 

@@ -1,6 +1,5 @@
 """Numbers from 0 to 1 to colours: the one rule by which figures and page draw maps."""
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -8,7 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from torch import Tensor
 
-from headoff.errors import SettingError
+from headoff.errors import SettingError, did_you_mean
 
 Scale = Literal["map", "object", "sweep"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -41,8 +40,7 @@ class MapStyle:
         if self.scale not in SCALES:
             raise SettingError(f"maps cannot be scaled per {self.scale!r}: use one of {', '.join(SCALES)}")
         if self.cmap is not None and self.cmap not in colormaps:
-            near = difflib.get_close_matches(self.cmap, list(colormaps), n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(self.cmap, colormaps)
             raise SettingError(
                 f"there is no colour map {self.cmap!r}{hint}: name one of matplotlib's, such as Blues_r or magma"
             )

@@ -6,13 +6,12 @@ in parts for the engine, `decoder` and `encoder` on the cams that `rule` makes (
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from headoff.errors import SettingError
+from headoff.errors import SettingError, did_you_mean
 from headoff.relevance import aggregation, rules
 from headoff.relevance.attention_vjp import CamRule
 from headoff.relevance.rules import DenseRelevance
@@ -70,11 +69,8 @@ def resolve_method(method: Method | str) -> Method:
         return method
     if method in _methods:
         return _methods[method]
-    near = difflib.get_close_matches(str(method), _methods, n=1) or [
-        name for name in _methods if str(method) in name
-    ]
     raise SettingError(
-        f"there is no relevance method {method!r}{f' (did you mean {near[0]!r}?)' if near else ''}: use one of "
+        f"there is no relevance method {method!r}{did_you_mean(method, _methods)}: use one of "
         f"{', '.join(_methods)}"
     )
 

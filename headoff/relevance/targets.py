@@ -6,13 +6,12 @@ height as fractions of the image). Class logits and box coordinates have names; 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from headoff.errors import SettingError
+from headoff.errors import SettingError, did_you_mean
 
 BOX_COORDINATES = ("cx", "cy", "w", "h")
 """Names of the columns of `boxes`."""
@@ -61,8 +60,7 @@ def make_target(spec: TargetSpec, query: int, label: int) -> Target:
     if spec in BOX_COORDINATES:
         return box_coordinate(query, spec)
     names = ("class", *BOX_COORDINATES)
-    near = difflib.get_close_matches(str(spec), names, n=1)
     raise SettingError(
-        f"there is no target {spec!r}{f' (did you mean {near[0]!r}?)' if near else ''}: use one of "
+        f"there is no target {spec!r}{did_you_mean(spec, names)}: use one of "
         f"{', '.join(names)}, or a function of (logits, boxes)"
     )

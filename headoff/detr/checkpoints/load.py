@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import os
 import re
@@ -27,7 +26,7 @@ from headoff.detr.checkpoints.layouts import HUGGING_FACE, detect_layout, transl
 from headoff.detr.checkpoints.native import is_native, read_native
 from headoff.detr.checkpoints.published import ORIGINALS, published_checkpoint
 from headoff.detr.detector import Detector
-from headoff.errors import CheckpointError, SettingError
+from headoff.errors import CheckpointError, SettingError, did_you_mean
 
 BUNDLED = "scenes"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -119,11 +118,10 @@ def _no_weights(folder: Path) -> str:
 def _not_there(source: str, path: Path) -> str:
     names = [BUNDLED, *ORIGINALS]
     try:
-        beside = {other.name: str(other) for other in path.parent.iterdir() if other.suffix in SUFFIXES}
+        beside = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES]
     except OSError:
-        beside = {}
-    near = difflib.get_close_matches(path.name, [*names, *beside], n=3)
-    meant = f" (did you mean {' or '.join(beside.get(name, name) for name in near)}?)" if near else ""
+        beside = []
+    meant = did_you_mean(path.name, [*names, *beside], most=3)
     return (
         f"there is no file, folder or model {source!r}{meant}; "
         f"give a checkpoint's path, owner/name on the Hugging Face hub, or one of {', '.join(names)}"
