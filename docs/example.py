@@ -75,7 +75,7 @@ for name, one in (("heads in their order", result), ("least important first", ra
 # Below `sweep` there are tensors: pixels to memory, memory and gates to logits and boxes.
 
 # %%
-pixel_values, pixel_mask = headoff.preprocess([picture], detector.preprocessing)
+pixel_values, pixel_mask = detector.preprocess([picture])
 memory = detector.encode(pixel_values, pixel_mask)
 gates = headoff.stack([headoff.none_off(), headoff.parse_configuration("L4H2,L5H0-3")], layout)
 output = detector.decode(memory, gates)

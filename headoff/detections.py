@@ -9,7 +9,7 @@ from torchvision.ops import box_convert
 
 from headoff.detr.detector import Detector
 from headoff.errors import NonFiniteError, SettingError
-from headoff.images import ImageSource, load_image, preprocess
+from headoff.images import ImageSource, load_image
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,7 @@ def detect(detector: Detector, image: ImageSource, confidence: float = 0.5) -> D
     """
     picture = load_image(image)
     with torch.inference_mode():
-        pixel_values, _ = preprocess(
-            [picture], detector.preprocessing, dtype=detector.dtype, device=detector.device
-        )
+        pixel_values, _ = detector.preprocess([picture])
         output = detector(pixel_values)
     return detections_from(
         output.logits[0, 0],

@@ -20,7 +20,7 @@ from headoff.detr.graphs import DecodeGraphs
 from headoff.detr.transfers import sent
 from headoff.errors import SettingError
 from headoff.gates import Configuration, Gates, cumulative, none_off, stack
-from headoff.images import ImageSource, load_image, preprocess
+from headoff.images import ImageSource, load_image
 from headoff.notation import parse_configuration
 from headoff.outcomes import KEEP_IOU, TOUCH_IOU, ConfigurationOutcome, outcomes_of
 
@@ -133,9 +133,7 @@ def sweep(
     picture = load_image(image)
     image_size = (picture.height, picture.width)
     with torch.inference_mode(), detector.autocasting(autocast):
-        pixel_values, _ = preprocess(
-            [picture], detector.preprocessing, dtype=detector.dtype, device=detector.device
-        )
+        pixel_values, _ = detector.preprocess([picture])
         features = detector.features(pixel_values)
         if object_index is not None:
             alone = decode_all(detector, features, stack([none_off()], layout))

@@ -20,7 +20,7 @@ from relevance_examples import (
 from headoff.detr.detector import Detector
 from headoff.errors import GateError, OutputError, SettingError
 from headoff.gates import cumulative, first_off, heads_off, none_off, stack
-from headoff.images import load_image, preprocess
+from headoff.images import load_image
 from headoff.relevance import (
     Explanation,
     class_logit,
@@ -139,7 +139,7 @@ def test_targets():
 
 
 def test_an_explanation_is_what_the_oracle_says(detector, picture, explanation):
-    pixels, _ = preprocess([load_image(picture)], detector.preprocessing, dtype=detector.dtype)
+    pixels, _ = detector.preprocess([load_image(picture)])
     features = detector.features(pixels)
     gates = stack(explanation.configurations, detector.head_layout)
     for index in (0, 2):

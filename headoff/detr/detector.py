@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -21,7 +22,7 @@ from headoff.detr.transfers import sent
 from headoff.detr.transformer import AttentionAddress, Decoder, Encoder, autocast
 from headoff.errors import CheckpointError, GateError, SettingError
 from headoff.gates import Gates, HeadLayout, Site
-from headoff.images import Preprocessing
+from headoff.images import Preprocessing, preprocess
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,12 @@ class Detector(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.class_head.weight.dtype
+
+    def preprocess(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """`headoff.preprocess` of RGB pictures as this detector wants them: pixel values (B, 3, H, W) of its dtype and
+        pixel mask (B, H, W) bool, both on its device. Raises what that does.
+        """
+        return preprocess(images, self.preprocessing, dtype=self.dtype, device=self.device)
 
     def attend(
         self,

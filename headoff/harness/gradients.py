@@ -30,7 +30,7 @@ from headoff.harness.relevance import roundings
 from headoff.harness.rounding import machine, right_implementations
 from headoff.harness.subjects import Subject
 from headoff.harness.truths import Arrays, kept
-from headoff.images import load_image, preprocess
+from headoff.images import load_image
 from headoff.relevance import Target
 from headoff.relevance.targets import box_coordinate, class_logit
 
@@ -292,7 +292,7 @@ def _pixel_indices(subject: Subject) -> list[int]:
 def _backbone(subject: Subject) -> tuple[Tensor, Tensor]:
     """The oracle's tokens (1, N, d) with the graph that leads to its pixels (1, 3, H, W)."""
     detector = subject.detector
-    pixels, _ = preprocess([load_image(subject.image)], detector.preprocessing, dtype=detector.dtype)
+    pixels, _ = detector.preprocess([load_image(subject.image)])
     pixels.requires_grad_()
     with torch.enable_grad():
         return detector.features(pixels).tokens, pixels

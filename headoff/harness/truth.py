@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headoff.detr.detector import Detector, Features
 from headoff.gates import Configuration, stack
-from headoff.images import ImageSource, load_image, preprocess
+from headoff.images import ImageSource, load_image
 from headoff.relevance import Method, Target, resolve_method
 from headoff.relevance.oracle import dense_evidence
 from headoff.relevance.rules import AttentionEvidence, Evidence
@@ -20,9 +20,7 @@ from headoff.relevance.rules import AttentionEvidence, Evidence
 def features_of(detector: Detector, image: ImageSource) -> Features:
     """The image through the backbone."""
     with torch.no_grad():
-        pixels, _ = preprocess(
-            [load_image(image)], detector.preprocessing, dtype=detector.dtype, device=detector.device
-        )
+        pixels, _ = detector.preprocess([load_image(image)])
         return detector.features(pixels)
 
 

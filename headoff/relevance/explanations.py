@@ -20,7 +20,7 @@ from headoff.detr.detector import Detector
 from headoff.errors import OutputError, SettingError
 from headoff.files import written_atomically
 from headoff.gates import Configuration, cumulative, none_off, stack
-from headoff.images import ImageSource, load_image, preprocess
+from headoff.images import ImageSource, load_image
 from headoff.notation import parse_configuration
 from headoff.outcomes import outcomes_of
 from headoff.relevance.engine import Backward, Kernels, RelevanceEngine
@@ -394,9 +394,7 @@ def explain(
     picture = load_image(image)
     image_size = (picture.height, picture.width)
     with torch.no_grad():
-        pixels, _ = preprocess(
-            [picture], detector.preprocessing, dtype=detector.dtype, device=detector.device
-        )
+        pixels, _ = detector.preprocess([picture])
         features = detector.features(pixels)
     engine = RelevanceEngine(
         detector,

@@ -16,7 +16,7 @@ from torchvision.ops import box_convert
 from headoff.detr.detector import Detector
 from headoff.errors import SettingError
 from headoff.gates import Configuration, cumulative, stack
-from headoff.images import load_image, preprocess
+from headoff.images import load_image
 from headoff.scenes.dataset import CLASS_NAMES, SceneDataset
 from headoff.scenes.samples import coco_annotations
 from headoff.sweeps import decode_all
@@ -73,12 +73,7 @@ def evaluate(
         drawn = [scenes[index] for index in range(start, min(start + batch, count))]
         truth += [(start + index, f"{start + index}.png", scene) for index, scene in enumerate(drawn)]
         with torch.inference_mode():
-            pixel_values, _ = preprocess(
-                [load_image(scene.image) for scene in drawn],
-                detector.preprocessing,
-                dtype=detector.dtype,
-                device=detector.device,
-            )
+            pixel_values, _ = detector.preprocess([load_image(scene.image) for scene in drawn])
             output = decode_all(detector, detector.features(pixel_values), gates)
             scores, labels = output.logits.double().softmax(-1)[..., :-1].max(-1)
             corners = box_convert(output.boxes.double(), "cxcywh", "xyxy") * side
