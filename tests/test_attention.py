@@ -397,8 +397,22 @@ def test_plain_call_otherwise(head_gate):
     assert skipping.plan(head_gate, torch.empty(1, 8, 900, 32), keys=850) is None
 
 
-def test_plain_call_for_few_keys():
-    assert skipping.plan(sweep_gate(CUMULATIVE, 20), torch.empty(1, 8, 180, 32), keys=64) is None
+@pytest.mark.parametrize(("queries", "keys"), [(20, 64), (25, 221)])
+def test_plain_call_for_few_keys(queries, keys, monkeypatch):
+    """And without looking for groups: that takes as long as such a call."""
+    monkeypatch.setattr(skipping, "groups_of", None)
+    assert skipping.plan(sweep_gate(CUMULATIVE, queries), torch.empty(1, 8, 9 * queries, 32), keys) is None
+
+
+@pytest.mark.parametrize("keys", [64, 221, 850])
+def test_what_is_not_looked_at_is_not_worth_it(keys):
+    """The least it can cost is never more than what the groups are found to cost."""
+    for off in range(1, 8):
+        gate = sweep_gate(CUMULATIVE[off : off + 1], 100)
+        query = torch.empty(1, 8, 100, 32)
+        ratio = skipping.expected_ratio(skipping.groups_of(gate, query), query, keys)
+        assert (skipping.plan(gate, query, keys) is not None) <= (ratio < 1)
+        assert (ratio < skipping.WORTHWHILE) <= (skipping.plan(gate, query, keys) is not None)
 
 
 def test_whole_sweep_in_one_call():

@@ -28,6 +28,7 @@ from torch import Tensor
 ROW_COST = 125  # to gather one row of the query and to put its context back
 KEY_COST = 25  # to copy one key and its value
 FIXED_COST = 60_000  # to find the groups and to make the calls
+WORTHWHILE = 0.9  # of the plain call's time: what skipping has to be expected to come below, at its best
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -49,7 +50,14 @@ def plan(head_gate: Tensor, query: Tensor, keys: int) -> list[Group] | None:
     values).
     """
     on_host = head_gate.device.type == "cpu" and query.device.type == "cpu"
-    if not on_host or head_gate.requires_grad or torch.compiler.is_compiling() or head_gate.all():
+    if not on_host or head_gate.requires_grad or torch.compiler.is_compiling():
+        return None
+    rows = query.shape[:-1].numel()
+    on = int(head_gate.count_nonzero()) * (rows // max(head_gate.numel(), 1))
+    # The least it can cost, with no row filled up and no stream begun for a part of its rows. Finding the groups takes
+    # longer than a small call: it is not begun where it could not be worth it.
+    full_streams = on / max(query.shape[-2], 1)
+    if on and _cost(on, full_streams, keys) >= WORTHWHILE * rows * keys:
         return None
     groups = groups_of(head_gate, query)
     return groups if not groups or expected_ratio(groups, query, keys) < 1 else None
@@ -77,8 +85,11 @@ def expected_ratio(groups: list[Group], query: Tensor, keys: int) -> float:
     """Expected time of attending ``groups`` over that of the plain call with ``query`` (B, H, Q, D)."""
     rows = sum(group.rows.numel() for group in groups)
     streams = sum(len(group.streams) for group in groups)
-    skipping = rows * (keys + ROW_COST) + streams * keys * KEY_COST + FIXED_COST
-    return skipping / max(query.shape[:-1].numel() * keys, 1)
+    return _cost(rows, streams, keys) / max(query.shape[:-1].numel() * keys, 1)
+
+
+def _cost(rows: int, streams: float, keys: int) -> float:
+    return rows * (keys + ROW_COST) + streams * keys * KEY_COST + FIXED_COST
 
 
 def attend_groups(
