@@ -88,7 +88,10 @@ def test_wrong_and_options_of_pytest(folder):
     "arguments, said",
     [
         ((), "nothing to verify was named"),
-        (("kernel.py:crashing",), "kernel.py:crashing raised ValueError: out of luck (kernel.py, line 15)"),
+        (
+            ("kernel.py:crashing",),
+            "kernel.py:crashing raised ValueError: out of luck ({folder}/kernel.py, line 15)",
+        ),
         (("kernel.py:atention",), "did you mean 'attention'?"),
         (("kernel.py:attention", "--only", "spelling"), "there is no suite 'spelling': name one of "),
         (("kernel.py:attention", "--device", "abacus"), "device 'abacus' cannot be used here"),
@@ -100,7 +103,12 @@ def test_wrong_and_options_of_pytest(folder):
 def test_what_cannot_be_is_one_sentence(folder, capsys, arguments, said):
     assert cli.main(["verify", *arguments]) == 2
     out, err = capsys.readouterr()
-    assert said in err and err.startswith("headoff: error: ") and err.count("\n") == 1 and not out
+    assert (
+        said.format(folder=folder) in err
+        and err.startswith("headoff: error: ")
+        and err.count("\n") == 1
+        and not out
+    )
     assert not (folder / "page.html").exists()
 
 

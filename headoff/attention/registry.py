@@ -61,7 +61,8 @@ def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
     ``spec`` is a callable, a registered name, ``"package.module:name"`` or ``"path/to/file.py:name"`` with a
     path relative to the current directory; ``name`` may have dots. While it is imported, the folder of the
     file (for a module, the current directory) comes first on ``sys.path``, so that what lies beside it can be
-    imported; afterwards last, for what a function imports when it is called. A file is executed once, and again when it has changed since. Raises :class:`AttentionError`.
+    imported; afterwards last, for what a function imports when it is called. A file is executed once, and
+    again when it has changed since. Raises :class:`AttentionError`.
     """
     if not isinstance(spec, str):
         return conform(spec, attention_label(spec) if callable(spec) else repr(spec))

@@ -12,8 +12,8 @@ from headoff.attention import Attention, resolve_attention
 from headoff.detr.checkpoints.load import load
 from headoff.detr.detector import Detector, Features
 from headoff.errors import HeadoffError, NonFiniteError
+from headoff.harness.exceptions import describe_exception
 from headoff.harness.findings import Finding, Property
-from headoff.harness.operator.calls import describe_exception
 from headoff.harness.precision import InDtype
 from headoff.harness.subjects import Subject
 

@@ -11,8 +11,6 @@ import json
 import signal
 import subprocess
 import sys
-import traceback
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from torch import Tensor
 from headoff.attention import Attention, attention_names, resolve_attention
 from headoff.devices import DTYPES
 from headoff.errors import AttentionError, HeadoffError
+from headoff.harness.exceptions import describe_exception
 
 TIME_LIMIT = 600.0
 """Seconds; a patch may compile kernels when it is called first."""
@@ -82,7 +81,7 @@ def first_calls(attention: Attention, label: str, device: torch.device, dtype: t
             except HeadoffError:
                 raise
             except Exception as error:
-                raise AttentionError(f"{label} {described(error)} when {where}") from error
+                raise AttentionError(f"{label} raised {describe_exception(error)} when {where}") from error
             _check(context, query, label, where)
             try:
                 torch.autograd.grad(context.sum(), (query, key, value), allow_unused=True)
@@ -90,7 +89,7 @@ def first_calls(attention: Attention, label: str, device: torch.device, dtype: t
                     torch.cuda.synchronize(device)
             except Exception as error:
                 raise AttentionError(
-                    f"{label} has no backward pass that works: it {described(error)} when {where}"
+                    f"{label} has no backward pass that works: it raised {describe_exception(error)} when {where}"
                 ) from error
 
 
@@ -109,25 +108,6 @@ def _check(context: object, query: Tensor, label: str, where: str) -> None:
             f"{label} returned a context without a gradient when {where}: relevance is made of gradients; compute the "
             "context from the inputs, or give an autograd.Function a backward pass"
         )
-
-
-def described(error: BaseException) -> str:
-    """`raised ValueError: text (kernel.py, line 7)`, of an exception."""
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [
-        frame for frame in frames if "site-packages" not in frame.filename and _is_user(frame.filename)
-    ]
-    place = f" ({Path(outside[-1].filename).name}, line {outside[-1].lineno})" if outside else ""
-    text = " ".join(str(error).split())
-    short = text if len(text) <= 300 else text[:297] + "..."
-    return f"raised {type(error).__name__}{': ' if short else ''}{short}{place}"
-
-
-def _is_user(filename: str) -> bool:
-    """Whether the file is neither this package's nor torch's: the patch's own, mostly."""
-    own = Path(__file__).parents[1]
-    inside = [own / "harness", own / "detr", own / "relevance", Path(torch.__file__).parent]
-    return not any(Path(filename).is_relative_to(folder) for folder in inside)
 
 
 def _cause(code: int) -> str:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from headoff.attention.contract import Attention
+from headoff.harness.exceptions import describe_exception
 from headoff.harness.findings import Finding, Property
 from headoff.harness.operator.budget import Errors, allowed_for, errors_of, normalised
-from headoff.harness.operator.calls import Results, call, describe_exception
+from headoff.harness.operator.calls import Results, call
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.tensors import tensors_of
 from headoff.harness.operator.torch_settings import watched_settings

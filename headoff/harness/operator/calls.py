@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Sequence
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-import headoff
 from headoff.attention.contract import Attention
 from headoff.harness.operator.cases import Wanted
 from headoff.harness.operator.tensors import CallTensors
@@ -54,23 +49,3 @@ def gradients(
         name: torch.zeros_like(leaf) if each is None else each
         for (name, leaf), each in zip(named.items(), found, strict=True)
     }
-
-
-def describe_exception(error: BaseException) -> str:
-    """Type and message in one line, and the innermost line that belongs neither to torch nor to this package."""
-    text = " ".join(str(error).split())
-    text = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-    frame = _frame_of_patch(traceback.extract_tb(error.__traceback__))
-    return text if frame is None else f"{text} ({frame.filename}, line {frame.lineno})"
-
-
-def _frame_of_patch(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:
-    """The innermost frame of a file that is nobody's library; of a library other than torch where there is none."""
-    torch_folder, own_folder = Path(torch.__file__).parent, Path(headoff.__file__).parent
-    others = [
-        frame
-        for frame in frames
-        if not frame.filename.startswith((f"{torch_folder}/", f"{own_folder}/", "<"))
-    ]
-    patch = [frame for frame in others if not frame.filename.startswith(f"{torch_folder.parent}/")]
-    return patch[-1] if patch else others[-1] if others else None

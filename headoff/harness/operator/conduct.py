@@ -18,10 +18,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from headoff.attention.contract import Attention
 from headoff.errors import SettingError
+from headoff.harness.exceptions import describe_exception
 from headoff.harness.findings import Finding
 from headoff.harness.operator.accuracy import compare, describe, findings_of, misshapen, operator_findings
 from headoff.harness.operator.budget import allowed_for
-from headoff.harness.operator.calls import Results, call, describe_exception, gradients, leaves_of
+from headoff.harness.operator.calls import Results, call, gradients, leaves_of
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.tensors import CallTensors, tensors_of
 from headoff.harness.operator.torch_settings import watched_settings

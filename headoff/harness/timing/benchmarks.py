@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from headoff.attention import resolve_attention
+from headoff.harness.exceptions import describe_exception
 from headoff.harness.findings import Finding, WrongAttention, refuse
 from headoff.harness.patch import Patch
-from headoff.harness.preflight import described
 from headoff.harness.timing.clocks import Clock, clock_of, timer_of
 from headoff.harness.timing.comparisons import Comparison, Verdict
 from headoff.harness.timing.memory import peak_bytes
@@ -71,7 +71,7 @@ class Bench:
                 else:
                     result, comparison = self._compare(benchmark, patch, baseline)
             except Exception as error:
-                said = f"{workload.name}: {self.patch.label} {described(error)}"
+                said = f"{workload.name}: {self.patch.label} raised {describe_exception(error)}"
                 raise WrongAttention([Finding("crash", said, workload.name)]) from error
             findings = expected.findings(result, self.patch.attention)
         if comparison is not None:
