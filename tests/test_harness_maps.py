@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from headoff.attention import eager
 from headoff.errors import SettingError
 from headoff.gates import Clause, Configuration, HeadLayout, first_off
-from headoff.harness.maps import Budget, CaseMaps, map_errors, mismatches
+from headoff.harness import relevance, subjects
+from headoff.harness.maps import MOST_RAISED, Budget, CaseMaps, map_errors, mismatches
 from headoff.harness.refusals import accepted_wrongly, share_of_heads, wrong_by_one_head
+from headoff.harness.settings import Settings
 
 
 def case(maps, allowed=1e-6) -> CaseMaps:
@@ -48,6 +53,40 @@ def test_a_budget_is_measured():
     assert double.allowed == pytest.approx(single.allowed * 2**-29)
     half = Budget.measured(errors, 10, dtype=torch.bfloat16, measured_in=torch.bfloat16)
     assert half.allowed == pytest.approx(4 * 3e-6 + 10 * 2**-7)
+
+
+def test_a_budget_is_raised_within_limits():
+    errors = np.array([[1e-6, 3e-6]])
+    budget = Budget.measured(errors, 10)
+    assert budget.limit == pytest.approx(MOST_RAISED * budget.allowed)
+    assert budget.raised(2e-6).allowed == budget.allowed, "never lowered"
+    assert budget.raised(9e-6).allowed == pytest.approx(4 * 9e-6 + budget.floor)
+    assert budget.raised(1.0).allowed == pytest.approx(budget.limit)
+
+
+def softmax_of_others(query, key, value, attn_mask=None, *, head_gate=None):
+    return eager(query * (1 + 1.3e-5), key, value, attn_mask, head_gate=head_gate)
+
+
+def test_an_unlucky_budget_is_looked_at_again(monkeypatch, tmp_path):
+    """Where few right implementations came out near the truth by luck, more are asked; a wrong one stays wrong."""
+    subject = subjects.subject(Settings(), "scene-000")
+    configuration = subject.cumulative[3]
+    how = torch.device("cpu"), torch.float32, [configuration]
+    lucky = relevance.relevance_budget(subject, *how[:2])
+    found = relevance.found_maps(eager, subject, *how).maps
+    off = float(map_errors(subject.maps([configuration]), found).max())
+    unlucky = replace(lucky, eager_error=(off / 2 - lucky.floor) / 4)
+    monkeypatch.setattr(relevance, "relevance_budget", lambda *_: unlucky)
+    monkeypatch.setattr(relevance, "SECOND_LOOKS", 8)
+    monkeypatch.setenv("HEADOFF_CACHE", str(tmp_path))
+    relevance.error_reached.cache_clear()
+    assert off > unlucky.allowed
+    assert relevance.relevance_findings(eager, subject, *how) == []
+
+    (wrong,) = relevance.relevance_findings(softmax_of_others, subject, *how)
+    assert wrong.property == "relevance" and unlucky.allowed < wrong.budget < wrong.error < unlucky.limit
+    relevance.error_reached.cache_clear()
 
 
 def test_bytes_and_back():
