@@ -18,7 +18,8 @@ from headoff.detr.detector import Detector, Features
 from headoff.detr.transformer import MultiHeadAttention
 from headoff.gates import stack
 from headoff.harness import subjects
-from headoff.harness.findings import refuse
+from headoff.harness.detections import answer_budget
+from headoff.harness.findings import Finding, refuse
 from headoff.harness.golden import GoldenMaps, kept_in
 from headoff.harness.kinks import Decisions
 from headoff.harness.maps import UPDATE, Budget, CaseMaps, map_errors, stale
@@ -248,7 +249,10 @@ def test_permuting_heads_changes_nothing(some_subject, under_test):
 
 
 def test_switching_off_a_head_without_output_changes_nothing(some_subject, under_test):
-    """A head whose output projection is zero, at any site: on or off, the very same maps and answers."""
+    """A head whose output projection is zero, at any site: on or off, the same maps and answers.
+
+    But for rounding: a right attention may take another way where a gate is.
+    """
     subject = some_subject
     detector = own_detector(subject, under_test)
     generator = torch.Generator().manual_seed(under_test.seed)
@@ -271,8 +275,22 @@ def test_switching_off_a_head_without_output_changes_nothing(some_subject, under
         for configurations in (chosen, [each & silent for each in chosen])
     )
     assert on.maps.any()
-    assert torch.equal(on.logits, off.logits) and torch.equal(on.boxes, off.boxes)
-    assert np.array_equal(on.maps, off.maps)
+    # The model is another than the one that budgets were measured on: up to their limit, which still tells heads apart.
+    budget = relevance_budget(subject, under_test.device, under_test.dtype)
+    answers = answer_budget(subject, under_test.device, under_test.dtype)
+    apart = map_errors(on.maps, off.maps).max(), budget.limit
+    logits = (on.logits - off.logits).abs().max().item(), 2 * answers.logits
+    boxes = (on.boxes - off.boxes).abs().max().item(), 2 * answers.boxes
+    refuse(
+        [
+            Finding(
+                "gate",
+                f"switching off a head without output changes {what} by {by:.1e} (allowed {allowed:.1e})",
+            )
+            for what, (by, allowed) in {"maps": apart, "logits": logits, "boxes": boxes}.items()
+            if not by <= allowed
+        ]
+    )
 
 
 # What the tests are made of
