@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
+import importlib.util
 import io
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import triton_interpreter
 
 import headoff
 from headoff.attention import eager
-from headoff.bench import cases, levels, running
+from headoff.bench import blocked, cases, levels, running
 from headoff.bench.cases import DIRECTIONS, HEADS, AttentionCase, Shape, attention_cases, gates_of
 from headoff.bench.contestants import EAGER, FLEX, OWN, SDPA_BACKENDS, TRITON, attention_contestants
 from headoff.bench.contests import Bench, Contestant, contest
@@ -29,12 +36,18 @@ from headoff.bench.tables import markdown_of, text_of
 from headoff.cli import bench as command
 from headoff.detr import Detector, DetrConfig
 from headoff.detr.config import BackboneConfig
+from headoff.detr.graphs import CAPTURED
 from headoff.errors import SettingError
+from headoff.harness.settings import Settings
 from headoff.harness.timing.comparisons import Comparison
 from headoff.harness.timing.machine import machine
 from headoff.harness.timing.outputs import Expected, once
 from headoff.harness.timing.sides import Side
+from headoff.harness.timing.subjects import subject_of
+from headoff.harness.timing.variants import with_attention
+from headoff.harness.timing.workloads import DecoderWorkload
 from headoff.images import Preprocessing
+from headoff.relevance import RelevanceEngine
 
 CPU = torch.device("cpu")
 TINY = Shape("cross, 9 x 2 queries, 5 keys", 2, 5, 9)
@@ -202,6 +215,25 @@ def test_a_reference_that_was_only_slow_in_the_heats_is_chosen_after_all(bench, 
     assert found["two"].status == "reference" and found["one"].ratio == pytest.approx(2)
 
 
+def test_whatever_a_contestant_raises_it_is_listed(bench, clock):
+    """Compilers have errors of their own, which have no base that others could know."""
+
+    class OutOfResources(Exception):
+        pass
+
+    def failing():
+        raise OutOfResources("shared memory, Required: 300000")
+
+    rows = contest(
+        bench,
+        "sweep",
+        "a case",
+        [Contestant("one", clock.spends(1.0), right), Contestant("two", Side(failing), right)],
+        (),
+    )
+    assert [(row.status, row.note) for row in rows][1] == ("unsupported", "shared memory, Required: 300000")
+
+
 def test_without_a_reference_the_first_is_one_and_alone_it_still_has_a_time(bench, clock):
     (row,) = contest(bench, "sweep", "a case", [Contestant("own", clock.spends(0.5), right)], {"notebook"})
     assert (row.status, row.seconds, row.ratio) == ("reference", 0.5, 1.0)
@@ -304,6 +336,199 @@ def test_extrapolation_is_the_sum_of_the_parts():
     assert whole.ratios["high"] == pytest.approx(1.1 * whole.ratios["ratio"])
 
 
+# --- cams kept and blocked ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return subject_of(Settings(device="cpu", dtype="float32"), "model")
+
+
+def test_budgets_keep_cams_and_do_not(subject):
+    budgets = blocked.budgets_of(subject, "tiles")
+    assert list(budgets) == [blocked.KEPT, blocked.LEAST, blocked.BLOCKED]
+    assert budgets[blocked.KEPT] is None and budgets[blocked.BLOCKED] == budgets[blocked.LEAST] // 2
+    detector = with_attention(subject.detector, "sdpa")
+    kept = {
+        name: RelevanceEngine(detector, subject.features, memory_budget=budget).keeps_cams
+        for name, budget in budgets.items()
+    }
+    assert kept == {blocked.KEPT: True, blocked.LEAST: True, blocked.BLOCKED: False}
+
+
+def test_blocked_maps_are_those_of_kept_cams(bench, subject, monkeypatch):
+    (job,) = blocked.blocked_jobs(bench, "quick", subject)
+    contested = []
+
+    def judged_alone(bench, level, case, contestants, references):
+        """In place of what is timed."""
+        for each in contestants:
+            assert each.judge(each.side.call()) is None
+        contested.extend(each.name for each in contestants)
+        base = {"level": level, "case": case, "dtype": "float32"}
+        memory = {blocked.LEAST: 2**30, blocked.BLOCKED: 5 * 10**9}
+        return [Row(contestant=name, status="timed", memory=memory.get(name), **base) for name in contested]
+
+    monkeypatch.setattr(blocked, "contest", judged_alone)
+    rows = {row.contestant: row for row in job.run()}
+    assert list(rows) == [blocked.KEPT, blocked.LEAST, blocked.BLOCKED]
+    assert rows[blocked.KEPT].note == "the device's own budget"
+    assert rows[blocked.LEAST].note.startswith("a budget of 16 MiB; 1 GiB held; ")
+    assert "4.66 GiB held, above the target of 4 GB; " in rows[blocked.BLOCKED].note
+    assert "maps differ from those of kept cams by at most" in rows[blocked.BLOCKED].note
+
+
+def test_other_maps_than_those_of_kept_cams_are_wrong(bench, subject, monkeypatch):
+    """What a 1,000th part of one head's weights more would make of them is not let through."""
+    real = blocked.explain
+
+    def explain(detector, *arguments, memory_budget, **options):
+        if memory_budget is not None:
+            detector = copy.deepcopy(detector)
+            detector.encoder.layers[0].self_attention.value.weight.data[:8] *= 1.001
+        return real(detector, *arguments, memory_budget=memory_budget, **options)
+
+    verdicts = {}
+
+    def judged_alone(bench, level, case, contestants, references):
+        verdicts.update({each.name: each.judge(each.side.call()) for each in contestants})
+        return []
+
+    monkeypatch.setattr(blocked, "explain", explain)
+    monkeypatch.setattr(blocked, "contest", judged_alone)
+    (job,) = blocked.blocked_jobs(bench, "quick", subject)
+    assert job.run() == []
+    assert verdicts.pop(blocked.KEPT) is None
+    assert all("differ from those of kept cams by" in why for why in verdicts.values()), verdicts
+
+
+def test_kernels_that_cannot_be_are_listed(bench, subject):
+    (row,) = blocked._blocked(bench, subject, (headoff.parse_configuration("none"),), 1, "triton", "a case")
+    assert (row.status, row.contestant) == ("unsupported", blocked.BLOCKED) and "CUDA" in row.note
+
+
+# --- decodes by a graph -------------------------------------------------------------------------------------
+
+
+class Graphs:
+    """Stands for `DecodeGraphs`: captures at the second decode, or never."""
+
+    def __init__(self, failures=(), captures=True):
+        self.failures, self.captures, self.replays, self.decodes = list(failures), captures, 0, 0
+
+    def decode(self, detector, memory, gates):
+        self.decodes += 1
+        self.replays += self.captures and self.decodes > 1
+        return detector.decode(memory, gates)
+
+
+@pytest.mark.parametrize("attention", levels.BY_GRAPH.values(), ids=levels.BY_GRAPH)
+def test_what_is_timed_as_a_graph_is_one(subject, attention):
+    workload = DecoderWorkload.of(subject, (headoff.parse_configuration("first 2"),), "forward", seed=0)
+    captured = Graphs()
+    side = levels.by_graph(workload, eager, captured)
+    for calls in (2, 3):
+        assert side.call().logits.isfinite().all() and captured.decodes == calls
+    assert captured.replays == 2
+    for graphs, why in (
+        (Graphs(["RuntimeError: no memory"], captures=False), "no memory"),
+        (Graphs(captures=False), "refused"),
+    ):
+        side = levels.by_graph(workload, eager, graphs)
+        with pytest.raises(headoff.AttentionError, match=why):
+            side.call()
+    assert attention in CAPTURED
+
+
+# --- the script that tunes kernels --------------------------------------------------------------------------
+
+TUNING = Path(__file__).parents[1] / "benchmarks" / "kernel_tuning.py"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def tuning():
+    spec = importlib.util.spec_from_file_location("kernel_tuning", TUNING)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernel_tuning"] = module  # dataclasses look their module up by its name
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["kernel_tuning"]
+
+
+def a_task(tuning, clock, seconds):
+    """Choices of 16 x 16 and some warps and stages; `seconds` and results by the choice."""
+    from headoff.attention.fused import Tiling
+
+    def choice(warps, stages):
+        return tuning.Choice(Tiling(16, 16, warps, stages))
+
+    def make(one):
+        if one.tiling.warps == 16:
+            return Side(lambda: (_ for _ in ()).throw(headoff.AttentionError("it does not fit.")))
+        return clock.spends(seconds(one.tiling), [torch.tensor([1.0 + (one.tiling.warps == 2)])])
+
+    return tuning.Task(
+        "a kernel",
+        make,
+        choice(4, 2),
+        [torch.tensor([1.0]).double()],
+        [torch.tensor([1.0])],
+        [
+            lambda best: [choice(warps, best.tiling.stages) for warps in (2, 4, 8, 16)],
+            lambda best: [choice(best.tiling.warps, stages) for stages in (1, 2, 3)],
+        ],
+    )
+
+
+def test_tuning_goes_on_from_the_best_and_times_nothing_that_is_wrong(tuning, clock):
+    task = a_task(tuning, clock, lambda tiling: 1e-3 / tiling.warps + (tiling.stages == 3) * -5e-5)
+    findings = tuning.tuned(task, clock, 3)
+    assert {(each.tiling.warps, each.tiling.stages) for each in findings.seconds} == {
+        (4, 2), (8, 2), (8, 1), (8, 3)
+    }  # fmt: skip
+    assert findings.wrong
+    text = tuning.report(task, findings, 0.03, False)
+    assert "-> write 16x16, 8 warps, 3 stages, 70% less time" in text
+    assert "not timed: 16x16, 2 warps, 2 stages: WRONG: result 0 is off by 1.0e+00" in text
+    assert "not timed: 16x16, 16 warps, 2 stages: it does not fit." in text
+    assert "250.0 us  1.000 x the present  16x16, 4 warps, 2 stages" in text
+
+
+def test_tuning_leaves_what_nothing_beats(tuning, clock):
+    task = a_task(tuning, clock, lambda tiling: 1e-3 if tiling == (16, 16, 4, 2) else 0.99e-3)
+    assert "-> leave it as it is" in tuning.report(task, tuning.tuned(task, clock, 3), 0.03, False)
+
+
+@needs_triton
+def test_tuning_needs_a_gpu_or_the_interpreter(tuning, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tuning.main([]) == 2 and "need" in capsys.readouterr().err
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        assert tuning.main(["--dry-run"]) == 2 and "set TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(triton_interpreter.problem() is not None, reason=str(triton_interpreter.problem()))
+def test_every_choice_of_a_few_kernels_is_right():
+    """Tiles, stages and shares; the other kernels are walked through by hand, for they take a minute."""
+    few = ("--dtype", "bfloat16", "--only", "key_value_gradient, encoder", "--only", "relevance.left")
+    done = subprocess.run(
+        [sys.executable, str(TUNING), "--dry-run", *few],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(TUNING.parents[1]), *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("choices are right") == 2 and "not timed" not in done.stdout
+
+
 # --- records, tables, plots ---------------------------------------------------------------------------------
 
 
@@ -332,7 +557,15 @@ def report_of(shapes=2):
                     **{**timed, "status": "reference"},
                 ),
                 Row(contestant=OWN, ratio=0.5, low=0.4, high=0.625, seconds=1e-3, **timed),
-                Row(contestant=EAGER, ratio=12.5, low=11.0, high=14.0, seconds=25e-3, **timed),
+                Row(
+                    contestant=EAGER,
+                    ratio=12.5,
+                    low=11.0,
+                    high=14.0,
+                    seconds=25e-3,
+                    note="of one map" if shape == 0 else "",
+                    **timed,
+                ),
                 Row(contestant=TRITON, status="unsupported", note="there is no GPU", **base),
             ]
     base = {"level": "sweep", "case": "scenes, 9 configurations", "dtype": "float32"}
@@ -369,6 +602,7 @@ def test_the_table_for_a_terminal():
     lines = text.splitlines()
     start = lines.index("  cross 0, 5 keys, 0 heads off, forward (float32)")
     assert [line.split("  ")[2] for line in lines[start + 2 : start + 5]] == [OWN, "torch SDPA, flash", EAGER]
+    assert "    eager: of one map" in lines, "what is to be known of a time stands below it"
     assert "0.500  0.400 to 0.625" in lines[start + 2] and "arithmetic" in lines[start + 2]
     assert "a large copy reaches 10 GB/s, a matrix product 100 GFLOP/s" in text
     assert f"{TRITON}, unsupported in all 4 cases: there is no GPU" in text
@@ -380,6 +614,7 @@ def test_the_tables_for_a_page():
     assert text.startswith("    headoff bench --quick\n\n2026-01-02, ")
     tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert len(set(tables[:6])) == 1, "the lines of a table have as many cells"
+    assert "- cross 0, 5 keys, 0 heads off, forward, eager: of one map" in text.splitlines()
     assert "| scenes, 9 configurations | 1 | 0.017 (0.016 to 0.02) | notebook |" in text
     assert "| 1 | 0.500 (0.400 to 0.625) | 12.5 (11 to 14) | torch SDPA, flash |" in text
 

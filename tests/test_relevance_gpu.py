@@ -3,7 +3,7 @@
 There is one truth for both, the tile-by-tile path in float64, which tests/test_relevance_engine.py holds against the
 oracle. Plain PyTorch has to agree with it to float64 rounding; the kernels, under Triton's interpreter, to float32's.
 What needs the interpreter runs in a process of its own, for TRITON_INTERPRET has to be set before Triton is imported:
-these tests call this file, and its other half is below `interpreted`.
+these tests call this file, and its other half is below `interpreted`. On a GPU the same functions run on it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton_interpreter
 from relevance_examples import (
     QUERIES,
     TARGETS,
@@ -31,13 +36,19 @@ from headoff.attention import eager, sdpa
 from headoff.detr.detector import Features
 from headoff.errors import SettingError
 from headoff.gates import first_off, none_off, stack
-from headoff.relevance import MEMORY_BUDGET, RelevanceEngine, method_names
+from headoff.relevance import MEMORY_BUDGET, RelevanceEngine, class_logit, fused_vjp, method_names
+from headoff.relevance import engine as engine_module
 from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
 from headoff.relevance.batched_vjp import BatchedVjp
 from headoff.relevance.capture import AttentionRecord
-from headoff.relevance.engine import default_memory_budget
+from headoff.relevance.engine import _Pair, default_memory_budget
+from headoff.relevance.methods import resolve_method
 from headoff.relevance.traces import DecoderTrace
 
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="there is no CUDA device here, or TRITON_INTERPRET=1 keeps kernels off it",
+)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -79,14 +90,13 @@ def example(
     return AttentionRecord(("decoder_cross", 0), query, key, value, gate, mask, context), gradient, of_pairs
 
 
-def in_float32(record: AttentionRecord) -> AttentionRecord:
-    return AttentionRecord(
-        record.address,
-        *(each.float() for each in (record.query, record.key, record.value)),
-        record.gate.float(),
-        record.keys,
-        record.context.float(),
-    )
+def in_float32(record: AttentionRecord, device: str = "cpu") -> AttentionRecord:
+    def single(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(device, torch.float32)
+
+    tensors = (single(each) for each in (record.query, record.key, record.value, record.gate))
+    keys = None if record.keys is None else record.keys.to(device)
+    return AttentionRecord(record.address, *tensors, keys, single(record.context))
 
 
 SHAPES = [(3, 3), (3, 1), (1, 1)]
@@ -223,6 +233,50 @@ def test_kernels_are_refused_where_there_are_none():
         RelevanceEngine(detector, features_of(detector), kernels="triton")
 
 
+@pytest.mark.parametrize("problem", [None, "no such instruction"])
+def test_kernels_whose_first_calls_fail_are_not_chosen(monkeypatch, problem):
+    """On a device that is only said to be CUDA: nothing is computed."""
+    monkeypatch.setattr(engine_module, "unsupported", lambda *_: None)
+    monkeypatch.setattr(engine_module, "problem_on", lambda *_: problem)
+    detector = SimpleNamespace(device=torch.device("cuda", 0), config=tiny_detector(0).config)
+    choose = partial(engine_module._chosen_kernels, "auto", detector, torch.float32, resolve_method("chefer"))
+    if problem is None:
+        assert choose() == "triton"
+    else:
+        with pytest.warns(RuntimeWarning, match=r"not used on cuda:0 \(no such instruction\)"):
+            assert choose() == "torch"
+
+
+@needs_triton
+def test_launches_that_fail_are_said_in_a_sentence(monkeypatch):
+    """And the first call's check has it as its reason."""
+
+    class OutOfResources(Exception):
+        pass
+
+    def failing(*_, **__):
+        raise OutOfResources("out of resource: shared memory,\n Required: 300000")
+
+    record, gradient, of_pairs = example(1, 1)
+    grids = type("Grids", (), {"__getitem__": lambda self, grid: failing})()
+    monkeypatch.setattr(fused_vjp, "unsupported", lambda *_: None)
+    monkeypatch.setattr(fused_vjp, "_kernels", lambda: SimpleNamespace(cam_kernel=grids))
+    vjp = fused_vjp.FusedVjp(in_float32(record), "gradient")
+    with pytest.raises(
+        SettingError, match="cam_kernel on cpu .OutOfResources: out of resource: shared memory, Req"
+    ):
+        vjp(gradient.float(), of_pairs)
+    reason = fused_vjp.problem_on.__wrapped__(torch.device("cpu"), 32)
+    assert reason.startswith("OutOfResources: out of resource")
+
+
+def test_a_gpu_that_is_too_old_is_not_for_the_kernels(monkeypatch):
+    monkeypatch.setattr(fused_vjp, "too_old", lambda device: "too old")
+    if importlib.util.find_spec("triton") is not None:
+        reason = fused_vjp.unsupported(torch.device("cuda", 0), torch.float32, "gradient", 32)
+        assert reason == "the relevance kernels are not for cuda:0 (too old)"
+
+
 def test_builtins_are_known_by_their_module():
     def patch(query, key, value, attn_mask=None):
         return eager(query, key, value, attn_mask)
@@ -249,10 +303,26 @@ def interpreted(name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@needs_triton
-@pytest.mark.parametrize("name", ["kernels", "engine", "launches"])
+@pytest.mark.skipif(triton_interpreter.problem() is not None, reason=str(triton_interpreter.problem()))
+@pytest.mark.parametrize("name", ["kernels", "engine", "launches", "waits"])
 def test_under_the_interpreter(name):
     interpreted(name)
+
+
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("name", ["kernels", "engine", "launches", "waits"])
+def test_on_cuda(name):
+    with torch.no_grad():
+        BODIES[name]("cuda")
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device here")
+def test_on_a_device_that_is_not_the_current_one():
+    with torch.no_grad():
+        BODIES["kernels"]("cuda:1")
+    assert torch.cuda.current_device() == 0
 
 
 @needs_triton
@@ -289,7 +359,11 @@ def test_kernels_compile_ahead_of_time(arch, tmp_path, monkeypatch):
         compiled = compile(
             ASTSource(kernel, signature, known),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
+            options={
+                "num_warps": tiles.warps,
+                "num_stages": tiles.stages,
+                "enable_fp_fusion": True,
+            },
         )
         assert compiled.asm["cubin"]
         assert compiled.metadata.shared <= 48 * 2**10, "more than every device has without being asked"
@@ -325,7 +399,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def kernels() -> None:
+def kernels(device: str = "cpu") -> None:
     from headoff.relevance.fused_vjp import FusedVjp
 
     for rule in ("gradient", "centred"):
@@ -333,18 +407,19 @@ def kernels() -> None:
             record, gradient, of_pairs = example(runs, runs_of_keys, masked=runs == runs_of_keys, pairs=3)
             vectors, rows = torch.rand(3, 37).double(), torch.rand(3, 3, 70).double()
             expected = everything(AttentionVjp(record, rule), gradient, of_pairs, vectors, rows)
-            single = in_float32(record)
-            given = [gradient.float(), of_pairs, vectors.float(), rows.float()]
+            single = in_float32(record, device)
+            given = [each.to(device) for each in (gradient.float(), of_pairs, vectors.float(), rows.float())]
             found = everything(FusedVjp(single, rule), *given)
             budget = float32_budget(record)
             for ours, theirs in zip(found, expected, strict=True):
                 assert ours.dtype == torch.float32
-                worst = relative(ours, theirs)
+                worst = relative(ours.cpu(), theirs)
                 assert worst < budget, f"{rule}, {runs} runs, {runs_of_keys} of keys: {worst} of {budget}"
             if rule == "gradient":
                 assert_refused(record, gradient, of_pairs, expected[0])
             # Cams are the same numbers however they are asked for: alone, or on the way to gradients.
             assert FusedVjp(single, rule)(*given[:2], inputs=False)[0].equal(found[0])
+            found = [each.cpu() for each in found]
             # What is off, or hidden, or seen by nobody, is exactly zero.
             assert found[0][-1, :64].eq(0).all()
             off = of_pairs == 0
@@ -355,13 +430,13 @@ def kernels() -> None:
                 assert found[0][:, :, ~record.keys].eq(0).all() and found[2][:, :, ~record.keys].eq(0).all()
 
 
-def launches() -> None:
+def launches(device: str = "cpu") -> None:
     """Pairs divided among launches, and heads of more channels, which have other tiles; NaN is not lost."""
-    from headoff.relevance.fused_vjp import FusedVjp, tiling
+    from headoff.relevance.fused_vjp import FusedVjp, problem_on, tiling
 
     record, gradient, of_pairs = example(3, 1, queries=20, keys=70)
-    record, gradient = in_float32(record), gradient.float()
-    vectors, rows = torch.rand(4, 70), torch.rand(4, 2, 20)
+    record, gradient, of_pairs = in_float32(record, device), gradient.float().to(device), of_pairs.to(device)
+    vectors, rows = torch.rand(4, 70, device=device), torch.rand(4, 2, 20, device=device)
     whole, divided = (
         everything(FusedVjp(record, "gradient", tile=tile), gradient, of_pairs, vectors, rows)
         for tile in (2**20, 1)
@@ -382,31 +457,33 @@ def launches() -> None:
     runs = torch.zeros(1, dtype=torch.long)
     vectors, rows = torch.rand(1, 33).double(), torch.rand(1, 1, 40).double()
     expected = everything(AttentionVjp(record, "gradient"), gradient, runs, vectors, rows)
-    single = AttentionRecord(
-        record.address, query.float(), key.float(), value.float(), None, None, record.context.float()
-    )
-    found = everything(FusedVjp(single, "gradient"), gradient.float(), runs, vectors.float(), rows.float())
+    given = [each.to(device) for each in (gradient.float(), runs, vectors.float(), rows.float())]
+    found = everything(FusedVjp(in_float32(record, device), "gradient"), *given)
     for ours, theirs in zip(found, expected, strict=True):
-        assert relative(ours, theirs) < float32_budget(record)
+        assert relative(ours.cpu(), theirs) < float32_budget(record)
+
+    # What is asked for where nobody chose: the kernels, as their first calls are right.
+    assert problem_on(torch.device(device), 32) is None
 
 
-def engine() -> None:
-    """The whole engine on the kernels, as near to float64's truth as the tile-by-tile path in float32."""
+def engine(device: str = "cpu") -> None:
+    """The whole engine on the kernels, as near to float64's truth as another way back in float32 on that device."""
     for padded, options in ((True, {}), (False, {"memory_budget": 1}), (True, {"method": "chefer_centred"})):
         detector = tiny_detector(2, encoder_layers=1, decoder_layers=2, feedforward=8)
         features = features_of(detector, padded=padded)
         gates = stack([none_off(), first_off(2)], detector.head_layout)
         truth = engine_results(detector, features, gates, specs=TARGETS[:2], **options)
-        single = Features(
-            features.tokens.float(), features.positions.float(), features.attn_mask, features.grid
-        )
-        detector.float()
+        single = single_features(features, device)
+        detector.float().to(device)
         assert RelevanceEngine(detector, single, kernels="triton").kernels == "triton"
-        tiles = engine_results(detector, single, gates, specs=TARGETS[:2], **options)
+        plain_kernels = "tiles" if device == "cpu" else "torch"
+        tiles = engine_results(detector, single, gates, specs=TARGETS[:2], kernels=plain_kernels, **options)
         fused = engine_results(detector, single, gates, specs=TARGETS[:2], kernels="triton", **options)
         for expected, plain, found in zip(sum(truth, []), sum(tiles, []), sum(fused, []), strict=True):
             largest = float(expected.rows.max())
             floor = largest * torch.finfo(torch.float32).eps * detector.config.width
+            if device != "cpu":
+                floor *= 8  # a GPU's exponentials are good to 2 units, not to half of one
             allowed = 4 * float((plain.rows - expected.rows).abs().max()) + floor
             worst = float((found.rows - expected.rows).abs().max())
             assert worst <= allowed < 1e-3 * largest, f"{worst} of {allowed}, maximum {largest} ({options})"
@@ -414,6 +491,54 @@ def engine() -> None:
             assert found.encoder_identity_rows == expected.encoder_identity_rows
 
 
+def single_features(features: Features, device: str) -> Features:
+    mask = None if features.attn_mask is None else features.attn_mask.to(device)
+    tokens, positions = (each.to(device, torch.float32) for each in (features.tokens, features.positions))
+    return Features(tokens, positions, mask, features.grid)
+
+
+@contextmanager
+def no_waiting(device: str) -> Iterator[None]:
+    """Whatever makes the host wait for the GPU is an error; on a CPU there is nothing to wait for."""
+    if device == "cpu":
+        yield
+        return
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def waits(device: str = "cpu") -> None:
+    """From targets to maps, nothing makes the host wait; kernels are compiled and libraries loaded by a first time."""
+    detector = tiny_detector(0, torch.float32, encoder_layers=1, decoder_layers=2, feedforward=8).to(device)
+    features = single_features(features_of(detector.cpu(), padded=True), device)
+    detector.to(device)
+    gates = random_gates(detector, 2, sites=("decoder_self", "decoder_cross"))
+    cases = [("chefer", "triton"), ("chefer_centred", "triton"), ("chefer", "torch"), ("rollout", "torch")]
+    for method, kernels in cases if device != "cpu" else cases[:1]:
+        for keep in (False, True):
+            engine = RelevanceEngine(detector, features, method=method, kernels=kernels)
+            engine._budget.keep_cams = keep
+            encoder = engine.encode()
+            decoder = DecoderTrace.of(detector, encoder.memory, gates, engine._make)
+            pairs = [_Pair(run, 0, class_logit(query, 1)) for run, query in ((0, 1), (1, 2))]
+            runs, queries, layers = (torch.tensor(each, device=device) for each in ([0, 1], [1, 2], [0, 1]))
+            maps = []
+            for guard in (nullcontext(), no_waiting(device)):
+                with guard:
+                    _, seed = engine._seed(decoder, pairs)
+                    seed = seed if engine.method.needs_gradient else None
+                    found, _ = engine._flow(encoder, decoder, seed, runs, queries, layers)
+                maps.append(found.rows.cpu())
+            assert maps[0].equal(maps[1]) and maps[0].isfinite().all() and maps[0].any()
+
+
+BODIES = {"kernels": kernels, "launches": launches, "engine": engine, "waits": waits}
+
 if __name__ == "__main__":
     with torch.no_grad():
-        {"kernels": kernels, "launches": launches, "engine": engine}[sys.argv[1]]()
+        BODIES[sys.argv[1]]()

@@ -156,8 +156,9 @@ def test_tensors_sent_together_keep_shapes_values_and_places():
 
 
 @pytest.mark.skipif(not CUDA, reason="there is no CUDA device here")
-def test_a_sweep_on_cuda_waits_for_nothing(detector):
-    there = Detector(SMALL).eval().requires_grad_(False).cuda()
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "triton"])
+def test_a_sweep_on_cuda_waits_for_nothing(attention):
+    there = Detector(SMALL, attention=attention).eval().requires_grad_(False).cuda()
     pixels = torch.zeros(1, 3, 48, 64, device="cuda")
     gates = gates_of(there, TEXTS)
     with torch.inference_mode():
@@ -221,21 +222,39 @@ class FakeCuda:
     def __init__(self, failing=False):
         self.failing = failing
         self.captures = []
+        self.devices = []
+        self.streams = [Stream()]
 
     def current_stream(self):
-        return Stream()
+        return self.streams[-1]
+
+    @contextmanager
+    def device(self, device):
+        self.devices.append(device)
+        try:
+            yield
+        finally:
+            self.devices.pop()
 
     @contextmanager
     def stream(self, stream):
-        yield
+        before = list(self.streams)
+        self.streams.append(stream)
+        try:
+            yield
+        finally:
+            self.streams = before
 
     @contextmanager
-    def graph(self, tape):
-        if self.failing:
+    def graph(self, tape, stream):
+        assert self.devices, "a capture is of a stream of the detector's device"
+        self.streams.append(stream)
+        if self.failing:  # as torch's, which does not leave its stream then
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         self.captures.append(tape)
         with tape:
             yield
+        self.streams.pop()
 
 
 def graphs_here(failing=False):
@@ -318,6 +337,8 @@ def test_where_a_capture_fails_decodes_go_on(plain):
         with torch.inference_mode():
             assert_same(graphs.decode(plain, memory, gates), plain.decode(memory, gates))
     assert graphs.replays == 0
+    assert graphs.failures == ["RuntimeError: CUDA error: operation not permitted when stream is capturing"]
+    assert len(cuda.streams) == 1 and not cuda.devices, "and stream and device are those of before"
 
 
 def test_what_is_not_captured(plain):
@@ -372,10 +393,22 @@ def test_a_sweep_over_images_with_graphs(plain, image):
 
 
 @pytest.mark.skipif(not CUDA, reason="there is no CUDA device here")
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_graphs_on_cuda(attention):
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "triton"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cuda:0",
+        pytest.param(
+            "cuda:1",
+            marks=pytest.mark.skipif(
+                torch.cuda.device_count() < 2, reason="there is no second CUDA device here"
+            ),
+        ),
+    ],
+)
+def test_graphs_on_cuda(device, attention):
     torch.manual_seed(0)
-    there = Detector(SMALL, attention=attention).eval().requires_grad_(False).cuda()
+    there = Detector(SMALL, attention=attention).eval().requires_grad_(False).to(device)
     graphs, gates = DecodeGraphs(), gates_of(there, TEXTS[:-1])
     with torch.inference_mode():
         for seed in range(4):
@@ -383,7 +416,7 @@ def test_graphs_on_cuda(attention):
             found, expected = graphs.decode(there, memory, gates), there.decode(memory, gates)
             torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(found.boxes, expected.boxes, rtol=1e-5, atol=1e-5)
-    assert graphs.replays == 3
+    assert graphs.replays == 3 and not graphs.failures
 
 
 # --- mixed precision ----------------------------------------------------------------------------------------

@@ -30,6 +30,9 @@ Precision = Literal["ieee", "tf32", "tf32x3"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CHANNELS = 128
 
+LEAST_CAPABILITY = (8, 0)
+"""Of an NVIDIA GPU: what Triton makes for older ones is promised by nobody, and its compiler may end the process."""
+
 FEW_PROGRAMS = 264
 """Two for each of the 132 multiprocessors of an H100 or H200; with fewer programs than that, rows are cut finer."""
 
@@ -72,7 +75,8 @@ def triton_attention(
     of their bits, ``"tf32"`` keeps 11 and is done by tensor cores, ``"tf32x3"`` makes three such products of
     one, which lose about 3 bits. Differentiable once, with respect to query, key and value; the gradient of a
     row that is off is exactly 0. Raises :class:`AttentionError` for what it does not support, a mask or gate
-    that requires a gradient among it (:func:`~headoff.attention.eager` has it).
+    that requires a gradient among it (:func:`~headoff.attention.eager` has it), and where a kernel can be
+    neither compiled nor launched: no compiler, a GPU of less shared memory than a program takes.
     """
     _check(query, key, value, precision)
     shape = query.shape
@@ -168,21 +172,21 @@ def _forward(
     logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32) if keep_logsumexp else None
     tiling = tilings(query, key).forward
     programs = batch * heads * -(-queries // tiling.queries)
-    if programs:
-        with _on_device_of(query):
-            _kernels().forward_kernel[(programs,)](
-                *_with_strides(query, key, value),
-                *call.arguments(),
-                *_with_strides(context),
-                logsumexp,
-                heads,
-                queries,
-                key.shape[2],
-                _scale(channels),
-                **_options(tiling, channels),
-                BY_KEY=call.by_key,
-                PRECISION=call.precision,
-            )
+    _launch(
+        "forward_kernel",
+        programs,
+        *_with_strides(query, key, value),
+        *call.arguments(),
+        *_with_strides(context),
+        logsumexp,
+        heads,
+        queries,
+        key.shape[2],
+        _scale(channels),
+        **_options(tiling, channels),
+        BY_KEY=call.by_key,
+        PRECISION=call.precision,
+    )
     return context, logsumexp
 
 
@@ -201,49 +205,48 @@ def _backward(
     length = key.shape[2]
     numbers = (heads, queries, length, _scale(channels))
     tiling = tilings(query, key)
-    kernels = _kernels()
     delta = torch.empty_like(logsumexp)
     of_query = torch.empty_like(query) if wanted[0] else None
     programs = batch * heads * -(-queries // tiling.query_gradient.queries)
-    with _on_device_of(query):
-        if programs:
-            kernels.query_gradient_kernel[(programs,)](
-                *_with_strides(query, key, value),
-                *call.arguments(),
-                *_with_strides(context, upstream),
-                logsumexp,
-                delta,
-                *((None, None) if of_query is None else _with_strides(of_query)),
-                *numbers,
-                **_options(tiling.query_gradient, channels),
-                BY_KEY=call.by_key,
-                PRECISION=call.precision,
-            )
-        if not wanted[1] and not wanted[2]:
-            return of_query, None, None
-        shares, share = _shares(query, key, tiling.key_value_gradient)
-        if shares == 1:
-            of_key, of_value = torch.empty_like(key), torch.empty_like(value)
-        else:
-            partial = query.new_empty(2, shares * batch, heads, length, channels, dtype=torch.float32)
-            of_key, of_value = partial[0], partial[1]
-        programs = shares * batch * heads * -(-length // tiling.key_value_gradient.keys)
-        if programs:
-            kernels.key_value_gradient_kernel[(programs,)](
-                *_with_strides(query, key, value),
-                *call.arguments(),
-                *_with_strides(upstream),
-                logsumexp,
-                delta,
-                *_with_strides(of_key, of_value),
-                batch,
-                *numbers,
-                share,
-                **_options(tiling.key_value_gradient, channels),
-                BY_KEY=call.by_key,
-                BY_ROW=call.by_row,
-                PRECISION=call.precision,
-            )
+    _launch(
+        "query_gradient_kernel",
+        programs,
+        *_with_strides(query, key, value),
+        *call.arguments(),
+        *_with_strides(context, upstream),
+        logsumexp,
+        delta,
+        *((None, None) if of_query is None else _with_strides(of_query)),
+        *numbers,
+        **_options(tiling.query_gradient, channels),
+        BY_KEY=call.by_key,
+        PRECISION=call.precision,
+    )
+    if not wanted[1] and not wanted[2]:
+        return of_query, None, None
+    shares, share = _shares(query, key, tiling.key_value_gradient)
+    if shares == 1:
+        of_key, of_value = torch.empty_like(key), torch.empty_like(value)
+    else:
+        partial = query.new_empty(2, shares * batch, heads, length, channels, dtype=torch.float32)
+        of_key, of_value = partial[0], partial[1]
+    _launch(
+        "key_value_gradient_kernel",
+        shares * batch * heads * -(-length // tiling.key_value_gradient.keys),
+        *_with_strides(query, key, value),
+        *call.arguments(),
+        *_with_strides(upstream),
+        logsumexp,
+        delta,
+        *_with_strides(of_key, of_value),
+        batch,
+        *numbers,
+        share,
+        **_options(tiling.key_value_gradient, channels),
+        BY_KEY=call.by_key,
+        BY_ROW=call.by_row,
+        PRECISION=call.precision,
+    )
     if shares > 1:
         of_key, of_value = partial.unflatten(1, (shares, batch)).sum(1).to(key.dtype).unbind()
     return of_query, of_key if wanted[1] else None, of_value if wanted[2] else None
@@ -253,14 +256,18 @@ def tilings(query: Tensor, key: Tensor) -> Tilings:
     """The tiles of the three kernels for ``query`` (B, H, Q, D) and ``key`` (B, H, S, D).
 
     By dtype and shape alone, so that results repeat. Tensor cores want 64 rows; where that makes too few
-    programs to occupy a GPU, 32, which also leaves fewer rows that are off in blocks that are not. Tiles are the
-    largest whose accumulators and operands ptxas fits into the registers without spilling. Those of float32 are
-    smaller, as exact products are no work of tensor cores and keep their operands in registers.
+    programs to occupy a GPU, 32, which also leaves fewer rows that are off in blocks that are not. Tiles are
+    those whose accumulators and operands ptxas fits into the registers of sm_90: of what Triton 3.4, 3.6 and
+    3.9 make of them for calls without padding it spills at most 32 bytes a thread
+    (``benchmarks/kernel_resources.py``). Those of float32 are smaller, as exact products are no work of tensor
+    cores and keep their operands in registers.
     """
     batch, heads, queries, channels = query.shape
     if query.dtype == torch.float32:
-        of_rows = Tiling(32, 32, 4 if channels <= 64 else 8, 2)
-        return Tilings(of_rows, of_rows, Tiling(16, 32, 4, 2))
+        if channels <= 64:
+            of_rows = Tiling(32, 32, 4, 2)
+            return Tilings(of_rows, of_rows, Tiling(16, 32, 4, 2))
+        return Tilings(Tiling(32, 16, 8, 2), Tiling(32, 32, 8, 2), Tiling(16, 32, 8, 2))
     rows = 32 if batch * heads * -(-queries // 64) < FEW_PROGRAMS else 64
     of_rows = Tiling(rows, 64 if channels <= 64 else 32, 4, 2)
     if channels <= 32:
@@ -298,19 +305,56 @@ def _with_strides(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple(part for tensor in tensors for part in (tensor, tensor.stride()))
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+def _launch(kernel: str, programs: int, query: Tensor, *rest: Any, **options: Any) -> None:
+    """So many ``programs`` of a kernel, whose first argument is the query; none where there are no rows or keys."""
+    if not programs:
+        return
+    launch = getattr(_kernels(), kernel)[(programs,)]
+    try:
+        with on_device_of(query):
+            launch(query, *rest, **options)
+    except Exception as error:  # Triton's own have no common base, and a C compiler may fail as well
+        raise AttentionError(
+            f"the triton attention cannot run its {kernel} on {query.device} ({said_by(error)}): use the "
+            f"attention 'sdpa'."
+        ) from error
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def said_by(error: Exception) -> str:
+    """What is at the bottom of an error, in one line: its kind, and the beginning and end of what it says."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = " ".join(str(cause).split())
+    # Compilers say where it is and quote the source before they say what it is.
+    return f"{type(cause).__name__}: {text if len(text) <= 200 else f'{text[:60]} ... {text[-135:]}'}"
+
+
+@functools.cache
+def too_old(device: torch.device) -> str | None:
+    """Why the kernels are not for a CUDA device, as a clause; None where they are."""
+    if torch.version.hip is not None:
+        return None  # capabilities are another thing there
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= LEAST_CAPABILITY:
+        return None
+    have, need = (".".join(map(str, each)) for each in (capability, LEAST_CAPABILITY))
+    return f"the kernels need a GPU of compute capability {need}, and this one's is {have}"
 
 
 @functools.cache
 def _kernels() -> ModuleType:
     try:
         from headoff.attention import triton_kernels
-    except ImportError as error:
+    except Exception as error:  # an old Triton lacks names, a broken one raises what it likes
         raise AttentionError(
-            f"the triton attention cannot import Triton ({error}): install it with 'pip install triton', or use "
-            f"the attention 'sdpa'."
+            f"the triton attention cannot import Triton ({said_by(error)}): install it with 'pip install "
+            f"triton', or use the attention 'sdpa'."
         ) from error
     return triton_kernels
 
@@ -345,6 +389,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, precision: str) -> None:
         )
     _check_device("key", key, query)
     _check_device("value", value, query)
+    if query.is_cuda and (reason := too_old(query.device)) is not None:
+        raise AttentionError(f"the triton attention cannot be used on {query.device} ({reason}): use 'sdpa'.")
     if not query.is_cuda and not (query.device.type == "cpu" and _kernels().INTERPRETED):
         raise AttentionError(
             f"the triton attention was given tensors on {query.device}: move them to a CUDA device, or set "

@@ -53,6 +53,15 @@ def _stream(pointer, strides, batch, head):
 
 
 @triton.jit
+def _place(heads, queries, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of a program that owns a block of rows: which head of all, batch item, head, rows (BLOCK_Q,), channels."""
+    blocks = tl.cdiv(queries, BLOCK_Q)
+    stream = tl.program_id(0) // blocks
+    rows = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    return stream, stream // heads, stream % heads, rows, tl.arange(0, BLOCK_D)
+
+
+@triton.jit
 def _tile(pointer, strides, rows, channels):
     """Pointers to ``rows`` (N,) times ``channels`` (D,)."""
     return pointer + rows.to(tl.int64)[:, None] * strides[2] + channels.to(tl.int64)[None, :] * strides[3]
@@ -171,20 +180,16 @@ def forward_kernel(
 
     ``scale`` is log2(e) / sqrt(D); ``BY_KEY`` says that the mask is the same for all queries.
     """
-    blocks = tl.cdiv(queries, BLOCK_Q)
-    stream = tl.program_id(0) // blocks
-    batch, head = stream // heads, stream % heads
-    rows = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    channels = tl.arange(0, BLOCK_D)
+    stream, batch, head, rows, channels = _place(heads, queries, BLOCK_Q, BLOCK_D)
+    query = _stream(query, query_strides, batch, head)
+    key = _stream(key, key_strides, batch, head)
+    value = _stream(value, value_strides, batch, head)
     if mask is not None:
         mask = _stream(mask, mask_strides, batch, head)
     if gate is not None:
         gate = _stream(gate, gate_strides, batch, head)
     gates = _gates(gate, gate_strides, rows, queries)
     on = gates != 0
-    query = _stream(query, query_strides, batch, head)
-    key = _stream(key, key_strides, batch, head)
-    value = _stream(value, value_strides, batch, head)
 
     total = tl.zeros([BLOCK_Q], tl.float32)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -261,20 +266,16 @@ def query_gradient_kernel(
 
     ``upstream`` is dO. ``delta`` (B, H, Q) is for :func:`key_value_gradient_kernel`.
     """
-    blocks = tl.cdiv(queries, BLOCK_Q)
-    stream = tl.program_id(0) // blocks
-    batch, head = stream // heads, stream % heads
-    rows = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    channels = tl.arange(0, BLOCK_D)
+    stream, batch, head, rows, channels = _place(heads, queries, BLOCK_Q, BLOCK_D)
+    query = _stream(query, query_strides, batch, head)
+    key = _stream(key, key_strides, batch, head)
+    value = _stream(value, value_strides, batch, head)
     if mask is not None:
         mask = _stream(mask, mask_strides, batch, head)
     if gate is not None:
         gate = _stream(gate, gate_strides, batch, head)
     gates = _gates(gate, gate_strides, rows, queries)
     on = gates != 0
-    query = _stream(query, query_strides, batch, head)
-    key = _stream(key, key_strides, batch, head)
-    value = _stream(value, value_strides, batch, head)
     upstream = _stream(upstream, upstream_strides, batch, head)
     context = _stream(context, context_strides, batch, head)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from headoff.bench.roofline import Ceilings, Position
 
-Level = Literal["attention", "decoder", "sweep", "relevance"]
+Level = Literal["attention", "decoder", "sweep", "relevance", "blocked"]
 Status = Literal["timed", "reference", "wrong", "unsupported"]
 
 FORMAT = "headoff bench 1"
@@ -21,7 +21,8 @@ FORMAT = "headoff bench 1"
 class Row:
     """One contestant in one case.
 
-    - `status`: `reference` is what the others' ratios are to; `wrong` and `unsupported` were not timed, `note` says why
+    - `status`: `reference` is what the others' ratios are to; `wrong` and `unsupported` were not timed
+    - `note`: why it was not timed; else what is to be known of its time or memory
     - `ratio`, `low`, `high`: time by that of the `reference`, and its interval
     - `seconds` of a call (median); `memory`: most bytes that a call held, None where that was not measured
     - `position`: under the roofline, of attention calls

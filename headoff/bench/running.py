@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headoff.bench.blocked import blocked_jobs
 from headoff.bench.cases import Scale
 from headoff.bench.ceilings import ceilings_of
 from headoff.bench.contests import Bench
@@ -24,6 +25,9 @@ from headoff.harness.timing.subjects import Size, Subject, subject_of
 
 SIZES: dict[Scale, tuple[Size, ...]] = {"quick": ("model",), "standard": ("r50",), "full": ("r50", "dc5")}
 """Detectors of each scale: the bundled one, ResNet-50, and the same with 4 times the tokens."""
+
+BLOCKED_SIZES: dict[Scale, tuple[Size, ...]] = {"quick": ("model",), "standard": ("dc5",), "full": ("dc5",)}
+"""Of blocked relevance, which shorter grids have no use for."""
 
 Progress = Callable[[str], None]
 
@@ -71,6 +75,12 @@ def _jobs(plan: Plan, bench: Bench) -> Iterator[Job]:
         subject = _subject(plan, bench, size)
         for jobs in chosen:
             yield from jobs(bench, plan.scale, subject)
+    # Relevance is computed in float32 whatever the weights are in: one dtype will do.
+    if "blocked" in plan.levels and bench.dtype == (
+        torch.float32 if torch.float32 in plan.dtypes else plan.dtypes[0]
+    ):
+        for size in BLOCKED_SIZES[plan.scale]:
+            yield from blocked_jobs(bench, plan.scale, _subject(plan, bench, size))
 
 
 def _subject(plan: Plan, bench: Bench, size: Size) -> Subject:

@@ -13,6 +13,7 @@ TITLES: dict[Level, str] = {
     "decoder": "Decoder",
     "sweep": "Sweep, from the picture to the outcomes",
     "relevance": "Relevance, from the picture to the maps",
+    "blocked": "Relevance in little memory: cams kept, and blocked",
 }
 HEAD = ("contestant", "x reference", "interval", "time", "memory")
 UNDER_ROOF = ("FLOP/s", "bytes/s", "limit", "of it")
@@ -30,6 +31,7 @@ def text_of(report: Report) -> str:
             if timed:
                 lines = [_head(timed), *(_cells(row) for row in _sorted(timed))]
                 blocks += [f"    {line}" for line in _aligned(lines)]
+                blocks += [f"    {row.contestant}: {row.note}" for row in timed if row.note]
     left_out = _left_out(report.rows)
     if left_out:
         blocks += ["\nnot timed", *(f"  {line}" for line in left_out)]
@@ -51,7 +53,10 @@ def markdown_of(report: Report) -> str:
         rows = report.level(level)
         lines += ["", f"### {TITLES[level]}"]
         for dtype in dict.fromkeys(row.dtype for row in rows):
-            lines += ["", *_markdown_table([row for row in rows if row.dtype == dtype], dtype)]
+            some = [row for row in rows if row.dtype == dtype]
+            lines += ["", *_markdown_table(some, dtype)]
+            notes = [row for row in some if row.was_timed and row.note]
+            lines += ["", *(f"- {row.case}, {row.contestant}: {row.note}" for row in notes)] if notes else []
     left_out = _left_out(report.rows)
     if left_out:
         lines += ["", "Not timed:", "", *(f"- {line}" for line in left_out)]

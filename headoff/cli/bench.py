@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from headoff.bench.records import Level
     from headoff.bench.running import Plan
 
-LEVELS: tuple[Level, ...] = ("attention", "decoder", "sweep", "relevance")
+LEVELS: tuple[Level, ...] = ("attention", "decoder", "sweep", "relevance", "blocked")
 
 EPILOG = """\
 what is compared:
@@ -29,12 +29,15 @@ what is compared:
   decoder     all configurations decoded together, with each attention
   sweep       from the picture to the outcomes, beside one forward pass for every configuration
   relevance   from the picture to the maps, beside a forward and a backward pass for every map
+  blocked     from the picture to the maps of DC5 (quick: the bundled model), with the encoder's cams kept, and made
+              anew tile by tile in little memory: time, memory, and how the maps differ
 
   Everything is checked against the float64 oracle before it is timed; what is wrong or unsupported is listed. Two that
   are compared take turns; the interval of a ratio is of 99%.
 examples:
   headoff bench                                     on a CPU quick, on a GPU with the shapes of DETR R50 and DC5
   headoff bench --only attention --dtype bfloat16
+  headoff bench --only blocked --device cuda
   headoff bench --full --out bench                  bench.json, bench.csv, bench.md and plots
 """
 

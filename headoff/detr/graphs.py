@@ -21,6 +21,7 @@ from headoff.attention import eager, sdpa
 from headoff.attention.fused import triton_attention
 from headoff.detr.detector import Detector, DetectorOutput, Memory
 from headoff.detr.sharing import SharingPlan
+from headoff.errors import HeadoffError
 from headoff.gates import Gates
 
 WARM_UPS = 2
@@ -42,15 +43,19 @@ class GraphedDecode:
         self._memory = Memory(memory.tokens.clone(), memory.positions.clone(), None, memory.grid)
         # Kept for as long as the graph, which reads it.
         self._plan = plan
-        stream = cuda.Stream()
-        stream.wait_stream(cuda.current_stream())
-        with cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                detector.decode(self._memory, plan)
-        cuda.current_stream().wait_stream(stream)
-        self._graph = cuda.CUDAGraph()
-        with cuda.graph(self._graph):
-            self._output = detector.decode(self._memory, plan)
+        # A capture is of one stream. On the current device, which need not be the detector's, it would be of nothing,
+        # and so would its replays be.
+        with cuda.device(memory.tokens.device):
+            stream = cuda.Stream()
+            stream.wait_stream(cuda.current_stream())
+            with cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    detector.decode(self._memory, plan)
+            cuda.current_stream().wait_stream(stream)
+            self._graph = cuda.CUDAGraph()
+            # Around the capture, too: one that fails does not always leave its stream.
+            with cuda.stream(stream), cuda.graph(self._graph, stream=stream):
+                self._output = detector.decode(self._memory, plan)
 
     def __call__(self, memory: Memory) -> DetectorOutput:
         """Of a memory of the same shapes. The output is the caller's: the next replay does not change it."""
@@ -69,10 +74,12 @@ class DecodeGraphs:
     ordinary decode.
 
     - `replays`: how many decodes came from a graph
+    - `failures`: what was said where a capture failed
     """
 
     def __init__(self, cuda: Any = torch.cuda, device_type: str = "cuda") -> None:
         self.replays = 0
+        self.failures: list[str] = []
         self._cuda = cuda
         self._device_type = device_type
         self._graphs: OrderedDict[Hashable, GraphedDecode] = OrderedDict()
@@ -109,10 +116,11 @@ class DecodeGraphs:
             return False
         try:
             graph = GraphedDecode(detector, memory, detector.plan(gates), self._cuda)
-        except RuntimeError:
+        except (RuntimeError, HeadoffError) as error:
             # A capture is refused for reasons that are no fault of the decode (too little memory for a second set of
             # activations, another library's work in the stream). If there is a fault, the ordinary decode says so.
             self._refused.add(key)
+            self.failures.append(f"{type(error).__name__}: {error}")
             return False
         self._graphs[key] = graph
         if len(self._graphs) > MOST_GRAPHS:

@@ -17,7 +17,8 @@ def gradients_by_callable(
     """Gradients of query, key and value (P, H, T or S, D) from that of the context, all P pairs in one call.
 
     `attend` is called in `dtype`, on the record's runs `runs` (P,). The forward pass is repeated, rather than its
-    graph kept: a kernel's backward pass may free what it needs. Raises AttentionError where there is no such pass.
+    graph kept: a kernel's backward pass may free what it needs. Raises AttentionError where there is no such pass, or
+    it fails.
     """
 
     def leaf(x: Tensor) -> Tensor:
@@ -36,7 +37,9 @@ def gradients_by_callable(
             found = torch.autograd.grad(
                 context, (query, key, value), (gradient * lent).to(dtype), allow_unused=True
             )
-    except RuntimeError as error:
+    except AttentionError:
+        raise
+    except Exception as error:  # a patch's own, whatever its kind: Triton's errors are no RuntimeErrors
         raise AttentionError(
             f"the backward pass of the attention failed at {record.address.site}, layer "
             f"{record.address.layer} ({' '.join(str(error).split())}): give it one, or explain with "

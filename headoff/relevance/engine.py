@@ -17,6 +17,7 @@ Results come one configuration at a time, in the order of the gates where the en
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -32,7 +33,7 @@ from headoff.relevance.aggregation import DecoderCams, EncoderCams, Rows
 from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
 from headoff.relevance.batched_vjp import TEMPORARIES, BatchedVjp
 from headoff.relevance.capture import AttentionRecord
-from headoff.relevance.fused_vjp import FusedVjp, Precision, unsupported
+from headoff.relevance.fused_vjp import FusedVjp, Precision, problem_on, unsupported
 from headoff.relevance.methods import Method, resolve_method
 from headoff.relevance.rules import ZeroRows
 from headoff.relevance.targets import Target
@@ -142,7 +143,8 @@ class RelevanceEngine:
             to be judged by, or by the formula (`analytic`), which is faster. `auto` is analytic for this package's
             attentions and callable for any other. Cams are made of the captured tensors either way.
         kernels: see `Kernels`. `auto` is `tiles` on the CPU; elsewhere `triton` where it can do what is asked (CUDA,
-            relevance in float32, methods whose cams are products with a gradient), else `torch`.
+            relevance in float32, methods whose cams are products with a gradient), else `torch`. The first time on a
+            device the kernels are compared with plain PyTorch; where they fail or disagree, there is a warning.
         precision: of the products in `triton`'s kernels: `ieee` keeps all bits of float32. `tf32` is faster, and its
             maps differ by up to 1e-2 of their maximum.
         memory_budget: bytes; what cannot be made smaller is taken regardless. None is half of the free memory of a
@@ -195,6 +197,11 @@ class RelevanceEngine:
         self._precision: Precision = precision
         self._budget = _Budget(detector, features, self.method, self.kernels, memory_budget)
         self._encoded: tuple[Tensor | None, EncoderTrace] | None = None
+
+    @property
+    def keeps_cams(self) -> bool:
+        """Whether the memory budget holds the encoder's cams of a pair; else they are made anew, tile by tile."""
+        return self._budget.keep_cams
 
     @torch.no_grad()
     def encode(self, gate: Tensor | None = None) -> EncoderTrace:
@@ -430,9 +437,22 @@ def _chosen_kernels(kernels: Kernels, detector: Detector, compute: torch.dtype, 
     if kernels in ("auto", "triton"):
         channels = detector.config.width // detector.config.heads
         reason = unsupported(detector.device, compute, method.rule, channels)
-        if reason is not None and kernels == "triton":
-            raise SettingError(f"{reason}: use kernels='auto', or leave it out")
-        return "torch" if reason is not None else "triton"
+        if kernels == "triton":
+            if reason is not None:
+                raise SettingError(f"{reason}: use kernels='auto', or leave it out")
+            return "triton"
+        if reason is not None:
+            return "torch"
+        problem = problem_on(detector.device, channels)
+        if problem is None:
+            return "triton"
+        warnings.warn(
+            f"headoff's relevance kernels are not used on {detector.device} ({problem}); plain PyTorch takes their "
+            "place. Choose kernels='torch' to be rid of this message.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return "torch"
     return kernels
 
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from headoff.detr.transformer import Attend
+from headoff.attention.fused import on_device_of, said_by, too_old
+from headoff.detr.transformer import Attend, AttentionAddress
 from headoff.errors import SettingError
 from headoff.relevance.attention_vjp import AttentionVjp, CamRule, centred_threshold
+from headoff.relevance.batched_vjp import BatchedVjp
 from headoff.relevance.capture import AttentionRecord
 from headoff.relevance.vjp import of_runs
 
@@ -37,6 +38,9 @@ MOST_PAIRS = 65535
 
 ENOUGH_PROGRAMS = 528
 """Four for each of the 132 multiprocessors of an H100 or H200: what a launch is divided for."""
+
+AGREEMENT = 256.0
+"""Units in the last place of the largest number by which the first calls may be off."""
 
 
 class Tiling(NamedTuple):
@@ -62,7 +66,7 @@ class FusedVjp(AttentionVjp):
         precision: of products: `"ieee"` keeps all bits, `"tf32"` 11 of them, `"tf32x3"` makes three such products of
             one.
 
-    Raises SettingError for what the kernels cannot do.
+    Raises SettingError for what the kernels cannot do; any call does where one can be neither compiled nor launched.
     """
 
     def __init__(
@@ -175,30 +179,36 @@ class FusedVjp(AttentionVjp):
         """`programs` programs for each pair of `part`; `rest` are the kernel's own arguments."""
         record = self.record
         _, heads, queries, channels = record.query.shape
-        with torch.cuda.device(record.query.device) if record.query.is_cuda else nullcontext():
-            getattr(_kernels(), kernel)[(programs, len(part.runs))](
-                part.runs,
-                record.scaled_query,
-                record.key,
-                record.value,
-                self._mask,
-                record.log_sum,
-                part.gated,
-                part.centre,
-                *rest,
-                heads=heads,
-                queries=queries,
-                length=record.key.shape[2],
-                CHANNELS=channels,
-                BLOCK_D=max(16, 1 << (channels - 1).bit_length()),
-                BLOCK_Q=self._tiling.rows,
-                BLOCK_K=self._tiling.keys,
-                KEYS_BY_RUN=len(record.key) > 1,
-                PRECISION=self._precision,
-                num_warps=self._tiling.warps,
-                num_stages=self._tiling.stages,
-                **constants,
-            )
+        given = (record.scaled_query, record.key, record.value, self._mask, record.log_sum)
+        try:
+            launch = getattr(_kernels(), kernel)[(programs, len(part.runs))]
+            with on_device_of(record.query):
+                launch(
+                    part.runs,
+                    *given,
+                    part.gated,
+                    part.centre,
+                    *rest,
+                    heads=heads,
+                    queries=queries,
+                    length=record.key.shape[2],
+                    CHANNELS=channels,
+                    BLOCK_D=max(16, 1 << (channels - 1).bit_length()),
+                    BLOCK_Q=self._tiling.rows,
+                    BLOCK_K=self._tiling.keys,
+                    KEYS_BY_RUN=len(record.key) > 1,
+                    PRECISION=self._precision,
+                    num_warps=self._tiling.warps,
+                    num_stages=self._tiling.stages,
+                    # Whether a * b + c is rounded once or twice is not to change with Triton's default, which does.
+                    enable_fp_fusion=True,
+                    **constants,
+                )
+        except Exception as error:  # Triton's own have no common base, and a C compiler may fail as well
+            raise SettingError(
+                f"the relevance kernels cannot run {kernel} on {record.query.device} ({said_by(error)}): use "
+                "kernels='torch'"
+            ) from error
 
 
 class _Inputs(NamedTuple):
@@ -228,18 +238,51 @@ def unsupported(device: torch.device, dtype: torch.dtype, rule: CamRule, channel
     if importlib.util.find_spec("triton") is None:
         return "the relevance kernels need Triton, which is not installed"
     if device.type == "cuda":
-        # Triton compiles for these; what it makes for older GPUs is promised by nobody.
-        capability = torch.cuda.get_device_capability(device)
-        return (
-            None
-            if capability >= (8, 0)
-            else f"the relevance kernels need a GPU of capability 8.0, not {capability}"
-        )
+        reason = too_old(device)
+        return None if reason is None else f"the relevance kernels are not for {device} ({reason})"
     if not _kernels().INTERPRETED:
         return (
             f"the relevance kernels run on CUDA, not on {device.type} (there, for tests, where TRITON_INTERPRET=1 "
             "was set before Python started)"
         )
+    return None
+
+
+@functools.cache
+def problem_on(device: torch.device, channels: int) -> str | None:
+    """What is wrong with first calls of all kernels there, in `ieee`; None where they are right.
+
+    They are compared with plain PyTorch in float64, which no setting of torch's rounds.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    try:
+        query, key, value, context = (draw(2, 2, length, channels) for length in (70, 37, 37, 70))
+        keys = torch.arange(37, device=device) < 30
+        gradient, vectors, rows = draw(3, 2, 70, channels), draw(3, 37), draw(3, 2, 70)
+        runs = torch.tensor([0, 1, 1], device=device)
+        address = AttentionAddress("decoder_self", 0)
+        for rule in RULES:
+            results = []
+            for make, dtype in ((FusedVjp, torch.float32), (BatchedVjp, torch.float64)):
+                of_query, of_key, of_value, of_context = (
+                    each.to(dtype) for each in (query, key, value, context)
+                )
+                vjp = make(AttentionRecord(address, of_query, of_key, of_value, None, keys, of_context), rule)
+                upstream = gradient.to(dtype)
+                cams, inputs = vjp(upstream, runs)
+                assert cams is not None and inputs is not None
+                right = vjp.right(upstream, runs, vectors.to(dtype))
+                results.append([cams, *inputs, right, vjp.left(upstream, runs, rows.to(dtype))])
+            for found, expected in zip(*results, strict=True):
+                allowed = AGREEMENT * torch.finfo(torch.float32).eps * float(expected.abs().max())
+                if not float((found - expected).abs().max()) <= allowed:
+                    return "their first results disagree with plain PyTorch"
+    except Exception as error:
+        return said_by(error)
     return None
 
 
