@@ -205,8 +205,17 @@ def test_everything_off_leaves_no_image_evidence(some_subject, under_test):
     found = found_maps(under_test.attention, subject, under_test.device, under_test.dtype, chosen)
     truth = subject.maps(chosen)
     assert not truth[1].any(), "the oracle, which takes no short cut"
-    assert not found.maps[1].any()
-    assert truth[0].any() and found.maps[0].any()
+    assert truth[0].any(), "one head sees the image"
+    refuse(
+        [
+            Finding(property, message, subject.name, configuration=configuration.name)
+            for property, message, configuration, is_wrong in (
+                ("gate", "there is evidence from heads that are off", chosen[1], found.maps[1].any()),
+                ("relevance", "there is no evidence from the last head", chosen[0], not found.maps[0].any()),
+            )
+            if is_wrong
+        ]
+    )
 
 
 def test_padding_changes_nothing(some_subject, under_test):
@@ -224,7 +233,8 @@ def test_padding_changes_nothing(some_subject, under_test):
     }
     detector = own_detector(subject, under_test)
     found = maps_by(detector, features, stack(chosen, subject.layout), subject.targets, Decisions(decisions))
-    assert not found.maps[..., height:, :].any() and not found.maps[..., width:].any()
+    if found.maps[..., height:, :].any() or found.maps[..., width:].any():
+        refuse([Finding("mask", "there is evidence in the padding", subject.name)])
     refuse_wrong(subject, under_test, chosen, found.maps[..., :height, :width], "padded")
 
 
@@ -274,7 +284,8 @@ def test_switching_off_a_head_without_output_changes_nothing(some_subject, under
         )
         for configurations in (chosen, [each & silent for each in chosen])
     )
-    assert on.maps.any()
+    if not on.maps.any():
+        refuse([Finding("relevance", "there is no evidence with heads without output", subject.name)])
     # The model is another than the one that budgets were measured on: up to their limit, which still tells heads apart.
     budget = relevance_budget(subject, under_test.device, under_test.dtype)
     answers = answer_budget(subject, under_test.device, under_test.dtype)
