@@ -105,9 +105,9 @@ def tables(rows: list[Row], command: str) -> str:
     styles = len({row.name for row in right})
     seeds = len({row.seed for row in right})
     lines = [
-        f"`{command}`, float32 on a CPU, one scene in the model ({RIGHT_SCENES} for right ones): of {len(wrong)} wrong attentions "
-        f"{len(wrong) - len(missed)} are caught; {styles} right ones with {seeds} seeds each raise {len(alarms)} "
-        f"false alarms in {len(right)} runs.",
+        f"`{command}`, float32 on a CPU, one scene in the model ({RIGHT_SCENES} for right ones): "
+        f"of {len(wrong)} wrong attentions {len(wrong) - len(missed)} are caught; {styles} right ones with {seeds} "
+        f"seeds each raise {len(alarms)} false alarms in {len(right)} runs.",
         "",
         "| family | wrong ones | " + " | ".join(suites) + " | any |",
         "| --- " * (len(suites) + 3) + "|",
