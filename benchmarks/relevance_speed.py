@@ -42,7 +42,7 @@ from torch import Tensor
 from headoff.detr import BackboneConfig, Detector, DetrConfig
 from headoff.detr.sharing import sharing_plan
 from headoff.gates import cumulative, stack
-from headoff.images import load_image, preprocess
+from headoff.images import load_image
 from headoff.relevance import RelevanceEngine, Target, class_logit
 
 
@@ -86,7 +86,7 @@ def run_engine(options: argparse.Namespace) -> dict[str, Any]:
 
 def maps_of(options: argparse.Namespace, detector: Detector, picture: np.ndarray) -> Tensor:
     """Explain everything; the maps of the first configuration and object, (layers, h, w)."""
-    pixels, mask = preprocess([load_image(picture)], detector.preprocessing, device=detector.device)
+    pixels, mask = detector.preprocess([load_image(picture)])
     with torch.no_grad():
         features = detector.features(pixels, mask)
     engine = RelevanceEngine(
@@ -185,7 +185,7 @@ def run_notebook(options: argparse.Namespace) -> dict[str, Any]:
         clock = Clock(options.device)
         with torch.no_grad():
             for _ in range(2):
-                pixels, _ = preprocess([load_image(picture)], detector.preprocessing, device=detector.device)
+                pixels, _ = detector.preprocess([load_image(picture)])
                 logits, grid = forward(detector, pixels, plan, KeepingAttention())
         forwards.append(clock.read())
         for query in range(objects):

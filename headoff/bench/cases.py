@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +14,7 @@ from headoff.attention import Attention
 from headoff.gates import HeadLayout, all_subsets, cumulative, stack
 from headoff.harness.findings import Property
 from headoff.harness.timing.sides import Side
-from headoff.harness.timing.workloads import Output
+from headoff.harness.timing.workloads import AttentionCall, Output
 
 Scale = Literal["quick", "standard", "full"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -94,22 +94,16 @@ def gates_of(shape: Shape) -> dict[str, Tensor | None]:
     return gates
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionCase:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionCase(AttentionCall):
     """One attention call, as a workload of `headoff.harness.timing`: timed by contestants, checked by the oracle.
 
-    - `query` (B, H, Q, D), `key`, `value` (B, H, S, D), `d_context` as `query`
-    - `head_gate` (B, H, Q, 1), `attn_mask` (1, 1, 1, S) bool, or None
+    - `attn_mask` (1, 1, 1, S) bool, or None
     """
 
     shape: Shape
     gate_name: str
     direction: Direction
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    d_context: Tensor
-    head_gate: Tensor | None
     attn_mask: Tensor | None
 
     @classmethod
@@ -133,37 +127,25 @@ class AttentionCase:
         if shape.padded:
             mask = (torch.arange(shape.keys, device=device) < shape.keys * 3 // 4)[None, None, None]
         return cls(
-            shape,
-            gate_name,
-            direction,
-            random(shape.rows),
-            random(shape.keys),
-            random(shape.keys),
-            random(shape.rows),
-            None if head_gate is None else head_gate.to(device, dtype),
-            mask,
+            shape=shape,
+            gate_name=gate_name,
+            direction=direction,
+            query=random(shape.rows),
+            key=random(shape.keys),
+            value=random(shape.keys),
+            d_context=random(shape.rows),
+            head_gate=None if head_gate is None else head_gate.to(device, dtype),
+            attn_mask=mask,
         )
 
     @property
     def name(self) -> str:
         return f"{self.shape.name}, {self.gate_name}, {self.direction}"
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.query.dtype
-
-    @property
-    def roundings(self) -> int:
-        return 1
-
-    @property
-    def through_relus(self) -> None:
-        return None
-
     def side(self, attention: Attention) -> Side:
         if self.direction == "forward":
             return Side(self._forward(attention))
-        query, key, value = (each.detach().requires_grad_() for each in (self.query, self.key, self.value))
+        query, key, value = self.leaves()
 
         def both() -> tuple[Tensor, ...]:
             context = attention(query, key, value, self.attn_mask, head_gate=self.head_gate)
@@ -186,11 +168,6 @@ class AttentionCase:
             str(name): Output(found.flatten(0, 1).flatten(1), name)
             for name, found in zip(names, result, strict=False)
         }
-
-    def in_dtype(self, dtype: torch.dtype) -> AttentionCase:
-        tensors = ("query", "key", "value", "d_context")
-        gate = None if self.head_gate is None else self.head_gate.to(dtype)
-        return replace(self, head_gate=gate, **{name: getattr(self, name).to(dtype) for name in tensors})
 
 
 def attention_cases(scale: Scale, device: torch.device, dtype: torch.dtype) -> Iterator[AttentionCase]:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from headoff.detr.detector import Detector, DetectorOutput
 from headoff.gates import Configuration, Gates, stack
-from headoff.images import preprocess
 from headoff.relevance.rules import normalise
 
 
@@ -54,12 +53,7 @@ class Notebook:
 
     def forward(self, gates: Gates) -> DetectorOutput:
         """The whole detector under one configuration, from the picture on."""
-        pixels, _ = preprocess(
-            [self.picture],
-            self.detector.preprocessing,
-            dtype=self.detector.dtype,
-            device=self.detector.device,
-        )
+        pixels, _ = self.detector.preprocess([self.picture])
         return self.detector.decode(self.detector.encode(pixels), gates)
 
     @torch.no_grad()

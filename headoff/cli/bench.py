@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -99,8 +98,6 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.bench.tables import markdown_of, text_of
 
     plan = plan_of(settings)
-    # torch's profiler, which counts the memory of calls on a CPU, would write a log among the progress.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         report = run_plan(plan, shlex.join(["headoff", *sys.argv[1:]]), _progress)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ its own extension, a simulator of GPU kernels) is in neither.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,6 +36,8 @@ def peak_bytes(side: Side, device: torch.device, cuda: Any = torch.cuda) -> int 
         return cuda.max_memory_allocated(device) - before
     if not torch.profiler.kineto_available():
         return None
+    # The profiler would write a log of its own to stderr, among progress and results. It looks when it starts first.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with torch.profiler.profile(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 import torch
 from torch import Tensor
@@ -76,8 +76,45 @@ class Workload(Protocol):
         """The same inputs, rounded to the dtype under test, in another."""
 
 
-@dataclass(frozen=True, eq=False)
-class OperatorWorkload:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionCall:
+    """One attention call: what its workloads have in common.
+
+    - `query` (B, H, Q, D), `key`, `value` (B, H, S, D), `d_context` as `query`
+    - `head_gate` (B, H, Q, 1), or None
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    d_context: Tensor
+    head_gate: Tensor | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def roundings(self) -> int:
+        return 1
+
+    @property
+    def through_relus(self) -> None:
+        return None
+
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of the same memory, requiring gradients."""
+        query, key, value = (each.detach().requires_grad_() for each in (self.query, self.key, self.value))
+        return query, key, value
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        tensors = ("query", "key", "value", "d_context")
+        gate = None if self.head_gate is None else self.head_gate.to(dtype)
+        return replace(self, head_gate=gate, **{name: getattr(self, name).to(dtype) for name in tensors})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OperatorWorkload(AttentionCall):
     """One attention call at a site's shapes, as the detector makes it.
 
     Backward, the graph is made in the preparation: what is timed is the way from the gradient of the context to those
@@ -87,11 +124,6 @@ class OperatorWorkload:
     site: Site
     direction: Direction
     off: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    d_context: Tensor
-    head_gate: Tensor | None
 
     @classmethod
     def of(cls, subject: Subject, site: Site, direction: Direction, off: int, seed: int) -> OperatorWorkload:
@@ -116,36 +148,24 @@ class OperatorWorkload:
         gate[:, :off] = 0
         # With nothing off the detector passes no gate at all.
         return cls(
-            site,
-            direction,
-            off,
-            random(queries),
-            random(keys),
-            random(keys),
-            random(queries),
-            gate if off else None,
+            site=site,
+            direction=direction,
+            off=off,
+            query=random(queries),
+            key=random(keys),
+            value=random(keys),
+            d_context=random(queries),
+            head_gate=gate if off else None,
         )
 
     @property
     def name(self) -> str:
         return f"{self.site} {self.direction}, {self.off} heads off"
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.query.dtype
-
-    @property
-    def roundings(self) -> int:
-        return 1
-
-    @property
-    def through_relus(self) -> None:
-        return None
-
     def side(self, attention: Attention) -> Side:
         if self.direction == "forward":
             return Side(lambda: attention(self.query, self.key, self.value, None, head_gate=self.head_gate))
-        query, key, value = (each.detach().requires_grad_() for each in (self.query, self.key, self.value))
+        query, key, value = self.leaves()
 
         def gradients(context: Tensor) -> tuple[Tensor, ...]:
             return torch.autograd.grad(context, (query, key, value), self.d_context, allow_unused=True)
@@ -166,11 +186,6 @@ class OperatorWorkload:
             rows = torch.zeros_like(of) if gradient is None else gradient
             found[str(name)] = Output(rows.flatten(0, 1).flatten(1), name)
         return found
-
-    def in_dtype(self, dtype: torch.dtype) -> OperatorWorkload:
-        tensors = ("query", "key", "value", "d_context")
-        gate = None if self.head_gate is None else self.head_gate.to(dtype)
-        return replace(self, head_gate=gate, **{name: getattr(self, name).to(dtype) for name in tensors})
 
 
 @dataclass(frozen=True, eq=False)
