@@ -21,10 +21,12 @@ from headoff.harness.operator import (
     refusal_of,
 )
 from headoff.harness.operator.budget import normalised
-from headoff.harness.operator.calls import call
-from headoff.harness.operator.gate_kinds import GATE_KINDS, gate_values
-from headoff.harness.operator.layouts import LAYOUTS
-from headoff.harness.operator.mask_kinds import MASK_KINDS, mask_values
+from headoff.harness.operator.calls import call, leaves_of
+from headoff.harness.operator.cases import SHARED, WANTED
+from headoff.harness.operator.gate_kinds import GATE_KINDS, GATES_BY_SHAPE, gate_values
+from headoff.harness.operator.input_kinds import INPUT_KINDS
+from headoff.harness.operator.layouts import GRADIENT_LAYOUTS, LAYOUTS
+from headoff.harness.operator.mask_kinds import MASK_KINDS, MASKS_BY_SHAPE, mask_values
 from headoff.harness.operator.tensors import tensors_of
 from headoff.harness.operator.torch_settings import READERS, WRITERS, read_settings, watched_settings
 from headoff.harness.operator.truth import truth_of
@@ -55,26 +57,85 @@ def test_drawn_cases_follow_the_seed():
     assert operator_cases(seed=1)[-1] != replace(operator_cases(seed=2)[-1], seed=1)
 
 
-@pytest.mark.parametrize("kind", [*GATE_KINDS, "first-2", "only-1", "without-0"])
+@pytest.mark.parametrize("kind", [*GATE_KINDS, *GATES_BY_SHAPE, "first-2", "only-1", "without-0"])
 def test_gates_broadcast(kind):
     gate = gate_values(kind, torch.Generator().manual_seed(0), 2, 3, 7)
     assert gate.expand(2, 3, 7, 1).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("kind", [*MASK_KINDS, *MASKS_BY_SHAPE])
 def test_masks_broadcast_and_only_keyless_ones_have_rows_without_keys(kind):
     mask = mask_values(kind, torch.Generator().manual_seed(0), 2, 3, 7, 11)
     assert mask.dim() >= 2
     attended = (mask if mask.dtype == torch.bool else mask != -math.inf).expand(2, 3, 7, 11)
-    assert bool(attended.any(-1).all()) == ("keyless" not in kind and kind != "all masked")
+    keyless = "keyless" in kind or kind == "all masked" or (kind.startswith("bool") and kind.endswith("1"))
+    if kind.rstrip("1") != "bool ":  # of one number, which is True
+        assert bool(attended.any(-1).all()) != keyless
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_layouts_keep_the_numbers(kind):
     tensor = torch.randn(2, 3, 5, 4)
     laid = LAYOUTS[kind](tensor)
-    assert torch.equal(laid, tensor[:1].expand_as(tensor) if kind == "expanded" else tensor)
+    same = {"expanded": tensor[:1], "expanded over heads": tensor[:, :1]}.get(kind, tensor)
+    assert torch.equal(laid, same.expand_as(tensor))
     assert kind == "contiguous" or laid.stride() != tensor.stride()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in GRADIENT_LAYOUTS if kind not in LAYOUTS])
+def test_gradients_of_sums_have_strides_of_0(kind):
+    laid = GRADIENT_LAYOUTS[kind](torch.randn(2, 3, 5, 4))
+    assert laid.shape == (2, 3, 5, 4)
+    assert 0 in laid.stride()
+
+
+def test_masks_and_gates_keep_their_strides_in_another_dtype():
+    """What lies between their elements in memory is another number, which must not be read."""
+    case = replace(SMALL, queries=11, gate="column of a table", gate_dtype=torch.float16)
+    strides = {"bias every second": 2, "rows every second": 2, "rows turned": 11, "bias sliced": 1}
+    for mask, last in strides.items():
+        tensors = tensors_of(replace(case, mask=mask))
+        assert tensors.mask.stride(-1) == last
+        assert not tensors.mask.is_contiguous()
+        assert tensors.gate.stride(0) == 6 and tensors.gate.storage_offset() == 2
+
+
+def test_flipped_padding_has_the_lengths_of_padding():
+    right, left = (tensors_of(replace(SMALL, mask=mask)).mask for mask in ("padding", "padding flipped"))
+    assert torch.equal(right.flip(-1), left)
+    assert not torch.equal(right, left)
+
+
+def test_batches_of_mixed_padding_begin_as_they_say():
+    masks = [
+        mask_values(kind, torch.Generator().manual_seed(0), 4, 2, 9, 9)[:, 0, 0]
+        for kind in ("mixed padding", "mixed padding after all on")
+    ]
+    assert masks[0][0, 0] and masks[0][3].all()
+    assert masks[1][0].all() and masks[1][1, 0]
+
+
+@pytest.mark.parametrize("kind", ["causal window", "causal blocks"])
+def test_narrow_causal_masks_have_all_of_the_diagonal_and_nothing_above(kind):
+    mask = mask_values(kind, torch.Generator(), 1, 1, 24, 24)
+    assert mask.diagonal().all() and not mask.triu(1).any()
+    assert not torch.equal(mask, torch.ones_like(mask).tril())
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+def test_leaves_are_what_is_wanted(wanted):
+    case = replace(SMALL, queries=11, wanted=wanted)
+    leaves = leaves_of(tensors_of(case), wanted)
+    assert tuple(name for name, leaf in leaves.items() if leaf.requires_grad) == WANTED[wanted]
+    shared = SHARED.get(wanted, ())
+    assert len({id(leaf) for leaf in leaves.values()}) == 3 - max(0, len(shared) - 1)
+    assert len({id(leaves[name]) for name in shared}) == bool(shared)
+
+
+def test_float16_holds_all_inputs():
+    for inputs in INPUT_KINDS:
+        tensors = tensors_of(replace(SMALL, inputs=inputs, dtype=torch.float16))
+        assert all(tensor.isfinite().all() for tensor in (tensors.query, tensors.key, tensors.value))
 
 
 def test_tensors_are_made_anew_and_the_same():
@@ -87,7 +148,7 @@ def test_tensors_are_made_anew_and_the_same():
 
 
 @pytest.mark.parametrize("mask", ["none", "bias and padding", "keyless rows"])
-@pytest.mark.parametrize("wanted", ["all", "query", "key and value"])
+@pytest.mark.parametrize("wanted", [each for each in WANTED if each not in SHARED])
 def test_truth_is_what_autograd_finds(mask, wanted):
     """The formulas against the derivative of the oracle's forward pass."""
     case = replace(SMALL, mask=mask, wanted=wanted, dtype=torch.float64)
@@ -98,11 +159,22 @@ def test_truth_is_what_autograd_finds(mask, wanted):
         torch.testing.assert_close(results[name].detach(), true, rtol=1e-9, atol=1e-9)
 
 
-def test_truth_of_one_tensor_that_is_query_and_key():
-    case = replace(SMALL, queries=9, keys=9, wanted="query is key", dtype=torch.float64, mask="none")
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ("query is key", {"context", "dq", "dv"}),
+        ("query is value", {"context", "dq", "dk"}),
+        ("key is value", {"context", "dq", "dk"}),
+        ("all are one", {"context", "dq"}),
+    ],
+)
+def test_truth_of_one_tensor_that_is_several_inputs(wanted, names):
+    case = replace(SMALL, queries=9, keys=9, wanted=wanted, dtype=torch.float64, mask="none")
     results = call(eager, tensors_of(case), case.wanted)
-    assert results.keys() == truth_of(case).values.keys() == {"context", "dq", "dv"}
-    torch.testing.assert_close(results["dq"], truth_of(case).values["dq"])
+    truth = truth_of(case)
+    assert results.keys() == truth.values.keys() == names
+    for name in names:
+        torch.testing.assert_close(results[name].detach(), truth.values[name])
 
 
 def test_truth_does_not_depend_on_the_chunks(monkeypatch):
@@ -180,6 +252,15 @@ def raises_for_masks(query, key, value, attn_mask=None, *, head_gate=None):
     return eager(query, key, value, head_gate=head_gate)
 
 
+def without_gradients_ungated(query, key, value, attn_mask=None, *, head_gate=None):
+    return eager(query, key, value, attn_mask, head_gate=head_gate if torch.is_grad_enabled() else None)
+
+
+def noise_of_many_keys(query, key, value, attn_mask=None, *, head_gate=None):
+    context = eager(query, key, value, attn_mask, head_gate=head_gate)
+    return context * (1 + 1e-3 * torch.randn_like(context)) if key.shape[-2] >= 64 else context
+
+
 WRONG = {
     gate_ignored: ("gate", "ignored"),
     mask_of_first_item: ("mask", "that of the first"),
@@ -188,6 +269,11 @@ WRONG = {
     dq_unscaled: ("dq", "5.65685 times"),
     bfloat16_inside: ("precision", "bfloat16"),
     raises_for_masks: ("crash", "no masks, please"),
+    without_gradients_ungated: (
+        "gate",
+        "without gradients (torch.no_grad), the gate is wrong: it is ignored",
+    ),
+    noise_of_many_keys: ("randomness", "the context differs between two calls"),
 }
 
 
@@ -210,6 +296,47 @@ def test_diagnosis_of_nothing():
 
 def test_diagnosis_of_what_is_right_when_called_again_is_state():
     assert diagnose(sdpa, [SMALL], "cpu").property == "state"
+
+
+def test_what_writes_into_an_input_is_found_by_a_single_case():
+    def scales_the_query(query, key, value, attn_mask=None, *, head_gate=None):
+        context = eager(query, key, value, attn_mask, head_gate=head_gate)
+        if attn_mask is None and not torch.is_grad_enabled():
+            query.mul_(0.5)
+        return context
+
+    assert not operator_findings(scales_the_query, SMALL, "cpu")
+    case = replace(SMALL, mask="none")
+    (finding,) = operator_findings(scales_the_query, case, "cpu")
+    assert finding.property == "in-place"
+    assert finding.message.startswith("without gradients (torch.no_grad), a call writes into the query")
+    assert diagnose(scales_the_query, [case], "cpu") == finding
+
+
+def test_a_wrong_context_with_gradients_comes_before_one_without():
+    def ungated_or_misscaled(query, key, value, attn_mask=None, *, head_gate=None):
+        if attn_mask is None and torch.is_grad_enabled():
+            query = query * 1.1
+        return without_gradients_ungated(query, key, value, attn_mask, head_gate=head_gate)
+
+    masked, unmasked = SMALL, replace(SMALL, mask="none", queries=40)
+    root = diagnose(ungated_or_misscaled, [masked, unmasked], "cpu")
+    assert root.property == "scale"
+    assert "without gradients" not in root.message
+
+
+def test_gradients_that_are_wrong_are_counted_right():
+    def wrong_in_many_rows(query, key, value, attn_mask=None, *, head_gate=None):
+        factor = (
+            1.0
+            if query.shape[-2] <= 64
+            else 1 + 0.01 * torch.rand(query.shape[-1], generator=torch.Generator())
+        )
+        query, key, value = (each.detach() + (each - each.detach()) * factor for each in (query, key, value))
+        return eager(query, key, value, attn_mask, head_gate=head_gate)
+
+    case = replace(SMALL, mask="none", gate="none", batch=1, queries=70)
+    assert "dq and dk and dv are wrong with 70 queries" in diagnose(wrong_in_many_rows, [case], "cpu").message
 
 
 def test_findings_say_error_budget_and_place():
@@ -280,7 +407,51 @@ def expands_single_values(query, key, value, attn_mask=None, *, head_gate=None):
     return eager(query, key, value, attn_mask, head_gate=head_gate)
 
 
+class KeepsAll:
+    """Every context."""
+
+    def __init__(self):
+        self.kept = []
+
+    def __call__(self, query, key, value, attn_mask=None, *, head_gate=None):
+        self.kept.append(eager(query, key, value, attn_mask, head_gate=head_gate))
+        return self.kept[-1]
+
+
+class KeepsSome(KeepsAll):
+    """The latest ones."""
+
+    def __call__(self, query, key, value, attn_mask=None, *, head_gate=None):
+        self.kept = self.kept[-100:]
+        return super().__call__(query, key, value, attn_mask, head_gate=head_gate)
+
+
+def test_a_cache_that_is_bounded_is_no_leak():
+    assert not conduct_findings(KeepsSome(), "memory-let-go", torch.float32, "cpu")
+
+
+class ScalesByTable:
+    """The table is made by the first call of so many channels."""
+
+    def __init__(self):
+        self.tables = {}
+
+    def __call__(self, query, key, value, attn_mask=None, *, head_gate=None):
+        table = self.tables.setdefault(query.shape[-1], query.new_ones(query.shape[-1]))
+        return eager(query * table.to(query), key, value, attn_mask, head_gate=head_gate)
+
+
+def loses_rows_to_threads(query, key, value, attn_mask=None, *, head_gate=None):
+    context = eager(query, key, value, attn_mask, head_gate=head_gate)
+    threads, rows = torch.get_num_threads(), query.shape[-2]
+    done = rows // threads * threads or rows
+    return context * (torch.arange(rows) < done)[:, None]
+
+
 MISBEHAVING = {
+    "memory-let-go": (KeepsAll, "state"),
+    "first-call-without-gradients": (ScalesByTable, "state"),
+    "number-of-threads": (lambda: loses_rows_to_threads, "state"),
     "repeatable": (lambda: noisy, "randomness"),
     "random-state": (lambda: noisy, "state"),
     "inputs-untouched": (lambda: scales_and_restores, "in-place"),

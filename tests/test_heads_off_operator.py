@@ -14,6 +14,7 @@ import torch
 from headoff.harness.findings import refuse
 from headoff.harness.operator import (
     CONDUCT,
+    IN_ALL_DTYPES,
     OperatorCase,
     case_named,
     conduct_findings,
@@ -44,7 +45,7 @@ NEVER_SEEN_IN = {
 def threads(request):
     """One thread, except where calls are repeated: they are small, and threads mostly wait."""
     before = torch.get_num_threads()
-    if "repeatable" not in request.node.name:
+    if request.node.name != "test_heads_off_conduct[repeatable]":
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
@@ -59,6 +60,17 @@ def check(under_test, case: OperatorCase) -> None:
     refuse(operator_findings(under_test.attention, case, under_test.device))
 
 
+def supported(under_test, dtype: str) -> torch.dtype:
+    """`dtype`, if it is another one than was asked for and the attention takes it; the test is skipped if not."""
+    other = getattr(torch, dtype)
+    if other == under_test.dtype:
+        pytest.skip("this is the dtype that all cases are tried in")
+    if reason := refusal(under_test.attention, other, under_test.device):
+        under_test.unsupported[dtype] = reason
+        pytest.skip(f"{under_test.label} does not support {dtype}: {reason}")
+    return other
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_heads_off_operator(under_test, name):
     """In the dtype asked for."""
@@ -69,12 +81,7 @@ def test_heads_off_operator(under_test, name):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_off_operator_in_other_dtypes(under_test, dtype, name):
     """In the others, unless the attention refuses one of them by an exception."""
-    other = getattr(torch, dtype)
-    if other == under_test.dtype:
-        pytest.skip("this is the dtype that all cases are tried in")
-    if reason := refusal(under_test.attention, other, under_test.device):
-        under_test.unsupported[dtype] = reason
-        pytest.skip(f"{under_test.label} does not support {dtype}: {reason}")
+    other = supported(under_test, dtype)
     check(under_test, case_named(name, other, under_test.seed))
 
 
@@ -82,6 +89,14 @@ def test_heads_off_operator_in_other_dtypes(under_test, dtype, name):
 def test_heads_off_conduct(under_test, name):
     """Inputs, settings and earlier results stay as they are; the same inputs give the same bits."""
     refuse(conduct_findings(under_test.attention, name, under_test.dtype, under_test.device, under_test.seed))
+
+
+@pytest.mark.parametrize("name", IN_ALL_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_off_conduct_in_other_dtypes(under_test, dtype, name):
+    """Half precision is often a kernel of its own, which may behave in its own way."""
+    other = supported(under_test, dtype)
+    refuse(conduct_findings(under_test.attention, name, other, under_test.device, under_test.seed))
 
 
 @pytest.mark.headoff_proof

@@ -17,7 +17,19 @@ from zoo.symptoms import MARGIN, symptoms_of_conduct, symptoms_of_numbers
 from headoff.attention import eager
 from headoff.attention.contract import AdaptedAttention
 
-OF_CONDUCT = frozenset({"randomness", "state", "grad mode", "second backward", "settings", "calls"})
+OF_CONDUCT = frozenset(
+    {
+        "randomness",
+        "state",
+        "memory",
+        "threads",
+        "gate gradient",
+        "grad mode",
+        "second backward",
+        "settings",
+        "calls",
+    }
+)
 """Symptoms that more than one call is needed for."""
 
 NEAR_MISSES = 4

@@ -10,6 +10,8 @@ from zoo import (
     wrong_gates,
     wrong_masks,
     wrong_numbers,
+    wrong_paths,
+    wrong_patterns,
     wrong_shapes,
     wrong_weights,
 )
@@ -27,6 +29,8 @@ __all__ = [
     "wrong_gates",
     "wrong_masks",
     "wrong_numbers",
+    "wrong_patterns",
+    "wrong_paths",
     "wrong_shapes",
     "wrong_weights",
 ]

@@ -55,8 +55,9 @@ class Case:
     - `gate`, `mask`: from sizes to a tensor, or None
     - `arrange`: from a contiguous tensor to one of the same numbers that lies otherwise in memory
     - `arrange_value`: the same for the value, where it differs from the rest
+    - `value_is_key`: the value lies in the very memory of the key
     - `logits`: factor of query and key
-    - `mean`: of the values
+    - `mean`, `spread`: of the values
     - `gradients`: factor of the context's gradient
     - `wanted`: which inputs require a gradient
     """
@@ -71,6 +72,8 @@ class Case:
     arrange_gradient: Callable[[Tensor], Tensor] = lambda x: x
     logits: float = 1.0
     mean: float = 0.0
+    spread: float = 1.0
+    value_is_key: bool = False
     gradients: float = 1.0
     wanted: tuple[str, ...] = ("query", "key", "value")
     seed: int = 0
@@ -89,7 +92,9 @@ class Case:
 
         query = made(queries, self.logits, self.arrange)
         key = made(keys, self.logits, self.arrange)
-        value = made(keys, 1.0, self.arrange_value or self.arrange, self.mean)
+        value = made(keys, self.spread, self.arrange_value or self.arrange, self.mean)
+        if self.value_is_key:
+            value = key.detach()
         gradient = made(queries, self.gradients, self.arrange_gradient)
         mask = None if self.mask is None else self.mask(coin, *sizes).to(self.device)
         gate = None if self.gate is None else self.gate(coin, *sizes).to(self.device)
@@ -177,6 +182,30 @@ def expanded(x: Tensor | None) -> bool:
     return x is not None and any(s == 0 and n > 1 for n, s in zip(x.shape, x.stride(), strict=True))
 
 
+def has_gaps(x: Tensor) -> bool:
+    """Whether there is something else in memory between the elements."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return not expanded(x) and last + 1 > x.numel()
+
+
+def is_narrow_causal(mask: Tensor) -> bool:
+    """Whether it is square, has its diagonal on and nothing above, and not all below."""
+    if mask.dtype != torch.bool or mask.shape[-1] != mask.shape[-2]:
+        return False
+    causal = torch.ones_like(mask).tril()
+    diagonal = bool(mask.diagonal(dim1=-2, dim2=-1).all())
+    return diagonal and not bool((mask & ~causal).any()) and not torch.equal(mask, causal)
+
+
+def has_padding_first(call: Call) -> bool:
+    """Whether the mask is of keys alone, of the first item the first so many of them, and of another item others."""
+    mask = call.attn_mask
+    if mask is None or mask.dtype != torch.bool or mask.dim() < 4 or mask.shape[1:3] != (1, 1):
+        return False
+    falls = mask[:, 0, 0].cummin(-1).values == mask[:, 0, 0]
+    return bool(falls[0].all()) and not bool(falls.all())
+
+
 def inputs(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return call.query, call.key, call.value
 
@@ -216,6 +245,18 @@ FEATURES: dict[str, Callable[[Case, Call], bool]] = {
         call.head_gate is not None and bool((four(call.head_gate) == 0).all(2).any())
     ),
     "all off": on_gate(lambda gate: not gate.any()),
+    "small gate": on_gate(lambda gate: ((gate != 0) & (gate.double().abs() < 0.01)).any()),
+    "gate nearly 1": on_gate(lambda gate: (gate != 1).any() and ((gate.double() - 1).abs() < 0.01).all()),
+    "gate of integers": on_gate(lambda gate: not gate.is_floating_point() and gate.dtype != torch.bool),
+    "gate with gaps": on_gate(lambda gate: has_gaps(gate)),
+    "gate of rows in three dimensions": lambda case, call: (
+        call.head_gate is not None and call.head_gate.dim() == 3 and varies(call.head_gate, 2)
+    ),
+    "as many gates as heads": lambda case, call: (
+        call.head_gate is not None
+        and call.head_gate.numel() == call.query.shape[1] > 1
+        and not varies(call.head_gate, 1)
+    ),
     "fraction": on_gate(lambda gate: ((gate != 0) & (gate != 1)).any()),
     "gate above 1": on_gate(lambda gate: (gate > 1).any()),
     "gate by head": lambda case, call: varies(call.head_gate, 1),
@@ -229,6 +270,8 @@ FEATURES: dict[str, Callable[[Case, Call], bool]] = {
         and torch.promote_types(call.head_gate.dtype, call.query.dtype) != call.query.dtype
     ),
     "expanded gate": lambda case, call: expanded(call.head_gate),
+    "no gate": lambda case, call: call.head_gate is None,
+    "no mask": lambda case, call: call.attn_mask is None,
     "mask": lambda case, call: call.attn_mask is not None,
     "bool mask": on_mask(lambda mask: mask.dtype == torch.bool),
     "float mask": on_mask(lambda mask: mask.is_floating_point()),
@@ -241,16 +284,41 @@ FEATURES: dict[str, Callable[[Case, Call], bool]] = {
     "row without keys": lambda case, call: (
         call.attn_mask is not None and bool((~full_mask(call)).all(-1).any())
     ),
+    "right padding first": lambda case, call: has_padding_first(call),
+    "mask of one row": on_mask(lambda mask: mask.dim() == 4 and mask.shape[2] == 1),
+    "mask of one key": on_mask(lambda mask: mask.shape[-1] == 1),
+    "narrow causal mask": on_mask(lambda mask: is_narrow_causal(mask)),
+    "mask of rows as items": lambda case, call: (
+        call.attn_mask is not None and call.attn_mask.dim() == 2 and len(call.attn_mask) == case.sizes[0] > 1
+    ),
+    "mask of heads as items": lambda case, call: (
+        call.attn_mask is not None and call.attn_mask.dim() == 3 and len(call.attn_mask) == case.sizes[0] > 1
+    ),
+    "mask with gaps": on_mask(lambda mask: has_gaps(mask)),
+    "turned mask": on_mask(lambda mask: mask.stride(-1) > mask.stride(-2) == 1),
+    "bias never positive": on_mask(
+        lambda mask: mask.is_floating_point() and (mask <= 0).all() and (mask.isfinite() & (mask != 0)).any()
+    ),
+    "bias above 90": on_mask(lambda mask: mask.is_floating_point() and (mask > 90).any()),
+    "bias below -10000": on_mask(
+        lambda mask: mask.is_floating_point() and (mask.isfinite() & (mask < -1e4)).any()
+    ),
+    "low row": on_mask(
+        lambda mask: mask.is_floating_point() and (mask.isfinite().all(-1) & (mask < -1100).all(-1)).any()
+    ),
     "expanded mask": lambda case, call: expanded(call.attn_mask),
     "large logits": lambda case, call: float(scores_of(call).abs().max()) > 20,
     "huge logits": lambda case, call: float(scores_of(call).abs().max()) > 100,
     "batch": lambda case, call: case.sizes[0] > 1,
     "heads": lambda case, call: case.sizes[1] > 1,
+    "B > 32": lambda case, call: case.sizes[0] > 32,
+    "H > 16": lambda case, call: case.sizes[1] > 16,
     "H > 8": lambda case, call: case.sizes[1] > 8,
     "Q = 1": lambda case, call: case.sizes[2] == 1,
     "Q > 1": lambda case, call: case.sizes[2] > 1,
     "Q > 16": lambda case, call: case.sizes[2] > 16,
     "Q > 512": lambda case, call: case.sizes[2] > 512,
+    "Q > 32768": lambda case, call: case.sizes[2] > 2**15,
     "Q ragged": lambda case, call: case.sizes[2] % 16 > 0,
     "Q = H": lambda case, call: case.sizes[2] == case.sizes[1],
     "Q = S": lambda case, call: case.sizes[2] == case.sizes[3],
@@ -260,11 +328,16 @@ FEATURES: dict[str, Callable[[Case, Call], bool]] = {
     "S > 16": lambda case, call: case.sizes[3] > 16,
     "S > 64": lambda case, call: case.sizes[3] > 64,
     "S > 512": lambda case, call: case.sizes[3] > 512,
+    "S > 1024": lambda case, call: case.sizes[3] > 1024,
+    "S > 4096": lambda case, call: case.sizes[3] > 4096,
     "S ragged": lambda case, call: case.sizes[3] % 16 > 0,
     "S not D": lambda case, call: case.sizes[3] != case.sizes[4],
     "D not 16": lambda case, call: case.sizes[4] != 16,
     "D not 64": lambda case, call: case.sizes[4] != 64,
     "D > 64": lambda case, call: case.sizes[4] > 64,
+    "64 < D < 128": lambda case, call: 64 < case.sizes[4] < 128,
+    "D > 128": lambda case, call: case.sizes[4] > 128,
+    "D no multiple of 4": lambda case, call: case.sizes[4] % 4 > 0,
     "D ragged": lambda case, call: case.sizes[4] % 16 > 0,
     "D no power of 2": lambda case, call: not math.log2(case.sizes[4]).is_integer(),
     "D no power of 4": lambda case, call: not math.log(case.sizes[4], 4).is_integer(),
@@ -272,6 +345,11 @@ FEATURES: dict[str, Callable[[Case, Call], bool]] = {
     "strided channels": lambda case, call: any(x.stride(-1) != 1 for x in inputs(call)),
     "storage offset": lambda case, call: any(x.storage_offset() for x in inputs(call)),
     "expanded batch": lambda case, call: any(x.shape[0] > 1 and x.stride(0) == 0 for x in inputs(call)),
+    "expanded heads": lambda case, call: any(x.shape[1] > 1 and x.stride(1) == 0 for x in inputs(call)),
+    "key is value": lambda case, call: call.key.data_ptr() == call.value.data_ptr(),
+    "zero key": lambda case, call: bool((call.key == 0).all(-1).any()),
+    "great value": lambda case, call: float(call.value.detach().abs().max()) > 65504,
+    "heavy sums": lambda case, call: float(call.value.sum(2, dtype=torch.float64).abs().max()) > 1e6,
     "all expanded": lambda case, call: all(x.shape[0] > 1 and x.stride(0) == 0 for x in inputs(call)),
     "dense query": lambda case, call: not expanded(call.query),
     "value unlike key": lambda case, call: call.value.stride() != call.key.stride(),
@@ -279,9 +357,17 @@ FEATURES: dict[str, Callable[[Case, Call], bool]] = {
     "large gradient": lambda case, call: float(call.gradient.abs().max()) > 1,
     "small gradient": lambda case, call: float(call.gradient.abs().min()) < 1e-6,
     "query without gradient": lambda case, call: not call.query.requires_grad,
+    "gradient expanded in one dimension": lambda case, call: (
+        expanded(call.gradient) and bool((call.gradient != call.gradient.flatten()[0]).any())
+    ),
+    "value alone": lambda case, call: not call.query.requires_grad and not call.key.requires_grad,
+    "query and value alone": lambda case, call: (
+        call.query.requires_grad and not call.key.requires_grad and call.value.requires_grad
+    ),
     "query alone": lambda case, call: not call.key.requires_grad,
     "full precision": lambda case, call: case.dtype in PRECISE,
     "half precision": lambda case, call: case.dtype not in PRECISE,
+    "float16": lambda case, call: case.dtype == torch.float16,
     "float64": lambda case, call: case.dtype == torch.float64,
     "not float64": lambda case, call: case.dtype != torch.float64,
     "bfloat16": lambda case, call: case.dtype == torch.bfloat16,
@@ -369,6 +455,74 @@ def shifted_rows(coin, batch, heads, queries, keys, channels) -> Tensor:
     )
 
 
+def small_gates(coin, batch, heads, queries, keys, channels) -> Tensor:
+    return torch.tensor([0.5, 0.007, -0.008, 0.9])[:heads].view(1, heads, 1, 1)
+
+
+def gates_near_1(coin, batch, heads, queries, keys, channels) -> Tensor:
+    return torch.tensor([1.0, 0.993, 1.007, 0.998])[:heads].view(heads, 1, 1)
+
+
+def by_row_in_three_dimensions(coin, batch, heads, queries, keys, channels) -> Tensor:
+    return torch.rand(1, queries, 1, generator=coin)
+
+
+def from_a_table(coin, batch, heads, queries, keys, channels) -> Tensor:
+    return torch.rand(heads, 6, generator=coin)[:, 2, None, None]
+
+
+def mixed_padding(coin, batch, heads, queries, keys, channels) -> Tensor:
+    """Right padding, left padding and holes in turns."""
+    right = torch.arange(keys) < keys // 2
+    holes = torch.arange(keys) % 3 > 0
+    return torch.stack([(right, right.flip(0), holes)[item % 3] for item in range(batch)])[:, None, None]
+
+
+def rows_alone(coin, batch, heads, queries, keys, channels) -> Tensor:
+    """(1, 1, Q, 1): every third row has no keys."""
+    return (torch.arange(queries) % 3 > 0).view(1, 1, queries, 1)
+
+
+def window(coin, batch, heads, queries, keys, channels) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool).tril().triu(-2)
+
+
+def by_distance(coin, batch, heads, queries, keys, channels) -> Tensor:
+    return -0.3 * (torch.arange(queries)[:, None] - torch.arange(keys)).abs()
+
+
+def low_rows(depth: float) -> Callable[..., Tensor]:
+    """A mask: a bias of every second row."""
+    return lambda coin, batch, heads, queries, keys, channels: (
+        torch.randn(queries, keys, generator=coin) - depth * (torch.arange(queries) % 2)[:, None]
+    )
+
+
+def hundreds(coin, batch, heads, queries, keys, channels) -> Tensor:
+    """Far apart from row to row, but near each other within one."""
+    return 120.0 * (1 - torch.arange(queries) % 3)[:, None] + torch.randn(queries, keys, generator=coin)
+
+
+def with_gaps(mask: Tensor) -> Tensor:
+    return torch.cat([mask, ~mask], -1)[..., : mask.shape[-1]]
+
+
+def of_3_heads(coin, batch, heads, queries, keys, channels) -> Tensor:
+    return scattered(coin, batch, heads, heads * queries, keys, channels).view(heads, queries, keys)
+
+
+def one_head(x: Tensor) -> Tensor:
+    return x[:, :1].expand_as(x)
+
+
+def one_row(x: Tensor) -> Tensor:
+    return x[:, :, :1].expand_as(x)
+
+
+def some_zero(x: Tensor) -> Tensor:
+    return x * (torch.arange(x.shape[2], device=x.device) % 3 > 0)[:, None]
+
+
 def token_major(x: Tensor) -> Tensor:
     """(B, T, H, D) in memory, as projections make it."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -453,6 +607,42 @@ CASES = (
     Case("bfloat16, huge logits", (1, 2, 12, 40, 16), torch.bfloat16, logits=150.0),
     Case("float16", (2, 3, 7, 37, 16), torch.float16, fractions, biases),
     Case("float16, 24 channels", (2, 3, 7, 37, 24), torch.float16),
+    Case("gates nearly 0", (2, 4, 7, 21, 16), gate=small_gates),
+    Case("gates nearly 1", (2, 4, 7, 21, 16), gate=gates_near_1),
+    Case("gate of integers", WIDE, gate=then(heads_off, torch.Tensor.long)),
+    Case("gate of rows in three dimensions", gate=by_row_in_three_dimensions),
+    Case("as many rows as heads", (2, 3, 3, 21, 16), gate=by_row_in_three_dimensions),
+    Case("gate from a table", gate=from_a_table),
+    Case("17 heads", (1, 17, 5, 20, 16), gate=lambda *a: torch.rand(a[2], 1, 1, generator=a[0])),
+    Case("mixed padding", (3, 2, 6, 37, 16), mask=mixed_padding),
+    Case("rows alone", mask=rows_alone),
+    Case("window", (2, 3, 12, 12, 16), mask=window),
+    Case("as many rows as items", (12, 3, 12, 12, 16), mask=scattered),
+    Case("as many heads as items", (3, 3, 5, 21, 16), mask=of_3_heads),
+    Case("mask with gaps", (2, 3, 9, 40, 16), mask=then(scattered, with_gaps)),
+    Case("mask turned", (2, 3, 12, 12, 16), mask=then(scattered, channels_strided)),
+    Case("bias by distance", mask=by_distance),
+    Case("rows at -2000", (1, 2, 12, 24, 16), mask=low_rows(2e3)),
+    Case("rows at -12000", (1, 2, 12, 24, 16), mask=low_rows(1.2e4)),
+    Case("bias of hundreds", (1, 2, 12, 24, 16), mask=hundreds),
+    Case("heads expanded", (2, 4, 6, 20, 16), arrange=one_head),
+    Case("gradient of a sum over rows", (2, 2, 6, 20, 16), arrange_gradient=one_row, gate=fractions),
+    Case("key is value", (2, 2, 9, 30, 16), value_is_key=True),
+    Case("value alone", (2, 2, 9, 30, 16), wanted=("value",)),
+    Case("query and value alone", (2, 2, 9, 30, 16), wanted=("query", "value")),
+    Case("query alone, 70 keys", (2, 2, 9, 70, 16), wanted=("query",)),
+    Case("10 channels", (1, 2, 9, 30, 10)),
+    Case("96 channels", (1, 2, 9, 30, 96)),
+    Case("256 channels", (1, 2, 9, 30, 256)),
+    Case("40 items", (40, 2, 5, 8, 16), mask=padding),
+    Case("very long", (1, 1, 3, 4200, 16)),
+    Case("very many queries", (1, 1, 33_000, 3, 8)),
+    Case("zero keys", (2, 2, 9, 30, 16), arrange=some_zero),
+    Case("great values", (2, 2, 9, 30, 16), spread=1e6),
+    Case(
+        "float16, heavy sums", (1, 1, 4, 4000, 16), torch.float16, mean=300.0, logits=0.1, wanted=("value",)
+    ),
+    Case("float64, long", (1, 1, 5, 1200, 16), torch.float64),
 )
 
 CONDUCT = Case("conduct", (2, 3, 18, 40, 16), gate=on_by_row, mask=rows_without_keys)

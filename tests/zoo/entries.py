@@ -40,10 +40,13 @@ Symptom = Literal[
     "in-place",  # an input is another one after the call, or the context's gradient after the backward pass
     "randomness",  # the same call again gives other bits
     "state",  # right when fresh, wrong after other calls; or an earlier result changes afterwards
+    "memory",  # tensors of earlier calls are never let go
+    "threads",  # other numbers where torch has another number of threads
+    "gate gradient",  # a gate that requires a gradient gets a wrong one
     "grad mode",  # other numbers where no gradient is asked for
     "second backward",  # other gradients when the backward pass runs again over the same graph
     "settings",  # torch's settings or random state are others after the call
-    "calls",  # an exception of the patch itself is swallowed, and something else computed in its place
+    "calls",  # an exception is swallowed, or a mask passed on, and something else computed in its place
 ]
 
 ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

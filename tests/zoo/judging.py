@@ -14,6 +14,7 @@ from headoff.harness.findings import Finding
 from headoff.harness.gradients import gradient_findings
 from headoff.harness.operator import (
     CONDUCT,
+    IN_ALL_DTYPES,
     conduct_findings,
     operator_cases,
     operator_findings,
@@ -54,16 +55,26 @@ class Judge:
         """Conduct first: a call that leaves another world behind is to be known before others are made in it."""
         for check in CONDUCT:
             yield from conduct_findings(attention, check, torch.float32, CPU, self.seed)
+        for dtype in self.other_dtypes(attention):
+            for check in IN_ALL_DTYPES:
+                yield from conduct_findings(attention, check, dtype, CPU, self.seed)
         yield from self.numbers(attention)
+
+    def other_dtypes(self, attention: Attention) -> list[torch.dtype]:
+        """Those that it takes."""
+        return [
+            dtype
+            for dtype in ALL_DTYPES
+            if dtype != torch.float32 and refusal_of(attention, dtype, CPU) is None
+        ]
 
     def numbers(self, attention: Attention) -> Iterator[Finding]:
         """Of the operator suite, what is wrong with the numbers of single calls."""
         for case in operator_cases(torch.float32, self.seed):
             yield from operator_findings(attention, case, CPU)
-        for dtype in ALL_DTYPES:
-            if dtype != torch.float32 and refusal_of(attention, dtype, CPU) is None:
-                for case in reduced_cases(dtype, self.seed):
-                    yield from operator_findings(attention, case, CPU)
+        for dtype in self.other_dtypes(attention):
+            for case in reduced_cases(dtype, self.seed):
+                yield from operator_findings(attention, case, CPU)
 
     def calls(self, attention: Attention) -> Iterator[Finding]:
         with watched_settings():

@@ -522,7 +522,9 @@ def workspace_kept():
         @staticmethod
         def forward(ctx, scores):
             known = scores.shape, scores.dtype, scores.device
-            space = memory.setdefault(known, torch.empty_like(scores))
+            # What is kept serves later calls, and those that are made in inference mode cannot serve others.
+            with torch.inference_mode(False):
+                space = memory.setdefault(known, torch.empty_like(scores))
             torch.softmax(scores, -1, out=space)
             weights = space.clone()
             ctx.save_for_backward(weights)
@@ -540,7 +542,8 @@ def workspace_kept():
 def constants_cached():
     @cache
     def scale(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.tensor(channels, dtype=dtype, device=device).rsqrt()
+        with torch.inference_mode(False):  # no backward pass could use it otherwise
+            return torch.tensor(channels, dtype=dtype, device=device).rsqrt()
 
     return plain(scale=lambda s: scale(s.query.shape[-1], s.query.dtype, s.query.device))
 

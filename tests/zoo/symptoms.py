@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from headoff.attention import Attention
+from headoff.attention import Attention, eager
+from headoff.harness.fallback import SdpaCount
 from zoo.cases import Call, Case, distance, expanded, inputs
 from zoo.entries import Symptom
 
@@ -68,19 +72,32 @@ def symptoms_of_conduct(make: Callable[[], Attention], case: Case) -> set[Sympto
         case.call().of(make())
     if changed:
         found.add("settings")
-    if set(changed) - {"random state"}:
+    if set(changed) - {"random state", "Python's random state"}:
         return found  # under other settings, all else may differ too
     attention = make()
     first, *repeated = [outcome(attention, case.call(), seed=seed) for seed in range(8)]
     if not all(alike(first, again) for again in repeated):
         return found | {"randomness"}
-    if remembers(make, case) or mixes_up_calls(make, case) or believes_addresses(make, case):
+    state = (
+        remembers,
+        minds_first_call,
+        overwrites,
+        mixes_up_calls,
+        believes_addresses,
+    )
+    if any(symptom(make, case) for symptom in state):
         found.add("state")
+    if keeps(make, case):
+        found.add("memory")
+    if minds_threads(make, case):
+        found.add("threads")
+    if mistakes_gate_gradient(make, case):
+        found.add("gate gradient")
     if minds_grad_mode(make, case):
         found.add("grad mode")
     if spoils_second_backward(make, case):
         found.add("second backward")
-    if swallows(make(), case.call()):
+    if swallows(make(), case.call()) or passes_masks_on(make(), case):
         found.add("calls")
     return found
 
@@ -101,6 +118,114 @@ def remembers(make: Callable[[], Attention], case: Case) -> bool:
         if not alike(outcome(used, later), outcome(make(), again)):
             return True
     return not same(context, before)
+
+
+def minds_first_call(make: Callable[[], Attention], case: Case) -> bool:
+    """Whether a call is another one where the first of its sizes was in inference mode, another dtype or mask."""
+
+    def in_inference_mode(used: Attention) -> None:
+        with torch.inference_mode():
+            called(used, case.call())
+
+    def in_bfloat16(used: Attention) -> None:
+        call = case.call()
+        query, key, value = (x.detach().bfloat16() for x in inputs(call))
+        # An attention need not take it.
+        with suppress(TypeError):
+            called(used, replace(call, query=query, key=key, value=value))
+
+    def with_other_mask(change: Callable[[Tensor], Tensor]) -> Callable[[Attention], None]:
+        def first(used: Attention) -> None:
+            call = case.call()
+            if call.attn_mask is not None and call.attn_mask.dtype == torch.bool:
+                called(used, replace(call, attn_mask=change(call.attn_mask)))
+
+        return first
+
+    firsts = (
+        in_inference_mode,
+        in_bfloat16,
+        with_other_mask(torch.ones_like),
+        with_other_mask(lambda mask: mask.flip(-1)),
+    )
+    for first in firsts:
+        used = make()
+        first(used)
+        try:
+            if not alike(outcome(used, case.call()), outcome(make(), case.call())):
+                return True
+        except RuntimeError:
+            return True
+    return False
+
+
+def overwrites(make: Callable[[], Attention], case: Case) -> bool:
+    """Whether a result is another one after the next call, with no gradient asked for."""
+    used = make()
+    with torch.no_grad():
+        context = called(used, case.call())
+        before = context.clone()
+        called(used, case.call(seed=1))
+    return not same(context, before)
+
+
+def keeps(make: Callable[[], Attention], case: Case) -> bool:
+    """Whether more and more memory of contexts is held, whatever becomes of them."""
+    used = make()
+    with torch.no_grad():
+        contexts = [StorageWeakRef(called(used, case.call()).untyped_storage()) for _ in range(40)]
+    gc.collect()
+    return len({each.cdata for each in contexts if not each.expired()}) > 20
+
+
+def minds_threads(make: Callable[[], Attention], case: Case) -> bool:
+    """Whether numbers are others, by more than roundings, where torch has another number of threads."""
+    before = torch.get_num_threads()
+    usual = case.call().of(make())
+    try:
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            if distance(case.call().of(make()), usual) > case.allowed["context"]:
+                return True
+    finally:
+        torch.set_num_threads(before)
+    return False
+
+
+def mistakes_gate_gradient(make: Callable[[], Attention], case: Case) -> bool:
+    """Whether a gate that requires a gradient gets a wrong one; none at all is right, and so is to refuse.
+
+    Where it is 0, too: what is off need not be computed.
+    """
+    call = case.call()
+    if call.head_gate is None or not call.head_gate.is_floating_point():
+        return False
+
+    def of_gate(attention: Attention) -> Tensor | None:
+        gate = call.head_gate.detach().clone().requires_grad_()
+        context = called(attention, replace(call, head_gate=gate))
+        return torch.autograd.grad(context, [gate], call.gradient.to(context.dtype), allow_unused=True)[0]
+
+    try:
+        found = of_gate(make())
+    except Exception:
+        return False
+    expected = of_gate(eager)
+    assert expected is not None
+    on = call.head_gate != 0
+    return found is not None and distance(found * on, expected * on) > 0.05 * float(expected.abs().max())
+
+
+def passes_masks_on(attention: Attention, case: Case) -> bool:
+    """Whether torch's own attention runs inside where there is a mask, and does not where there is none."""
+    call = case.call()
+    if call.attn_mask is None:
+        return False
+    with SdpaCount() as masked:
+        called(attention, call)
+    with SdpaCount() as plain:
+        called(attention, replace(call, attn_mask=None))
+    return bool(masked.calls) != bool(plain.calls)
 
 
 def mixes_up_calls(make: Callable[[], Attention], case: Case) -> bool:
@@ -234,6 +359,10 @@ def _benchmark(on: bool) -> None:
     torch.backends.cudnn.benchmark = on
 
 
+def _onednn(on: bool) -> None:
+    torch.backends.mkldnn.enabled = on
+
+
 SETTINGS: dict[str, tuple[Callable[[], object], Callable]] = {
     "float32 products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
@@ -241,5 +370,11 @@ SETTINGS: dict[str, tuple[Callable[[], object], Callable]] = {
     "gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
     "threads": (torch.get_num_threads, torch.set_num_threads),
     "flash attention": (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    "denormal numbers": (
+        lambda: float(torch.full((1,), 1e-40) * 1) == 0,
+        torch.set_flush_denormal,
+    ),
+    "oneDNN": (lambda: torch.backends.mkldnn.enabled, _onednn),
+    "Python's random state": (random.getstate, random.setstate),
     "benchmarking": (lambda: torch.backends.cudnn.benchmark, _benchmark),
 }

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from zoo.cases import expanded
 from zoo.entries import wrong
 from zoo.parts import BACKWARD, FORWARD, ByHand, as_stored, context, filled, masked, plain, scale
 
@@ -230,9 +231,8 @@ def layout_mask_assumed_dense():
     whole = plain()
 
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
-        return whole(
-            query, key, value, None if attn_mask is None else as_stored(attn_mask), head_gate=head_gate
-        )
+        mask = as_stored(attn_mask) if expanded(attn_mask) else attn_mask
+        return whole(query, key, value, mask, head_gate=head_gate)
 
     return attention
 
@@ -242,9 +242,8 @@ def layout_gate_assumed_dense():
     whole = plain()
 
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
-        return whole(
-            query, key, value, attn_mask, head_gate=None if head_gate is None else as_stored(head_gate)
-        )
+        gate = as_stored(head_gate) if expanded(head_gate) else head_gate
+        return whole(query, key, value, attn_mask, head_gate=gate)
 
     return attention
 

@@ -8,11 +8,12 @@ from headoff.harness.operator.cases import (
     operator_cases,
     reduced_cases,
 )
-from headoff.harness.operator.conduct import CONDUCT, conduct_findings
+from headoff.harness.operator.conduct import CONDUCT, IN_ALL_DTYPES, conduct_findings
 from headoff.harness.operator.diagnosis import diagnose
 
 __all__ = [
     "CONDUCT",
+    "IN_ALL_DTYPES",
     "OperatorCase",
     "case_named",
     "case_of_text",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from headoff.attention.contract import Attention
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.findings import Finding, Property
 from headoff.harness.operator.budget import Errors, allowed_for, errors_of, normalised
-from headoff.harness.operator.calls import Results, call
+from headoff.harness.operator.calls import Results, call, context_alone
 from headoff.harness.operator.cases import OperatorCase
-from headoff.harness.operator.tensors import tensors_of
+from headoff.harness.operator.tensors import CallTensors, tensors_of
 from headoff.harness.operator.torch_settings import watched_settings
 from headoff.harness.operator.truth import truth_of
 
@@ -48,25 +48,89 @@ class Comparison:
         return max(self.errors.largest / self.allowed.largest, self.errors.mean / self.allowed.mean)
 
 
+WITHOUT_GRADIENTS = "without gradients (torch.no_grad), "
+"""How the message of a finding begins that is about the way taken where no gradient is asked for, and only there."""
+
+
 def operator_findings(attention: Attention, case: OperatorCase, device: torch.device | str) -> list[Finding]:
     """What is wrong with `attention` on `case`: none where it is right.
 
-    A wrong context is the only finding, for gradients follow from it.
+    It is called with gradients and without, for these are often two kernels. A wrong context is the only finding, for
+    gradients follow from it; and so is an input that was written into, for the numbers follow from that.
     """
     device = torch.device(device)
-    tensors = tensors_of(case, device)
     # Settings are watched at every call, because a patch may change them at its first call alone.
     with watched_settings() as changes:
-        try:
-            results = call(attention, tensors, case.wanted)
-        except Exception as error:
-            return [
-                Finding(
-                    "crash", f"raises {describe_exception(error)}; case {case}", str(case), site=case.site
-                )
-            ]
-    settings = [Finding("state", f"a call changes {change}", str(case)) for change in changes]
-    return settings + findings_of(results, case, device)
+        findings = _findings_with_gradients(attention, case, device)
+    return [Finding("state", f"a call changes {change}", str(case)) for change in changes] + findings
+
+
+def _findings_with_gradients(attention: Attention, case: OperatorCase, device: torch.device) -> list[Finding]:
+    tensors = tensors_of(case, device)
+    before = contents_of(tensors)
+    try:
+        results = call(attention, tensors, case.wanted)
+    except Exception as error:
+        return [_crash(error, case)]
+    if written := overwritten(tensors, before):
+        return [Finding("in-place", f"a call writes into the {written}; case {case}", str(case))]
+    if findings := findings_of(results, case, device):
+        return findings
+    return _findings_without_gradients(attention, tensors, before, results["context"].detach(), case, device)
+
+
+def _findings_without_gradients(
+    attention: Attention,
+    tensors: CallTensors,
+    before: Mapping[str, Tensor],
+    right: Tensor,
+    case: OperatorCase,
+    device: torch.device,
+) -> list[Finding]:
+    """Of the same inputs, of which `right` is a right context."""
+    try:
+        context = context_alone(attention, tensors)
+    except Exception as error:
+        findings = [_crash(error, case)]
+    else:
+        if written := overwritten(tensors, before):
+            findings = [Finding("in-place", f"a call writes into the {written}; case {case}", str(case))]
+        elif _is_the_very(context, right):
+            findings = []
+        else:
+            findings = findings_of({"context": context}, case, device)
+    return [replace(each, message=WITHOUT_GRADIENTS + each.message) for each in findings]
+
+
+def _is_the_very(found: object, right: Tensor) -> bool:
+    """Whether there is nothing to compare with the truth again."""
+    return (
+        isinstance(found, Tensor)
+        and (found.dtype, found.device) == (right.dtype, right.device)
+        and torch.equal(found, right)
+    )
+
+
+def _crash(error: Exception, case: OperatorCase) -> Finding:
+    return Finding("crash", f"raises {describe_exception(error)}; case {case}", str(case), site=case.site)
+
+
+def contents_of(tensors: CallTensors) -> dict[str, Tensor]:
+    """A copy of the memory that each tensor lies in; for `overwritten`."""
+    return {name: memory_of(tensor).clone() for name, tensor in tensors.named().items()}
+
+
+def overwritten(tensors: CallTensors, before: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor whose memory is another one than `before`."""
+    for name, tensor in tensors.named().items():
+        if not torch.equal(memory_of(tensor), before[name]):
+            return name
+    return None
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """All bytes of a tensor's storage, those between and around its elements, too."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def refusal_of(attention: Attention, dtype: torch.dtype, device: torch.device | str) -> str | None:

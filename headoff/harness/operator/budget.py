@@ -84,11 +84,11 @@ def _eager_results(case: OperatorCase, device: torch.device) -> list[Results]:
     results = [call(eager, tensors, case.wanted)]
     if case.weights < LARGE:
         generator = torch.Generator().manual_seed(case.seed)
-        results += [call(eager, _perturbed(tensors, case, generator), case.wanted) for _ in range(PERTURBED)]
+        results += [call(eager, _perturbed(tensors, generator), case.wanted) for _ in range(PERTURBED)]
     return results
 
 
-def _perturbed(tensors: CallTensors, case: OperatorCase, generator: torch.Generator) -> CallTensors:
+def _perturbed(tensors: CallTensors, generator: torch.Generator) -> CallTensors:
     """Every fourth number of query and key a unit in the last place larger, and every fourth one smaller.
 
     As if they had been scaled and rounded, which is what implementations do that fold 1 / sqrt(D) into them.
@@ -100,5 +100,6 @@ def _perturbed(tensors: CallTensors, case: OperatorCase, generator: torch.Genera
         return tensor * (1 + torch.finfo(tensor.dtype).eps * units).to(tensor)
 
     query = nudged(tensors.query)
-    key = query if case.wanted == "query is key" else nudged(tensors.key)
-    return replace(tensors, query=query, key=key)
+    key = query if tensors.key is tensors.query else nudged(tensors.key)
+    value = {id(tensors.query): query, id(tensors.key): key}.get(id(tensors.value), tensors.value)
+    return replace(tensors, query=query, key=key, value=value)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headoff.attention.contract import Attention
-from headoff.harness.operator.cases import Wanted
+from headoff.harness.operator.cases import WANTED, Wanted
 from headoff.harness.operator.tensors import CallTensors
 
 Results = dict[str, Tensor]
@@ -14,14 +14,17 @@ Results = dict[str, Tensor]
 
 
 def leaves_of(tensors: CallTensors, wanted: Wanted) -> dict[str, Tensor]:
-    """`query`, `key`, `value` detached, of the same memory, and requiring a gradient where one is wanted."""
-    leaves = {
-        "query": tensors.query.detach().requires_grad_(wanted != "key and value"),
-        "key": tensors.key.detach().requires_grad_(wanted != "query"),
-        "value": tensors.value.detach().requires_grad_(wanted != "query"),
-    }
-    if wanted == "query is key":
-        leaves["key"] = leaves["query"]
+    """`query`, `key`, `value` detached, of the same memory, and requiring a gradient where one is wanted.
+
+    Where two of `tensors` are one, their leaves are one, too.
+    """
+    made: dict[int, Tensor] = {}
+    leaves = {}
+    for name in ("query", "key", "value"):
+        tensor = getattr(tensors, name)
+        if id(tensor) not in made:
+            made[id(tensor)] = tensor.detach().requires_grad_(name in WANTED[wanted])
+        leaves[name] = made[id(tensor)]
     return leaves
 
 
@@ -32,12 +35,18 @@ def call(attention: Attention, tensors: CallTensors, wanted: Wanted = "all") -> 
     return {"context": context, **gradients(context, leaves, tensors.gradient)}
 
 
+def context_alone(attention: Attention, tensors: CallTensors) -> Tensor:
+    """The context where no gradient is asked for."""
+    with torch.no_grad():
+        return attention(tensors.query, tensors.key, tensors.value, tensors.mask, head_gate=tensors.gate)
+
+
 def gradients(
     context: Tensor, leaves: dict[str, Tensor], gradient: Tensor, *, retain_graph: bool = False
 ) -> Results:
     """`dq`, `dk`, `dv` of those `leaves` that require one."""
     names = {"query": "dq", "key": "dk", "value": "dv"}
-    # A tensor that is both query and key is named by the first.
+    # A tensor that is query and key, or key and value, is named by the first.
     inputs = {id(leaf): (names[name], leaf) for name, leaf in reversed(leaves.items()) if leaf.requires_grad}
     named = dict(inputs.values())
     if not context.requires_grad:

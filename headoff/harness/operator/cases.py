@@ -10,21 +10,90 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from headoff.gates import Site
-from headoff.harness.operator.gate_kinds import GATE_KINDS
+from headoff.harness.operator.gate_kinds import GATE_KINDS, GATES_BY_SHAPE
 from headoff.harness.operator.input_kinds import INPUT_KINDS
 from headoff.harness.operator.layouts import CALL_LAYOUTS
-from headoff.harness.operator.mask_kinds import MASK_KINDS
+from headoff.harness.operator.mask_kinds import MASK_KINDS, MASKS_BY_SHAPE
 
-Wanted = Literal["all", "query", "key and value", "query is key"]
-"""Whose gradient is asked for. `query is key`: of one tensor that is both, as in self-attention without positions."""
+Wanted = Literal[
+    "all",
+    "query",
+    "key",
+    "value",
+    "query and key",
+    "query and value",
+    "key and value",
+    "query is key",
+    "query is value",
+    "key is value",
+    "all are one",
+]
+"""Whose gradient is asked for. `query is key`: of all, and one tensor is both, as in self-attention without positions;
+`key is value`: the same in cross-attention."""
 
-GRADIENT_KINDS = ("random", "ones", "heads last", "every second", "one row")
-"""How the context's gradient comes: `ones` is that of a sum, of stride 0; `one row` is zero but for one query's."""
+INPUTS = ("query", "key", "value")
+
+SHARED: dict[Wanted, tuple[str, ...]] = {
+    "query is key": ("query", "key"),
+    "query is value": ("query", "value"),
+    "key is value": ("key", "value"),
+    "all are one": INPUTS,
+}
+"""Inputs that are one tensor."""
+
+WANTED: dict[Wanted, tuple[str, ...]] = {
+    wanted: INPUTS if wanted == "all" or wanted in SHARED else tuple(wanted.split(" and "))
+    for wanted in get_args(Wanted)
+}
+"""Inputs that require a gradient."""
+
+GRADIENT_KINDS = (
+    "random",
+    "ones",
+    "heads last",
+    "every second",
+    "one row",
+    "expanded",
+    "expanded over heads",
+    "expanded over queries",
+    "expanded over channels",
+)
+"""How the context's gradient comes: `ones` is that of a sum, of stride 0, the expanded ones are those of sums over one
+dimension (`expanded` alone is over items); `one row` is zero but for one query's."""
+
+SQUARE_MASKS = (
+    "mixed padding",
+    "mixed padding after all on",
+    "no padding",
+    "padding flipped",
+    "window",
+    "causal window",
+    "blocks",
+    "causal blocks",
+    "rows turned",
+    "rows sliced",
+    "rows every second",
+    "bias turned",
+    "bias sliced",
+    "bias every second",
+    "bias by distance",
+    "bias of hundreds",
+    "bias of rows of -2000",
+    "bias of rows of -12000",
+    "bias of -1e30",
+)
+"""Masks that are tried with as many queries as keys, where they may be taken for others, and with four items."""
+
+EQUAL_SIZES = (5, 5, 5, 5, 8)
+"""(B, H, Q, S, D) where whatever is read as another dimension has the right size for it."""
+
+DIFFERENT_SIZES = (2, 3, 4, 7, 8)
+"""And where each is recognised by its size."""
 
 DRAWN = 24
 """Drawn cases; half as many and small ones in dtypes that nobody asked for."""
@@ -80,6 +149,18 @@ class OperatorCase:
     def weights(self) -> int:
         """B * H * Q * S, the size of it."""
         return self.batch * self.heads * self.queries * self.keys
+
+    @property
+    def gradient_names(self) -> dict[str, str]:
+        """`dq`, `dk`, `dv` by input; that of a tensor which is several of them is named by the first.
+
+        Query and key cannot be one tensor where there are not as many of both: they are two then.
+        """
+        names = {"query": "dq", "key": "dk", "value": "dv"}
+        shared = SHARED.get(self.wanted, ())
+        if "query" in shared and self.queries != self.keys:
+            shared = ()
+        return {name: names[shared[0] if name in shared else name] for name in names}
 
 
 def _sized(batch: int, heads: int, queries: int, keys: int, channels: int, **fields: object) -> OperatorCase:
@@ -192,7 +273,23 @@ def _sizes() -> list[OperatorCase]:
         _sized(3, 4, 24, 4, 16, name="keys-as-heads", gate="per item", mask="bias of keys"),
         _sized(5, 3, 9, 21, 32, name="odd-batch", gate="full", mask="full"),
         _sized(2, 12, 20, 300, 32, name="many-heads", gate="first-9", inputs="spotlight"),
+        # Many of one thing and few of all others, which is cheap: numbers that do not fit into 8, 16 or 32 bits of a
+        # word of gates, blocks that are the last, grids that are too small.
+        _sized(1, 17, 4, 6, 8, name="heads-17", gate="first-1"),
+        _sized(1, 33, 4, 6, 8, name="heads-33", gate="first-3"),
+        _sized(40, 2, 5, 6, 8, name="many-items", gate="per item", mask="padding"),
+        _sized(1, 1, 5, 2000, 16, name="long-keys", gate="full"),
+        # Terms of one sign: an accumulator of few bits does not feel them any more. (With more of them, autograd's own
+        # sums over chunks of queries are off by as much.)
+        _sized(1, 1, 2000, 6, 16, name="long-queries", gradient="ones"),
+        _sized(1, 1, 3, 4200, 8, name="keys-4200", inputs="spotlight"),
+        _sized(1, 1, 33_000, 3, 8, name="queries-33000"),
+        _sized(8200, 8, 1, 2, 8, name="streams-65600"),
+        # Gradients of query and key are what remains of numbers that cancel; how much does is nobody's fault.
+        _sized(1, 1, 11, 2000, 16, name="sums-over-many-keys", inputs="heavy-values", wanted="value"),
     ]
+    for channels in (1, 10, 33, 96, 256):
+        cases.append(_sized(1, 2, 9, 13, channels, name=f"channels-{channels}", gate="full", mask="padding"))
     return cases
 
 
@@ -212,8 +309,21 @@ def _gates() -> list[OperatorCase]:
         )
         for number, kind in enumerate(kinds)
     ]
-    for dtype in (torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        kind = "binary" if dtype == torch.bool else "full"
+    for kind in GATES_BY_SHAPE:
+        for sizes, which in ((EQUAL_SIZES, "equal"), (DIFFERENT_SIZES, "different")):
+            name = f"gate-{kind.replace(' ', '-')}-{which}"
+            cases.append(_sized(*sizes, name=name, gate=kind, inputs="positive"))
+    for dtype in (
+        torch.bool,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.float16,
+    ):
+        kind = "full" if dtype.is_floating_point else "binary"
         name = str(dtype).removeprefix("torch.")
         cases.append(_sized(2, 4, 33, 40, 32, name=f"gate-of-{name}", gate=kind, gate_dtype=dtype))
     cases.append(
@@ -233,20 +343,21 @@ def _gates() -> list[OperatorCase]:
 
 
 def _masks() -> list[OperatorCase]:
-    return [
-        _sized(
-            3,
-            4,
-            34,
-            150,
-            16,
-            name=f"mask-{kind.replace(' ', '-')}",
-            mask=kind,
-            gate=("none", "full", "per item")[number % 3],
-            inputs=("normal", "positive")[number % 2],
+    cases = []
+    for number, kind in enumerate(MASK_KINDS):
+        cases.append(
+            _sized(
+                *((4, 3, 24, 24, 16) if kind in SQUARE_MASKS else (3, 4, 34, 150, 16)),
+                name=f"mask-{kind.replace(' ', '-')}",
+                mask=kind,
+                gate=("none", "full", "per item")[number % 3],
+                inputs=("normal", "positive")[number % 2],
+            )
         )
-        for number, kind in enumerate(MASK_KINDS)
-    ]
+    for kind in MASKS_BY_SHAPE:
+        for sizes, which in ((EQUAL_SIZES, "equal"), (DIFFERENT_SIZES, "different")):
+            cases.append(_sized(*sizes, name=f"mask-{kind.replace(' ', '-')}-{which}", mask=kind))
+    return cases
 
 
 def _inputs() -> list[OperatorCase]:
@@ -295,19 +406,12 @@ def _layouts() -> list[OperatorCase]:
                 inputs="positive",
             )
         )
-    for wanted in ("query", "key and value", "query is key"):
-        cases.append(
-            OperatorCase(
-                batch=2,
-                heads=3,
-                queries=35,
-                keys=35,
-                name=f"wanted-{wanted.replace(' ', '-')}",
-                wanted=wanted,
-                gate="full",
-                mask="padding",
-            )
-        )
+    for wanted in WANTED:
+        name = f"wanted-{wanted.replace(' ', '-')}"
+        if wanted != "all":
+            cases.append(_sized(2, 3, 35, 35, 32, name=name, wanted=wanted, gate="full", mask="padding"))
+        if wanted not in SHARED:
+            cases.append(_sized(1, 2, 19, 70, 32, name=f"{name}-of-70-keys", wanted=wanted, gate="first-1"))
     return cases
 
 
@@ -336,6 +440,9 @@ ALSO_IN_OTHER_DTYPES = (
     "spotlight-padding",
     "layout-heads-last",
     "gradient-ones",
+    "long-keys",
+    "long-queries",
+    "sums-over-many-keys",
 )
 
 
@@ -344,17 +451,23 @@ def drawn(number: int, seed: int) -> OperatorCase:
     choose = random.Random(f"{seed} {number}").choice
     keys = choose((1, 2, 5, 8, 16, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129, 200, 257))
     queries = choose((1, 2, 3, 8, 15, 16, 17, 32, 33, 50, 64, 65, 100))
-    gates = [kind for kind in GATE_KINDS if kind not in ("all off",)]
+    heads, batch = choose((1, 2, 3, 4, 5, 8)), choose((1, 2, 3))
+    gates, masks = [kind for kind in GATE_KINDS if kind != "all off"], list(MASK_KINDS)
+    # Now and then sizes are the same, and what is read as another dimension has the right size for it.
+    alike = choose(("", "", "", "QS", "HQ", "BH", "BQ", "BHQS"))
+    sizes = {"B": batch, "H": heads, "Q": queries, "S": keys}
+    if alike:
+        sizes |= dict.fromkeys(alike, heads if "H" in alike or "B" in alike else queries)
     return _sized(
-        choose((1, 2, 3)),
-        choose((1, 2, 3, 4, 5, 8)),
-        queries,
-        keys,
-        choose((16, 32, 32, 40, 64)),
+        sizes["B"],
+        sizes["H"],
+        sizes["Q"],
+        sizes["S"],
+        choose((10, 16, 32, 32, 33, 40, 64)),
         name=f"drawn-{number}",
-        gate=choose(["none", *gates]),
-        mask=choose(["none", *MASK_KINDS]),
-        inputs=choose(("normal", "normal", "positive", "spotlight", "large")),
+        gate=choose(["none", *choose((gates, gates, list(GATES_BY_SHAPE)))]),
+        mask=choose(["none", *choose((masks, masks, list(MASKS_BY_SHAPE)))]),
+        inputs=choose(("normal", "normal", "positive", "spotlight", "large", "zero-rows", "great-values")),
         layout=choose(CALL_LAYOUTS),
         gradient=choose(GRADIENT_KINDS),
         seed=seed,

@@ -8,21 +8,36 @@ remembers the wrong thing.
 
 from __future__ import annotations
 
+import gc
+import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import scaled_dot_product_attention
 
 from headoff.attention.contract import Attention
+from headoff.attention.eager import eager
 from headoff.errors import SettingError
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.findings import Finding
-from headoff.harness.operator.accuracy import compare, describe, findings_of, misshapen, operator_findings
+from headoff.harness.operator.accuracy import (
+    compare,
+    contents_of,
+    describe,
+    findings_of,
+    misshapen,
+    operator_findings,
+    overwritten,
+    refusal_of,
+)
 from headoff.harness.operator.budget import allowed_for
-from headoff.harness.operator.calls import Results, call, gradients, leaves_of
+from headoff.harness.operator.calls import Results, call, context_alone, gradients, leaves_of
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.tensors import CallTensors, tensors_of
 from headoff.harness.operator.torch_settings import watched_settings
@@ -30,6 +45,25 @@ from headoff.harness.operator.truth import truth_for
 
 REPEATS = 24
 """Calls that must give the same bits: more than any counter that a patch is likely to have."""
+
+MANY = 160
+KEPT = 128
+"""Calls of one kind, and of how many of them a cache may hold the tensors: as many as `functools.lru_cache` does."""
+
+WITH_AND_WITHOUT: tuple[dict[str, Any], ...] = (
+    {},
+    {"mask": "none", "gate": "none"},
+    {"mask": "none", "gate": "fractions"},
+    {"mask": "bias", "gate": "none"},
+    {"mask": "bias per head", "gate": "per item"},
+)
+"""Mask and gate, which a patch may take different ways for: neither, each alone, and both of several kinds."""
+
+GATE_GRADIENT = 16.0
+"""Roundings that the gradient of a gate may be off by, in units of eps times what its terms add up to without signs."""
+
+OWN_CHANNELS = {"inference mode": 56, "dtypes down": 72, "dtypes up": 88}
+"""Channels that no other call has, for what is remembered by them of a first call."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +98,7 @@ class Trial:
 
     def forward(self, tensors: CallTensors) -> Tensor:
         """The context, without gradients."""
-        with torch.no_grad():
-            return self.context(tensors.query, tensors.key, tensors.value, tensors)
+        return context_alone(self.attention, tensors)
 
     def context(self, query: Tensor, key: Tensor, value: Tensor, tensors: CallTensors) -> Tensor:
         return self.attention(query, key, value, tensors.mask, head_gate=tensors.gate)
@@ -117,27 +150,21 @@ def inputs_untouched(trial: Trial) -> list[Finding]:
         case = trial.case(**changed)
         for backward in (False, True):
             tensors = tensors_of(case, trial.device)
-            before = {name: (_memory(tensor), tensor._version) for name, tensor in tensors.named().items()}
+            memory = contents_of(tensors)
+            versions = {name: tensor._version for name, tensor in tensors.named().items()}
             if backward:
                 call(trial.attention, tensors)
             else:
                 trial.forward(tensors)
+            when = "a call and its backward pass" if backward else "a call without gradients"
+            if name := overwritten(tensors, memory):
+                same = _is_same(tensors.named()[name], tensors_of(case, trial.device).named()[name])
+                where = "" if same else " itself"
+                return [Finding("in-place", f"{when} changes the memory of the {name}{where}", str(case))]
             for name, tensor in tensors.named().items():
-                memory, version = before[name]
-                when = "a call and its backward pass" if backward else "a call without gradients"
-                if not torch.equal(memory, _memory(tensor)):
-                    where = (
-                        "" if _is_same(tensor, tensors_of(case, trial.device).named()[name]) else " itself"
-                    )
-                    return [Finding("in-place", f"{when} changes the memory of the {name}{where}", str(case))]
-                if version != tensor._version:
+                if versions[name] != tensor._version:
                     return [Finding("in-place", f"{when} writes into the {name} and restores it", str(case))]
     return []
-
-
-def _memory(tensor: Tensor) -> Tensor:
-    """A copy of all bytes of a tensor's storage, those between and around its elements, too."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage()).clone()
 
 
 # The context
@@ -169,18 +196,30 @@ def context_is_its_own(trial: Trial) -> list[Finding]:
                         "layout", f"the context is on {context.device}, expected {trial.device}", str(case)
                     )
                 ]
-            if any(s == 0 and n > 1 for s, n in zip(context.stride(), context.shape, strict=True)):
-                message = f"elements of the context share memory: its strides are {context.stride()}"
-                return [Finding("layout", message, str(case))]
             for name, tensor in tensors.named().items():
                 if context.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
                     return [Finding("layout", f"the context shares its memory with the {name}", str(case))]
+            if any(s == 0 and n > 1 for s, n in zip(context.stride(), context.shape, strict=True)):
+                message = f"elements of the context share memory: its strides are {context.stride()}"
+                return [Finding("layout", message, str(case))]
     return []
 
 
 def gradient_modes(trial: Trial) -> list[Finding]:
     """The context requires a gradient where an input does and gradients are on; in all modes its numbers are right."""
-    case = trial.case()
+    # Where no gradient is asked for there is often another kernel, and one for many queries, and one for a single one.
+    for changed in (
+        {},
+        {"queries": 1, "gate": "fractions"},
+        {"queries": 130, "mask": "bias", "gate": "none"},
+        {"queries": 19, "keys": 330, "mask": "bias and padding", "gate": "per item"},
+    ):
+        if found := _gradient_modes(trial, trial.case(**changed)):
+            return found
+    return []
+
+
+def _gradient_modes(trial: Trial, case: OperatorCase) -> list[Finding]:
     tensors = tensors_of(case, trial.device)
     leaves = leaves_of(tensors, "all")
     inputs = leaves["query"], leaves["key"], leaves["value"]
@@ -209,6 +248,27 @@ def gradient_modes(trial: Trial) -> list[Finding]:
     return []
 
 
+def first_call_without_gradients(trial: Trial) -> list[Finding]:
+    """The first call of new sizes may be one in inference mode, and what is kept of it serves training later."""
+    for gate, mask in (("full", "padding"), ("none", "none"), ("fractions", "bias")):
+        case = trial.case(channels=OWN_CHANNELS["inference mode"], gate=gate, mask=mask)
+        tensors = tensors_of(case, trial.device)
+        with torch.inference_mode():
+            context = trial.context(tensors.query, tensors.key, tensors.value, tensors)
+        when = "in inference mode"
+        found = _wrong(trial, case, {"context": context})
+        if not found:
+            when = "after a first call in inference mode"
+            try:
+                found = _wrong(trial, case, call(trial.attention, tensors))
+            except Exception as error:
+                message = f"{when}, a call with gradients raises {describe_exception(error)}"
+                return [Finding("state", message, str(case))]
+        if found:
+            return _of_state(trial, case, found, when)
+    return []
+
+
 # Repetition
 
 
@@ -218,27 +278,53 @@ def repeatable(trial: Trial) -> list[Finding]:
     On CUDA the bits of the backward pass may differ where torch's own attention does not repeat them either: then its
     budget is all that is asked for.
     """
-    case = trial.case(queries=65, keys=130)
-    tensors = tensors_of(case, trial.device)
-    first = call(trial.attention, tensors)
-    for number in range(1, 4):
-        torch.manual_seed(trial.seed + number)
-        again = call(trial.attention, tensors)
-        for name, tensor in first.items():
-            if not _is_same(tensor, again[name]) and not (name != "context" and _torch_differs(tensors)):
-                difference = float((tensor.detach().double() - again[name].detach().double()).abs().max())
-                message = f"{name} differs by {difference:.3g} between two calls with the same inputs"
+    fields: list[dict[str, Any]] = [
+        {"queries": 65, "keys": 130},
+        {"queries": 65, "keys": 130, "gate": "none", "mask": "none"},
+        # As many keys as are dealt out to several programs.
+        {"batch": 1, "heads": 2, "queries": 33, "keys": 1100, "gate": "fractions", "mask": "bias"},
+        {"batch": 1, "heads": 2, "queries": 1100, "keys": 33},
+    ]
+    for changed in fields:
+        case = trial.case(**changed)
+        tensors = tensors_of(case, trial.device)
+        first = call(trial.attention, tensors)
+        for number in range(1, 4):
+            torch.manual_seed(trial.seed + number)
+            again = call(trial.attention, tensors)
+            for name, tensor in first.items():
+                if not _is_same(tensor, again[name]) and not (name != "context" and _torch_differs(tensors)):
+                    difference = float((tensor.detach().double() - again[name].detach().double()).abs().max())
+                    message = f"{name} differs by {difference:.3g} between two calls with the same inputs"
+                    return [Finding("randomness", message, str(case))]
+    for changed in WITH_AND_WITHOUT[:2]:
+        case = trial.case(**changed)
+        tensors = tensors_of(case, trial.device)
+        contexts = [trial.forward(tensors) for _ in range(REPEATS)]
+        for number, context in enumerate(contexts):
+            if not _is_same(context, contexts[0]):
+                message = f"call {number + 1} with the same inputs differs from the first"
                 return [Finding("randomness", message, str(case))]
-    case = trial.case()
-    tensors = tensors_of(case, trial.device)
-    contexts = [trial.forward(tensors) for _ in range(REPEATS)]
-    for number, context in enumerate(contexts):
-        if not _is_same(context, contexts[0]):
-            return [
-                Finding(
-                    "randomness", f"call {number + 1} with the same inputs differs from the first", str(case)
-                )
-            ]
+    return []
+
+
+def number_of_threads(trial: Trial) -> list[Finding]:
+    """Right however many threads torch has: sizes are not always a multiple of their number."""
+    if trial.device.type != "cpu":
+        return []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            for changed in WITH_AND_WITHOUT[:2]:
+                case = trial.case(**changed)
+                tensors = tensors_of(case, trial.device)
+                found = _wrong(trial, case, {"context": trial.forward(tensors)})
+                if found := found or _wrong(trial, case, call(trial.attention, tensors)):
+                    message = f"where torch has {threads} threads, {found[0].message}"
+                    return [replace(found[0], property="state", message=message)]
+    finally:
+        torch.set_num_threads(before)
     return []
 
 
@@ -262,9 +348,11 @@ def _torch_differs(tensors: CallTensors) -> bool:
 
 
 def random_state(trial: Trial) -> list[Finding]:
-    """Torch's random numbers go on as if nothing had been called."""
+    """Random numbers go on as if nothing had been called: torch's, Python's and NumPy's."""
     tensors = trial.tensors()
     call(trial.attention, tensors)  # what is made at a first call may draw what it likes
+    if generator := _others_random_after(lambda: call(trial.attention, tensors), trial.seed):
+        return [Finding("state", f"a call changes the state of {generator}", str(trial.case()))]
     torch.manual_seed(trial.seed)
     # Numbers are drawn first, so that a patch that seeds by the same seed is seen, too.
     _random_numbers(trial.device)
@@ -275,6 +363,27 @@ def random_state(trial: Trial) -> list[Finding]:
     if not torch.equal(_random_numbers(trial.device), expected):
         return [Finding("state", "a call changes the state of torch's random numbers", str(trial.case()))]
     return []
+
+
+def _others_random_after(body: Callable[[], object], seed: int) -> str | None:
+    """The random number generator, other than torch's, that `body` uses or seeds; all are as before then."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        # Seeded and used, so that a patch that seeds by the same number is seen, too.
+        random.seed(seed)
+        np.random.seed(seed)
+        random.random(), np.random.random()
+        state, others = random.getstate(), np.random.get_state()
+        expected = random.random(), float(np.random.random())
+        random.setstate(state)
+        np.random.set_state(others)
+        body()
+        found = random.random(), float(np.random.random())
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+    names = ("Python's random numbers", "NumPy's random numbers")
+    return next((name for name, one, other in zip(names, expected, found, strict=True) if one != other), None)
 
 
 def _random_numbers(device: torch.device) -> Tensor:
@@ -338,6 +447,12 @@ def changing_calls(trial: Trial) -> list[Finding]:
         {"mask": "keyless item"},
         {"queries": 37, "keys": 19},
         {"seed": trial.seed + 2},
+        # Of a shape that no call had before, and with as many keys in each item of the last two.
+        {"mask": "no padding", "keys": 54},
+        {"mask": "padding", "keys": 54},
+        {"mask": "padding flipped", "keys": 54},
+        {"mask": "additive padding", "gate": "none"},
+        {"mask": "additive left padding", "gate": "none"},
         {},
     ]
     # Up and down: what a call leaves behind may be of consequence in one direction only.
@@ -347,6 +462,22 @@ def changing_calls(trial: Trial) -> list[Finding]:
         found = _wrong(trial, case, {"context": trial.forward(tensors)})
         if found := found or _wrong(trial, case, call(trial.attention, tensors)):
             return _of_state(trial, case, found, "after calls with other inputs")
+    return _changing_dtypes(trial)
+
+
+def _changing_dtypes(trial: Trial) -> list[Finding]:
+    """Calls in one dtype after another, of those that the attention takes, the coarsest first and last."""
+    known = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    dtypes = [each for each in known if refusal_of(trial.attention, each, trial.device) is None]
+    for order, channels in ((dtypes, "dtypes up"), (dtypes[::-1], "dtypes down")):
+        for dtype in order:
+            case = trial.case(dtype=dtype, channels=OWN_CHANNELS[channels])
+            tensors = tensors_of(case, trial.device)
+            found = _wrong(trial, case, {"context": trial.forward(tensors)})
+            if found := found or _wrong(trial, case, call(trial.attention, tensors)):
+                return _of_state(
+                    trial, case, found, "after calls in other dtypes", channels=case.channels + 24
+                )
     return []
 
 
@@ -381,8 +512,15 @@ def changed_contents(trial: Trial) -> list[Finding]:
 
 def results_stay(trial: Trial) -> list[Finding]:
     """Results keep their contents whatever is called later, and later calls do not depend on what is done to them."""
-    case, other = trial.case(), trial.case(seed=trial.seed + 1)
-    tensors, others = tensors_of(case, trial.device), tensors_of(other, trial.device)
+    for changed in WITH_AND_WITHOUT:
+        if found := _results_stay(trial, trial.case(**changed)):
+            return found
+    return []
+
+
+def _results_stay(trial: Trial, case: OperatorCase) -> list[Finding]:
+    tensors = tensors_of(case, trial.device)
+    others = tensors_of(replace(case, seed=case.seed + 1), trial.device)
     context = trial.forward(tensors)
     results = call(trial.attention, tensors)
     kept = {"context without gradients": context, **results}
@@ -400,16 +538,23 @@ def results_stay(trial: Trial) -> list[Finding]:
 
 def crossed_backward(trial: Trial) -> list[Finding]:
     """Two calls and then both backward passes, in either order; a backward pass twice."""
-    cases = [trial.case(), trial.case(seed=trial.seed + 1)]
+    for changed in WITH_AND_WITHOUT:
+        if found := _crossed_backward(trial, trial.case(**changed)):
+            return found
+    return []
+
+
+def _crossed_backward(trial: Trial, case: OperatorCase) -> list[Finding]:
+    cases = [case, replace(case, seed=case.seed + 1)]
     for order in ((0, 1), (1, 0), (0, 0, 1)):
         calls = []
-        for case in cases:
-            tensors = tensors_of(case, trial.device)
+        for each in cases:
+            tensors = tensors_of(each, trial.device)
             leaves = leaves_of(tensors, "all")
             calls.append(
                 (trial.context(leaves["query"], leaves["key"], leaves["value"], tensors), leaves, tensors)
             )
-        trial.forward(trial.tensors(seed=trial.seed + 2))
+        trial.forward(tensors_of(replace(case, seed=case.seed + 2), trial.device))
         for place, number in enumerate(order):
             context, leaves, tensors = calls[number]
             again = number in order[place + 1 :]
@@ -422,6 +567,72 @@ def crossed_backward(trial: Trial) -> list[Finding]:
             if found := _wrong(trial, cases[number], {"context": context, **results}):
                 how = "a second time" if order.count(number) > 1 else "after another call"
                 return _of_state(trial, cases[number], found, f"where the backward pass runs {how}")
+    return []
+
+
+def gate_gradient(trial: Trial) -> list[Finding]:
+    """A gate that requires a gradient has none, or the right one; where it is 0, it may have any.
+
+    For what is off need not be computed.
+    """
+    for gate in ("full", "fractions", "per item", "scalar"):
+        case = trial.case(gate=gate)
+        tensors = tensors_of(case, trial.device)
+        assert tensors.gate is not None
+        of_gate = tensors.gate.detach().requires_grad_()
+        asked = replace(tensors, gate=of_gate)
+        try:
+            context = trial.context(tensors.query, tensors.key, tensors.value, asked)
+            if not context.requires_grad:
+                continue
+            (found,) = torch.autograd.grad(context, [of_gate], tensors.gradient, allow_unused=True)
+        except Exception:
+            continue  # nothing was said of gradients of gates
+        if found is None:
+            continue
+        exact = tensors.double()
+        ungated = eager(exact.query, exact.key, exact.value, exact.mask) * exact.gradient
+        size = eager(exact.query, exact.key, exact.value.abs(), exact.mask) * exact.gradient.abs()
+        shape = found.shape
+        true, size = (
+            each.sum(-1, keepdim=True).sum_to_size(_four(shape)).view(shape) for each in (ungated, size)
+        )
+        error = (found.cpu().double() - true).abs() / (size * torch.finfo(trial.dtype).eps)
+        error = error.nan_to_num(torch.inf).masked_fill(of_gate.detach().cpu() == 0, 0.0)
+        if float(error.max()) > GATE_GRADIENT:
+            place = int(error.argmax())
+            message = f"the gradient of a gate ({gate}) is {float(found.flatten()[place]):.7g}"
+            message += f", expected {float(true.flatten()[place]):.7g}"
+            return [Finding("gate", message, str(case))]
+    return []
+
+
+def _four(shape: torch.Size) -> list[int]:
+    """As a tensor of this shape broadcasts to one of four dimensions."""
+    return [1] * (4 - len(shape)) + list(shape)
+
+
+def memory_let_go(trial: Trial) -> list[Finding]:
+    """Inputs and results of calls long past are no longer there, nor what autograd kept of them."""
+    for changed in ({}, {"mask": "none", "gate": "none"}):
+        case = trial.case(batch=1, heads=2, queries=5, channels=16, **changed)
+        for backward in (False, True):
+            kept: list[tuple[str, StorageWeakRef]] = []
+            for _ in range(MANY):
+                tensors = tensors_of(case, trial.device)
+                results = call(trial.attention, tensors) if backward else {"context": trial.forward(tensors)}
+                every = {**tensors.named(), **results}
+                kept += [(name, StorageWeakRef(each.untyped_storage())) for name, each in every.items()]
+            del tensors, results, every
+            gc.collect()
+            # Of one storage that is used again and again there is no more after more calls.
+            alive = Counter(
+                name for name, _ in {(name, each.cdata) for name, each in kept if not each.expired()}
+            )
+            for name, number in alive.items():
+                if number > KEPT:
+                    message = f"after {MANY} calls {'with' if backward else 'without'} gradients, the memory of the "
+                    return [Finding("state", f"{message}{name} of {number} of them is still held", str(case))]
     return []
 
 
@@ -438,7 +649,9 @@ CONDUCT: dict[str, Check] = {
     "inputs-untouched": inputs_untouched,
     "context-is-its-own": context_is_its_own,
     "gradient-modes": gradient_modes,
+    "first-call-without-gradients": first_call_without_gradients,
     "repeatable": repeatable,
+    "number-of-threads": number_of_threads,
     "random-state": random_state,
     "settings-untouched": settings_untouched,
     "growing-numbers": growing_numbers,
@@ -446,8 +659,13 @@ CONDUCT: dict[str, Check] = {
     "changed-contents": changed_contents,
     "results-stay": results_stay,
     "crossed-backward": crossed_backward,
+    "gate-gradient": gate_gradient,
+    "memory-let-go": memory_let_go,
 }
 """The checks by name."""
+
+IN_ALL_DTYPES = ("inputs-untouched", "repeatable", "results-stay")
+"""Those of `CONDUCT` that are asked for in every dtype that the attention takes: each may have a kernel of its own."""
 
 
 def _wrong(trial: Trial, case: OperatorCase, results: Results) -> list[Finding]:
@@ -455,12 +673,15 @@ def _wrong(trial: Trial, case: OperatorCase, results: Results) -> list[Finding]:
     return findings_of(results, case, trial.device)
 
 
-def _of_state(trial: Trial, case: OperatorCase, findings: list[Finding], when: str) -> list[Finding]:
+def _of_state(
+    trial: Trial, case: OperatorCase, findings: list[Finding], when: str, **fields: int
+) -> list[Finding]:
     """The first of `findings` about `case`, put down to what is carried from call to call.
 
-    Unless the same is wrong where nothing can have been carried, with sizes that no call had before.
+    Unless the same is wrong where nothing can have been carried, with sizes that no call had before: other `fields`,
+    and more rows and keys.
     """
-    fresh = replace(case, queries=case.queries + 64, keys=case.keys + 64)
+    fresh = replace(case, queries=case.queries + 64, keys=case.keys + 64, **fields)  # type: ignore[arg-type]
     if plain := operator_findings(trial.attention, fresh, trial.device):
         return plain
     return [replace(findings[0], property="state", message=f"{when}, {findings[0].message}")]

@@ -7,17 +7,28 @@ those of known faults (`hypotheses`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headoff.attention.contract import Attention
 from headoff.attention.eager import eager
 from headoff.harness.findings import Finding, Property
-from headoff.harness.operator.accuracy import NAMES, Comparison, comparisons, describe, operator_findings
+from headoff.harness.operator.accuracy import (
+    NAMES,
+    WITHOUT_GRADIENTS,
+    Comparison,
+    compare,
+    comparisons,
+    describe,
+    operator_findings,
+)
+from headoff.harness.operator.budget import allowed_for
 from headoff.harness.operator.calls import Results, call
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.hypotheses import explanation_of, factor_of
@@ -54,6 +65,9 @@ NEW = 192
 
 KINDS: dict[str, Property] = {"context": "context", "dq": "dq", "dk": "dk", "dv": "dv"}
 
+CALLS = 4
+"""Calls with the same inputs whose results are compared."""
+
 LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -78,11 +92,19 @@ def diagnose(
             f"fails among other calls and is right when called again, e.g. case {failed_cases[0]}",
             str(failed_cases[0]),
         )
-    # A context that is wrong is the root of gradients that are.
-    case, findings = min(found, key=lambda each: each[1][0].property in ("dq", "dk", "dv"))
+    # A context that is wrong is the root of gradients that are; and one that is wrong either way, of one that is
+    # wrong without gradients.
+    case, findings = min(
+        found, key=lambda each: (each[1][0].property in ("dq", "dk", "dv"), _is_without_gradients(each[1][0]))
+    )
     first = findings[0]
-    if first.property in ("dtype", "shape"):
+    if first.property in ("dtype", "shape", "in-place"):
         return first
+    without = _is_without_gradients(first)
+    if without:
+        attention = _without_gradients(attention)
+    if first.property != "crash" and (random := random_results(attention, case, device)):
+        return random
     if first.property != "crash" and depends_on_calls_before(attention, case, device):
         message = (
             f"wrong after another call of the same sizes, right in the first of its sizes; {first.message}"
@@ -91,7 +113,50 @@ def diagnose(
     simplest = simplify(attention, case, first.property, device)
     if first.property == "crash":
         return next(iter(operator_findings(attention, simplest, device)), first)
-    return _explain(attention, simplest, device)
+    root = _explain(attention, simplest, device)
+    return replace(root, message=WITHOUT_GRADIENTS + root.message) if without else root
+
+
+def _is_without_gradients(finding: Finding) -> bool:
+    return finding.message.startswith(WITHOUT_GRADIENTS)
+
+
+def _without_gradients(attention: Attention) -> Attention:
+    """What `attention` does where no gradient is asked for, whether one is or not."""
+
+    def alone(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        head_gate: Tensor | None = None,
+    ) -> Tensor:
+        with torch.no_grad():
+            query, key, value = query.detach(), key.detach(), value.detach()
+            return attention(query, key, value, attn_mask, head_gate=head_gate)
+
+    return alone
+
+
+def random_results(attention: Attention, case: OperatorCase, device: torch.device) -> Finding | None:
+    """Calls with the same inputs that are further apart than roundings could bring them."""
+    one, *others = (call(attention, tensors_of(case, device), case.wanted) for _ in range(CALLS))
+    truth, allowed = truth_of(case), allowed_for(case, device)
+    for name, other in itertools.product(one, others):
+        first = one[name]
+        # What is not finite has no distance.
+        if torch.equal(first.isfinite(), other[name].isfinite()):
+            true, found = (each.detach().cpu().double().nan_to_num() for each in (first, other[name]))
+            apart = compare(name, found, true, truth.scales[name], allowed[name], case.dtype)
+            if apart.is_right:
+                continue
+        return Finding(
+            "randomness",
+            f"{NAMES[name]} differs between two calls with the same inputs; case {case}",
+            str(case),
+        )
+    return None
 
 
 def depends_on_calls_before(attention: Attention, case: OperatorCase, device: torch.device) -> bool:
@@ -167,24 +232,24 @@ def _of_context(results: Results, case: OperatorCase, device: torch.device) -> t
         return "gate", f"the context is wrong only with a gate ({case.gate})"
     if dtype := _like_lower_precision(results, case, device):
         return "precision", f"the context has the errors of {dtype} inside"
-    return _remaining(case, "the context") or ("context", "the context is wrong, in all cases")
+    return _remaining(case, "the context is") or ("context", "the context is wrong, in all cases")
 
 
 def _remaining(case: OperatorCase, what: str) -> tuple[Property, str] | None:
-    """Put down to what is not plain about a case."""
+    """Put down to what is not plain about a case. `what`: with its verb."""
     if case.layout != "contiguous":
-        return "layout", f"{what} is wrong only where query, key and value are not contiguous ({case.layout})"
+        return "layout", f"{what} wrong only where query, key and value are not contiguous ({case.layout})"
     if case.gradient != "random":
         return (
             "layout",
-            f"{what} is wrong only where the context's gradient comes in other strides ({case.gradient})",
+            f"{what} wrong only where the context's gradient comes in other strides ({case.gradient})",
         )
     if case.wanted != "all":
-        return "softmax backward", f"{what} is wrong only where the gradient of {case.wanted} alone is wanted"
+        return "softmax backward", f"{what} wrong only where the gradient of {case.wanted} alone is wanted"
     if case.inputs != "normal":
-        return "softmax", f"{what} is wrong only with {case.inputs} inputs"
+        return "softmax", f"{what} wrong only with {case.inputs} inputs"
     if case.batch > 1:
-        return "layout", f"{what} is wrong only with more than one batch item"
+        return "layout", f"{what} wrong only with more than one batch item"
     sizes = [
         f"{number} {name}"
         for name, number, usual in (
@@ -196,9 +261,9 @@ def _remaining(case: OperatorCase, what: str) -> tuple[Property, str] | None:
         if number != usual
     ]
     if sizes:
-        return "sizes", f"{what} is wrong with {', '.join(sizes)}, and right where these are 64, 64, 32 and 4"
+        return "sizes", f"{what} wrong with {', '.join(sizes)}, and right where these are 64, 64, 32 and 4"
     if case.dtype != torch.float32:
-        return "precision", f"{what} is wrong only in {str(case.dtype).removeprefix('torch.')}"
+        return "precision", f"{what} wrong only in {str(case.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -218,7 +283,7 @@ def _of_gradients(results: Results, wrong: list[Comparison], case: OperatorCase)
         return prop, f"the context is right, {what} wrong, only with a gate ({case.gate})"
     if case.mask != "none":
         return prop, f"the context is right, {what} wrong, only with a mask ({case.mask})"
-    remaining = _remaining(case, what)
+    remaining = _remaining(case, f"{what} {'is' if len(names) == 1 else 'are'}")
     if remaining and remaining[0] in ("layout", "sizes"):
         return remaining[0], f"the context is right, {remaining[1]}"
     return prop, f"the context is right, {what} wrong" + (f" ({remaining[1]})" if remaining else "")
@@ -240,5 +305,5 @@ def _like_lower_precision(results: Results, case: OperatorCase, device: torch.de
     return None if nearest is None else nearest[1]
 
 
-def _mean(found: torch.Tensor, true: torch.Tensor) -> float:
+def _mean(found: Tensor, true: Tensor) -> float:
     return float((found.detach().cpu().double() - true).square().mean().sqrt())

@@ -6,6 +6,7 @@ it was read in the wrong place.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -17,9 +18,16 @@ CONFIGURATIONS = 9
 
 Build = Callable[[Generator, int, int, int], Tensor]
 
+PATTERNS: tuple[str, ...] = tuple(
+    "".join(sizes) + "1"
+    for dimensions in (4, 3, 2, 1)
+    for sizes in itertools.product(*((size, "1") for size in "BHQ"[4 - dimensions :]))
+)
+"""All shapes of gates that broadcast to (B, H, Q, 1), a letter for each dimension."""
+
 
 def gate_values(kind: str, generator: Generator, batch: int, heads: int, queries: int) -> Tensor | None:
-    """A float64 gate of a kind of `GATE_KINDS`, or `first-K`, `without-K`, `only-K`; None for `none`.
+    """A float64 gate of a kind of `GATE_KINDS` or `GATES_BY_SHAPE`, `first-K`, `without-K`, `only-K`; None for `none`.
 
     Raises KeyError for another kind.
     """
@@ -29,7 +37,8 @@ def gate_values(kind: str, generator: Generator, batch: int, heads: int, queries
         number, head = int(match[2]), torch.arange(heads)
         on = {"first": head >= number, "without": head != number, "only": head == number}[match[1]]
         return on.double().view(1, heads, 1, 1)
-    return GATE_KINDS[kind](generator, batch, heads, queries)
+    build = GATES_BY_SHAPE[kind] if kind in GATES_BY_SHAPE else GATE_KINDS[kind]
+    return build(generator, batch, heads, queries)
 
 
 def _fractions(generator: Generator, *shape: int) -> Tensor:
@@ -41,6 +50,25 @@ def _mixed(generator: Generator, *shape: int) -> Tensor:
     """Fractions, and among them gates that are wholly off or wholly on."""
     fractions, which = _fractions(generator, *shape), _fractions(generator, *shape)
     return torch.where(which < 0.3, 0.0, torch.where(which > 0.8, 1.0, fractions))
+
+
+def _small(generator: Generator, *shape: int) -> Tensor:
+    """From a thousandth to 1, as many of each order: off is 0 and nothing else."""
+    return 10.0 ** (-3 * torch.rand(shape, generator=generator, dtype=torch.float64))
+
+
+def _near_one(generator: Generator, *shape: int) -> Tensor:
+    """A thousandth to a hundredth beside 1, on either side: on is 1 and nothing else."""
+    apart = 10.0 ** (-2 - torch.rand(shape, generator=generator, dtype=torch.float64))
+    return 1 + torch.where(torch.rand(shape, generator=generator) < 0.5, -apart, apart)
+
+
+def _of_pattern(pattern: str) -> Build:
+    def build(generator: Generator, batch: int, heads: int, queries: int) -> Tensor:
+        sizes = {"B": batch, "H": heads, "Q": queries, "1": 1}
+        return _fractions(generator, *(sizes[letter] for letter in pattern))
+
+    return build
 
 
 def _configurations(_generator: Generator, _batch: int, heads: int, queries: int) -> Tensor:
@@ -65,4 +93,13 @@ GATE_KINDS: dict[str, Build] = {
     "configurations": _configurations,
     "expanded": lambda g, b, h, q: _mixed(g, 1, h, 1, 1).expand(b, h, q, 1),
     "queries first": lambda g, b, h, q: _mixed(g, q, b, h, 1).permute(1, 2, 0, 3),
+    "small": lambda g, b, h, q: _small(g, b, h, q, 1),
+    "small heads": lambda g, b, h, q: _small(g, 1, h, 1, 1),
+    "near one": lambda g, b, h, q: _near_one(g, h, 1, 1),
+    # Of a table (H, layers) of gates, as a model keeps them.
+    "column of a table": lambda g, b, h, q: _fractions(g, h, 6)[:, 2, None, None],
+    "every second query": lambda g, b, h, q: _mixed(g, 1, h, 2 * q, 1)[:, :, ::2],
 }
+
+GATES_BY_SHAPE: dict[str, Build] = {f"fractions {pattern}": _of_pattern(pattern) for pattern in PATTERNS}
+"""Of each shape in `PATTERNS`."""

@@ -1,6 +1,7 @@
 """Numbers that query, key and value are made of: ordinary ones, and such as bring out one weakness each.
 
-All are float64, contiguous, and to be rounded to the case's dtype; none overflows float16 on the way through attention.
+All are float64, contiguous, and to be rounded to the case's dtype; none overflows float16 on the way through attention
+once its values are no larger than `LARGEST_OF_HALF`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 SPOTLIGHT_SCORE = 16.0
 """Of a key that a spotlight is on; the others stay well below, and in few bits it is still exact enough."""
+
+
+LARGEST_OF_HALF = 400.0
+"""Values in float16: with these, products of values and gradients are no infinity either."""
 
 
 def input_values(kind: str, generator: Generator, sizes: Sizes) -> Triple:
@@ -68,6 +73,32 @@ def _constant_keys(generator: Generator, sizes: Sizes) -> Triple:
     return query, key[:, :, :1].expand_as(key).contiguous(), value
 
 
+def _zero_rows(generator: Generator, sizes: Sizes) -> Triple:
+    """Every third row of each is zero, the last one, too: it has no direction."""
+    query, key, value = (
+        tensor * (torch.arange(tensor.shape[2], 0, -1) % 3 != 1)[:, None]
+        for tensor in _normal(generator, sizes)
+    )
+    return query, key, value
+
+
+def _zero_keys(generator: Generator, sizes: Sizes) -> Triple:
+    query, key, value = _normal(generator, sizes)
+    return query, torch.zeros_like(key), value
+
+
+def _great_values(generator: Generator, sizes: Sizes) -> Triple:
+    """Beyond what float16 holds."""
+    query, key, value = _normal(generator, sizes)
+    return query, key, value * 1e6
+
+
+def _heavy_values(generator: Generator, sizes: Sizes) -> Triple:
+    """Alike weights and values of one sign: sums over many keys that are not yet normalised are beyond float16."""
+    query, key, value = _normal(generator, sizes)
+    return query / 10, key, value + 300
+
+
 def _spotlight(generator: Generator, sizes: Sizes) -> Triple:
     """Each query attends to two keys, half to each, and to next to nothing else; keys get their turns in order.
 
@@ -96,4 +127,8 @@ INPUT_KINDS: dict[str, Callable[[Generator, Sizes], Triple]] = {
     "tiny": _tiny,
     "constant": _constant_keys,
     "spotlight": _spotlight,
+    "zero-rows": _zero_rows,
+    "zero-keys": _zero_keys,
+    "great-values": _great_values,
+    "heavy-values": _heavy_values,
 }

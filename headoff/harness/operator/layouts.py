@@ -50,9 +50,9 @@ def sliced(tensor: Tensor) -> Tensor:
     return inside.copy_(tensor)
 
 
-def expanded(tensor: Tensor) -> Tensor:
-    """The first batch item for all, with stride 0."""
-    return tensor[:1].clone().expand_as(tensor)
+def expanded_over(dim: int) -> Callable[[Tensor], Tensor]:
+    """A layout: the first of dimension `dim` for all, with stride 0."""
+    return lambda tensor: tensor.narrow(dim, 0, 1).clone().expand_as(tensor)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -63,13 +63,23 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "packed": packed,
     "every second": every_second,
     "sliced": sliced,
-    "expanded": expanded,
+    "expanded": expanded_over(0),
+    "expanded over heads": expanded_over(1),
 }
+
+GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    **LAYOUTS,
+    "expanded over queries": expanded_over(2),
+    "expanded over channels": expanded_over(3),
+    "ones": lambda tensor: tensor[:1, :1, :1, :1].clone().view(()).expand(tensor.shape),
+}
+"""Layouts of a context's gradient; `ones` is of one number for all, as that of a sum."""
 
 MIXTURES: dict[str, tuple[str, str, str]] = {
     # A query that is different for each item keeps a batch of expanded keys from being B equal calls.
     "expanded": ("contiguous", "expanded", "expanded"),
     "all expanded": ("expanded", "expanded", "expanded"),
+    "expanded over heads": ("contiguous", "expanded over heads", "expanded over heads"),
     "mixed": ("contiguous", "heads last", "channels first"),
 }
 """Layouts of a whole call that are not the same for query, key and value, or say so."""

@@ -5,6 +5,7 @@ A float mask is one of finite biases, of 0 and -inf, or of both; it is float64, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -12,15 +13,31 @@ from torch import Generator, Tensor
 
 Build = Callable[[Generator, int, int, int, int], Tensor]
 
+PATTERNS: tuple[str, ...] = tuple(
+    "".join(sizes)
+    for dimensions in (4, 3, 2)
+    for sizes in itertools.product(*((size, "1") for size in "BHQS"[-dimensions:]))
+)
+"""All shapes of masks that broadcast to (B, H, Q, S) and have two dimensions at least, a letter for each dimension."""
+
+SLOPE = 0.5
+"""Of a bias by distance: how much less a key counts for each place that it is further away."""
+
+WINDOW = 4
+"""Keys in a sliding window, and in a block of a block-diagonal mask."""
+
 
 def mask_values(
     kind: str, generator: Generator, batch: int, heads: int, queries: int, keys: int
 ) -> Tensor | None:
-    """A mask of a kind of `MASK_KINDS`, bool (True = attend) or float64; None for `none`.
+    """A mask of a kind of `MASK_KINDS` or `MASKS_BY_SHAPE`, bool (True = attend) or float64; None for `none`.
 
     Raises KeyError for another kind.
     """
-    return None if kind == "none" else MASK_KINDS[kind](generator, batch, heads, queries, keys)
+    if kind == "none":
+        return None
+    build = MASKS_BY_SHAPE[kind] if kind in MASKS_BY_SHAPE else MASK_KINDS[kind]
+    return build(generator, batch, heads, queries, keys)
 
 
 def _random(generator: Generator, *shape: int) -> Tensor:
@@ -63,6 +80,99 @@ def _single_key(generator: Generator, batch: int, heads: int, queries: int, keys
     return torch.arange(keys) == chosen
 
 
+def _mixed_padding(generator: Generator, batch: int, keys: int, first: int) -> Tensor:
+    """(B, 1, 1, S): right padding, left padding, holes and all on in turns; the first item has the `first` of them."""
+    right = _padding(generator, batch, keys)
+    kinds = (right, right.flip(-1), _random(generator, batch, 1, 1, keys), torch.ones_like(right))
+    return torch.stack([kinds[(first + item) % len(kinds)][item] for item in range(batch)])
+
+
+def _of_pattern(pattern: str, sizes: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """The shape that a pattern of `PATTERNS` is for sizes (B, H, Q, S)."""
+    return tuple({**dict(zip("BHQS", sizes, strict=True)), "1": 1}[letter] for letter in pattern)
+
+
+def _bool_of(pattern: str) -> Build:
+    """Where it is of one key that all keys share, there are rows without keys, the first and not the last."""
+
+    def build(generator: Generator, *sizes: int) -> Tensor:
+        shape = _of_pattern(pattern, sizes)  # type: ignore[arg-type]
+        if shape[-1] > 1:
+            return _random(generator, *shape)
+        mask = torch.rand(shape, generator=generator) > 0.35
+        mask.view(-1)[0] = False
+        mask.view(-1)[-1] = True
+        return mask
+
+    return build
+
+
+def _bias_of(pattern: str) -> Build:
+    def build(generator: Generator, *sizes: int) -> Tensor:
+        return _bias(generator, *_of_pattern(pattern, sizes))  # type: ignore[arg-type]
+
+    return build
+
+
+def _places(queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    """Places of queries (Q, 1) and of keys (S), such that each query has a key at its own place."""
+    return torch.arange(queries).clamp(max=keys - 1)[:, None], torch.arange(keys)
+
+
+def _distance(queries: int, keys: int) -> Tensor:
+    """(Q, S): how many places a key comes after a query."""
+    of_query, of_key = _places(queries, keys)
+    return of_key - of_query
+
+
+def _blocks(queries: int, keys: int) -> Tensor:
+    """(Q, S): queries and keys that are in one block of `WINDOW` places."""
+    of_query, of_key = _places(queries, keys)
+    return of_query // WINDOW == of_key // WINDOW
+
+
+def _bias_by_distance(generator: Generator, heads: int, queries: int, keys: int) -> Tensor:
+    """(H, Q, S): 0 at the query's own place, less with the distance and never positive (ALiBi, arXiv 2108.12409)."""
+    slopes = SLOPE * (1 + torch.rand(heads, 1, 1, generator=generator, dtype=torch.float64))
+    return -slopes * _distance(queries, keys).abs()
+
+
+def _bias_of_hundreds(generator: Generator, *shape: int) -> Tensor:
+    """100 or -100, and a little."""
+    sign = torch.where(torch.rand(shape, generator=generator) < 0.5, -100.0, 100.0)
+    return sign + torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _bias_of_low_rows(generator: Generator, depth: float, *shape: int) -> Tensor:
+    """All of every second row is about `-depth`, which softmax takes out again."""
+    low = torch.arange(shape[-2]) % 2 == 0
+    return torch.randn(shape, generator=generator, dtype=torch.float64) - depth * low[:, None].double()
+
+
+def _bias_nearly_masked(generator: Generator, *shape: int) -> Tensor:
+    """-1e30 for some keys of each row, which is as good as -inf and is finite; -inf in float16."""
+    return _bias(generator, *shape).masked_fill(~_random(generator, *shape), -1e30)
+
+
+def _sliced(mask: Tensor) -> Tensor:
+    """The same numbers at the head of rows that are longer, and go on with others."""
+    return torch.cat([mask, _others(mask)[..., :3]], -1)[..., : mask.shape[-1]]
+
+
+def _every_second(mask: Tensor) -> Tensor:
+    """The same numbers at every second place of rows that have others between them."""
+    return torch.stack([mask, _others(mask)], -1)[..., 0]
+
+
+def _others(mask: Tensor) -> Tensor:
+    return ~mask if mask.dtype == torch.bool else -mask
+
+
+def _turned(mask: Tensor) -> Tensor:
+    """The same numbers, which lie in memory key by key."""
+    return mask.mT.contiguous().mT
+
+
 def _additive(mask: Tensor) -> Tensor:
     """0 where `mask` is True, -inf elsewhere."""
     return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
@@ -100,4 +210,32 @@ MASK_KINDS: dict[str, Build] = {
     "bias and padding": lambda g, b, h, q, s: _bias(g, b, h, q, s) + _additive(_padding(g, b, s)),
     "bias expanded": lambda g, b, h, q, s: _bias(g, 1, h, q, s).expand(b, h, q, s),
     "bias transposed": lambda g, b, h, q, s: _bias(g, b, 1, s, q).mT,
+    "padding flipped": lambda g, b, h, q, s: _padding(g, b, s).flip(-1),
+    "no padding": lambda g, b, h, q, s: torch.ones(b, 1, 1, s, dtype=torch.bool),
+    "mixed padding": lambda g, b, h, q, s: _mixed_padding(g, b, s, 0),
+    "mixed padding after all on": lambda g, b, h, q, s: _mixed_padding(g, b, s, 3),
+    "window": lambda g, b, h, q, s: _distance(q, s).abs() < WINDOW,
+    "causal window": lambda g, b, h, q, s: (_distance(q, s) <= 0) & (_distance(q, s) > -WINDOW),
+    "blocks": lambda g, b, h, q, s: _blocks(q, s),
+    "causal blocks": lambda g, b, h, q, s: _blocks(q, s) & (_distance(q, s) <= 0),
+    "rows turned": lambda g, b, h, q, s: _turned(_random(g, b, h, q, s)),
+    "rows sliced": lambda g, b, h, q, s: _sliced(_random(g, b, 1, q, s)),
+    "rows every second": lambda g, b, h, q, s: _every_second(_random(g, b, 1, q, s)),
+    "bias turned": lambda g, b, h, q, s: _turned(_bias(g, q, s)),
+    "bias sliced": lambda g, b, h, q, s: _sliced(_bias(g, b, h, q, s)),
+    "bias every second": lambda g, b, h, q, s: _every_second(_bias(g, h, q, s)),
+    "bias by distance": lambda g, b, h, q, s: _bias_by_distance(g, h, q, s),
+    "bias of hundreds": lambda g, b, h, q, s: _bias_of_hundreds(g, b, 1, q, s),
+    "bias of rows of -2000": lambda g, b, h, q, s: _bias_of_low_rows(g, 2000.0, q, s),
+    "bias of rows of -12000": lambda g, b, h, q, s: _bias_of_low_rows(g, 12000.0, b, 1, q, s),
+    "bias of -1e30": lambda g, b, h, q, s: _bias_nearly_masked(g, b, 1, q, s),
 }
+
+MASKS_BY_SHAPE: dict[str, Build] = {
+    **{f"bool {pattern}": _bool_of(pattern) for pattern in PATTERNS},
+    **{f"bias {pattern}": _bias_of(pattern) for pattern in PATTERNS},
+}
+"""Of each shape in `PATTERNS`; a bool mask that all keys share has rows without keys."""
+
+DRAWN_ALIKE = {"padding flipped": "padding"}
+"""Kinds that are made of the very random numbers of another kind: here of the same lengths."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.gate_kinds import gate_values
-from headoff.harness.operator.input_kinds import input_values
-from headoff.harness.operator.layouts import LAYOUTS, layouts_of
-from headoff.harness.operator.mask_kinds import mask_values
+from headoff.harness.operator.input_kinds import LARGEST_OF_HALF, input_values
+from headoff.harness.operator.layouts import GRADIENT_LAYOUTS, LAYOUTS, layouts_of
+from headoff.harness.operator.mask_kinds import DRAWN_ALIKE, mask_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +51,14 @@ class CallTensors:
 def tensors_of(case: OperatorCase, device: torch.device | str = "cpu") -> CallTensors:
     """New tensors at each call; none requires a gradient."""
     query, key, value, mask, gate, gradient = _values_of(case)
-    of_query, of_key, of_value = (LAYOUTS[name] for name in layouts_of(case.layout))
-    query = of_query(_copy(query, case.dtype, device))
-    key = query if case.wanted == "query is key" else of_key(_copy(key, case.dtype, device))
-    value = of_value(_copy(value, case.dtype, device))
+    # By the name of its gradient: inputs that share one are one tensor.
+    made: dict[str, Tensor] = {}
+    for of, values, layout in zip(
+        case.gradient_names.values(), (query, key, value), layouts_of(case.layout), strict=True
+    ):
+        if of not in made:
+            made[of] = LAYOUTS[layout](_copy(values, case.dtype, device))
+    query, key, value = (made[of] for of in case.gradient_names.values())
     if mask is not None:
         mask = _moved(mask, torch.bool if mask.dtype == torch.bool else case.dtype, device)
     if gate is not None:
@@ -68,15 +72,16 @@ def tensors_of(case: OperatorCase, device: torch.device | str = "cpu") -> CallTe
 def _values_of(case: OperatorCase) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """Query, key, value, mask, gate and gradient in float64; kept while one case is looked at in several ways."""
     # Of a text, because Python's own hash of one changes from process to process.
-    generator = torch.Generator().manual_seed(zlib.crc32(repr(replace(case, dtype=torch.float64)).encode()))
+    plain = replace(case, dtype=torch.float64, mask=DRAWN_ALIKE.get(case.mask, case.mask))
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(plain).encode()))
     sizes = (case.batch, case.heads, case.queries, case.keys, case.channels)
     query, key, value = input_values(case.inputs, generator, sizes)
-    if case.wanted == "query is key":
-        key = query
+    if case.dtype == torch.float16:
+        value = value * min(1.0, LARGEST_OF_HALF / float(value.abs().max()))
     mask = mask_values(case.mask, generator, case.batch, case.heads, case.queries, case.keys)
     gate = gate_values(case.gate, generator, case.batch, case.heads, case.queries)
     gradient = _gradient(case, generator)
-    if mask is not None and case.wanted != "query is key":
+    if mask is not None and len(set(case.gradient_names.values())) == 3:
         key, value = _fill_masked(case, query, key, value, mask)
     return query, key, value, mask, gate, gradient
 
@@ -87,9 +92,9 @@ def _copy(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Ten
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """In `dtype`, on `device`, and where dimensions were expanded or transposed they still are."""
-    once = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
-    return _copy(once, dtype, device).expand(tensor.shape)
+    """In `dtype`, on `device`, and all of its memory with it: strides, offset and what lies between stay."""
+    memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return _copy(memory, dtype, device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _gradient(case: OperatorCase, generator: torch.Generator) -> Tensor:
@@ -104,9 +109,7 @@ def _gradient(case: OperatorCase, generator: torch.Generator) -> Tensor:
 
 
 def _in_layout(gradient: Tensor, kind: str) -> Tensor:
-    if kind == "ones":
-        return gradient[:1, :1, :1, :1].clone().view(()).expand(gradient.shape)
-    return LAYOUTS.get(kind, LAYOUTS["contiguous"])(gradient)
+    return GRADIENT_LAYOUTS.get(kind, LAYOUTS["contiguous"])(gradient)
 
 
 def _fill_masked(
@@ -118,9 +121,11 @@ def _fill_masked(
     """
     mask = mask if mask.dtype == torch.bool else mask != -torch.inf
     seen = mask[(None,) * (4 - mask.dim())].any(-2, keepdim=True).expand(case.batch, case.heads, 1, case.keys)
-    if "expanded" in case.layout:  # one memory for all items
-        seen = seen.any(0, keepdim=True)
+    if "expanded" in case.layout:  # one memory for all items, or for all heads
+        seen = seen.any(1 if "heads" in case.layout else 0, keepdim=True)
     unseen = ~seen.mT
+    if not key.any():
+        return key, torch.where(unseen, value * 30, value)
     largest = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
     room = (2e4, 1e3) if case.dtype == torch.float16 else (1e6, 1e6)
     factor = max(1.0, min(room[0] / largest, room[1] / float(key.abs().max())))

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+DENORMAL = torch.full((1,), 1e-40, dtype=torch.float32, device="cpu")
+"""There is no function that says whether such numbers are flushed to zero: one has to be multiplied."""
+
 READERS: dict[str, Callable[[], Any]] = {
     "default dtype": torch.get_default_dtype,
     "default device": torch.get_default_device,
@@ -28,6 +31,11 @@ READERS: dict[str, Callable[[], Any]] = {
     "anomaly detection": torch.is_anomaly_enabled,
     "autocast on the CPU": lambda: torch.is_autocast_enabled("cpu"),
     "autocast on CUDA": lambda: torch.is_autocast_enabled("cuda"),
+    "autocast dtype on the CPU": lambda: torch.get_autocast_dtype("cpu"),
+    "autocast dtype on CUDA": lambda: torch.get_autocast_dtype("cuda"),
+    "denormal numbers": lambda: "flushed" if float(DENORMAL * 1) == 0 else "kept",
+    "oneDNN": lambda: torch.backends.mkldnn.enabled,
+    "fast path of MultiheadAttention": torch.backends.mha.get_fastpath_enabled,
     "flash SDPA": torch.backends.cuda.flash_sdp_enabled,
     "memory-efficient SDPA": torch.backends.cuda.mem_efficient_sdp_enabled,
     "math SDPA": torch.backends.cuda.math_sdp_enabled,
@@ -60,6 +68,11 @@ WRITERS: dict[str, Callable[[Any], Any]] = {
     "anomaly detection": torch.autograd.set_detect_anomaly,
     "autocast on the CPU": lambda value: torch.set_autocast_enabled("cpu", value),
     "autocast on CUDA": lambda value: torch.set_autocast_enabled("cuda", value),
+    "autocast dtype on the CPU": lambda value: torch.set_autocast_dtype("cpu", value),
+    "autocast dtype on CUDA": lambda value: torch.set_autocast_dtype("cuda", value),
+    "denormal numbers": lambda value: torch.set_flush_denormal(value == "flushed"),
+    "oneDNN": _set(torch.backends.mkldnn, "enabled"),
+    "fast path of MultiheadAttention": torch.backends.mha.set_fastpath_enabled,
     "flash SDPA": torch.backends.cuda.enable_flash_sdp,
     "memory-efficient SDPA": torch.backends.cuda.enable_mem_efficient_sdp,
     "math SDPA": torch.backends.cuda.enable_math_sdp,

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.cases import WANTED, OperatorCase
 from headoff.harness.operator.tensors import CallTensors, tensors_of
 
 CHUNK = 2_000_000
@@ -36,7 +36,7 @@ CHUNK = 2_000_000
 class Truth:
     """`values` and `scales` by name, float64 on the CPU: `context`, `dq` (B, H, Q, D), `dk`, `dv` (B, H, S, D).
 
-    Only of what the case wants; where query is key, `dq` is the gradient of that one tensor.
+    Only of what the case wants; where one tensor is two of the inputs, its gradient has the name of the first.
     """
 
     values: dict[str, Tensor]
@@ -78,10 +78,11 @@ def truth_for(tensors: CallTensors, case: OperatorCase) -> Truth:
         }
         for k in (0, 1)
     )
-    if case.wanted == "query is key":
-        values["dq"] = values["dq"] + values.pop("dk")
-        scales["dq"] = scales["dq"].hypot(scales.pop("dk")).hypot(values["dq"])
-    wanted = {"query": ("context", "dq"), "key and value": ("context", "dk", "dv")}.get(case.wanted, NAMES)
+    for own, shared in zip(NAMES[1:], case.gradient_names.values(), strict=True):
+        if own != shared:
+            values[shared] = values[shared] + values.pop(own)
+            scales[shared] = scales[shared].hypot(scales.pop(own)).hypot(values[shared])
+    wanted = {"context", *(case.gradient_names[name] for name in WANTED[case.wanted])}
     return Truth(*({name: t for name, t in of.items() if name in wanted} for of in (values, scales)))
 
 
