@@ -7,7 +7,7 @@ from headoff.harness.findings import refuse
 
 
 def test_heads_off_no_fallback(under_test):
-    """At no site's shapes, with mask and gate or without, does something else compute the context, in silence."""
+    """At no site's shapes, with a mask or without, does something else compute the context, in silence."""
     attention = under_test.attention
     calls = model_calls(attention, under_test.device, under_test.dtype, under_test.seed)
     refuse(fallback_findings(attention, calls))
