@@ -107,7 +107,7 @@ def tables(rows: list[Row], command: str) -> str:
     lines = [
         f"`{command}`, float32 on a CPU, one scene in the model ({RIGHT_SCENES} for right ones): "
         f"of {len(wrong)} wrong attentions {len(wrong) - len(missed)} are caught; {styles} right ones with {seeds} "
-        f"seeds each raise {len(alarms)} false alarms in {len(right)} runs.",
+        f"seed{'s' if seeds > 1 else ''} each raise {len(alarms)} false alarms in {len(right)} runs.",
         "",
         "| family | wrong ones | " + " | ".join(suites) + " | any |",
         "| --- " * (len(suites) + 3) + "|",

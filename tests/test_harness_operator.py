@@ -22,7 +22,7 @@ from headoff.harness.operator import (
 )
 from headoff.harness.operator.budget import normalised
 from headoff.harness.operator.calls import call, leaves_of
-from headoff.harness.operator.cases import SHARED, WANTED
+from headoff.harness.operator.cases import DRAWN, SHARED, WANTED
 from headoff.harness.operator.gate_kinds import GATE_KINDS, GATES_BY_SHAPE, gate_values
 from headoff.harness.operator.input_kinds import INPUT_KINDS
 from headoff.harness.operator.layouts import GRADIENT_LAYOUTS, LAYOUTS
@@ -493,3 +493,11 @@ def test_settings_are_put_back():
         torch.set_default_dtype(torch.float64)
     assert len(changes) >= 2
     assert read_settings() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_drawn_cases_of_any_seed_can_be_made(dtype):
+    for seed in range(16):
+        for case in operator_cases(dtype, seed)[-DRAWN:]:
+            made = tensors_of(case, torch.device("cpu"))
+            assert all(bool(each.isfinite().all()) for each in (made.query, made.key, made.value)), str(case)

@@ -124,9 +124,9 @@ def _fill_masked(
     if "expanded" in case.layout:  # one memory for all items, or for all heads
         seen = seen.any(1 if "heads" in case.layout else 0, keepdim=True)
     unseen = ~seen.mT
-    if not key.any():
-        return key, torch.where(unseen, value * 30, value)
     largest = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
+    if largest == 0:  # inputs of zeros: there are no scores to be large
+        return key, torch.where(unseen, value * 30, value)
     room = (2e4, 1e3) if case.dtype == torch.float16 else (1e6, 1e6)
     factor = max(1.0, min(room[0] / largest, room[1] / float(key.abs().max())))
     return torch.where(unseen, key * factor, key), torch.where(unseen, value * 30, value)
