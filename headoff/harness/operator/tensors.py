@@ -77,7 +77,7 @@ def _values_of(case: OperatorCase) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
     sizes = (case.batch, case.heads, case.queries, case.keys, case.channels)
     query, key, value = input_values(case.inputs, generator, sizes)
     if case.dtype == torch.float16:
-        value = value * min(1.0, LARGEST_OF_HALF / float(value.abs().max()))
+        value = value * (LARGEST_OF_HALF / max(LARGEST_OF_HALF, float(value.abs().max())))
     mask = mask_values(case.mask, generator, case.batch, case.heads, case.queries, case.keys)
     gate = gate_values(case.gate, generator, case.batch, case.heads, case.queries)
     gradient = _gradient(case, generator)
