@@ -349,7 +349,7 @@ FEATURES: dict[str, Callable[[Case, Call], bool]] = {
     "key is value": lambda case, call: call.key.data_ptr() == call.value.data_ptr(),
     "zero key": lambda case, call: bool((call.key == 0).all(-1).any()),
     "great value": lambda case, call: float(call.value.detach().abs().max()) > 65504,
-    "heavy sums": lambda case, call: float(call.value.sum(2, dtype=torch.float64).abs().max()) > 1e6,
+    "heavy sums": lambda case, call: float(call.value.detach().sum(2, dtype=torch.float64).abs().max()) > 1e6,
     "all expanded": lambda case, call: all(x.shape[0] > 1 and x.stride(0) == 0 for x in inputs(call)),
     "dense query": lambda case, call: not expanded(call.query),
     "value unlike key": lambda case, call: call.value.stride() != call.key.stride(),
