@@ -78,7 +78,8 @@ def judge(task: tuple[str, bool, int]) -> Row:
         if is_wrong and not row.diagnosis:
             with watched_settings():
                 root = (root_of() if suite == "operator" else None) or found
-            row.diagnosis = f"{root.property}: {root.message.split('; ')[0]}"
+            said = root.message.split("; ")[0].replace(f"{ROOT}/", "")
+            row.diagnosis = f"{root.property}: {said}"
     return row
 
 
