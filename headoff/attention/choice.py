@@ -15,6 +15,7 @@ from headoff.attention.fused import (
     DTYPES,
     FEW_PROGRAMS,
     MAX_CHANNELS,
+    agree,
     said_by,
     too_old,
     triton_attention,
@@ -93,10 +94,4 @@ def _agrees(
         context = attention(query, key, value, mask, head_gate=gate)
         return [context.detach(), *torch.autograd.grad(context, inputs, upstream)]
 
-    for found, expected in zip(
-        results_of(triton_attention, dtype), results_of(eager, torch.float64), strict=True
-    ):
-        allowed = AGREEMENT * torch.finfo(dtype).eps * float(expected.abs().max())
-        if not float((found - expected).abs().max()) <= allowed:
-            return False
-    return True
+    return agree(results_of(triton_attention, dtype), results_of(eager, torch.float64), dtype, AGREEMENT)

@@ -168,18 +168,12 @@ def _first_on_path(folder: Path) -> Iterator[None]:
     sys.path.insert(0, entry)
     try:
         yield
-    except BaseException:
-        _remove_first(entry)
-        raise
-    _remove_first(entry)
+    finally:
+        # By value, not by position: what was imported may have changed the path itself.
+        if entry in sys.path:
+            sys.path.remove(entry)
     if entry not in sys.path:
         sys.path.append(entry)
-
-
-def _remove_first(entry: str) -> None:
-    # By value, not by position: what was imported may have changed the path itself.
-    if entry in sys.path:
-        sys.path.remove(entry)
 
 
 def _no_file(path: Path) -> str:

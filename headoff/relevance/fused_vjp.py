@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from headoff.attention.fused import on_device_of, said_by, too_old
+from headoff.attention.fused import agree, on_device_of, said_by, too_old
 from headoff.detr.transformer import Attend, AttentionAddress
 from headoff.errors import SettingError
 from headoff.relevance.attention_vjp import AttentionVjp, CamRule, centred_threshold
@@ -277,10 +277,9 @@ def problem_on(device: torch.device, channels: int) -> str | None:
                 assert cams is not None and inputs is not None
                 right = vjp.right(upstream, runs, vectors.to(dtype))
                 results.append([cams, *inputs, right, vjp.left(upstream, runs, rows.to(dtype))])
-            for found, expected in zip(*results, strict=True):
-                allowed = AGREEMENT * torch.finfo(torch.float32).eps * float(expected.abs().max())
-                if not float((found - expected).abs().max()) <= allowed:
-                    return "their first results disagree with plain PyTorch"
+            found, expected = results
+            if not agree(found, expected, torch.float32, AGREEMENT):
+                return "their first results disagree with plain PyTorch"
     except Exception as error:
         return said_by(error)
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,44 +61,34 @@ def operator_findings(attention: Attention, case: OperatorCase, device: torch.de
     device = torch.device(device)
     # Settings are watched at every call, because a patch may change them at its first call alone.
     with watched_settings() as changes:
-        findings = _findings_with_gradients(attention, case, device)
+        findings = _findings_either_way(attention, case, device)
     return [Finding("state", f"a call changes {change}", str(case)) for change in changes] + findings
 
 
-def _findings_with_gradients(attention: Attention, case: OperatorCase, device: torch.device) -> list[Finding]:
+def _findings_either_way(attention: Attention, case: OperatorCase, device: torch.device) -> list[Finding]:
+    """With gradients; where those are right, without."""
     tensors = tensors_of(case, device)
     before = contents_of(tensors)
-    try:
-        results = call(attention, tensors, case.wanted)
-    except Exception as error:
-        return [_crash(error, case)]
-    if written := overwritten(tensors, before):
-        return [Finding("in-place", f"a call writes into the {written}; case {case}", str(case))]
-    if findings := findings_of(results, case, device):
-        return findings
-    return _findings_without_gradients(attention, tensors, before, results["context"].detach(), case, device)
 
-
-def _findings_without_gradients(
-    attention: Attention,
-    tensors: CallTensors,
-    before: Mapping[str, Tensor],
-    right: Tensor,
-    case: OperatorCase,
-    device: torch.device,
-) -> list[Finding]:
-    """Of the same inputs, of which `right` is a right context."""
-    try:
-        context = context_alone(attention, tensors)
-    except Exception as error:
-        findings = [_crash(error, case)]
-    else:
+    def tried(attend: Callable[[], Results], right: Tensor | None = None) -> tuple[Results, list[Finding]]:
+        """Results, and what is wrong with them; `right` is a context that is known to be right."""
+        try:
+            results = attend()
+        except Exception as error:
+            message = f"raises {describe_exception(error)}; case {case}"
+            return {}, [Finding("crash", message, str(case), site=case.site)]
         if written := overwritten(tensors, before):
-            findings = [Finding("in-place", f"a call writes into the {written}; case {case}", str(case))]
-        elif _is_the_very(context, right):
-            findings = []
-        else:
-            findings = findings_of({"context": context}, case, device)
+            return {}, [Finding("in-place", f"a call writes into the {written}; case {case}", str(case))]
+        if right is not None and _is_the_very(results["context"], right):
+            return results, []
+        return results, findings_of(results, case, device)
+
+    results, findings = tried(lambda: call(attention, tensors, case.wanted))
+    if findings:
+        return findings
+    _, findings = tried(
+        lambda: {"context": context_alone(attention, tensors)}, right=results["context"].detach()
+    )
     return [replace(each, message=WITHOUT_GRADIENTS + each.message) for each in findings]
 
 
@@ -109,10 +99,6 @@ def _is_the_very(found: object, right: Tensor) -> bool:
         and (found.dtype, found.device) == (right.dtype, right.device)
         and torch.equal(found, right)
     )
-
-
-def _crash(error: Exception, case: OperatorCase) -> Finding:
-    return Finding("crash", f"raises {describe_exception(error)}; case {case}", str(case), site=case.site)
 
 
 def contents_of(tensors: CallTensors) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headoff.attention.contract import Attention
-from headoff.harness.operator.cases import WANTED, Wanted
+from headoff.harness.operator.cases import GRADIENTS, INPUTS, WANTED, Wanted
 from headoff.harness.operator.tensors import CallTensors
 
 Results = dict[str, Tensor]
@@ -20,7 +20,7 @@ def leaves_of(tensors: CallTensors, wanted: Wanted) -> dict[str, Tensor]:
     """
     made: dict[int, Tensor] = {}
     leaves = {}
-    for name in ("query", "key", "value"):
+    for name in INPUTS:
         tensor = getattr(tensors, name)
         if id(tensor) not in made:
             made[id(tensor)] = tensor.detach().requires_grad_(name in WANTED[wanted])
@@ -45,9 +45,10 @@ def gradients(
     context: Tensor, leaves: dict[str, Tensor], gradient: Tensor, *, retain_graph: bool = False
 ) -> Results:
     """`dq`, `dk`, `dv` of those `leaves` that require one."""
-    names = {"query": "dq", "key": "dk", "value": "dv"}
     # A tensor that is query and key, or key and value, is named by the first.
-    inputs = {id(leaf): (names[name], leaf) for name, leaf in reversed(leaves.items()) if leaf.requires_grad}
+    inputs = {
+        id(leaf): (GRADIENTS[name], leaf) for name, leaf in reversed(leaves.items()) if leaf.requires_grad
+    }
     named = dict(inputs.values())
     if not context.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in named.items()}

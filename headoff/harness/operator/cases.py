@@ -36,7 +36,10 @@ Wanted = Literal[
 """Whose gradient is asked for. `query is key`: of all, and one tensor is both, as in self-attention without positions;
 `key is value`: the same in cross-attention."""
 
-INPUTS = ("query", "key", "value")
+GRADIENTS = {"query": "dq", "key": "dk", "value": "dv"}
+"""What the gradient of each input is called."""
+
+INPUTS = tuple(GRADIENTS)
 
 SHARED: dict[Wanted, tuple[str, ...]] = {
     "query is key": ("query", "key"),
@@ -156,11 +159,10 @@ class OperatorCase:
 
         Query and key cannot be one tensor where there are not as many of both: they are two then.
         """
-        names = {"query": "dq", "key": "dk", "value": "dv"}
         shared = SHARED.get(self.wanted, ())
         if "query" in shared and self.queries != self.keys:
             shared = ()
-        return {name: names[shared[0] if name in shared else name] for name in names}
+        return {name: GRADIENTS[shared[0] if name in shared else name] for name in INPUTS}
 
 
 def _sized(batch: int, heads: int, queries: int, keys: int, channels: int, **fields: object) -> OperatorCase:
