@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import headoff
-from headoff.harness.options import add_short_names
+from headoff.harness.plugin.options import add_short_names
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -23,7 +23,7 @@ def pytest_addoption(parser):
     add_short_names(parser)
 
 
-pytest_plugins = ["headoff.harness.plugin"]  # where headoff is not installed and has no entry point
+pytest_plugins = ["headoff.harness.plugin.hooks"]  # where headoff is not installed and has no entry point
 
 if Path(headoff.__file__).parents[1] != Path(__file__).parent:
     pytest.exit(

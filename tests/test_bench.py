@@ -39,15 +39,15 @@ from headoff.detr.config import BackboneConfig
 from headoff.detr.graphs import CAPTURED
 from headoff.errors import SettingError
 from headoff.harness.settings import Settings
-from headoff.harness.timing.comparisons import Comparison
-from headoff.harness.timing.machine import machine
-from headoff.harness.timing.outputs import Expected, once
-from headoff.harness.timing.sides import Side
-from headoff.harness.timing.subjects import subject_of
-from headoff.harness.timing.variants import with_attention
-from headoff.harness.timing.workloads import DecoderWorkload
 from headoff.images import Preprocessing
 from headoff.relevance import RelevanceEngine
+from headoff.timing.comparisons import Comparison
+from headoff.timing.machine import machine
+from headoff.timing.outputs import Expected, once
+from headoff.timing.sides import Side
+from headoff.timing.subjects import subject_of
+from headoff.timing.variants import with_attention
+from headoff.timing.workloads import DecoderWorkload
 
 CPU = torch.device("cpu")
 TINY = Shape("cross, 9 x 2 queries, 5 keys", 2, 5, 9)

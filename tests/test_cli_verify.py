@@ -12,7 +12,7 @@ import pytest
 
 import headoff
 from headoff import cli
-from headoff.harness import shipped
+from headoff.harness import suite_files as shipped
 
 KERNEL = """
 import torch

@@ -358,13 +358,12 @@ def test_every_attention_goes_through_attend():
     detector = tiny_detector()
     calls = []
 
-    class Counting(Detector):
-        def attend(self, address, *arguments):
-            calls.append(address)
-            return super().attend(address, *arguments)
+    def counting(call, proceed):
+        calls.append(call.address)
+        return proceed(call)
 
-    detector.__class__ = Counting
-    detector(*padded_batch())
+    with detector.intercepting(counting):
+        detector(*padded_batch())
     expected = [("encoder_self", layer) for layer in range(2)]
     expected += [(site, layer) for layer in range(LAYERS) for site in ("decoder_self", "decoder_cross")]
     assert calls == expected

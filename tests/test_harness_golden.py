@@ -9,7 +9,7 @@ import syrupy
 from PIL import Image
 
 # Here already, not in the suites: they forget what they import, and torch cannot be imported twice.
-import headoff.harness.golden  # noqa: F401
+import headoff.harness.reference.golden  # noqa: F401
 
 pytest_plugins = ["pytester"]
 
@@ -17,8 +17,8 @@ SUITE = """
 import numpy as np
 import pytest
 
-from headoff.harness.golden import ExpectedMaps, GoldenMaps, read_only
-from headoff.harness.maps import Budget, CaseMaps
+from headoff.harness.reference.golden import ExpectedMaps, GoldenMaps, read_only
+from headoff.harness.reference.maps import Budget, CaseMaps
 
 EAGER = np.full((2, 3), 1e-6)
 true = np.random.default_rng(0).random((2, 3, 4, 5)) + 1

@@ -11,9 +11,10 @@ import torch
 from headoff.attention import eager
 from headoff.errors import SettingError
 from headoff.gates import Clause, Configuration, HeadLayout, first_off
-from headoff.harness import relevance, subjects
-from headoff.harness.maps import MOST_RAISED, Budget, CaseMaps, map_errors, mismatches
-from headoff.harness.refusals import accepted_wrongly, share_of_heads, wrong_by_one_head
+from headoff.harness.model import relevance
+from headoff.harness.model.mutations import accepted_wrongly, share_of_heads, wrong_by_one_head
+from headoff.harness.reference import cases as subjects
+from headoff.harness.reference.maps import MOST_RAISED, Budget, CaseMaps, map_errors, mismatches
 from headoff.harness.settings import Settings
 
 

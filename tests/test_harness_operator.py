@@ -20,16 +20,16 @@ from headoff.harness.operator import (
     reduced_cases,
     refusal_of,
 )
-from headoff.harness.operator.budget import normalised
-from headoff.harness.operator.calls import call, leaves_of
+from headoff.harness.operator.call import call, leaves_of
 from headoff.harness.operator.cases import DRAWN, SHARED, WANTED
 from headoff.harness.operator.gate_kinds import GATE_KINDS, GATES_BY_SHAPE, gate_values
 from headoff.harness.operator.input_kinds import INPUT_KINDS
 from headoff.harness.operator.layouts import GRADIENT_LAYOUTS, LAYOUTS
 from headoff.harness.operator.mask_kinds import MASK_KINDS, MASKS_BY_SHAPE, mask_values
+from headoff.harness.operator.reference import truth_of
 from headoff.harness.operator.tensors import tensors_of
+from headoff.harness.operator.tolerance import normalised
 from headoff.harness.operator.torch_settings import READERS, WRITERS, read_settings, watched_settings
-from headoff.harness.operator.truth import truth_of
 
 SMALL = OperatorCase(
     name="small", batch=2, heads=3, queries=7, keys=11, channels=16, gate="full", mask="keyless rows"
@@ -179,7 +179,7 @@ def test_truth_of_one_tensor_that_is_several_inputs(wanted, names):
 
 def test_truth_does_not_depend_on_the_chunks(monkeypatch):
     whole = truth_of(SMALL)
-    monkeypatch.setattr("headoff.harness.operator.truth.CHUNK", 1)
+    monkeypatch.setattr("headoff.harness.operator.reference.CHUNK", 1)
     parts = truth_of.__wrapped__(SMALL)
     for name, true in whole.values.items():
         torch.testing.assert_close(parts.values[name], true)

@@ -10,14 +10,14 @@ import pytest
 from page_examples import BENCHMARKS, benchmark, document, finding, picture, ran
 
 from headoff.errors import OutputError, SettingError
-from headoff.harness.findings import PROPERTIES, Finding
-from headoff.harness.page import render, render_file, summary, validate
-from headoff.harness.page.document import FindingRecord
-from headoff.harness.page.failures import grouped
-from headoff.harness.page.ratios import LEAST_GAP, Scale
-from headoff.harness.page.rendering import MOST_CHARACTERS, MOST_PICTURES
-from headoff.harness.page.words import PROPERTIES as WORDS
-from headoff.harness.page.words import error, excess, memory, places, ratio, seconds, times
+from headoff.harness.finding import PROPERTIES, Finding
+from headoff.harness.report import render, render_file, summary, validate
+from headoff.harness.report.document import FindingRecord
+from headoff.harness.report.failures import grouped
+from headoff.harness.report.ratios import LEAST_GAP, Scale
+from headoff.harness.report.rendering import MOST_CHARACTERS, MOST_PICTURES
+from headoff.harness.report.words import PROPERTIES as WORDS
+from headoff.harness.report.words import error, excess, memory, places, ratio, seconds, times
 
 VERDICTS = ("right", "wrong", "slower", "incomplete")
 VOID = {"meta", "img", "input", "link", "br"}
@@ -424,6 +424,6 @@ def test_files_that_cannot_be(tmp_path):
 
 
 def test_rendering_needs_neither_torch_nor_pytest():
-    code = "import sys, headoff.harness.page as page; print({'torch', 'pytest', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, headoff.harness.report as page; print({'torch', 'pytest', 'matplotlib'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -11,13 +11,13 @@ import torchvision  # noqa: F401  a nested run that imports it leaves it half re
 
 from headoff.attention import resolve_attention
 from headoff.errors import AttentionError
-from headoff.harness.preflight import first_calls, preflight
+from headoff.harness.plugin.preflight import first_calls, preflight
 
 pytest_plugins = ["pytester"]
 
 SUITE = """
 import pytest
-from headoff.harness.findings import Finding, refuse
+from headoff.harness.finding import Finding, refuse
 
 def test_heads_off_one(under_test):
     if under_test.label.endswith("wrong"):
@@ -86,7 +86,9 @@ def run(pytester, at_a_desk):
         # syrupy keeps the running session in a global: give the outer one its own back.
         outer = syrupy._syrupy
         try:
-            return pytester.runpytest_inprocess("-p", "headoff.harness.plugin", "-p", "no:randomly", *options)
+            return pytester.runpytest_inprocess(
+                "-p", "headoff.harness.plugin.hooks", "-p", "no:randomly", *options
+            )
         finally:
             syrupy._syrupy = outer
 
@@ -168,7 +170,7 @@ def test_first_calls_say_what_is_wrong(tmp_path, name, said):
 def test_what_does_not_come_back_is_one_error(tmp_path, monkeypatch):
     file = tmp_path / "kernel.py"
     file.write_text("import time\ndef sleepy(query, key, value, attn_mask=None):\n    time.sleep(600)\n")
-    monkeypatch.setattr("headoff.harness.preflight.TIME_LIMIT", 1.0)
+    monkeypatch.setattr("headoff.harness.plugin.preflight.TIME_LIMIT", 1.0)
     with pytest.raises(AttentionError, match="did not come back from its first calls within 1 s"):
         preflight(f"{file}:sleepy", "cpu", "float32")
 
@@ -233,7 +235,7 @@ def test_other_tests_are_left_in_peace(run, pytester):
     run()
     pytester.path.joinpath("test_heads_off_mine.py").unlink()
     pytester.makepyfile(test_other="import sys\ndef test_other():\n    assert 'torch' not in sys.modules\n")
-    result = pytester.runpytest_subprocess("-p", "headoff.harness.plugin")
+    result = pytester.runpytest_subprocess("-p", "headoff.harness.plugin.hooks")
     result.assert_outcomes(passed=1)
     assert not any(line.strip("= ") == "headoff" for line in result.outlines)
 

@@ -11,11 +11,11 @@ import torch
 
 from headoff.attention import register_attention, registry
 from headoff.attention.eager import eager
-from headoff.harness.findings import PROPERTIES, Finding, WrongAttention, refuse
+from headoff.harness.finding import PROPERTIES, Finding, WrongAttention, refuse
 from headoff.harness.operator import case_named, case_of_text, operator_cases
-from headoff.harness.options import OPTIONS, settings_from
-from headoff.harness.roots import roots_of
-from headoff.harness.run import Run, suite_of
+from headoff.harness.plugin.diagnosis import roots_of
+from headoff.harness.plugin.options import OPTIONS, settings_from
+from headoff.harness.plugin.run import Run, suite_of
 from headoff.harness.settings import Settings
 
 

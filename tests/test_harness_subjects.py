@@ -14,19 +14,19 @@ from headoff.detr.checkpoints import save_native
 from headoff.detr.transformer import AttentionAddress
 from headoff.errors import HeadoffError, SettingError
 from headoff.gates import first_off, none_off, stack
-from headoff.harness.calls import CallCount
-from headoff.harness.detections import detection_findings
-from headoff.harness.gradients import backward, forward, gradient_findings, target_of, true_gradients
-from headoff.harness.kinks import Decisions
-from headoff.harness.layers import faulty_layers
-from headoff.harness.maps import map_errors
-from headoff.harness.precision import InDtype
-from headoff.harness.relevance import maps_by, relevance_findings
-from headoff.harness.rounding import RoundedOtherwise
+from headoff.harness.model.attention_calls import faulty_layers
+from headoff.harness.model.call_count import CallCount
+from headoff.harness.model.detections import detection_findings
+from headoff.harness.model.gradients import backward, forward, gradient_findings, target_of, true_gradients
+from headoff.harness.model.precision import InDtype
+from headoff.harness.model.relevance import maps_by, relevance_findings
+from headoff.harness.model.relu_masks import Decisions
+from headoff.harness.reference.cache import FOLDER, kept
+from headoff.harness.reference.cases import METHOD, names, subject
+from headoff.harness.reference.implementations import RoundedOtherwise
+from headoff.harness.reference.maps import map_errors
+from headoff.harness.reference.oracle import dense_maps
 from headoff.harness.settings import Settings
-from headoff.harness.subjects import METHOD, names, subject
-from headoff.harness.truth import dense_maps
-from headoff.harness.truths import FOLDER, kept
 from headoff.relevance import class_logit
 from headoff.sweeps import decode_all
 

@@ -15,18 +15,18 @@ import headoff
 from headoff.attention import eager, register_attention, registry, sdpa
 from headoff.errors import SettingError
 from headoff.harness.settings import Settings
-from headoff.harness.timing import Comparison, Side, Verdict, compare, machine
-from headoff.harness.timing.clocks import CudaClock, HostClock, HostMoment, clock_of
-from headoff.harness.timing.intervals import MOST_BLOCKS, fewest_values, median_interval
-from headoff.harness.timing.machine import ask_nvidia_smi, gpu, incomparable
-from headoff.harness.timing.memory import peak_bytes, peak_of
-from headoff.harness.timing.outputs import Expected, once, once_noting, row_errors, truth_of
-from headoff.harness.timing.pairs import FEWEST_ROUNDS, MOST_ROUNDS, Interleaving, rounds_for
-from headoff.harness.timing.relus import ReluSides
-from headoff.harness.timing.subjects import subject_of
-from headoff.harness.timing.table import table
-from headoff.harness.timing.variants import with_attention
-from headoff.harness.timing.workloads import (
+from headoff.timing import Comparison, Side, Verdict, compare, machine
+from headoff.timing.clocks import CudaClock, HostClock, HostMoment, clock_of
+from headoff.timing.intervals import MOST_BLOCKS, fewest_values, median_interval
+from headoff.timing.machine import ask_nvidia_smi, gpu, incomparable
+from headoff.timing.memory import peak_bytes, peak_of
+from headoff.timing.outputs import Expected, once, once_noting, row_errors, truth_of
+from headoff.timing.pairs import FEWEST_ROUNDS, MOST_ROUNDS, Interleaving, rounds_for
+from headoff.timing.relus import ReluSides
+from headoff.timing.subjects import subject_of
+from headoff.timing.table import table
+from headoff.timing.variants import with_attention
+from headoff.timing.workloads import (
     DecoderWorkload,
     OperatorWorkload,
     RelevanceWorkload,
@@ -575,7 +575,7 @@ def suite(pytester, request, at_a_desk):
             return pytester.runpytest_inprocess(
                 "--import-mode=importlib",  # the suite itself may be imported already, under the same name
                 "-p",
-                "headoff.harness.plugin",
+                "headoff.harness.plugin.hooks",
                 "-k",
                 only,
                 "-q",
@@ -672,7 +672,7 @@ def test_histograms_are_drawn(suite, pytester):
 
 def test_other_benchmarks_are_left_alone(pytester, at_a_desk):
     pytester.makepyfile("def test_other(benchmark): benchmark.pedantic(int, rounds=2)")
-    result = pytester.runpytest_inprocess("-p", "headoff.harness.plugin", "--benchmark-json=found.json")
+    result = pytester.runpytest_inprocess("-p", "headoff.harness.plugin.hooks", "--benchmark-json=found.json")
     assert result.ret == 0 and "against" not in result.stdout.str()
     assert "headoff" not in json.loads((pytester.path / "found.json").read_text())
 

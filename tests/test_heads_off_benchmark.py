@@ -11,10 +11,10 @@ import pytest
 
 import headoff
 from headoff.gates import SITES
-from headoff.harness.options import seconds_chosen, value_of
-from headoff.harness.timing.benchmarks import Bench
-from headoff.harness.timing.subjects import subject_of
-from headoff.harness.timing.workloads import (
+from headoff.harness.plugin.options import seconds_chosen, value_of
+from headoff.timing.benchmarks import Bench
+from headoff.timing.subjects import subject_of
+from headoff.timing.workloads import (
     DIRECTIONS,
     DecoderWorkload,
     OperatorWorkload,

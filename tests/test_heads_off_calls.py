@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headoff.harness.fallback import fallback_findings, model_calls
-from headoff.harness.findings import refuse
+from headoff.harness.finding import refuse
 
 
 def test_heads_off_no_fallback(under_test):

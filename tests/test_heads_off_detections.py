@@ -14,22 +14,22 @@ import torch
 import headoff
 from headoff.detr.detector import Features
 from headoff.gates import stack
-from headoff.harness import subjects
-from headoff.harness.detections import (
+from headoff.harness.finding import Finding, refuse
+from headoff.harness.model.attention_calls import faulty_layers
+from headoff.harness.model.detections import (
     answer_budget,
     answer_of,
     detection_findings,
     expected_rows_of,
     tolerance_of,
 )
-from headoff.harness.expected import expectation, mismatches
-from headoff.harness.findings import Finding, refuse
-from headoff.harness.golden import GoldenDetections, kept_in
-from headoff.harness.layers import faulty_layers
-from headoff.harness.options import settings_from
-from headoff.harness.patching import features_on, patched
-from headoff.harness.refusals import share_of_heads, wrong_by_one_head
-from headoff.harness.subjects import CONFIDENCE, configuration_names
+from headoff.harness.model.mutations import share_of_heads, wrong_by_one_head
+from headoff.harness.model.patched import features_on, patched
+from headoff.harness.plugin.options import settings_from
+from headoff.harness.reference import cases as subjects
+from headoff.harness.reference.cases import CONFIDENCE, configuration_names
+from headoff.harness.reference.expected import expectation, mismatches
+from headoff.harness.reference.golden import GoldenDetections, kept_in
 
 LAYERS_SCENES = 1
 """Images whose attention calls are looked at one by one: the others' are of the same sizes."""

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from headoff.gates import stack
-from headoff.harness import subjects
-from headoff.harness.findings import refuse
-from headoff.harness.gradients import (
+from headoff.harness.finding import refuse
+from headoff.harness.model.gradients import (
     FoundGradients,
     found_gradients,
     gradient_budget,
@@ -24,9 +23,10 @@ from headoff.harness.gradients import (
     gradient_findings,
     true_gradients,
 )
-from headoff.harness.options import settings_from
-from headoff.harness.refusals import share_of_heads, with_wrong_heads
-from headoff.harness.subjects import configuration_names
+from headoff.harness.model.mutations import share_of_heads, with_wrong_heads
+from headoff.harness.plugin.options import settings_from
+from headoff.harness.reference import cases as subjects
+from headoff.harness.reference.cases import configuration_names
 
 SCENES = 1
 """Images that are tried: gradients of more of them say nothing new, and each takes seconds."""

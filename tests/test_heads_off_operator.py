@@ -1,7 +1,7 @@
 """A single attention call is right: context and gradients are those of the float64 oracle, and it behaves.
 
-What may differ, and by how much, is in `headoff.harness.operator.budget`; that this is little enough is proved by the
-last tests here, which give the same comparison answers that are known to be wrong.
+What may differ, and by how much, is in `headoff.harness.operator.tolerance`; that this is little enough is
+proved by the last tests here, which give the same comparison answers that are known to be wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import pytest
 import torch
 
-from headoff.harness.findings import refuse
+from headoff.harness.finding import refuse
 from headoff.harness.operator import (
     CONDUCT,
     IN_ALL_DTYPES,
@@ -23,7 +23,7 @@ from headoff.harness.operator import (
     reduced_cases,
     refusal_of,
 )
-from headoff.harness.operator.proofs import FAULTS, could_be_seen, is_refused, wrong_results
+from headoff.harness.operator.mutations import FAULTS, could_be_seen, is_refused, wrong_results
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 CASES = [case.name for case in operator_cases()]

@@ -17,17 +17,12 @@ import headoff
 from headoff.detr.detector import Detector, Features
 from headoff.detr.transformer import MultiHeadAttention
 from headoff.gates import stack
-from headoff.harness import subjects
-from headoff.harness.detections import answer_budget
-from headoff.harness.findings import Finding, refuse
-from headoff.harness.golden import GoldenMaps, kept_in
-from headoff.harness.kinks import Decisions
-from headoff.harness.maps import UPDATE, Budget, CaseMaps, map_errors, stale
-from headoff.harness.options import settings_from
-from headoff.harness.patching import features_on, width_of
-from headoff.harness.precision import InDtype
-from headoff.harness.refusals import accepted_wrongly, share_of_heads, with_wrong_heads
-from headoff.harness.relevance import (
+from headoff.harness.finding import Finding, refuse
+from headoff.harness.model.detections import answer_budget
+from headoff.harness.model.mutations import accepted_wrongly, share_of_heads, with_wrong_heads
+from headoff.harness.model.patched import features_on, width_of
+from headoff.harness.model.precision import InDtype
+from headoff.harness.model.relevance import (
     case_of,
     found_maps,
     map_findings,
@@ -36,8 +31,13 @@ from headoff.harness.relevance import (
     relevance_findings,
     roundings,
 )
-from headoff.harness.subjects import METHOD, cumulative_names
-from headoff.harness.truth import dense_maps
+from headoff.harness.model.relu_masks import Decisions
+from headoff.harness.plugin.options import settings_from
+from headoff.harness.reference import cases as subjects
+from headoff.harness.reference.cases import METHOD, cumulative_names
+from headoff.harness.reference.golden import GoldenMaps, kept_in
+from headoff.harness.reference.maps import UPDATE, Budget, CaseMaps, map_errors, stale
+from headoff.harness.reference.oracle import dense_maps
 
 MAPPED = 3
 """Bundled scenes whose maps are looked at, each under all configurations; of images of a user's own, all are."""

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from headoff.attention import eager
-from headoff.detr.detector import Detector, Features
+from headoff.detr.detector import Features
 from headoff.errors import AttentionError, NonFiniteError, SettingError
 from headoff.gates import SITES, Gates, cumulative, first_off, layers_off, none_off, stack
 from headoff.relevance import RelevanceEngine, class_logit
@@ -166,8 +166,8 @@ def test_context_gradients_of_the_encoder_are_autograds(pre_norm):
     gate = random_gates(detector, 1).encoder_self[0].double()
     contexts = []
 
-    def attend(address, *arguments):
-        contexts.append(detector.attend(address, *arguments))
+    def attend(call):
+        contexts.append(detector.attend(call))
         return contexts[-1]
 
     tokens = features.tokens.requires_grad_()
@@ -193,16 +193,17 @@ def test_no_cross_attention_is_no_evidence_and_no_work():
     gates = stack([first_off(HEADS), none_off()], detector.head_layout)
     asked = []
 
-    def attend(address, *arguments):
+    def ask(call, proceed):
         asked.append(torch.is_grad_enabled())
-        return Detector.attend(detector, address, *arguments)
+        return proceed(call)
 
-    detector.attend = attend
-    off, on_ = engine_results(detector, features, gates[0]), engine_results(detector, features, gates[1])
-    assert all(pair.rows.eq(0).all() and math.isfinite(pair.value) for pair in off[0])
-    assert all(pair.rows.gt(0).any() for pair in on_[0])
-    asked.clear()
-    engine_results(detector, features, gates[0])
+    with detector.intercepting(ask):
+        off, on_ = engine_results(detector, features, gates[0]), engine_results(detector, features, gates[1])
+        assert all(pair.rows.eq(0).all() and math.isfinite(pair.value) for pair in off[0])
+        assert all(pair.rows.gt(0).any() for pair in on_[0])
+        assert any(asked)
+        asked.clear()
+        engine_results(detector, features, gates[0])
     assert not any(asked), "a patched attention was differentiated for nothing"
 
 

@@ -85,16 +85,15 @@ def test_encoder_gates_are_applied_by_the_sweep_and_refused_by_decode(detector, 
         detector.decode(memory, gates)
 
 
-def test_the_encoder_runs_once_however_many_configurations(detector, image, monkeypatch):
+def test_the_encoder_runs_once_however_many_configurations(detector, image):
     calls = []
-    original = Detector.attend
 
-    def counting(self, address, *arguments):
-        calls.append(address.site)
-        return original(self, address, *arguments)
+    def counting(call, proceed):
+        calls.append(call.address.site)
+        return proceed(call)
 
-    monkeypatch.setattr(Detector, "attend", counting)
-    sweep(detector, image, headoff.all_subsets(4))
+    with detector.intercepting(counting):
+        sweep(detector, image, headoff.all_subsets(4))
     assert calls.count("encoder_self") == SMALL.encoder_layers
     assert calls.count("decoder_cross") == SMALL.decoder_layers
 

@@ -355,9 +355,9 @@ def test_what_is_not_captured(plain):
         return eager(query, key, value, attn_mask, head_gate=head_gate)
 
     class Overridden(Detector):
-        def attend(self, *arguments):
-            calls.append(arguments[0])
-            return super().attend(*arguments)
+        def attend(self, call):
+            calls.append(call.address)
+            return super().attend(call)
 
     overridden = Overridden(SMALL, attention="eager").eval().requires_grad_(False)
     for _ in range(3):

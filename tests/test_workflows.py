@@ -149,7 +149,7 @@ def test_what_is_installed_has_all_that_the_suites_need(path):
 def test_the_summary_is_written_with_a_report_and_without(path, tmp_path):
     script = step_named(load(path), "Summary")["run"]
     # A `headoff` that only renders, in place of the command.
-    rendering = "import sys; from headoff.harness.page import render_file; render_file(*sys.argv[3:])"
+    rendering = "import sys; from headoff.harness.report import render_file; render_file(*sys.argv[3:])"
     command = tmp_path / "bin" / "headoff"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(rendering)} "$@"\n')

@@ -19,14 +19,14 @@ from headoff.bench.levels import Job, configurations_of
 from headoff.bench.records import Row
 from headoff.errors import HeadoffError
 from headoff.gates import Configuration, none_off
-from headoff.harness.timing.comparisons import format_bytes
-from headoff.harness.timing.outputs import row_errors
-from headoff.harness.timing.sides import Side
-from headoff.harness.timing.subjects import Subject
-from headoff.harness.timing.variants import with_attention
-from headoff.harness.timing.workloads import RelevanceWorkload
 from headoff.relevance import Explanation, RelevanceEngine, explain
 from headoff.relevance.engine import Kernels
+from headoff.timing.comparisons import format_bytes
+from headoff.timing.outputs import row_errors
+from headoff.timing.sides import Side
+from headoff.timing.subjects import Subject
+from headoff.timing.variants import with_attention
+from headoff.timing.workloads import RelevanceWorkload
 
 TARGET = 4 * 10**9
 """Bytes that blocked relevance of DC5 may hold, beside the model."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from headoff.attention import Attention
 from headoff.gates import HeadLayout, all_subsets, cumulative, stack
-from headoff.harness.findings import Property
-from headoff.harness.timing.sides import Side
-from headoff.harness.timing.workloads import AttentionCall, Output
+from headoff.harness.finding import Property
+from headoff.timing.sides import Side
+from headoff.timing.workloads import AttentionCall, Output
 
 Scale = Literal["quick", "standard", "full"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -96,7 +96,7 @@ def gates_of(shape: Shape) -> dict[str, Tensor | None]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionCase(AttentionCall):
-    """One attention call, as a workload of `headoff.harness.timing`: timed by contestants, checked by the oracle.
+    """One attention call, as a workload of `headoff.timing`: timed by contestants, checked by the oracle.
 
     - `attn_mask` (1, 1, 1, S) bool, or None
     """

@@ -8,8 +8,8 @@ import torch
 
 from headoff.bench.cases import Scale
 from headoff.bench.roofline import Ceilings
-from headoff.harness.timing.clocks import Clock
-from headoff.harness.timing.sides import Side, timed
+from headoff.timing.clocks import Clock
+from headoff.timing.sides import Side, timed
 
 ROUNDS = 8
 

@@ -11,10 +11,10 @@ import torch
 
 from headoff.bench.records import Level, Row, Status
 from headoff.bench.roofline import Ceilings, Work, position
-from headoff.harness.timing.clocks import Clock
-from headoff.harness.timing.comparisons import Comparison
-from headoff.harness.timing.pairs import compare
-from headoff.harness.timing.sides import Side, timed
+from headoff.timing.clocks import Clock
+from headoff.timing.comparisons import Comparison
+from headoff.timing.pairs import compare
+from headoff.timing.sides import Side, timed
 
 HEATS = 5
 """Calls of each reference, in turns, the least of which say who is the fastest. It is only chosen by them: ratios are

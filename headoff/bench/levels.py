@@ -28,12 +28,12 @@ from headoff.detr.detector import DetectorOutput
 from headoff.detr.graphs import DecodeGraphs
 from headoff.errors import AttentionError
 from headoff.gates import Configuration, all_subsets, cumulative, heads_off
-from headoff.harness.timing import workloads as timing
-from headoff.harness.timing.outputs import Expected
-from headoff.harness.timing.sides import Side
-from headoff.harness.timing.subjects import Subject
-from headoff.harness.timing.variants import with_attention
-from headoff.harness.timing.workloads import DecoderWorkload, SweepWorkload, Workload
+from headoff.timing import workloads as timing
+from headoff.timing.outputs import Expected
+from headoff.timing.sides import Side
+from headoff.timing.subjects import Subject
+from headoff.timing.variants import with_attention
+from headoff.timing.workloads import DecoderWorkload, SweepWorkload, Workload
 
 NOTEBOOK = "notebook"
 ONE_BY_ONE = "one by one"
@@ -52,7 +52,7 @@ class Job:
 
 
 def judged(workload: Workload, expected: Expected, attention: Attention) -> Callable[[Any], str | None]:
-    """Compares what was returned with the float64 oracle's; see `headoff.harness.timing.outputs`."""
+    """Compares what was returned with the float64 oracle's; see `headoff.timing.outputs`."""
 
     def judge(result: Any) -> str | None:
         findings = expected.findings(result, attention)

@@ -15,15 +15,15 @@ from headoff.bench.levels import NOTEBOOK, OWN_ATTENTIONS, Job, configurations_o
 from headoff.bench.notebook import Notebook
 from headoff.bench.records import Row
 from headoff.gates import Configuration, none_off
-from headoff.harness.timing.comparisons import Comparison
-from headoff.harness.timing.outputs import Expected, row_errors, truth_of
-from headoff.harness.timing.pairs import compare
-from headoff.harness.timing.relus import ReluSides
-from headoff.harness.timing.sides import Side
-from headoff.harness.timing.subjects import Subject
-from headoff.harness.timing.variants import with_attention
-from headoff.harness.timing.workloads import RelevanceWorkload
 from headoff.relevance import explain
+from headoff.timing.comparisons import Comparison
+from headoff.timing.outputs import Expected, row_errors, truth_of
+from headoff.timing.pairs import compare
+from headoff.timing.relus import ReluSides
+from headoff.timing.sides import Side
+from headoff.timing.subjects import Subject
+from headoff.timing.variants import with_attention
+from headoff.timing.workloads import RelevanceWorkload
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Report:
     """All rows of a run.
 
     - `made_with`: command, date, versions
-    - `machine`: as `headoff.harness.timing.machine` describes it
+    - `machine`: as `headoff.timing.machine` describes it
     - `ceilings`: per dtype
     """
 

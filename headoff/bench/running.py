@@ -19,9 +19,9 @@ from headoff.bench.maps import relevance_jobs
 from headoff.bench.records import Level, Report, Row
 from headoff.bench.roofline import Ceilings
 from headoff.harness.settings import Settings
-from headoff.harness.timing.clocks import clock_of
-from headoff.harness.timing.machine import machine
-from headoff.harness.timing.subjects import Size, Subject, subject_of
+from headoff.timing.clocks import clock_of
+from headoff.timing.machine import machine
+from headoff.timing.subjects import Size, Subject, subject_of
 
 SIZES: dict[Scale, tuple[Size, ...]] = {"quick": ("model",), "standard": ("r50",), "full": ("r50", "dc5")}
 """Detectors of each scale: the bundled one, ResNet-50, and the same with 4 times the tokens."""

@@ -12,7 +12,7 @@ from headoff.cli.options import positive, ratio, whole
 from headoff.detr.checkpoints import cache_folder
 from headoff.devices import DTYPES, chosen_device
 from headoff.errors import SettingError
-from headoff.harness.shipped import suite_file, suite_names, suites_folder
+from headoff.harness.suite_files import suite_file, suite_names, suites_folder
 
 EPILOG = """\
 the attention:
@@ -118,7 +118,7 @@ def add_parser(commands: Any) -> None:
 
 def run(settings: argparse.Namespace) -> int:
     if settings.render:
-        from headoff.harness.page import render_file
+        from headoff.harness.report import render_file
 
         render_file(*settings.render)
         print(f"wrote {settings.render[1]}")
@@ -130,8 +130,8 @@ def run(settings: argparse.Namespace) -> int:
 
     import pytest
 
-    from headoff.harness.preflight import preflight
-    from headoff.harness.reporter import make_way
+    from headoff.harness.plugin.preflight import preflight
+    from headoff.harness.plugin.reporter import make_way
 
     if settings.benchmark and settings.workers:
         raise SettingError("times need the machine to themselves: leave out -n, or --benchmark")
@@ -191,7 +191,7 @@ def _pytest_arguments(settings: argparse.Namespace) -> list[str]:
         options += ["-n", str(settings.workers)]
     return [
         "-p",
-        "headoff.harness.plugin",
+        "headoff.harness.plugin.hooks",
         *isolated,
         *kept,
         *said,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from headoff.detr.config import DetrConfig
 from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import SharingPlan, sharing_plan
 from headoff.detr.transfers import sent
-from headoff.detr.transformer import AttentionAddress, Decoder, Encoder, autocast
+from headoff.detr.transformer import Attend, AttentionCall, Decoder, Encoder, Interceptor, autocast
 from headoff.errors import CheckpointError, GateError, SettingError
 from headoff.gates import Gates, HeadLayout, Site
 from headoff.images import Preprocessing, preprocess
@@ -90,6 +91,7 @@ class Detector(nn.Module):
     """
 
     _attention: Attention
+    _interceptors: tuple[Interceptor, ...] = ()
 
     def __init__(
         self,
@@ -162,17 +164,41 @@ class Detector(nn.Module):
         """
         return preprocess(images, self.preprocessing, dtype=self.dtype, device=self.device)
 
-    def attend(
-        self,
-        address: AttentionAddress,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        head_gate: Tensor | None,
-    ) -> Tensor:
-        """One attention call. Override or wrap to count calls or to keep inputs; `address` says where it is."""
-        return self._attention(query, key, value, attn_mask, head_gate=head_gate)
+    def attend(self, call: AttentionCall) -> Tensor:
+        """One attention call of the model, by `attention`, through whatever `intercepting` has put in front of it."""
+        proceed: Attend = self._call_attention
+        for interceptor in self._interceptors:
+            proceed = partial(interceptor, proceed=proceed)
+        return proceed(call)
+
+    def _call_attention(self, call: AttentionCall) -> Tensor:
+        return self._attention(call.query, call.key, call.value, call.attn_mask, head_gate=call.head_gate)
+
+    @contextmanager
+    def intercepting(self, interceptor: Interceptor) -> Iterator[None]:
+        """Within this context every attention call of the model is `interceptor(call, proceed)`.
+
+        `proceed(call)` computes the context as without it, so an interceptor can count calls, keep their tensors, or
+        change arguments (`call._replace(...)`). Of several, the latest is called first.
+
+        Example:
+            >>> counts = Counter()
+            >>> def count(call, proceed):
+            ...     counts[call.address.site] += 1
+            ...     return proceed(call)
+            >>> with detector.intercepting(count):
+            ...     detector.decode(memory)
+        """
+        self._interceptors = (*self._interceptors, interceptor)
+        try:
+            yield
+        finally:
+            self._interceptors = tuple(each for each in self._interceptors if each is not interceptor)
+
+    @property
+    def is_intercepted(self) -> bool:
+        """Whether attention calls go through something other than `attention` alone."""
+        return bool(self._interceptors) or type(self).attend is not Detector.attend
 
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Features:
         """Backbone and input projection; see `encode` for the arguments."""

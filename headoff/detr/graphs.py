@@ -70,8 +70,7 @@ class DecodeGraphs:
 
     A decode is captured when it comes for the second time: same token grid, gates, weights and attention. The first
     time, on any device but `device_type`, for padded images, under autocast, for an attention that is not among
-    `CAPTURED`, for a detector whose `attend` is overridden (to count calls, say), and where a capture fails, it is an
-    ordinary decode.
+    `CAPTURED`, for a detector whose attention calls are intercepted, and where a capture fails, it is ordinary.
 
     - `replays`: how many decodes came from a graph
     - `failures`: what was said where a capture failed
@@ -105,8 +104,7 @@ class DecodeGraphs:
             and memory.attn_mask is None
             and detector.autocast_dtype is None
             and any(detector.attention is each for each in CAPTURED)
-            and type(detector).attend is Detector.attend
-            and "attend" not in vars(detector)
+            and not detector.is_intercepted
         )
 
     def _capture(self, key: Hashable, detector: Detector, memory: Memory, gates: Gates) -> bool:

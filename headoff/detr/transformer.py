@@ -7,6 +7,7 @@ gates), N image tokens, Q object queries, d channels, H heads, D = d / H.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -26,18 +27,33 @@ class AttentionAddress(NamedTuple):
     layer: int
 
 
-class Attend(Protocol):
-    """An attention callable that is also told where in the model it is called."""
+class AttentionCall(NamedTuple):
+    """The arguments of one attention call of the model, and where it is made.
 
-    def __call__(
-        self,
-        address: AttentionAddress,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        head_gate: Tensor | None,
-    ) -> Tensor: ...
+    Attributes:
+        address: site and layer.
+        query: (B, H, Q, D).
+        key, value: (B, H, S, D).
+        attn_mask: broadcastable to (B, H, Q, S), or None.
+        head_gate: broadcastable to (B, H, Q, 1), or None where every head is on.
+    """
+
+    address: AttentionAddress
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    head_gate: Tensor | None
+
+
+Attend = Callable[[AttentionCall], Tensor]
+"""Computes the context (B, H, Q, D) of an attention call."""
+
+
+class Interceptor(Protocol):
+    """Computes the context in the place of `proceed(call)`, which computes it as if the interceptor were not there."""
+
+    def __call__(self, call: AttentionCall, proceed: Attend) -> Tensor: ...
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -72,12 +88,14 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """(B, Q, d), (B, S, d), (B, S, d) to (B, Q, d); `head_gate` broadcastable to (B, H, Q, 1)."""
         context = attend(
-            self.address,
-            self.split(self.query(query_input)),
-            self.split(self.key(key_input)),
-            self.split(self.value(value_input)),
-            attn_mask,
-            head_gate,
+            AttentionCall(
+                self.address,
+                self.split(self.query(query_input)),
+                self.split(self.key(key_input)),
+                self.split(self.value(value_input)),
+                attn_mask,
+                head_gate,
+            )
         )
         return self.output(context.transpose(-2, -3).flatten(-2))
 

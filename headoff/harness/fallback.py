@@ -24,8 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from headoff.attention import AdaptedAttention, Attention
-from headoff.harness.findings import Finding
-from headoff.harness.preflight import SHAPES
+from headoff.harness.finding import Finding
+from headoff.harness.plugin.preflight import SHAPES
 
 Call = Callable[[], Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headoff.detr.transformer import Attend
+from headoff.detr.transformer import Attend, AttentionCall
 from headoff.errors import AttentionError
 from headoff.relevance.capture import AttentionRecord
 from headoff.relevance.vjp import of_runs
@@ -31,7 +31,7 @@ def gradients_by_callable(
     lent = _lent(gradient) if dtype == torch.float16 else 1.0
     try:
         with torch.enable_grad():
-            context = attend(record.address, query, key, value, mask, gate)
+            context = attend(AttentionCall(record.address, query, key, value, mask, gate))
             if not context.requires_grad:
                 raise RuntimeError("its context has no gradient")
             found = torch.autograd.grad(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from headoff.detr.detector import Detector
-from headoff.detr.transformer import Attend, AttentionAddress, FeedForward
+from headoff.detr.transformer import Attend, AttentionAddress, AttentionCall, FeedForward
 from headoff.errors import NonFiniteError
 from headoff.relevance.vjp import of_runs
 
@@ -141,17 +141,10 @@ class Capture:
         for handle in self._handles:
             handle.remove()
 
-    def attend(
-        self,
-        address: AttentionAddress,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        head_gate: Tensor | None,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """The `Attend` function to hand to encoder and decoder."""
-        context = self._attend(address, query, key, value, attn_mask, head_gate)
+        context = self._attend(call)
+        address, query, key, value, attn_mask, head_gate = call
         self._order.append((f"the {address.site} attention of layer {address.layer}", context))
         self.attention[address] = AttentionRecord(
             address,

@@ -183,9 +183,8 @@ class RelevanceEngine:
         self.features = features
         self.method = resolve_method(method)
         self.zero_rows: ZeroRows = zero_rows
-        plain = type(detector).attend is Detector.attend and "attend" not in vars(detector)
         self.analytic = backward == "analytic" or (
-            backward == "auto" and plain and is_builtin(detector.attention)
+            backward == "auto" and not detector.is_intercepted and is_builtin(detector.attention)
         )
         self._compute = torch.promote_types(detector.dtype, torch.float32)
         self.kernels = _chosen_kernels(kernels, detector, self._compute, self.method)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headoff.detr.detector import Detector, Features
 from headoff.detr.sharing import sharing_plan
-from headoff.detr.transformer import AttentionAddress
+from headoff.detr.transformer import AttentionAddress, AttentionCall
 from headoff.gates import SITES, Gates
 from headoff.relevance.rules import AttentionEvidence, Evidence
 from headoff.relevance.targets import Target
@@ -26,15 +26,8 @@ class _DenseAttention:
         self.values: dict[AttentionAddress, Tensor] = {}
         self.contexts: dict[AttentionAddress, Tensor] = {}
 
-    def __call__(
-        self,
-        address: AttentionAddress,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        head_gate: Tensor | None,
-    ) -> Tensor:
+    def __call__(self, call: AttentionCall) -> Tensor:
+        address, query, key, value, attn_mask, head_gate = call
         scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf)

@@ -1,6 +1,5 @@
 """Whether a single attention call is right: context and gradients against the float64 oracle, conduct, diagnosis."""
 
-from headoff.harness.operator.accuracy import operator_findings, refusal_of
 from headoff.harness.operator.cases import (
     OperatorCase,
     case_named,
@@ -8,8 +7,9 @@ from headoff.harness.operator.cases import (
     operator_cases,
     reduced_cases,
 )
-from headoff.harness.operator.conduct import CONDUCT, IN_ALL_DTYPES, conduct_findings
+from headoff.harness.operator.compare import operator_findings, refusal_of
 from headoff.harness.operator.diagnosis import diagnose
+from headoff.harness.operator.side_effects import CONDUCT, IN_ALL_DTYPES, conduct_findings
 
 __all__ = [
     "CONDUCT",

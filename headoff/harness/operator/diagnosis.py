@@ -18,8 +18,10 @@ from torch import Tensor
 
 from headoff.attention.contract import Attention
 from headoff.attention.eager import eager
-from headoff.harness.findings import Finding, Property
-from headoff.harness.operator.accuracy import (
+from headoff.harness.finding import Finding, Property
+from headoff.harness.operator.call import Results, call
+from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.compare import (
     NAMES,
     WITHOUT_GRADIENTS,
     Comparison,
@@ -28,12 +30,10 @@ from headoff.harness.operator.accuracy import (
     describe,
     operator_findings,
 )
-from headoff.harness.operator.budget import allowed_for
-from headoff.harness.operator.calls import Results, call
-from headoff.harness.operator.cases import OperatorCase
-from headoff.harness.operator.hypotheses import explanation_of, factor_of
+from headoff.harness.operator.known_faults import explanation_of, factor_of
+from headoff.harness.operator.reference import truth_of
 from headoff.harness.operator.tensors import tensors_of
-from headoff.harness.operator.truth import truth_of
+from headoff.harness.operator.tolerance import allowed_for
 
 SIMPLER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dtype", {"dtype": torch.float32}),

@@ -1,0 +1,81 @@
+"""Hooks of pytest and pytest-benchmark, as functions for the plugin to export.
+
+They act in runs of the benchmark suite alone: the plugin is loaded wherever headoff is installed, and whoever
+benchmarks something else is not to find headoff in his results.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from headoff.errors import HeadoffError
+from headoff.harness.plugin.options import settings_from
+
+SUITE = "test_heads_off_benchmark"
+
+PROBLEMS = pytest.StashKey[list[str]]()
+"""Why saved runs cannot be compared with this one."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """Add what was measured on what, and how many of each verdict there are."""
+    from headoff.timing.benchmarks import RECORDS
+    from headoff.timing.machine import machine
+    from headoff.timing.threads import THREADS
+
+    records = config.stash.get(RECORDS, [])
+    if records:
+        settings = settings_from(config)
+        output_json["headoff"] = {
+            "machine": machine(settings.device, THREADS),
+            "attention": settings.attention,
+            "baseline": settings.baseline,
+            "dtype": settings.dtype,
+            "max_slowdown": settings.max_slowdown,
+            "verdicts": dict(Counter(each["verdict"] for each in records)),
+        }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_compare_machine_info(
+    config: pytest.Config, benchmarksession: Any, compared_benchmark: Mapping[str, Any]
+) -> None:
+    """Say where a saved run (`--benchmark-compare`) was made on another GPU or CPU; refuse to judge by it."""
+    if not any(SUITE in bench["fullname"] for bench in compared_benchmark["benchmarks"]):
+        return
+    from headoff.timing.machine import incomparable, machine
+    from headoff.timing.threads import THREADS
+
+    try:
+        now = machine(settings_from(config).device, THREADS)
+    except HeadoffError as error:
+        raise pytest.UsageError(f"headoff: {error}") from None
+    problem = incomparable(now, compared_benchmark.get("headoff", {}).get("machine"))
+    if problem is None:
+        return
+    if config.getoption("benchmark_compare_fail"):
+        raise pytest.UsageError(f"--benchmark-compare-fail cannot be used here: {problem}")
+    config.stash.setdefault(PROBLEMS, []).append(problem)
+    benchmarksession.logger.warning(problem)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of comparisons."""
+    from headoff.timing.benchmarks import RECORDS
+
+    config = terminalreporter.config
+    records = config.stash.get(RECORDS, [])
+    if not records:
+        return
+    from headoff.timing.table import table
+
+    terminalreporter.section(f"{records[0]['patch']} against {records[0]['baseline']}")
+    for line in table(records):
+        terminalreporter.write_line(line)
+    for problem in config.stash.get(PROBLEMS, []):
+        terminalreporter.write_line(problem, red=True)

@@ -1,0 +1,234 @@
+"""What happened in a run, and the document that reports are made of.
+
+Tests may run in several processes. What each finds out travels with its report, as types that JSON knows, to the
+process that reports.
+"""
+
+from __future__ import annotations
+
+import base64
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from headoff.harness.finding import PROPERTIES, Finding
+from headoff.harness.report.document import FORMAT, Verdict
+
+BENCHMARK = "benchmark"
+"""Name of the suite whose failures are about time."""
+
+PICTURES = 8
+"""That a document keeps of one property."""
+
+SUITE_ORDER = ("operator", "calls", "detections", "relevance", "gradients", BENCHMARK)
+
+
+@dataclass
+class TestRecord:
+    """One test: its outcome in all phases together.
+
+    `about_patch` is False for tests of the harness's own: that a tolerance refuses what is wrong, say.
+    """
+
+    __test__ = False
+
+    id: str
+    suite: str
+    outcome: str = "passed"
+    seconds: float = 0.0
+    message: str = ""
+    about_patch: bool = True
+    findings: list[Finding] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "suite": self.suite,
+            "outcome": self.outcome,
+            "seconds": round(self.seconds, 4),
+            "message": self.message,
+            "findings": [each.as_dict() for each in self.findings],
+        }
+
+
+@dataclass
+class Run:
+    """Everything that a run's document says."""
+
+    about: dict[str, Any]
+    tests: dict[str, TestRecord] = field(default_factory=dict)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    diagnosis: list[Finding] = field(default_factory=list)
+    benchmarks: list[dict[str, Any]] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)
+    interrupted: bool = False
+    started: datetime = field(default_factory=lambda: datetime.now(UTC).astimezone())
+
+    @property
+    def label(self) -> str:
+        return str(self.about["attention"])
+
+    def add(self, id: str, phase: str, outcome: str, seconds: float, noted: Mapping[str, Any]) -> None:
+        """Take in the report of one phase (setup, call, teardown) of a test, and what was noted beside it."""
+        record = self.tests.setdefault(id, TestRecord(id, suite_of(id), about_patch=noted["about_patch"]))
+        record.seconds += seconds
+        if outcome == "failed":
+            record.outcome = "failed" if phase == "call" else "error"
+        elif outcome == "skipped" and record.outcome == "passed":
+            record.outcome = "skipped"
+        record.message = record.message or noted["message"]
+        record.findings += [Finding.from_dict(each) for each in noted["findings"]]
+        self.unsupported.update(noted["unsupported"])
+        self.calls.update(noted["calls"])
+
+    def failed(self, *, suite: str | None = None, about_patch: bool | None = None) -> list[TestRecord]:
+        """Tests that failed or could not be run, of a suite, or about the patch or not."""
+        return [
+            each
+            for each in self.tests.values()
+            if each.outcome in ("failed", "error")
+            and suite in (None, each.suite)
+            and about_patch in (None, each.about_patch)
+        ]
+
+    @property
+    def all_skipped(self) -> bool:
+        """Whether tests of the patch were there, and none was run."""
+        about_patch = [each for each in self.tests.values() if each.about_patch]
+        return bool(about_patch) and all(each.outcome == "skipped" for each in about_patch)
+
+    @property
+    def verdict(self) -> Verdict:
+        about_patch = self.failed(about_patch=True)
+        if not all(_is_slow_only(each) for each in about_patch):
+            return "wrong"
+        ran = [each for each in self.tests.values() if each.about_patch and each.outcome != "skipped"]
+        if self.interrupted or not ran or self.failed(about_patch=False):
+            return "incomplete"
+        return "slower" if about_patch else "right"
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Of all tests, those of the properties that explain most first."""
+        found = [each for test in self.tests.values() for each in test.findings]
+        return sorted(found, key=lambda each: PROPERTIES.index(each.property))
+
+    def headline(self) -> str:
+        """The verdict, and what there is to say for it, in a line."""
+        verdict = self.verdict
+        ran = sum(each.outcome == "passed" for each in self.tests.values())
+        if verdict == "right":
+            return f"{self.label} is right: {ran} check{'' if ran == 1 else 's'} passed{self._times()}"
+        if verdict == "slower":
+            slower = len(self.failed(suite=BENCHMARK))
+            return f"{self.label} is right but slower in {slower} of its benchmarks{self._times()}"
+        if verdict == "wrong":
+            return f"{self.label} is wrong: {self._cause()}"
+        if self.interrupted:
+            return f"{self.label}: interrupted after {len(self.tests)} tests, none of which found it wrong"
+        if not ran:
+            return f"{self.label}: nothing was tested"
+        return (
+            f"{self.label}: no verdict, for {len(self.failed(about_patch=False))} tests of the harness itself failed: "
+            "its tolerances do not hold here"
+        )
+
+    def _cause(self) -> str:
+        roots = self.diagnosis or self.findings
+        if roots:
+            root = roots[0]
+            # The first clause says what is wrong; numbers and case follow below.
+            said = f"{root.property}: {root.message.split('; ')[0]}"
+            return said if root.site is None else f"{said}; in the model first at {place_of(root)}"
+        first = self.failed(about_patch=True)[0]
+        return first.message or first.id
+
+    def _times(self) -> str:
+        if not self.benchmarks:
+            return ""
+        ratios = sorted(each["ratio"] for each in self.benchmarks)
+        return f"; {ratios[0]:.2f} to {ratios[-1]:.2f} times the time of {self.about['baseline']}"
+
+    def document(self) -> dict[str, Any]:
+        """All of it, of types that JSON knows, pictures included."""
+        notes = [
+            f"{dtype} is not supported by it and was not tested: {why}"
+            for dtype, why in self.unsupported.items()
+        ]
+        finished = datetime.now(UTC).astimezone()
+        return {
+            "format": FORMAT,
+            "verdict": self.verdict,
+            "headline": self.headline(),
+            "about": {
+                **self.about,
+                "python": platform.python_version(),
+                "started": self.started.isoformat(timespec="seconds"),
+                "seconds": round((finished - self.started).total_seconds(), 1),
+            },
+            "machine": self.machine,
+            "calls": dict(self.calls),
+            "notes": [*self.notes, *notes],
+            "diagnosis": [each.as_dict() for each in self.diagnosis],
+            "suites": self.suites(),
+            "tests": [each.as_dict() for each in self.tests.values()],
+            "benchmarks": self.benchmarks,
+            "pictures": _pictures([*self.diagnosis, *self.findings]),
+        }
+
+    def suites(self) -> list[dict[str, Any]]:
+        """Counts and seconds of each suite, in the order they are best read in."""
+        names = sorted({each.suite for each in self.tests.values()}, key=_place)
+        return [_count(name, [each for each in self.tests.values() if each.suite == name]) for name in names]
+
+
+def place_of(finding: Finding) -> str:
+    """`decoder_cross layer 0, head 2, with 'first 1 off'`, as far as it is known."""
+    parts = [str(finding.site)]
+    parts[0] += "" if finding.layer is None else f" layer {finding.layer}"
+    parts += [] if finding.head is None else [f"head {finding.head}"]
+    parts += [] if finding.configuration is None else [f"with '{finding.configuration}'"]
+    return ", ".join(parts)
+
+
+def suite_of(id: str) -> str:
+    """`operator` of `tests/test_heads_off_operator.py::test_...`."""
+    return Path(id.split("::")[0]).stem.removeprefix("test_").removeprefix("heads_off_")
+
+
+def _is_slow_only(test: TestRecord) -> bool:
+    return bool(test.findings) and all(each.property == "time" for each in test.findings)
+
+
+def _place(name: str) -> tuple[int, str]:
+    return (SUITE_ORDER.index(name) if name in SUITE_ORDER else len(SUITE_ORDER), name)
+
+
+def _count(name: str, tests: list[TestRecord]) -> dict[str, Any]:
+    outcomes = Counter(each.outcome for each in tests)
+    return {
+        "name": name,
+        "passed": outcomes["passed"],
+        "failed": outcomes["failed"],
+        "skipped": outcomes["skipped"],
+        "errors": outcomes["error"],
+        "seconds": round(sum(each.seconds for each in tests), 2),
+    }
+
+
+def _pictures(findings: Iterable[Finding]) -> dict[str, str]:
+    """PNG files in base64, by the path that findings know them by; a few of each property say as much as all."""
+    shown: Counter[str] = Counter()
+    pictures: dict[str, str] = {}
+    for finding in findings:
+        for path in finding.pictures:
+            if path not in pictures and shown[finding.property] < PICTURES and Path(path).is_file():
+                shown[finding.property] += 1
+                pictures[path] = base64.b64encode(Path(path).read_bytes()).decode()
+    return pictures

@@ -1,8 +1,0 @@
-"""What a patch costs: patch and baseline timed in turns, a ratio with its interval, a verdict, and the machine."""
-
-from headoff.harness.timing.comparisons import MAX_SLOWDOWN, Comparison, Verdict
-from headoff.harness.timing.machine import machine
-from headoff.harness.timing.pairs import compare
-from headoff.harness.timing.sides import Side
-
-__all__ = ["MAX_SLOWDOWN", "Comparison", "Side", "Verdict", "compare", "machine"]

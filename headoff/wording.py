@@ -1,0 +1,48 @@
+"""Numbers in the words of messages, tables and reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import groupby
+
+
+def number_ranges(numbers: Iterable[int], separator: str = ", ") -> str:
+    """Sorted whole numbers, consecutive ones as a range: `0-2, 5`."""
+    # In a run of consecutive numbers, number minus index is constant.
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return separator.join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 check`, `3,000 checks`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def format_seconds(seconds: float) -> str:
+    """Three significant digits in the unit that suits: `0.3 ms`, `12.5 s`, `3 min 5 s`, `2 h 4 min`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds >= 60:
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if abs(seconds) >= 0.9995 * size:
+            return f"{three_digits(seconds / size)} {unit}"
+    return f"{three_digits(seconds / 1e-9)} ns" if seconds else "0 s"
+
+
+def format_bytes(count: int | None, unknown: str = "-") -> str:
+    """Three significant digits in binary units: `1.5 GiB`; `unknown` for None."""
+    if count is None:
+        return unknown
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{three_digits(count / size)} {unit}"
+    return f"{count} B"
+
+
+def three_digits(value: float) -> str:
+    """`1.23`, `12.3`, `123`, `1235`."""
+    return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f}"
