@@ -30,7 +30,7 @@ def test_suites_and_golden_files_are_in_the_wheel(wheel):
     suites = {f"headoff/suites/tests/{path.name}" for path in (ROOT / "tests").glob("test_heads_off_*.py")}
     assert len(golden) > 90 and golden <= names
     assert suites <= names
-    assert not any("zoo" in name or "test_gates" in name for name in names), (
+    assert not any("mutants" in name or "test_gates" in name for name in names), (
         "tests of the project itself stay at home"
     )
     assert {"headoff/py.typed", "headoff/scenes/weights/scenes.safetensors"} <= names

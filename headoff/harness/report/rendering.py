@@ -161,5 +161,5 @@ def _template() -> jinja2.Template:
 def _read(name: str) -> str:
     # The look is that of the pages of sweeps, whose module is not imported: it needs torch and matplotlib.
     package = resources.files("headoff")
-    folder = package / "report" if name == "style.css" else package / "harness" / "page"
+    folder = package / "report" if name == "style.css" else package / "harness" / "report"
     return (folder / "templates" / name).read_text(encoding="utf-8")
