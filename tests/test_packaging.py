@@ -33,7 +33,7 @@ def test_suites_and_golden_files_are_in_the_wheel(wheel):
     assert not any("mutants" in name or "test_gates" in name for name in names), (
         "tests of the project itself stay at home"
     )
-    assert {"headoff/py.typed", "headoff/scenes/weights/scenes.safetensors"} <= names
+    assert {"headoff/__init__.pyi", "headoff/py.typed", "headoff/scenes/weights/scenes.safetensors"} <= names
     assert any(name.startswith("headoff/harness/report/templates/") for name in names)
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
     assert "[pytest11]\nheadoff.harness.plugin" in zipfile.ZipFile(wheel).read(entry_points).decode()
