@@ -55,7 +55,7 @@ def every(paths):
 
 
 def test_they_are_there():
-    assert [path.name for path in OURS] == ["ci.yml"]
+    assert [path.name for path in OURS] == ["ci.yml", "mutation.yml"]
     assert [path.name for path in THEIRS] == ["headoff-cpu.yml", "headoff-gpu.yml"]
 
 
@@ -194,12 +194,16 @@ def test_commands_are_those_of_the_command_line(path, capsys):
             pytest.fail(f"headoff {shlex.join(words)}: {capsys.readouterr().err}")
 
 
-def test_links_of_the_guide_lead_somewhere():
-    text = GUIDE.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r"`(headoff/[\w/]+\.py)`", text)
-    assert len(targets) >= 3
-    for target in targets:
-        assert (GUIDE.parent / target).exists() or (ROOT / target).exists(), target
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+@every(PAGES)
+def test_links_and_file_names_of_our_pages_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    names = re.findall(r"`((?:headoff|tests|tools|docs|golden)/[\w/.]+)`", text)
+    for target in links + names:
+        assert (path.parent / target).exists() or (ROOT / target).exists(), target
 
 
 def test_our_ci_runs_what_the_readme_says():
