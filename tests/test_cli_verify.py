@@ -128,7 +128,7 @@ def test_the_example_of_the_readme_is_right(tmp_path):
     import torch
 
     from headoff.attention import resolve_attention
-    from headoff.harness.operator import CONDUCT, conduct_findings, operator_findings, reduced_cases
+    from headoff.harness.operator import SIDE_EFFECTS, operator_findings, reduced_cases, side_effect_findings
 
     readme = (Path(headoff.__file__).parents[1] / "README.md").read_text()
     section = readme[readme.index("## Check your attention patch") :]
@@ -139,5 +139,5 @@ def test_the_example_of_the_readme_is_right(tmp_path):
     attention = resolve_attention(f"{file}:attention")
     for case in reduced_cases(torch.float32):
         assert not operator_findings(attention, case, "cpu")
-    for check in CONDUCT:
-        assert not conduct_findings(attention, check, torch.float32, "cpu")
+    for check in SIDE_EFFECTS:
+        assert not side_effect_findings(attention, check, torch.float32, "cpu")

@@ -11,28 +11,26 @@ import torch
 from headoff.attention import eager, sdpa
 from headoff.errors import SettingError
 from headoff.harness.operator import (
-    CONDUCT,
+    SIDE_EFFECTS,
     OperatorCase,
-    conduct_findings,
     diagnose,
     operator_cases,
     operator_findings,
     reduced_cases,
-    refusal_of,
+    side_effect_findings,
+    unsupported_reason,
 )
-from headoff.harness.operator.call import call, leaves_of
+from headoff.harness.operator.call import call, leaves_of, tensors_of
 from headoff.harness.operator.cases import DRAWN, SHARED, WANTED
-from headoff.harness.operator.gate_kinds import GATE_KINDS, GATES_BY_SHAPE, gate_values
-from headoff.harness.operator.input_kinds import INPUT_KINDS
-from headoff.harness.operator.layouts import GRADIENT_LAYOUTS, LAYOUTS
-from headoff.harness.operator.mask_kinds import MASK_KINDS, MASKS_BY_SHAPE, mask_values
+from headoff.harness.operator.compare import normalised
+from headoff.harness.operator.gates import GATE_KINDS, GATES_BY_SHAPE, gate_values
+from headoff.harness.operator.inputs import GRADIENT_LAYOUTS, INPUT_KINDS, LAYOUTS
+from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE, mask_values
 from headoff.harness.operator.reference import truth_of
-from headoff.harness.operator.tensors import tensors_of
-from headoff.harness.operator.tolerance import normalised
-from headoff.harness.operator.torch_settings import READERS, WRITERS, read_settings, watched_settings
+from headoff.harness.torch_settings import READERS, WRITERS, read_settings, watched_settings
 
 SMALL = OperatorCase(
-    name="small", batch=2, heads=3, queries=7, keys=11, channels=16, gate="full", mask="keyless rows"
+    name="small", batch=2, heads=3, queries=7, keys=11, channels=16, gate="full", mask="fully masked rows"
 )
 
 
@@ -64,11 +62,13 @@ def test_gates_broadcast(kind):
 
 
 @pytest.mark.parametrize("kind", [*MASK_KINDS, *MASKS_BY_SHAPE])
-def test_masks_broadcast_and_only_keyless_ones_have_rows_without_keys(kind):
+def test_masks_broadcast_and_only_some_have_fully_masked_rows(kind):
     mask = mask_values(kind, torch.Generator().manual_seed(0), 2, 3, 7, 11)
     assert mask.dim() >= 2
     attended = (mask if mask.dtype == torch.bool else mask != -math.inf).expand(2, 3, 7, 11)
-    keyless = "keyless" in kind or kind == "all masked" or (kind.startswith("bool") and kind.endswith("1"))
+    keyless = (
+        "fully masked" in kind or kind == "all masked" or (kind.startswith("bool") and kind.endswith("1"))
+    )
     if kind.rstrip("1") != "bool ":  # of one number, which is True
         assert bool(attended.any(-1).all()) != keyless
 
@@ -147,7 +147,7 @@ def test_tensors_are_made_anew_and_the_same():
         assert torch.equal(tensors_of(case).query, kept)
 
 
-@pytest.mark.parametrize("mask", ["none", "bias and padding", "keyless rows"])
+@pytest.mark.parametrize("mask", ["none", "bias and padding", "fully masked rows"])
 @pytest.mark.parametrize("wanted", [each for each in WANTED if each not in SHARED])
 def test_truth_is_what_autograd_finds(mask, wanted):
     """The formulas against the derivative of the oracle's forward pass."""
@@ -187,7 +187,7 @@ def test_truth_does_not_depend_on_the_chunks(monkeypatch):
 
 
 def test_scales_are_zero_exactly_where_nothing_can_be_rounded():
-    case = replace(SMALL, gate="first-1", mask="additive keyless rows")
+    case = replace(SMALL, gate="first-1", mask="additive fully masked rows")
     truth = truth_of(case)
     keyless = (tensors_of(case).mask == -math.inf).all(-1)[:, 0]
     assert (truth.scales["context"][:, 0] == 0).all()
@@ -359,8 +359,8 @@ def test_a_refused_dtype_is_no_failure():
             raise TypeError("float32 only")
         return eager(query, key, value, attn_mask, head_gate=head_gate)
 
-    assert refusal_of(float32_only, torch.float32, "cpu") is None
-    assert "float32 only" in refusal_of(float32_only, torch.bfloat16, "cpu")
+    assert unsupported_reason(float32_only, torch.float32, "cpu") is None
+    assert "float32 only" in unsupported_reason(float32_only, torch.bfloat16, "cpu")
 
 
 def noisy(query, key, value, attn_mask=None, *, head_gate=None):
@@ -427,7 +427,7 @@ class KeepsSome(KeepsAll):
 
 
 def test_a_cache_that_is_bounded_is_no_leak():
-    assert not conduct_findings(KeepsSome(), "memory-let-go", torch.float32, "cpu")
+    assert not side_effect_findings(KeepsSome(), "memory-let-go", torch.float32, "cpu")
 
 
 class ScalesByTable:
@@ -465,24 +465,24 @@ MISBEHAVING = {
 @pytest.mark.parametrize("check", MISBEHAVING)
 def test_conduct_is_found_wrong(check):
     make, prop = MISBEHAVING[check]
-    assert conduct_findings(make(), check, torch.float32, "cpu")[0].property == prop
+    assert side_effect_findings(make(), check, torch.float32, "cpu")[0].property == prop
 
 
 def test_a_mask_that_is_written_into_is_found():
-    finding = conduct_findings(writes_into_the_mask, "inputs-untouched", torch.float32, "cpu")[0]
+    finding = side_effect_findings(writes_into_the_mask, "inputs-untouched", torch.float32, "cpu")[0]
     assert finding.property == "in-place"
     assert "mask" in finding.message
 
 
-@pytest.mark.parametrize("check", CONDUCT)
+@pytest.mark.parametrize("check", SIDE_EFFECTS)
 def test_conduct_does_not_take_a_wrong_context_for_something_else(check):
-    findings = conduct_findings(gate_ignored, check, torch.float32, "cpu")
+    findings = side_effect_findings(gate_ignored, check, torch.float32, "cpu")
     assert {finding.property for finding in findings} <= {"context"}
 
 
 def test_conduct_refuses_unknown_checks():
     with pytest.raises(SettingError, match="no check 'manners'"):
-        conduct_findings(sdpa, "manners", torch.float32, "cpu")
+        side_effect_findings(sdpa, "manners", torch.float32, "cpu")
 
 
 def test_settings_are_put_back():

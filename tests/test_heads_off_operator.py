@@ -1,6 +1,6 @@
 """A single attention call is right: context and gradients are those of the float64 oracle, and it behaves.
 
-What may differ, and by how much, is in `headoff.harness.operator.tolerance`; that this is little enough is
+What may differ, and by how much, is in `headoff.harness.operator.compare`; that this is little enough is
 proved by the last tests here, which give the same comparison answers that are known to be wrong.
 """
 
@@ -13,15 +13,15 @@ import torch
 
 from headoff.harness.finding import refuse
 from headoff.harness.operator import (
-    CONDUCT,
-    IN_ALL_DTYPES,
+    SIDE_EFFECTS,
+    SIDE_EFFECTS_IN_ALL_DTYPES,
     OperatorCase,
     case_named,
-    conduct_findings,
     operator_cases,
     operator_findings,
     reduced_cases,
-    refusal_of,
+    side_effect_findings,
+    unsupported_reason,
 )
 from headoff.harness.operator.mutations import FAULTS, could_be_seen, is_refused, wrong_results
 
@@ -53,7 +53,7 @@ def threads(request):
 
 @functools.cache
 def refusal(attention, dtype, device):
-    return refusal_of(attention, dtype, device)
+    return unsupported_reason(attention, dtype, device)
 
 
 def check(under_test, case: OperatorCase) -> None:
@@ -85,18 +85,20 @@ def test_heads_off_operator_in_other_dtypes(under_test, dtype, name):
     check(under_test, case_named(name, other, under_test.seed))
 
 
-@pytest.mark.parametrize("name", CONDUCT)
+@pytest.mark.parametrize("name", SIDE_EFFECTS)
 def test_heads_off_conduct(under_test, name):
     """Inputs, settings and earlier results stay as they are; the same inputs give the same bits."""
-    refuse(conduct_findings(under_test.attention, name, under_test.dtype, under_test.device, under_test.seed))
+    refuse(
+        side_effect_findings(under_test.attention, name, under_test.dtype, under_test.device, under_test.seed)
+    )
 
 
-@pytest.mark.parametrize("name", IN_ALL_DTYPES)
+@pytest.mark.parametrize("name", SIDE_EFFECTS_IN_ALL_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_off_conduct_in_other_dtypes(under_test, dtype, name):
     """Half precision is often a kernel of its own, which may behave in its own way."""
     other = supported(under_test, dtype)
-    refuse(conduct_findings(under_test.attention, name, other, under_test.device, under_test.seed))
+    refuse(side_effect_findings(under_test.attention, name, other, under_test.device, under_test.seed))
 
 
 @pytest.mark.headoff_proof

@@ -44,16 +44,17 @@ def judge(task: tuple[str, bool, int]) -> Row:
 
     from headoff.attention import resolve_attention
     from headoff.harness.finding import Finding
-    from headoff.harness.operator import CONDUCT as CHECKS
-    from headoff.harness.operator import case_of_text, conduct_findings, diagnose
-    from headoff.harness.operator.torch_settings import watched_settings
+    from headoff.harness.operator import SIDE_EFFECTS, case_of_text, diagnose, side_effect_findings
     from headoff.harness.plugin.diagnosis import CONDUCT, NUMBERS
+    from headoff.harness.torch_settings import watched_settings
 
     def root_of() -> Finding | None:
         """As of a whole run: conduct first, then what experiments say of a few failing cases."""
         attention = resolve_attention(entry.make())
         conduct = [
-            each for check in CHECKS for each in conduct_findings(attention, check, torch.float32, CPU, seed)
+            each
+            for check in SIDE_EFFECTS
+            for each in side_effect_findings(attention, check, torch.float32, CPU, seed)
         ]
         if first := next(
             (each for each in conduct if each.property in CONDUCT and each.property != "state"), None

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from headoff.harness.finding import Finding
 from headoff.harness.plugin.preflight import SHAPES
 
 Call = Callable[[], Tensor]
+
+MONITORING_TOOLS = (4, 3)
+"""Ids of `sys.monitoring` that are set aside for no kind of tool (0 is a debugger, 1 coverage, 2 a profiler)."""
 
 
 def model_calls(attention: Attention, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Call]:
@@ -103,32 +107,81 @@ def fallback_findings(attention: Attention, calls: dict[str, Call]) -> list[Find
 
 
 def exceptions_caught(attention: Attention, call: Call) -> list[str]:
-    """Exceptions that came through the attention's own file while `call` succeeded: `ValueError: text (line 7)`.
+    """Exceptions that passed through the attention's own file while `call` succeeded: `ValueError: text (line 7)`.
 
     Raises what `call` raises.
     """
     file = source_file(attention)
-    if file is None:
-        return []
+    return [] if file is None else exceptions_inside(call, lambda name: name == file)
+
+
+def exceptions_inside(body: Callable[[], object], of_interest: Callable[[str], bool]) -> list[str]:
+    """Exceptions that were raised in, or passed through, code of certain files while `body` ran and returned.
+
+    Args:
+        body: what to run.
+        of_interest: whether the code of a file, by its name, is looked at.
+
+    Returns:
+        A line for each frame that an exception was in: `ValueError: text (line 7)`.
+    """
     seen: list[str] = []
 
-    def local(frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "exception":
-            kind, value, _ = argument
-            if not issubclass(kind, (StopIteration, GeneratorExit, StopAsyncIteration)):
-                seen.append(f"{kind.__name__}: {' '.join(str(value).split())} (line {frame.f_lineno})")
-        return local
+    def record(error: BaseException, line: int | None) -> None:
+        # Generators end by an exception, too.
+        if not isinstance(error, (StopIteration, GeneratorExit, StopAsyncIteration)):
+            seen.append(f"{type(error).__name__}: {' '.join(str(error).split())} (line {line})")
 
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        return local if frame.f_code.co_filename == file else None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
+    with _watched_exceptions(of_interest, record):
+        body()
     return seen
+
+
+@contextmanager
+def _watched_exceptions(
+    of_interest: Callable[[str], bool], record: Callable[[BaseException, int | None], None]
+) -> Iterator[None]:
+    """`record(error, line)` for each frame that an exception is raised in or passes through.
+
+    Python 3.12 and later use `sys.monitoring`, which leaves debuggers and coverage undisturbed. Python 3.11 offers only
+    the thread's trace function for this: it is replaced for this one call, and restored.
+    """
+    if sys.version_info < (3, 12):
+
+        def local(frame: FrameType, event: str, argument: Any) -> Any:
+            if event == "exception":
+                kind, error, _ = argument
+                record(error if isinstance(error, BaseException) else kind(error), frame.f_lineno)
+            return local
+
+        before = sys.gettrace()
+        sys.settrace(lambda frame, event, argument: local if of_interest(frame.f_code.co_filename) else None)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+    else:
+        monitoring = sys.monitoring
+        free = [tool for tool in MONITORING_TOOLS if monitoring.get_tool(tool) is None]
+        if not free:  # others watch this process; nothing is found then, and nothing is disturbed
+            yield
+            return
+
+        def raised(code: CodeType, offset: int, error: BaseException) -> None:
+            if of_interest(code.co_filename):
+                lines = (line for start, end, line in code.co_lines() if start <= offset < end)
+                record(error, next(lines, None))
+
+        tool = free[0]
+        monitoring.use_tool_id(tool, "headoff")
+        monitoring.register_callback(tool, monitoring.events.RAISE, raised)
+        monitoring.set_events(tool, monitoring.events.RAISE)
+        try:
+            yield
+        finally:
+            monitoring.set_events(tool, monitoring.events.NO_EVENTS)
+            monitoring.register_callback(tool, monitoring.events.RAISE, None)
+            monitoring.free_tool_id(tool)
 
 
 def source_file(attention: Attention) -> str | None:

@@ -14,17 +14,17 @@ from headoff.harness.model.detections import detection_findings
 from headoff.harness.model.gradients import gradient_findings
 from headoff.harness.model.relevance import relevance_findings
 from headoff.harness.operator import (
-    CONDUCT,
-    IN_ALL_DTYPES,
-    conduct_findings,
+    SIDE_EFFECTS,
+    SIDE_EFFECTS_IN_ALL_DTYPES,
     operator_cases,
     operator_findings,
     reduced_cases,
-    refusal_of,
+    side_effect_findings,
+    unsupported_reason,
 )
-from headoff.harness.operator.torch_settings import watched_settings
 from headoff.harness.reference.cases import Subject, names, subject
 from headoff.harness.settings import Settings
+from headoff.harness.torch_settings import watched_settings
 from mutants.entries import ALL_DTYPES
 
 CPU = torch.device("cpu")
@@ -53,11 +53,11 @@ class Judge:
 
     def operator(self, attention: Attention) -> Iterator[Finding]:
         """Conduct first: a call that leaves another world behind is to be known before others are made in it."""
-        for check in CONDUCT:
-            yield from conduct_findings(attention, check, torch.float32, CPU, self.seed)
+        for check in SIDE_EFFECTS:
+            yield from side_effect_findings(attention, check, torch.float32, CPU, self.seed)
         for dtype in self.other_dtypes(attention):
-            for check in IN_ALL_DTYPES:
-                yield from conduct_findings(attention, check, dtype, CPU, self.seed)
+            for check in SIDE_EFFECTS_IN_ALL_DTYPES:
+                yield from side_effect_findings(attention, check, dtype, CPU, self.seed)
         yield from self.numbers(attention)
 
     def other_dtypes(self, attention: Attention) -> list[torch.dtype]:
@@ -65,7 +65,7 @@ class Judge:
         return [
             dtype
             for dtype in ALL_DTYPES
-            if dtype != torch.float32 and refusal_of(attention, dtype, CPU) is None
+            if dtype != torch.float32 and unsupported_reason(attention, dtype, CPU) is None
         ]
 
     def numbers(self, attention: Attention) -> Iterator[Finding]:

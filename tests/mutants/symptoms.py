@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from headoff.attention import Attention, eager
-from headoff.harness.fallback import SdpaCount
+from headoff.harness.fallback import SdpaCount, exceptions_inside
 from mutants.cases import Call, Case, distance, expanded, inputs
 from mutants.entries import Symptom
 
@@ -297,26 +296,7 @@ def gradients(context: Tensor, call: Call, *, retain_graph: bool = False) -> tup
 def swallows(attention: Attention, call: Call) -> bool:
     """Whether a call that returns has caught an exception which was raised in the code of the zoo."""
     here = str(Path(__file__).parent)
-    caught = False
-
-    def inside(frame, event, argument):
-        nonlocal caught
-        # Generators end by an exception, too.
-        caught = caught or (
-            event == "exception" and not issubclass(argument[0], (StopIteration, GeneratorExit))
-        )
-        return inside
-
-    def every(frame, event, argument):
-        return inside if frame.f_code.co_filename.startswith(here) else None
-
-    before = sys.gettrace()
-    sys.settrace(every)
-    try:
-        called(attention, call)
-    finally:
-        sys.settrace(before)
-    return caught
+    return bool(exceptions_inside(lambda: called(attention, call), lambda file: file.startswith(here)))
 
 
 def same(x: Tensor | None, y: Tensor | None) -> bool:

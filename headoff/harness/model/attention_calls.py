@@ -24,12 +24,11 @@ from headoff.gates import Configuration, Site, stack
 from headoff.harness.finding import Finding, Property
 from headoff.harness.model.gradients import forward, target_of
 from headoff.harness.model.patched import failures_as
-from headoff.harness.operator.call import Results
+from headoff.harness.operator.call import CallTensors, Results
 from headoff.harness.operator.call import call as attend
 from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.compare import FLOOR_LARGEST, normalised
 from headoff.harness.operator.reference import Truth, truth_for
-from headoff.harness.operator.tensors import CallTensors
-from headoff.harness.operator.tolerance import FLOOR_LARGEST, normalised
 from headoff.harness.reference.cases import Subject
 from headoff.harness.reference.implementations import right_implementations
 from headoff.harness.reference.maps import ERROR_FACTOR

@@ -7,20 +7,24 @@ from headoff.harness.operator.cases import (
     operator_cases,
     reduced_cases,
 )
-from headoff.harness.operator.compare import operator_findings, refusal_of
+from headoff.harness.operator.compare import operator_findings, unsupported_reason
 from headoff.harness.operator.diagnosis import diagnose
-from headoff.harness.operator.side_effects import CONDUCT, IN_ALL_DTYPES, conduct_findings
+from headoff.harness.operator.side_effects import (
+    SIDE_EFFECTS,
+    SIDE_EFFECTS_IN_ALL_DTYPES,
+    side_effect_findings,
+)
 
 __all__ = [
-    "CONDUCT",
-    "IN_ALL_DTYPES",
+    "SIDE_EFFECTS",
+    "SIDE_EFFECTS_IN_ALL_DTYPES",
     "OperatorCase",
     "case_named",
     "case_of_text",
-    "conduct_findings",
+    "side_effect_findings",
     "diagnose",
     "operator_cases",
     "operator_findings",
     "reduced_cases",
-    "refusal_of",
+    "unsupported_reason",
 ]

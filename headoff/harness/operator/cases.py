@@ -15,10 +15,9 @@ from typing import Literal, get_args
 import torch
 
 from headoff.gates import Site
-from headoff.harness.operator.gate_kinds import GATE_KINDS, GATES_BY_SHAPE
-from headoff.harness.operator.input_kinds import INPUT_KINDS
-from headoff.harness.operator.layouts import CALL_LAYOUTS
-from headoff.harness.operator.mask_kinds import MASK_KINDS, MASKS_BY_SHAPE
+from headoff.harness.operator.gates import GATE_KINDS, GATES_BY_SHAPE
+from headoff.harness.operator.inputs import CALL_LAYOUTS, INPUT_KINDS
+from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE
 
 Wanted = Literal[
     "all",
@@ -264,9 +263,9 @@ def _sizes() -> list[OperatorCase]:
         )
     cases += [
         _sized(2, 3, 1, 50, 32, name="one-query-masked", gate="full", mask="padding"),
-        _sized(2, 3, 1, 50, 32, name="one-query-keyless", mask="keyless item"),
-        _sized(2, 3, 20, 1, 32, name="one-key-keyless", gate="full", mask="keyless item"),
-        _sized(2, 3, 20, 1, 32, name="one-key-additive", mask="additive keyless rows"),
+        _sized(2, 3, 1, 50, 32, name="one-query-keyless", mask="fully masked item"),
+        _sized(2, 3, 20, 1, 32, name="one-key-keyless", gate="full", mask="fully masked item"),
+        _sized(2, 3, 20, 1, 32, name="one-key-additive", mask="additive fully masked rows"),
         _sized(1, 1, 1100, 9, 16, name="many-queries", gate="full", mask="rows"),
         _sized(2, 8, 8, 8, 8, name="all-sizes-equal", gate="full", mask="full"),
         _sized(8, 8, 8, 8, 16, name="batch-as-heads", gate="per item", mask="padding"),
@@ -431,8 +430,8 @@ ALSO_IN_OTHER_DTYPES = (
     "mask-padding",
     "mask-left-padding",
     "mask-bias-and-padding",
-    "mask-keyless-rows",
-    "mask-additive-keyless-rows",
+    "mask-fully-masked-rows",
+    "mask-additive-fully-masked-rows",
     "inputs-normal",
     "inputs-large",
     "inputs-spotlight",

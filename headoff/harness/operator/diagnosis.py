@@ -19,12 +19,13 @@ from torch import Tensor
 from headoff.attention.contract import Attention
 from headoff.attention.eager import eager
 from headoff.harness.finding import Finding, Property
-from headoff.harness.operator.call import Results, call
+from headoff.harness.operator.call import Results, call, tensors_of
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.compare import (
     NAMES,
     WITHOUT_GRADIENTS,
     Comparison,
+    allowed_for,
     compare,
     comparisons,
     describe,
@@ -32,8 +33,6 @@ from headoff.harness.operator.compare import (
 )
 from headoff.harness.operator.known_faults import explanation_of, factor_of
 from headoff.harness.operator.reference import truth_of
-from headoff.harness.operator.tensors import tensors_of
-from headoff.harness.operator.tolerance import allowed_for
 
 SIMPLER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dtype", {"dtype": torch.float32}),
@@ -226,7 +225,7 @@ def _of_context(results: Results, case: OperatorCase, device: torch.device) -> t
     if case.gate == "none" and (factor := factor_of(context, true)):
         return "softmax", f"weights do not add up to 1: the context is {factor:.6g} times the true one"
     if case.mask != "none":
-        where = " in rows without keys" if "keyless" in case.mask or case.mask == "all masked" else ""
+        where = " in rows without keys" if "fully masked" in case.mask or case.mask == "all masked" else ""
         return "mask", f"the context is wrong only with a mask ({case.mask}){where}"
     if case.gate != "none":
         return "gate", f"the context is wrong only with a gate ({case.gate})"

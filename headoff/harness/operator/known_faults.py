@@ -13,10 +13,10 @@ from torch import Tensor
 
 from headoff.attention.eager import eager
 from headoff.harness.finding import Property
+from headoff.harness.operator.call import CallTensors, tensors_of
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.mutations import full_gate, full_mask
 from headoff.harness.operator.reference import truth_of
-from headoff.harness.operator.tensors import CallTensors, tensors_of
 
 Answer = Callable[[CallTensors], Tensor]
 

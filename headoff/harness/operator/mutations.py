@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from headoff.attention.eager import eager
-from headoff.harness.operator.call import Results, call
+from headoff.harness.operator.call import CallTensors, Results, call, tensors_of
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.compare import comparisons
 from headoff.harness.operator.reference import truth_of
-from headoff.harness.operator.tensors import CallTensors, tensors_of
 
 Change = Callable[[CallTensors], CallTensors | None]
 """Tensors under which a right attention gives the wrong answer; None where the fault cannot be."""

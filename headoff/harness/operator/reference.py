@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headoff.harness.operator.call import CallTensors, tensors_of
 from headoff.harness.operator.cases import WANTED, OperatorCase
-from headoff.harness.operator.tensors import CallTensors, tensors_of
 
 CHUNK = 2_000_000
 """Weights that are looked at together: matrices that still fit a cache."""

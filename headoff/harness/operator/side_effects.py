@@ -1,7 +1,7 @@
 """Whether an attention behaves: all that is not a number.
 
 It leaves its inputs and torch's settings as they are, gives the same bits for the same inputs, carries nothing from
-call to call, and returns a context that is its own. Each check of `CONDUCT` asks for one such property. Where calls
+call to call, and returns a context that is its own. Each of `SIDE_EFFECTS` checks one such property. Where calls
 follow one another, every result is held against its own truth, so that it does not matter in which way a patch
 remembers the wrong thing.
 """
@@ -26,9 +26,18 @@ from headoff.attention.eager import eager
 from headoff.errors import SettingError
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding
-from headoff.harness.operator.call import Results, call, context_alone, gradients, leaves_of
+from headoff.harness.operator.call import (
+    CallTensors,
+    Results,
+    call,
+    context_alone,
+    gradients,
+    leaves_of,
+    tensors_of,
+)
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.compare import (
+    allowed_for,
     compare,
     contents_of,
     describe,
@@ -36,12 +45,10 @@ from headoff.harness.operator.compare import (
     misshapen,
     operator_findings,
     overwritten,
-    refusal_of,
+    unsupported_reason,
 )
 from headoff.harness.operator.reference import truth_for
-from headoff.harness.operator.tensors import CallTensors, tensors_of
-from headoff.harness.operator.tolerance import allowed_for
-from headoff.harness.operator.torch_settings import watched_settings
+from headoff.harness.torch_settings import watched_settings
 
 REPEATS = 24
 """Calls that must give the same bits: more than any counter that a patch is likely to have."""
@@ -86,7 +93,7 @@ class Trial:
             "batch": 2,
             "heads": 4,
             "queries": 19,
-            "keys": 37 + 2 * list(CONDUCT).index(self.check),
+            "keys": 37 + 2 * list(SIDE_EFFECTS).index(self.check),
             "gate": "full",
             "mask": "padding",
             "seed": self.seed,
@@ -107,15 +114,15 @@ class Trial:
 Check = Callable[[Trial], list[Finding]]
 
 
-def conduct_findings(
+def side_effect_findings(
     attention: Attention, check: str, dtype: torch.dtype, device: torch.device | str, seed: int = 0
 ) -> list[Finding]:
-    """What is wrong with the conduct of `attention` by one `check` of `CONDUCT`; none where it behaves.
+    """What is wrong with the conduct of `attention` by one `check` of `SIDE_EFFECTS`; none where it behaves.
 
     Raises SettingError for a check that there is not.
     """
-    if check not in CONDUCT:
-        raise SettingError(f"there is no check {check!r}: use one of {', '.join(CONDUCT)}")
+    if check not in SIDE_EFFECTS:
+        raise SettingError(f"there is no check {check!r}: use one of {', '.join(SIDE_EFFECTS)}")
     with watched_settings() as changes:
         findings = _checked(attention, check, dtype, torch.device(device), seed)
     return findings or [Finding("state", f"a call changes {change}", check) for change in changes]
@@ -129,7 +136,7 @@ def _checked(
         # What is wrong from the first call is not put down to what this check is about.
         if findings := operator_findings(attention, trial.case(), device):
             return findings
-        return CONDUCT[check](trial)
+        return SIDE_EFFECTS[check](trial)
     except Exception as error:
         return [Finding("crash", f"raises {describe_exception(error)}", check)]
 
@@ -142,8 +149,8 @@ def inputs_untouched(trial: Trial) -> list[Finding]:
     fields: list[dict[str, Any]] = [
         {},
         {"layout": "sliced", "mask": "bias and padding", "gradient": "every second"},
-        {"layout": "heads last", "gate": "all off", "mask": "keyless rows", "gradient": "heads last"},
-        {"gate": "none", "mask": "additive keyless rows", "inputs": "large"},
+        {"layout": "heads last", "gate": "all off", "mask": "fully masked rows", "gradient": "heads last"},
+        {"gate": "none", "mask": "additive fully masked rows", "inputs": "large"},
         {"gate": "binary", "gate_dtype": torch.bool, "mask": "none", "gradient": "ones"},
     ]
     for changed in fields:
@@ -444,7 +451,7 @@ def changing_calls(trial: Trial) -> list[Finding]:
         {"channels": 64},
         {"channels": 16},
         {"gate": "all off"},
-        {"mask": "keyless item"},
+        {"mask": "fully masked item"},
         {"queries": 37, "keys": 19},
         {"seed": trial.seed + 2},
         # Of a shape that no call had before, and with as many keys in each item of the last two.
@@ -468,7 +475,7 @@ def changing_calls(trial: Trial) -> list[Finding]:
 def _changing_dtypes(trial: Trial) -> list[Finding]:
     """Calls in one dtype after another, of those that the attention takes, the coarsest first and last."""
     known = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    dtypes = [each for each in known if refusal_of(trial.attention, each, trial.device) is None]
+    dtypes = [each for each in known if unsupported_reason(trial.attention, each, trial.device) is None]
     for order, channels in ((dtypes, "dtypes up"), (dtypes[::-1], "dtypes down")):
         for dtype in order:
             case = trial.case(dtype=dtype, channels=OWN_CHANNELS[channels])
@@ -644,7 +651,7 @@ def optional_arguments(trial: Trial) -> list[Finding]:
     return findings_of({"context": context}, case, trial.device)
 
 
-CONDUCT: dict[str, Check] = {
+SIDE_EFFECTS: dict[str, Check] = {
     "optional-arguments": optional_arguments,
     "inputs-untouched": inputs_untouched,
     "context-is-its-own": context_is_its_own,
@@ -664,8 +671,8 @@ CONDUCT: dict[str, Check] = {
 }
 """The checks by name."""
 
-IN_ALL_DTYPES = ("inputs-untouched", "repeatable", "results-stay")
-"""Those of `CONDUCT` that are asked for in every dtype that the attention takes: each may have a kernel of its own."""
+SIDE_EFFECTS_IN_ALL_DTYPES = ("inputs-untouched", "repeatable", "results-stay")
+"""Those that are checked in every dtype that the attention takes: each dtype may have a kernel of its own."""
 
 
 def _wrong(trial: Trial, case: OperatorCase, results: Results) -> list[Finding]:

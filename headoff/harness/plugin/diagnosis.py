@@ -53,7 +53,7 @@ def roots_of(run: Run, settings: Settings) -> tuple[list[Finding], list[str]]:
 def numbers_root(attention: Attention, found: Sequence[Finding], settings: Settings) -> Finding | None:
     """Why single calls give wrong numbers; None where they do not."""
     from headoff.harness.operator import case_of_text, diagnose
-    from headoff.harness.operator.torch_settings import watched_settings
+    from headoff.harness.torch_settings import watched_settings
 
     cases = [case_of_text(each.case, settings.seed) for each in found if each.property in NUMBERS]
     known = [case for case in cases if case is not None]
