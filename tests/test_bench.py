@@ -28,11 +28,14 @@ from headoff.bench.contestants import EAGER, FLEX, OWN, SDPA_BACKENDS, TRITON, a
 from headoff.bench.contests import Bench, Contestant, contest
 from headoff.bench.levels import judged
 from headoff.bench.maps import Extrapolated
+from headoff.bench.models import benchmark_model, with_attention
 from headoff.bench.notebook import Notebook
+from headoff.bench.outputs import Expected
 from headoff.bench.plots import plots_of
 from headoff.bench.records import Report, Row, cases_of
 from headoff.bench.roofline import Ceilings, Position, Work, attention_work, position
 from headoff.bench.tables import markdown_of, text_of
+from headoff.bench.workloads import DecoderWorkload
 from headoff.cli import bench as command
 from headoff.detr import Detector, DetrConfig
 from headoff.detr.config import BackboneConfig
@@ -41,13 +44,9 @@ from headoff.errors import SettingError
 from headoff.harness.settings import Settings
 from headoff.images import Preprocessing
 from headoff.relevance import RelevanceEngine
-from headoff.timing.comparisons import Comparison
-from headoff.timing.machine import machine
-from headoff.timing.outputs import Expected, once
-from headoff.timing.sides import Side
-from headoff.timing.subjects import subject_of
-from headoff.timing.variants import with_attention
-from headoff.timing.workloads import DecoderWorkload
+from headoff.timing.calls import TimedCall
+from headoff.timing.comparison import SpeedComparison
+from headoff.timing.machine import describe_machine
 
 CPU = torch.device("cpu")
 TINY = Shape("cross, 9 x 2 queries, 5 keys", 2, 5, 9)
@@ -102,7 +101,7 @@ def test_those_that_run_here_are_right(shape, direction):
     ran = []
     for name, attention in attention_contestants().items():
         try:
-            result = once(case.side(attention))
+            result = case.side(attention)()
         except (headoff.AttentionError, RuntimeError, NotImplementedError):
             continue
         assert judged(case, expected, attention)(result) is None, name
@@ -120,7 +119,7 @@ def test_a_wrong_contestant_is_told(gate):
             return eager(query, key, value, attn_mask)
         return eager(query * head_gate, key, value, attn_mask)
 
-    assert "is wrong" in judged(case, Expected(case), wrong)(once(case.side(wrong)))
+    assert "is wrong" in judged(case, Expected(case), wrong)(case.side(wrong)())
 
 
 # --- contests -----------------------------------------------------------------------------------------------
@@ -151,7 +150,7 @@ class CountingClock:
             self.time += seconds(next(calls)) if callable(seconds) else seconds
             return result
 
-        return Side(call)
+        return TimedCall(call)
 
 
 def right(result):
@@ -181,7 +180,7 @@ def test_ratios_are_to_the_fastest_reference(bench, clock):
             Contestant("fast reference", clock.spends(2.0), right),
             Contestant("own", clock.spends(1.0), right),
             Contestant("wrong", clock.spends(0.1), lambda result: "it is off"),
-            Contestant("failing", Side(failing), right),
+            Contestant("failing", TimedCall(failing), right),
         ],
         {"slow reference", "fast reference", "failing"},
         Work(flops=10**9, bytes=10**7),
@@ -228,7 +227,7 @@ def test_whatever_a_contestant_raises_it_is_listed(bench, clock):
         bench,
         "sweep",
         "a case",
-        [Contestant("one", clock.spends(1.0), right), Contestant("two", Side(failing), right)],
+        [Contestant("one", clock.spends(1.0), right), Contestant("two", TimedCall(failing), right)],
         (),
     )
     assert [(row.status, row.note) for row in rows][1] == ("unsupported", "shared memory, Required: 300000")
@@ -322,7 +321,7 @@ def test_the_notebook_finds_the_same(detector, picture, text):
 
 
 def comparison(patch, baseline):
-    return Comparison(
+    return SpeedComparison(
         patch / baseline, patch / baseline * 0.9, patch / baseline * 1.1, 0.99, (patch,), (baseline,)
     )
 
@@ -341,7 +340,7 @@ def test_extrapolation_is_the_sum_of_the_parts():
 
 @pytest.fixture(scope="module")
 def subject():
-    return subject_of(Settings(device="cpu", dtype="float32"), "model")
+    return benchmark_model(Settings(device="cpu", dtype="float32"), "model")
 
 
 def test_budgets_keep_cams_and_do_not(subject):
@@ -363,7 +362,7 @@ def test_blocked_maps_are_those_of_kept_cams(bench, subject, monkeypatch):
     def judged_alone(bench, level, case, contestants, references):
         """In place of what is timed."""
         for each in contestants:
-            assert each.judge(each.side.call()) is None
+            assert each.judge(each.side.run()) is None
         contested.extend(each.name for each in contestants)
         base = {"level": level, "case": case, "dtype": "float32"}
         memory = {blocked.LEAST: 2**30, blocked.BLOCKED: 5 * 10**9}
@@ -391,7 +390,7 @@ def test_other_maps_than_those_of_kept_cams_are_wrong(bench, subject, monkeypatc
     verdicts = {}
 
     def judged_alone(bench, level, case, contestants, references):
-        verdicts.update({each.name: each.judge(each.side.call()) for each in contestants})
+        verdicts.update({each.name: each.judge(each.side.run()) for each in contestants})
         return []
 
     monkeypatch.setattr(blocked, "explain", explain)
@@ -428,7 +427,7 @@ def test_what_is_timed_as_a_graph_is_one(subject, attention):
     captured = Graphs()
     side = levels.by_graph(workload, eager, captured)
     for calls in (2, 3):
-        assert side.call().logits.isfinite().all() and captured.decodes == calls
+        assert side.run().logits.isfinite().all() and captured.decodes == calls
     assert captured.replays == 2
     for graphs, why in (
         (Graphs(["RuntimeError: no memory"], captures=False), "no memory"),
@@ -436,13 +435,13 @@ def test_what_is_timed_as_a_graph_is_one(subject, attention):
     ):
         side = levels.by_graph(workload, eager, graphs)
         with pytest.raises(headoff.AttentionError, match=why):
-            side.call()
+            side.run()
     assert attention in CAPTURED
 
 
 # --- the script that tunes kernels --------------------------------------------------------------------------
 
-TUNING = Path(__file__).parents[1] / "benchmarks" / "kernel_tuning.py"
+TUNING = Path(__file__).parents[1] / "tools" / "kernel_tuning.py"
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -467,7 +466,7 @@ def a_task(tuning, clock, seconds):
 
     def make(one):
         if one.tiling.warps == 16:
-            return Side(lambda: (_ for _ in ()).throw(headoff.AttentionError("it does not fit.")))
+            return TimedCall(lambda: (_ for _ in ()).throw(headoff.AttentionError("it does not fit.")))
         return clock.spends(seconds(one.tiling), [torch.tensor([1.0 + (one.tiling.warps == 2)])])
 
     return tuning.Task(
@@ -583,7 +582,7 @@ def report_of(shapes=2):
         "triton": "3",
         "float32 products": "highest",
     }
-    return Report(tuple(rows), made_with, machine("cpu", 1), {"float32": Ceilings(1e11, 1e10)})
+    return Report(tuple(rows), made_with, describe_machine("cpu", 1), {"float32": Ceilings(1e11, 1e10)})
 
 
 def test_json_and_csv_have_every_row():

@@ -10,17 +10,17 @@ from __future__ import annotations
 import pytest
 
 import headoff
-from headoff.gates import SITES
-from headoff.harness.plugin.options import seconds_chosen, value_of
-from headoff.timing.benchmarks import Bench
-from headoff.timing.subjects import subject_of
-from headoff.timing.workloads import (
+from headoff.bench.models import benchmark_model
+from headoff.bench.workloads import (
     DIRECTIONS,
     DecoderWorkload,
     OperatorWorkload,
     RelevanceWorkload,
     SweepWorkload,
 )
+from headoff.gates import SITES
+from headoff.harness.benchmark import BenchmarkRunner
+from headoff.harness.plugin.options import seconds_chosen, value_of
 
 pytest.importorskip(
     "pytest_benchmark", reason="benchmarks need pytest-benchmark: pip install pytest-benchmark"
@@ -35,12 +35,12 @@ every_number_off = pytest.mark.parametrize("off", [0, 4, 8], ids=lambda off: f"{
 
 @pytest.fixture(scope="session")
 def bench(under_test, pytestconfig):
-    return Bench(under_test, pytestconfig, seconds_chosen(pytestconfig))
+    return BenchmarkRunner(under_test, pytestconfig, seconds_chosen(pytestconfig))
 
 
 @pytest.fixture(scope="session")
 def subject(under_test, pytestconfig):
-    return subject_of(under_test.settings, value_of(pytestconfig, "bench-size"))
+    return benchmark_model(under_test.settings, value_of(pytestconfig, "bench-size"))
 
 
 @pytest.fixture(autouse=True)

@@ -45,8 +45,8 @@ from headoff.relevance.attention_vjp import AttentionVjp
 from headoff.relevance.batched_vjp import BatchedVjp
 from headoff.relevance.capture import AttentionRecord
 from headoff.relevance.fused_vjp import FusedVjp
+from headoff.timing.calls import TimedCall
 from headoff.timing.clocks import Clock, CudaClock
-from headoff.timing.sides import Side, timed
 
 ROUNDS = 30
 """Times of each choice, of which the median counts."""
@@ -123,7 +123,7 @@ class Task:
     """
 
     name: str
-    make: Callable[[Choice], Side]
+    make: Callable[[Choice], TimedCall]
     present: Choice
     truth: list[Tensor]
     plain: list[Tensor]
@@ -207,7 +207,7 @@ def attention_task(
         context = eager(*of, head_gate=gate)
         return gradients(context, of) if wanted else [context]
 
-    def make(choice: Choice) -> Side:
+    def make(choice: Choice) -> TimedCall:
         of = leaves(inputs[0].dtype)
 
         def forward() -> list[Tensor]:
@@ -221,7 +221,7 @@ def attention_task(
             with chosen(kernel, choice):
                 return gradients(context, of)
 
-        return Side(backward, prepare) if wanted else Side(forward)
+        return TimedCall(backward, prepare) if wanted else TimedCall(forward)
 
     present = Choice(getattr(fused.tilings(*inputs[:2]), kernel))
     if divided:
@@ -297,7 +297,7 @@ def relevance_tasks(sizes: Sizes, device: torch.device, only: Wanted) -> Iterato
         if not only(name := f"relevance.{kind}, encoder, {sizes.pairs} maps, float32"):
             continue
 
-        def make(choice: Choice, results: Callable[..., list[Tensor]] = results) -> Side:
+        def make(choice: Choice, results: Callable[..., list[Tensor]] = results) -> TimedCall:
             tiling = fused_vjp.Tiling(*choice.tiling)
             with patch.object(fused_vjp, "tiling", lambda _: tiling):
                 vjp = FusedVjp(single, "gradient", tile=2**30)
@@ -307,7 +307,7 @@ def relevance_tasks(sizes: Sizes, device: torch.device, only: Wanted) -> Iterato
                 with patch.object(fused_vjp, "ENOUGH_PROGRAMS", programs):
                     return results(vjp, torch.float32)
 
-            return Side(call)
+            return TimedCall(call)
 
         divided = kind == "left"
         yield Task(
@@ -329,13 +329,13 @@ class Findings:
     wrong: bool = False
 
 
-def tried(task: Task, choices: Iterable[Choice], findings: Findings) -> dict[Choice, Side]:
+def tried(task: Task, choices: Iterable[Choice], findings: Findings) -> dict[Choice, TimedCall]:
     """Those of the choices that can be called and are right; the others are noted."""
-    sides: dict[Choice, Side] = {}
+    sides: dict[Choice, TimedCall] = {}
     for choice in dict.fromkeys(choices):
         side = task.make(choice)
         try:
-            problem = task.wrong(side.call(*side.prepare()))
+            problem = task.wrong(side())
         except (HeadoffError, torch.OutOfMemoryError) as error:
             findings.left_out[choice] = " ".join(str(error).split())
             continue
@@ -358,7 +358,7 @@ def tuned(task: Task, clock: Clock | None, rounds: int) -> Findings:
         times: dict[Choice, list[float]] = {choice: [] for choice in sides}
         for _ in range(rounds):
             for choice, side in sides.items():
-                times[choice].append(timed(side, clock))
+                times[choice].append(side.seconds(clock))
         findings.seconds |= {choice: statistics.median(some) for choice, some in times.items()}
         if times:
             best = min(times, key=lambda choice: findings.seconds[choice])

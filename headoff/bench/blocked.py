@@ -16,17 +16,16 @@ from headoff.attention import sdpa
 from headoff.bench.cases import Scale
 from headoff.bench.contests import Bench, Contestant, contest
 from headoff.bench.levels import Job, configurations_of
+from headoff.bench.models import BenchmarkModel, with_attention
+from headoff.bench.outputs import row_errors
 from headoff.bench.records import Row
+from headoff.bench.workloads import RelevanceWorkload
 from headoff.errors import HeadoffError
 from headoff.gates import Configuration, none_off
 from headoff.relevance import Explanation, RelevanceEngine, explain
 from headoff.relevance.engine import Kernels
-from headoff.timing.comparisons import format_bytes
-from headoff.timing.outputs import row_errors
-from headoff.timing.sides import Side
-from headoff.timing.subjects import Subject
-from headoff.timing.variants import with_attention
-from headoff.timing.workloads import RelevanceWorkload
+from headoff.timing.calls import TimedCall
+from headoff.wording import format_bytes
 
 TARGET = 4 * 10**9
 """Bytes that blocked relevance of DC5 may hold, beside the model."""
@@ -34,7 +33,7 @@ TARGET = 4 * 10**9
 KEPT, LEAST, BLOCKED = "cams kept", "cams kept, least budget", "blocked"
 
 
-def blocked_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job]:
+def blocked_jobs(bench: Bench, scale: Scale, subject: BenchmarkModel) -> Iterator[Job]:
     """From the picture to the maps, with cams kept and blocked; by each way back that the device is for."""
     objects = 2 if scale == "quick" else 5
     ways: tuple[Kernels, ...] = ("tiles",) if bench.device.type == "cpu" else ("triton", "torch")
@@ -44,7 +43,7 @@ def blocked_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job]:
             yield Job(case, partial(_blocked, bench, subject, configurations, objects, kernels, case))
 
 
-def budgets_of(subject: Subject, kernels: Kernels) -> dict[str, int | None]:
+def budgets_of(subject: BenchmarkModel, kernels: Kernels) -> dict[str, int | None]:
     """Bytes for `RelevanceEngine`, by contestant; None is the device's own budget.
 
     The least that keep the cams of one map are found to a factor of two; half of it is too little. Where the device's
@@ -65,7 +64,7 @@ def budgets_of(subject: Subject, kernels: Kernels) -> dict[str, int | None]:
 
 def _blocked(
     bench: Bench,
-    subject: Subject,
+    subject: BenchmarkModel,
     configurations: tuple[Configuration, ...],
     objects: int,
     kernels: Kernels,
@@ -102,7 +101,7 @@ def _blocked(
         return f"its maps differ from those of kept cams by {error:.1e} of their peaks, allowed are {allowed:.1e}"
 
     contestants = [
-        Contestant(name, Side(partial(explained, budget, configurations)), partial(judge, name))
+        Contestant(name, TimedCall(partial(explained, budget, configurations)), partial(judge, name))
         for name, budget in budgets.items()
     ]
     rows = contest(bench, "blocked", case, contestants, {KEPT})

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention
+from headoff.bench.workloads import AttentionCall, Output
 from headoff.gates import HeadLayout, all_subsets, cumulative, stack
 from headoff.harness.finding import Property
-from headoff.timing.sides import Side
-from headoff.timing.workloads import AttentionCall, Output
+from headoff.timing.calls import TimedCall
 
 Scale = Literal["quick", "standard", "full"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -142,16 +142,16 @@ class AttentionCase(AttentionCall):
     def name(self) -> str:
         return f"{self.shape.name}, {self.gate_name}, {self.direction}"
 
-    def side(self, attention: Attention) -> Side:
+    def side(self, attention: Attention) -> TimedCall:
         if self.direction == "forward":
-            return Side(self._forward(attention))
+            return TimedCall(self._forward(attention))
         query, key, value = self.leaves()
 
         def both() -> tuple[Tensor, ...]:
             context = attention(query, key, value, self.attn_mask, head_gate=self.head_gate)
             return context.detach(), *torch.autograd.grad(context, (query, key, value), self.d_context)
 
-        return Side(both)
+        return TimedCall(both)
 
     def _forward(self, attention: Attention) -> Callable[[], tuple[Tensor, ...]]:
         def forward() -> tuple[Tensor, ...]:

@@ -8,8 +8,8 @@ import torch
 
 from headoff.bench.cases import Scale
 from headoff.bench.roofline import Ceilings
+from headoff.timing.calls import TimedCall
 from headoff.timing.clocks import Clock
-from headoff.timing.sides import Side, timed
 
 ROUNDS = 8
 
@@ -25,15 +25,15 @@ def ceilings_of(device: torch.device, dtype: torch.dtype, clock: Clock, scale: S
     shrink = 2 if scale == "quick" else 1
     source = torch.ones(COPIED[device.type] // shrink, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = _median(Side(lambda: target.copy_(source)), clock)
+    seconds = _median(TimedCall(lambda: target.copy_(source)), clock)
     copied = 2 * source.numel() / seconds
     side = SIDE[device.type] // shrink
     matrix = torch.randn(side, side, device=device).to(dtype)
     product = torch.empty_like(matrix)
-    seconds = _median(Side(lambda: torch.mm(matrix, matrix, out=product)), clock)
+    seconds = _median(TimedCall(lambda: torch.mm(matrix, matrix, out=product)), clock)
     return Ceilings(flops=2 * side**3 / seconds, bytes=copied)
 
 
-def _median(side: Side, clock: Clock) -> float:
-    timed(side, clock)
-    return statistics.median(timed(side, clock) for _ in range(ROUNDS))
+def _median(side: TimedCall, clock: Clock) -> float:
+    side.seconds(clock)
+    return statistics.median(side.seconds(clock) for _ in range(ROUNDS))

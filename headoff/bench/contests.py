@@ -11,10 +11,10 @@ import torch
 
 from headoff.bench.records import Level, Row, Status
 from headoff.bench.roofline import Ceilings, Work, position
+from headoff.timing.calls import TimedCall
 from headoff.timing.clocks import Clock
-from headoff.timing.comparisons import Comparison
-from headoff.timing.pairs import compare
-from headoff.timing.sides import Side, timed
+from headoff.timing.comparison import SpeedComparison
+from headoff.timing.interleaving import compare
 
 HEATS = 5
 """Calls of each reference, in turns, the least of which say who is the fastest. It is only chosen by them: ratios are
@@ -29,7 +29,7 @@ class Contestant:
     """A way to compute a case."""
 
     name: str
-    side: Side
+    side: TimedCall
     judge: Judge
 
 
@@ -81,7 +81,9 @@ def contest(
     return [rows[each.name] for each in contestants]
 
 
-def _compared(bench: Bench, right: Mapping[str, Contestant], reference: Contestant) -> dict[str, Comparison]:
+def _compared(
+    bench: Bench, right: Mapping[str, Contestant], reference: Contestant
+) -> dict[str, SpeedComparison]:
     """Each with the reference; who is alone is compared with itself, for its time and memory."""
     return {
         name: compare(each.side, reference.side, bench.device, seconds=bench.seconds, clock=bench.clock)
@@ -94,7 +96,7 @@ def _timed_rows(
     bench: Bench,
     base: Mapping[str, Any],
     reference: str,
-    comparisons: Mapping[str, Comparison],
+    comparisons: Mapping[str, SpeedComparison],
     work: Work | None,
 ) -> dict[str, Row]:
     def row(name: str, seconds: float, **rest: Any) -> Row:
@@ -122,7 +124,7 @@ def _timed_rows(
 def tried(contestant: Contestant) -> tuple[Status, str] | None:
     """(status, why) of a contestant that is not to be timed."""
     try:
-        result = contestant.side.call(*contestant.side.prepare())
+        result = contestant.side()
     except Exception as error:  # of any kind: a compiler's, a backend's, too little memory
         return "unsupported", _one_line(error)
     wrong = contestant.judge(result)
@@ -142,5 +144,5 @@ def _fastest(contestants: Sequence[Contestant], clock: Clock) -> Contestant:
     rounds: dict[str, list[float]] = {each.name: [] for each in contestants}
     for _ in range(HEATS):
         for each in contestants:
-            rounds[each.name].append(timed(each.side, clock))
+            rounds[each.name].append(each.side.seconds(clock))
     return min(contestants, key=lambda each: min(rounds[each.name]))

@@ -21,19 +21,18 @@ from headoff.bench.contestants import (
     attention_contestants,
 )
 from headoff.bench.contests import Bench, Contestant, contest
+from headoff.bench.models import BenchmarkModel, with_attention
 from headoff.bench.notebook import Notebook
+from headoff.bench.outputs import Expected
 from headoff.bench.records import Level, Row
 from headoff.bench.roofline import attention_work
+from headoff.bench.workloads import DecoderWorkload, SweepWorkload, Workload
 from headoff.detr.detector import DetectorOutput
 from headoff.detr.graphs import DecodeGraphs
 from headoff.errors import AttentionError
 from headoff.gates import Configuration, all_subsets, cumulative, heads_off
 from headoff.timing import workloads as timing
-from headoff.timing.outputs import Expected
-from headoff.timing.sides import Side
-from headoff.timing.subjects import Subject
-from headoff.timing.variants import with_attention
-from headoff.timing.workloads import DecoderWorkload, SweepWorkload, Workload
+from headoff.timing.calls import TimedCall
 
 NOTEBOOK = "notebook"
 ONE_BY_ONE = "one by one"
@@ -52,7 +51,7 @@ class Job:
 
 
 def judged(workload: Workload, expected: Expected, attention: Attention) -> Callable[[Any], str | None]:
-    """Compares what was returned with the float64 oracle's; see `headoff.timing.outputs`."""
+    """Compares what was returned with the float64 oracle's; see `headoff.bench.outputs`."""
 
     def judge(result: Any) -> str | None:
         findings = expected.findings(result, attention)
@@ -93,7 +92,7 @@ def configurations_of(level: Level, scale: Scale) -> dict[str, tuple[Configurati
     return few if scale == "quick" else sweep
 
 
-def decoder_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job]:
+def decoder_jobs(bench: Bench, scale: Scale, subject: BenchmarkModel) -> Iterator[Job]:
     """One decode, with every attention; by a CUDA graph; and one configuration after the other."""
     for name, configurations in configurations_of("decoder", scale).items():
         for direction in timing.DIRECTIONS:
@@ -104,7 +103,7 @@ def decoder_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job]:
 
 def _decoder(
     bench: Bench,
-    subject: Subject,
+    subject: BenchmarkModel,
     configurations: tuple[Configuration, ...],
     direction: timing.Direction,
     case: str,
@@ -130,7 +129,9 @@ def _decoder(
     return contest(bench, "decoder", case, contestants, SDPA_BACKENDS)
 
 
-def by_graph(workload: DecoderWorkload, attention: Attention, graphs: DecodeGraphs | None = None) -> Side:
+def by_graph(
+    workload: DecoderWorkload, attention: Attention, graphs: DecodeGraphs | None = None
+) -> TimedCall:
     """Decodes by a CUDA graph. A call raises AttentionError where none could be captured: it would time another."""
     graphs = DecodeGraphs() if graphs is None else graphs
     detector = with_attention(workload.subject.detector, attention)
@@ -146,10 +147,10 @@ def by_graph(workload: DecoderWorkload, attention: Attention, graphs: DecodeGrap
             )
         return output
 
-    return Side(decode)
+    return TimedCall(decode)
 
 
-def _one_by_one(workload: DecoderWorkload) -> Side:
+def _one_by_one(workload: DecoderWorkload) -> TimedCall:
     """What a sweep's decodes cost without batching and sharing."""
     detector = with_attention(workload.subject.detector, sdpa)
     gates = [workload.gates[index] for index in range(len(workload.gates))]
@@ -161,10 +162,10 @@ def _one_by_one(workload: DecoderWorkload) -> Side:
                 torch.cat([each.logits for each in found]), torch.cat([each.boxes for each in found])
             )
 
-    return Side(decode)
+    return TimedCall(decode)
 
 
-def sweep_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job]:
+def sweep_jobs(bench: Bench, scale: Scale, subject: BenchmarkModel) -> Iterator[Job]:
     """From the picture to the outcomes, beside one whole forward pass for every configuration."""
     for name, configurations in configurations_of("sweep", scale).items():
         case = f"{subject.name}, {name}"
@@ -172,11 +173,13 @@ def sweep_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job]:
         yield Job(case, partial(_sweep, bench, subject, configurations, case))
 
 
-def _sweep(bench: Bench, subject: Subject, configurations: tuple[Configuration, ...], case: str) -> list[Row]:
+def _sweep(
+    bench: Bench, subject: BenchmarkModel, configurations: tuple[Configuration, ...], case: str
+) -> list[Row]:
     workload = SweepWorkload(subject, configurations)
     expected = Expected(workload)
     notebook = Notebook(subject.detector, subject.picture)
-    by_notebook = Side(lambda: notebook.detect(configurations))
+    by_notebook = TimedCall(lambda: notebook.detect(configurations))
     contestants = [
         Contestant(NOTEBOOK, by_notebook, judged(workload, expected, eager)),
         *(

@@ -12,18 +12,17 @@ import torch
 from headoff.bench.cases import Scale
 from headoff.bench.contests import Bench, Contestant, tried
 from headoff.bench.levels import NOTEBOOK, OWN_ATTENTIONS, Job, configurations_of, judged
+from headoff.bench.models import BenchmarkModel, with_attention
 from headoff.bench.notebook import Notebook
+from headoff.bench.outputs import Expected, row_errors, truth_of
 from headoff.bench.records import Row
+from headoff.bench.relus import ReluSides
+from headoff.bench.workloads import RelevanceWorkload
 from headoff.gates import Configuration, none_off
 from headoff.relevance import explain
-from headoff.timing.comparisons import Comparison
-from headoff.timing.outputs import Expected, row_errors, truth_of
-from headoff.timing.pairs import compare
-from headoff.timing.relus import ReluSides
-from headoff.timing.sides import Side
-from headoff.timing.subjects import Subject
-from headoff.timing.variants import with_attention
-from headoff.timing.workloads import RelevanceWorkload
+from headoff.timing.calls import TimedCall
+from headoff.timing.comparison import SpeedComparison
+from headoff.timing.interleaving import compare
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Extrapolated:
 
     configurations: int
     objects: int
-    forwards: Comparison
-    a_map: Comparison
+    forwards: SpeedComparison
+    a_map: SpeedComparison
 
     def ratio(self, forwards: float, a_map: float) -> float:
         """Time of the package by that of the notebooks, by its times beside either part."""
@@ -59,7 +58,7 @@ class Extrapolated:
         )
 
 
-def relevance_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job]:
+def relevance_jobs(bench: Bench, scale: Scale, subject: BenchmarkModel) -> Iterator[Job]:
     """From the picture to the maps of all objects after every decoder layer.
 
     The notebooks' way is too slow to be made in whole: parts of it are timed, and multiplied.
@@ -71,7 +70,7 @@ def relevance_jobs(bench: Bench, scale: Scale, subject: Subject) -> Iterator[Job
 
 
 def _relevance(
-    bench: Bench, subject: Subject, configurations: tuple[Configuration, ...], objects: int, case: str
+    bench: Bench, subject: BenchmarkModel, configurations: tuple[Configuration, ...], objects: int, case: str
 ) -> list[Row]:
     base: dict[str, Any] = {"level": "relevance", "case": case, "dtype": bench.dtype_name}
     workload = RelevanceWorkload.of(subject, configurations, objects)
@@ -82,20 +81,20 @@ def _relevance(
     one = replace(workload, configurations=nothing_off, queries=(query,))
     by_notebook = Contestant(
         NOTEBOOK,
-        Side(lambda: _with_sides(notebook, query, label)),
+        TimedCall(lambda: _with_sides(notebook, query, label)),
         partial(_map_is_wrong, one, Expected(one)),
     )
     if failure := tried(by_notebook):
         return [Row(contestant=NOTEBOOK, status=failure[0], note=failure[1], **base)]
 
-    forwards = Side(lambda: (notebook.detect(nothing_off), notebook.detect(nothing_off)))
-    a_map = Side(lambda: notebook.explain(none_off(), query, label))
+    forwards = TimedCall(lambda: (notebook.detect(nothing_off), notebook.detect(nothing_off)))
+    a_map = TimedCall(lambda: notebook.explain(none_off(), query, label))
     expected = Expected(workload)
     rows: list[Row] = []
     of_notebook: Extrapolated | None = None
     for name, attention in OWN_ATTENTIONS.items():
         detector = with_attention(subject.detector, attention)
-        side = Side(partial(explain, detector, subject.picture, configurations, workload.queries))
+        side = TimedCall(partial(explain, detector, subject.picture, configurations, workload.queries))
         if failure := tried(Contestant(name, side, judged(workload, expected, attention))):
             rows.append(Row(contestant=name, status=failure[0], note=failure[1], **base))
             continue

@@ -16,12 +16,12 @@ from headoff.bench.ceilings import ceilings_of
 from headoff.bench.contests import Bench
 from headoff.bench.levels import Job, attention_jobs, decoder_jobs, sweep_jobs
 from headoff.bench.maps import relevance_jobs
+from headoff.bench.models import BenchmarkModel, Size, benchmark_model
 from headoff.bench.records import Level, Report, Row
 from headoff.bench.roofline import Ceilings
 from headoff.harness.settings import Settings
 from headoff.timing.clocks import clock_of
-from headoff.timing.machine import machine
-from headoff.timing.subjects import Size, Subject, subject_of
+from headoff.timing.machine import describe_machine
 
 SIZES: dict[Scale, tuple[Size, ...]] = {"quick": ("model",), "standard": ("r50",), "full": ("r50", "dc5")}
 """Detectors of each scale: the bundled one, ResNet-50, and the same with 4 times the tokens."""
@@ -53,7 +53,7 @@ def run(plan: Plan, command: str, progress: Progress) -> Report:
     rows: list[Row] = []
     ceilings: dict[str, Ceilings] = {}
     with _threads(plan.threads):
-        described = machine(plan.device)
+        described = describe_machine(plan.device)
         for dtype in plan.dtypes:
             progress(f"a copy and a matrix product in {dtype}")
             bench = Bench(
@@ -83,8 +83,8 @@ def _jobs(plan: Plan, bench: Bench) -> Iterator[Job]:
             yield from blocked_jobs(bench, plan.scale, _subject(plan, bench, size))
 
 
-def _subject(plan: Plan, bench: Bench, size: Size) -> Subject:
-    return subject_of(Settings(device=str(plan.device), dtype=bench.dtype_name), size)
+def _subject(plan: Plan, bench: Bench, size: Size) -> BenchmarkModel:
+    return benchmark_model(Settings(device=str(plan.device), dtype=bench.dtype_name), size)
 
 
 def _made_with(command: str, plan: Plan) -> dict[str, str]:

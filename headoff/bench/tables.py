@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from headoff.bench.records import Level, Report, Row, cases_of
-from headoff.timing.comparisons import format_bytes, format_seconds
 from headoff.timing.machine import processor
+from headoff.wording import format_bytes, format_seconds
 
 TITLES: dict[Level, str] = {
     "attention": "Attention",

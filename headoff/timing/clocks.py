@@ -1,13 +1,12 @@
-"""Clocks: when something began and ended on a device, in a form that pytest-benchmark takes as its timer.
+"""Clocks of a CPU and a GPU, in a form that pytest-benchmark accepts as its timer.
 
-pytest-benchmark calls its timer before and after the timed call and takes `end - start`, nothing else. So a timer may
-return any object whose subtraction gives seconds.
+pytest-benchmark calls its timer before and after the timed call and computes `end - start`, nothing else. So a clock
+may return any object whose difference is in seconds.
 
-- On a CPU, that is the time that passed less the time in which the thread was ready to run and got no processor. On a
-  machine with other work, that waiting is many times the call itself, comes in whole time slices, and says nothing of
-  the call.
-- On a GPU the calls only queue work, so that a number read on the host says little. The timer records an event in the
-  queue, and the subtraction waits for the later one. Nothing waits between the two, and the time is that of the device.
+- On a CPU the difference is the time that passed minus the time in which the thread was ready but had no processor. On
+  a busy machine that wait is many times the call itself and says nothing about the call.
+- On a GPU calls only queue work. The clock records an event in the queue, and the difference waits for the later event.
+  The host waits for nothing between the two, and the time is the device's.
 """
 
 from __future__ import annotations
@@ -23,33 +22,36 @@ import torch
 from headoff.errors import SettingError
 
 RESOLUTION = time.get_clock_info("perf_counter").resolution
-"""Seconds; nothing takes less, whatever two files of different times say."""
-
+"""Seconds: the least that a call can take, whatever the difference of the two clocks is."""
 
 LEAST_SHARE = 0.05
-"""Of the time that passed, that a thread is believed to have worked."""
+"""The least share of the elapsed time in which a thread can have worked; below it, the wait time is not believed."""
 
 
 class Clock(Protocol):
-    """How calls are timed on one device."""
+    """Times calls on one device."""
 
     name: str
 
     def now(self) -> Any:
-        """A moment. The difference of two is in seconds."""
+        """The current moment. The difference of two moments is in seconds."""
 
     def prepare(self) -> None:
-        """What is to happen right before each timed call, outside of the time."""
+        """To be called right before each timed call; not part of the time."""
 
     def finish(self) -> None:
-        """Wait for all that was queued."""
+        """Wait for all queued work."""
 
 
 @dataclass(frozen=True)
 class HostMoment:
-    """A moment in one thread's life: `wait` is how long it has waited for a processor so far, in seconds.
+    """A moment of one thread, in seconds.
 
-    That takes a few microseconds to be read, between `before` and `after`, which are left out of what is timed.
+    Reading the wait time takes a few microseconds, which are not part of what is timed.
+
+    Attributes:
+        before, after: the time before and after the wait time was read.
+        wait: how long the thread has waited for a processor so far.
     """
 
     before: float
@@ -57,10 +59,9 @@ class HostMoment:
     after: float
 
     def __sub__(self, start: HostMoment) -> float:
-        """Seconds that passed and in which the thread did not wait for a processor.
+        """Seconds in which the thread did not wait for a processor.
 
-        All that passed, where it should have waited nearly throughout: then the two clocks disagree, and a difference
-        of nothing would count as a call of no time.
+        All elapsed seconds, where it seems to have waited nearly all the time: then the two clocks disagree.
         """
         passed = self.before - start.after
         worked = passed - (self.wait - start.wait)
@@ -68,10 +69,11 @@ class HostMoment:
 
 
 class HostClock:
-    """Of a CPU, for the thread that makes it. Caches are as the other side's call left them, as they are in a model.
+    """The clock of a CPU, for the thread that makes it. Caches are left as they are, as in a model.
 
-    `schedstat` is a file as Linux has it: nanoseconds on a processor, nanoseconds in wait for one, and more. Where
-    there is none, the clock tells all time that passed.
+    Args:
+        schedstat: Linux's file of a thread's nanoseconds on a processor, nanoseconds waiting for one, and more. Where
+            it does not exist, the clock counts all elapsed time.
     """
 
     def __init__(self, schedstat: str = "/proc/thread-self/schedstat") -> None:
@@ -80,7 +82,7 @@ class HostClock:
         except OSError:
             self._file = None
         self.name = (
-            "time.perf_counter" if self._file is None else "time.perf_counter less wait for a processor"
+            "time.perf_counter" if self._file is None else "time.perf_counter minus wait for a processor"
         )
 
     def now(self) -> HostMoment:
@@ -91,7 +93,7 @@ class HostClock:
         """Nothing."""
 
     def finish(self) -> None:
-        """Nothing: a call has done its work when it returns."""
+        """Nothing: a call is finished when it returns."""
 
     def _wait(self) -> float:
         if self._file is None:
@@ -113,14 +115,16 @@ class CudaMoment:
 
 
 class CudaClock:
-    """Of a GPU, by events in the current stream; the L2 cache is flushed before each timed call.
+    """The clock of a GPU: events in the current stream, and a flush of the L2 cache before each timed call.
 
-    Without the flush a call of a few megabytes would find its inputs in the cache, as no model does. The flush has
-    another use: while it runs, the host queues the timed call, so that a single kernel's time does not have the
-    host's delay in it. What keeps the host busy for longer than that (many small launches, a wait for the device) is
-    in the time, as it is in a model's.
+    Without the flush, a call of a few megabytes would find its inputs in the cache, which no model does. The flush also
+    hides the host: while it runs, the host queues the timed call, so that a single kernel's time does not include the
+    launch. What keeps the host busy longer than the flush (many small launches, a wait for the device) is in the time,
+    as it is in a model.
 
-    `cuda` is torch's module, or what stands for it in a test.
+    Args:
+        device: the GPU.
+        cuda: torch's module, or a substitute for tests.
     """
 
     name = "CUDA events"
@@ -146,7 +150,7 @@ class CudaClock:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock for calls on `device`. Raises SettingError for a device that there is none for."""
+    """The clock for calls on `device`. Raises SettingError where `device` is neither a CPU nor a CUDA device."""
     if device.type == "cpu":
         return HostClock()
     if device.type == "cuda":
@@ -155,7 +159,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def timer_of(clock: Clock) -> Callable[[], Any]:
-    """`clock` as a plain function, with a name that pytest-benchmark can write into its results."""
+    """`clock` as a function, with a name that pytest-benchmark can write into its results."""
 
     def timer() -> Any:
         return clock.now()

@@ -1,12 +1,12 @@
-"""The median of noisy measurements, with an interval that holds under noise which comes in bursts.
+"""The median of noisy measurements, with an interval that stays valid when noise comes in bursts.
 
-Timings of one machine are not independent: another process, a change of the clock, a collection of garbage slows many
-rounds in a row. An interval that counts every round as evidence of its own would be too narrow. So the rounds are cut
-into blocks of neighbours. The medians of the blocks are nearly independent as soon as a block is longer than a burst,
-and nothing else is asked of them, no normal distribution and no finite variance: how many of them fall below the true
-median is then binomial, and the interval is from the r-th smallest to the r-th largest, with r so that the binomial
-distribution guarantees the confidence. (David, Nagaraja, "Order Statistics", 3rd edition, section 7.1; blocks are the
-"batch means" of simulation output, with medians for means.)
+Times measured on one machine are not independent: another process, a clock change or a garbage collection slows many
+rounds in a row. An interval that counts every round as independent would be too narrow. So rounds are grouped into
+blocks of neighbours. The medians of the blocks are nearly independent once a block is longer than a burst; nothing
+else is assumed, neither a normal distribution nor a finite variance. The number of block medians below the true median
+is then binomial, and the interval reaches from the r-th smallest to the r-th largest, with r chosen so that the
+binomial distribution guarantees the confidence (David and Nagaraja, "Order Statistics", 3rd edition, section 7.1; the
+blocks are the "batch means" of simulation output analysis, with medians instead of means).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 from headoff.errors import SettingError
 
 CONFIDENCE = 0.99
-"""Of every interval. A suite makes some thirty: at 0.95 it would call one or two of them faster or slower by luck."""
+"""Of every interval. A run has some thirty intervals: at 0.95, one or two of them would be wrong by chance."""
 
 MOST_BLOCKS = 16
-"""More of them are shorter, and shorter than a burst of noise; the interval would gain little by it."""
+"""More blocks would be shorter than a burst of noise, and make the interval hardly narrower."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Interval:
 
 
 def fewest_values(confidence: float = CONFIDENCE) -> int:
-    """How many values there must be for any interval to have this confidence: 8 for 0.99."""
+    """The smallest number of values that gives an interval of this confidence: 8 for 0.99."""
     count = 1
     while _confidence_of(count, 1) < confidence:
         count += 1
@@ -44,12 +44,15 @@ def fewest_values(confidence: float = CONFIDENCE) -> int:
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """The median of `values`, in the order in which they were measured, and an interval for the true one.
+    """The median of `values`, given in the order of measurement, and an interval for the true median.
 
-    Raises SettingError where there are fewer than `fewest_values(confidence)`.
+    Raises:
+        SettingError: there are fewer than `fewest_values(confidence)` values.
     """
     if not 0 < confidence < 1:
-        raise SettingError(f"a confidence of {confidence} cannot be: use a number between 0 and 1, like 0.99")
+        raise SettingError(
+            f"a confidence of {confidence} is not possible: use a number between 0 and 1, like 0.99"
+        )
     fewest = fewest_values(confidence)
     if len(values) < fewest:
         raise SettingError(
@@ -64,7 +67,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def _confidence_of(count: int, rank: int) -> float:
-    """That the median lies between the `rank`-th smallest and the `rank`-th largest of `count` values."""
+    """Probability that the median lies between the `rank`-th smallest and the `rank`-th largest of `count` values."""
     if 2 * rank > count + 1:
         return 0.0
     outside = sum(math.comb(count, below) for below in range(rank)) / 2**count

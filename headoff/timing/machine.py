@@ -1,4 +1,4 @@
-"""The machine that timings were made on, and whether those of two machines may be compared."""
+"""The machine that times were measured on, and whether times of two machines can be compared."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ NVIDIA_SMI = {
     "power_limit": "power.limit",
     "temperature": "temperature.gpu",
 }
-"""What is asked of nvidia-smi, by our names: clocks in MHz, power in W, temperature in degrees Celsius."""
+"""Our names of what nvidia-smi is asked for: clocks in MHz, power in W, temperature in degrees Celsius."""
 
 
-def machine(device: torch.device | str = "cpu", threads: int | None = None) -> dict[str, Any]:
-    """What timings on `device` depend on, of types that JSON knows.
+def describe_machine(device: torch.device | str = "cpu", threads: int | None = None) -> dict[str, Any]:
+    """What times measured on `device` depend on, as JSON types.
 
-    `threads` is how many torch computes with on the CPU while it is timed; as many as now where None.
+    Args:
+        device: the device of the timed calls.
+        threads: CPU threads that torch computes with while it is timed; by default as many as now.
 
-    - `device`: `cpu`, `cuda`
-    - `python`, `torch`, `cuda` (that torch was built with; None where it was built without), `system`
-    - `cpu`: its `model`, `cores` (that this process may use), `threads`
-    - `gpu`: None on a CPU; else `name`, `capability`, `memory_bytes`, `l2_bytes`, `multiprocessors`, and what
-      nvidia-smi says of driver and clocks, each None where it cannot be asked
+    Returns:
+        `device`: `cpu` or `cuda`; `system`, `python`, `torch`, and `cuda`, the version torch was built with or None;
+        `cpu`: its `model`, the `cores` that this process may use, `threads`; `gpu`: None on a CPU, else `name`,
+        `capability`, `memory_bytes`, `l2_bytes`, `multiprocessors`, and driver and clocks as nvidia-smi reports them,
+        None where it does not.
     """
     device = torch.device(device)
     return {
@@ -51,7 +53,7 @@ def machine(device: torch.device | str = "cpu", threads: int | None = None) -> d
 
 
 def cpu_model() -> str:
-    """The processor's name, as the system has it."""
+    """The processor's name, as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -61,7 +63,7 @@ def cpu_model() -> str:
 
 
 def gpu(device: torch.device, cuda: Any = torch.cuda) -> dict[str, Any]:
-    """Of one GPU. What is not known is None: timings are still worth having without it."""
+    """Describe one GPU. What cannot be found out is None."""
     properties = cuda.get_device_properties(device)
     uuid = getattr(properties, "uuid", None)
     return {
@@ -99,25 +101,26 @@ def ask_nvidia_smi(identifier: str | None) -> dict[str, str | None]:
 
 
 def processor(described: Mapping[str, Any]) -> str:
-    """What does the work on a machine that `machine` described, for people: the GPU, or the CPU and its threads."""
+    """The processor of a machine that `describe_machine` described, as text: the GPU, or the CPU and its threads."""
     if described["device"] == "cuda":
         return str(described["gpu"]["name"])
     return f"{described['cpu']['model']}, threads: {described['cpu']['threads']}"
 
 
 def incomparable(now: Mapping[str, Any], then: Mapping[str, Any] | None) -> str | None:
-    """Why times of the machine `then` say nothing beside those of `now`, in one sentence; None where they do.
+    """Why times of two machines cannot be compared, in one sentence; None where they can.
 
-    Both as `machine` gave them; `then` is None for timings that were made without.
+    Args:
+        now, then: as `describe_machine` gives them; `then` is None for a saved run that does not say.
     """
     if then is None:
         return (
-            f"the saved run does not say on what it was timed, this one is on {processor(now)}: their times cannot "
+            f"the saved run does not say what it was timed on, this one runs on {processor(now)}: their times cannot "
             "be compared; save a run of this version"
         )
     if processor(now) == processor(then):
         return None
     return (
-        f"the saved run was timed on {processor(then)}, this one is on {processor(now)}: their times cannot be "
+        f"the saved run was timed on {processor(then)}, this one runs on {processor(now)}: their times cannot be "
         "compared, only the ratios of patch to baseline within each; save a run on this machine"
     )

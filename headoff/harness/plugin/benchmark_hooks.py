@@ -24,15 +24,15 @@ PROBLEMS = pytest.StashKey[list[str]]()
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Add what was measured on what, and how many of each verdict there are."""
-    from headoff.timing.benchmarks import RECORDS
-    from headoff.timing.machine import machine
-    from headoff.timing.threads import THREADS
+    from headoff.harness.benchmark import RECORDS
+    from headoff.timing.calls import THREADS
+    from headoff.timing.machine import describe_machine
 
     records = config.stash.get(RECORDS, [])
     if records:
         settings = settings_from(config)
         output_json["headoff"] = {
-            "machine": machine(settings.device, THREADS),
+            "machine": describe_machine(settings.device, THREADS),
             "attention": settings.attention,
             "baseline": settings.baseline,
             "dtype": settings.dtype,
@@ -48,11 +48,11 @@ def pytest_benchmark_compare_machine_info(
     """Say where a saved run (`--benchmark-compare`) was made on another GPU or CPU; refuse to judge by it."""
     if not any(SUITE in bench["fullname"] for bench in compared_benchmark["benchmarks"]):
         return
-    from headoff.timing.machine import incomparable, machine
-    from headoff.timing.threads import THREADS
+    from headoff.timing.calls import THREADS
+    from headoff.timing.machine import describe_machine, incomparable
 
     try:
-        now = machine(settings_from(config).device, THREADS)
+        now = describe_machine(settings_from(config).device, THREADS)
     except HeadoffError as error:
         raise pytest.UsageError(f"headoff: {error}") from None
     problem = incomparable(now, compared_benchmark.get("headoff", {}).get("machine"))
@@ -66,13 +66,13 @@ def pytest_benchmark_compare_machine_info(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of comparisons."""
-    from headoff.timing.benchmarks import RECORDS
+    from headoff.harness.benchmark import RECORDS
 
     config = terminalreporter.config
     records = config.stash.get(RECORDS, [])
     if not records:
         return
-    from headoff.timing.table import table
+    from headoff.harness.benchmark import table
 
     terminalreporter.section(f"{records[0]['patch']} against {records[0]['baseline']}")
     for line in table(records):

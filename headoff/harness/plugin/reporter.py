@@ -86,14 +86,14 @@ class Reporter:
         import torch
 
         import headoff
+        from headoff.harness.benchmark import RECORDS
         from headoff.harness.plugin.diagnosis import roots_of
-        from headoff.timing.benchmarks import RECORDS
-        from headoff.timing.machine import machine
-        from headoff.timing.threads import THREADS
+        from headoff.timing.calls import THREADS
+        from headoff.timing.machine import describe_machine
 
         settings = settings_from(self.config)
         self.run.benchmarks = self.config.stash.get(RECORDS, [])
-        self.run.machine = machine(settings.device, THREADS if self.run.benchmarks else None)
+        self.run.machine = describe_machine(settings.device, THREADS if self.run.benchmarks else None)
         self.run.about |= {
             "device": settings.device,
             "headoff": headoff.__version__,

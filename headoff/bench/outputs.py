@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention, eager
+from headoff.bench.relus import ReluSides
+from headoff.bench.workloads import Output, Workload
 from headoff.harness.finding import Finding
 from headoff.harness.reference.implementations import right_implementations
 from headoff.harness.reference.maps import ERROR_FACTOR
-from headoff.timing.relus import ReluSides
-from headoff.timing.sides import Side
-from headoff.timing.workloads import Output, Workload
 
 
 def row_errors(truth: Tensor, found: Tensor) -> Tensor:
@@ -93,22 +92,17 @@ def truth_of(workload: Workload, sides: ReluSides | None) -> dict[str, Output]:
     exact = workload.in_dtype(torch.float64)
     following = exact.through_relus
     if following is None or sides is None:
-        return exact.outputs(once(exact.side(eager)))
+        return exact.outputs(exact.side(eager)())
     # A unit is a sum of `width` products, whose errors add up as a random walk does, and those of all layers before.
     resolution = workload.roundings * torch.finfo(workload.dtype).eps * following.config.width**0.5
     with sides.followed(following, resolution):
-        return exact.outputs(once(exact.side(eager)))
+        return exact.outputs(exact.side(eager)())
 
 
 def once_noting(workload: Workload, attention: Attention) -> tuple[Any, ReluSides]:
     """What one call returns, and the sides that ReLUs took in it, where they matter."""
     sides = ReluSides()
     if workload.through_relus is None:
-        return once(workload.side(attention)), sides
+        return workload.side(attention)(), sides
     with sides.noted(workload.through_relus):
-        return once(workload.side(attention)), sides
-
-
-def once(side: Side) -> Any:
-    """What one call returns."""
-    return side.call(*side.prepare())
+        return workload.side(attention)(), sides

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import functools
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
 from headoff.attention import resolve_attention
+from headoff.bench.outputs import Expected
+from headoff.bench.workloads import Workload
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding, WrongAttention, refuse
 from headoff.harness.plugin.patch import Patch
+from headoff.timing.calls import TimedCall, torch_threads
 from headoff.timing.clocks import Clock, clock_of, timer_of
-from headoff.timing.comparisons import Comparison, Verdict
+from headoff.timing.comparison import SpeedComparison, Verdict
+from headoff.timing.interleaving import InterleavedRounds
 from headoff.timing.memory import peak_bytes
-from headoff.timing.outputs import Expected, once
-from headoff.timing.pairs import Interleaving
-from headoff.timing.sides import Side
-from headoff.timing.threads import torch_threads
-from headoff.timing.workloads import Workload
+from headoff.wording import format_bytes, format_seconds
 
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 """What the benchmarks of this run found, in order."""
@@ -32,7 +33,7 @@ SLOW_CALL = 0.03
 """Seconds of a call on a CPU from which on its memory is not measured."""
 
 
-class Bench:
+class BenchmarkRunner:
     """Times the attention under test against the baseline, one workload at a time.
 
     Made once a run: what is read from one workload to the next, and the buffer that flushes a GPU's cache, stay.
@@ -63,11 +64,11 @@ class Bench:
         with torch_threads():
             expected = Expected(workload)
             baseline, patch = workload.side(self.baseline), workload.side(self.patch.attention)
-            once(baseline)
+            baseline()
             comparison = None
             try:
                 if benchmark.disabled:
-                    result = benchmark.pedantic(patch.call, setup=lambda: (patch.prepare(), {}))
+                    result = benchmark.pedantic(patch.run, setup=lambda: (patch.setup(), {}))
                 else:
                     result, comparison = self._compare(benchmark, patch, baseline)
             except Exception as error:
@@ -79,18 +80,18 @@ class Bench:
             findings += self._slow(workload, comparison)
         refuse(findings)
 
-    def _compare(self, benchmark: Any, patch: Side, baseline: Side) -> tuple[Any, Comparison]:
-        pair = Interleaving(patch, baseline, self.clock)
+    def _compare(self, benchmark: Any, patch: TimedCall, baseline: TimedCall) -> tuple[Any, SpeedComparison]:
+        pair = InterleavedRounds(patch, baseline, self.clock)
         rounds = pair.warm_up(self.seconds)
         result = benchmark.pedantic(
-            patch.call, setup=lambda: (pair.before(), {}), teardown=lambda *_: pair.after(), rounds=rounds
+            patch.run, setup=lambda: (pair.before(), {}), teardown=lambda *_: pair.after(), rounds=rounds
         )
         # On a CPU it takes a profiler: for calls of thousands of operators, longer than all their rounds.
         measured = self.patch.device.type == "cuda" or statistics.median(pair.baseline_rounds) < SLOW_CALL
         patch_memory, baseline_memory = (
             peak_bytes(side, self.patch.device) if measured else None for side in (patch, baseline)
         )
-        comparison = Comparison.of(
+        comparison = SpeedComparison.of(
             benchmark.stats.stats.data,
             pair.baseline_rounds,
             patch_memory=patch_memory,
@@ -102,7 +103,7 @@ class Bench:
         self,
         benchmark: Any,
         workload: Workload,
-        comparison: Comparison,
+        comparison: SpeedComparison,
         findings: list[Finding],
         group: str,
         heads_off: int | None,
@@ -122,7 +123,7 @@ class Bench:
         )
         self._config.stash.setdefault(RECORDS, []).append(dict(benchmark.extra_info))
 
-    def _slow(self, workload: Workload, comparison: Comparison) -> list[Finding]:
+    def _slow(self, workload: Workload, comparison: SpeedComparison) -> list[Finding]:
         settings = self.patch.settings
         if comparison.verdict(settings.max_slowdown) is not Verdict.SLOWER:
             return []
@@ -132,3 +133,34 @@ class Bench:
                 "time", f"{workload.name}: {said}", workload.name, comparison.ratio, settings.max_slowdown
             )
         ]
+
+
+HEAD = ("benchmark", "ratio", "interval", "verdict", "patch", "baseline", "memory", "baseline")
+"""Times are of one call; memory is the most that one call held at once."""
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of text: a head, a rule, and one line for each record of a benchmark."""
+    rows = [HEAD, *(_row(each) for each in records)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    lines = ["  ".join(_set(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]  # fmt: skip
+    return [lines[0].rstrip(), "-" * max(map(len, lines)), *(line.rstrip() for line in lines[1:])]
+
+
+def _set(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if HEAD[column] in ("benchmark", "verdict") else cell.rjust(width)
+
+
+def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    verdict = record["verdict"] if record["outputs"] == "right" else f"{record['verdict']}, and wrong"
+    return (
+        record["name"],
+        f"{record['ratio']:.3f}",
+        f"{record['low']:.3f} to {record['high']:.3f}",
+        verdict,
+        format_seconds(record["patch_seconds"]),
+        format_seconds(record["baseline_seconds"]),
+        format_bytes(record["patch_memory"]),
+        format_bytes(record["baseline_memory"]),
+    )

@@ -1,7 +1,7 @@
 """What is timed: attention at each site's shapes, the decoder, the sweep, relevance. Each for a number of heads off.
 
-A workload makes a `Side` for any attention, all with the same inputs, and names the tensors that a call returns, so
-that they can be compared with the oracle's.
+A workload makes a `TimedCall` for any attention, all with the same inputs, and names the tensors that a call returns,
+so that they can be compared with the oracle's.
 
 Attention itself is timed with the first k heads off in all rows. Detector and relevance are timed for any
 configurations together: they share what they have in common, as they do in use.
@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention
+from headoff.bench.models import BenchmarkModel, with_attention
 from headoff.detections import class_probabilities
 from headoff.detr.detector import Detector, DetectorOutput, Memory
 from headoff.gates import Configuration, Gates, Site, stack
 from headoff.harness.finding import Property
 from headoff.relevance import Explanation, explain
 from headoff.sweeps import SweepResult, sweep
-from headoff.timing.sides import Side
-from headoff.timing.subjects import Subject
-from headoff.timing.variants import with_attention
+from headoff.timing.calls import TimedCall
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -66,7 +65,7 @@ class Workload(Protocol):
     def through_relus(self) -> Detector | None:
         """The detector whose ReLUs gradients come through on their way to an output, where they do."""
 
-    def side(self, attention: Attention) -> Side:
+    def side(self, attention: Attention) -> TimedCall:
         """To be timed."""
 
     def outputs(self, result: Any) -> dict[str, Output]:
@@ -126,7 +125,9 @@ class OperatorWorkload(AttentionCall):
     off: int
 
     @classmethod
-    def of(cls, subject: Subject, site: Site, direction: Direction, off: int, seed: int) -> OperatorWorkload:
+    def of(
+        cls, subject: BenchmarkModel, site: Site, direction: Direction, off: int, seed: int
+    ) -> OperatorWorkload:
         """Random inputs, in the layout of the detector's projections: (B, T, H, D), seen as (B, H, T, D)."""
         config = subject.detector.config
         batch, queries, keys = {
@@ -162,15 +163,17 @@ class OperatorWorkload(AttentionCall):
     def name(self) -> str:
         return f"{self.site} {self.direction}, {self.off} heads off"
 
-    def side(self, attention: Attention) -> Side:
+    def side(self, attention: Attention) -> TimedCall:
         if self.direction == "forward":
-            return Side(lambda: attention(self.query, self.key, self.value, None, head_gate=self.head_gate))
+            return TimedCall(
+                lambda: attention(self.query, self.key, self.value, None, head_gate=self.head_gate)
+            )
         query, key, value = self.leaves()
 
         def gradients(context: Tensor) -> tuple[Tensor, ...]:
             return torch.autograd.grad(context, (query, key, value), self.d_context, allow_unused=True)
 
-        return Side(gradients, lambda: (attention(query, key, value, None, head_gate=self.head_gate),))
+        return TimedCall(gradients, lambda: (attention(query, key, value, None, head_gate=self.head_gate),))
 
     def outputs(self, result: Any) -> dict[str, Output]:
         if self.direction == "forward":
@@ -190,7 +193,7 @@ class OperatorWorkload(AttentionCall):
 
 @dataclass(frozen=True, eq=False)
 class _DetectorWorkload:
-    subject: Subject
+    subject: BenchmarkModel
     configurations: tuple[Configuration, ...]
 
     @property
@@ -226,7 +229,11 @@ class DecoderWorkload(_DetectorWorkload):
 
     @classmethod
     def of(
-        cls, subject: Subject, configurations: tuple[Configuration, ...], direction: Direction, seed: int
+        cls,
+        subject: BenchmarkModel,
+        configurations: tuple[Configuration, ...],
+        direction: Direction,
+        seed: int,
     ) -> DecoderWorkload:
         """The gradients of logits and boxes are random."""
         config, like = subject.detector.config, subject.memory.tokens
@@ -245,7 +252,7 @@ class DecoderWorkload(_DetectorWorkload):
     def through_relus(self) -> Detector | None:
         return self.subject.detector if self.direction == "backward" else None
 
-    def side(self, attention: Attention) -> Side:
+    def side(self, attention: Attention) -> TimedCall:
         detector, gates = with_attention(self.subject.detector, attention), self.gates
         if self.direction == "forward":
 
@@ -253,14 +260,14 @@ class DecoderWorkload(_DetectorWorkload):
                 with torch.inference_mode():
                     return detector.decode(self.memory, gates)
 
-            return Side(decode)
+            return TimedCall(decode)
         tokens = self.memory.tokens.detach().requires_grad_()
         memory = replace(self.memory, tokens=tokens)
 
         def gradient(output: DetectorOutput) -> Tensor:
             return torch.autograd.grad((output.logits, output.boxes), tokens, self.cotangents)[0]
 
-        return Side(gradient, lambda: (detector.decode(memory, gates),))
+        return TimedCall(gradient, lambda: (detector.decode(memory, gates),))
 
     def outputs(self, result: Any) -> dict[str, Output]:
         if self.direction == "forward":
@@ -287,9 +294,9 @@ class SweepWorkload(_DetectorWorkload):
     def through_relus(self) -> None:
         return None
 
-    def side(self, attention: Attention) -> Side:
+    def side(self, attention: Attention) -> TimedCall:
         detector = with_attention(self.subject.detector, attention)
-        return Side(lambda: sweep(detector, self.subject.picture, self.configurations))
+        return TimedCall(lambda: sweep(detector, self.subject.picture, self.configurations))
 
     def outputs(self, result: SweepResult) -> dict[str, Output]:
         return _answers(result.logits, result.boxes)
@@ -307,7 +314,7 @@ class RelevanceWorkload(_DetectorWorkload):
 
     @classmethod
     def of(
-        cls, subject: Subject, configurations: tuple[Configuration, ...], objects: int
+        cls, subject: BenchmarkModel, configurations: tuple[Configuration, ...], objects: int
     ) -> RelevanceWorkload:
         """Explains the queries that are surest of an object, with nothing off."""
         exact = subject.in_dtype(torch.float64)
@@ -324,9 +331,9 @@ class RelevanceWorkload(_DetectorWorkload):
     def through_relus(self) -> Detector:
         return self.subject.detector
 
-    def side(self, attention: Attention) -> Side:
+    def side(self, attention: Attention) -> TimedCall:
         detector, picture = with_attention(self.subject.detector, attention), self.subject.picture
-        return Side(
+        return TimedCall(
             lambda: explain(detector, picture, self.configurations, self.queries, backward="callable")
         )
 

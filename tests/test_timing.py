@@ -13,25 +13,24 @@ import torch
 
 import headoff
 from headoff.attention import eager, register_attention, registry, sdpa
-from headoff.errors import SettingError
-from headoff.harness.settings import Settings
-from headoff.timing import Comparison, Side, Verdict, compare, machine
-from headoff.timing.clocks import CudaClock, HostClock, HostMoment, clock_of
-from headoff.timing.intervals import MOST_BLOCKS, fewest_values, median_interval
-from headoff.timing.machine import ask_nvidia_smi, gpu, incomparable
-from headoff.timing.memory import peak_bytes, peak_of
-from headoff.timing.outputs import Expected, once, once_noting, row_errors, truth_of
-from headoff.timing.pairs import FEWEST_ROUNDS, MOST_ROUNDS, Interleaving, rounds_for
-from headoff.timing.relus import ReluSides
-from headoff.timing.subjects import subject_of
-from headoff.timing.table import table
-from headoff.timing.variants import with_attention
-from headoff.timing.workloads import (
+from headoff.bench.models import benchmark_model, with_attention
+from headoff.bench.outputs import Expected, once_noting, row_errors, truth_of
+from headoff.bench.relus import ReluSides
+from headoff.bench.workloads import (
     DecoderWorkload,
     OperatorWorkload,
     RelevanceWorkload,
     SweepWorkload,
 )
+from headoff.errors import SettingError
+from headoff.harness.benchmark import table
+from headoff.harness.settings import Settings
+from headoff.timing import SpeedComparison, TimedCall, Verdict, compare, describe_machine
+from headoff.timing.clocks import CudaClock, HostClock, HostMoment, clock_of
+from headoff.timing.interleaving import FEWEST_ROUNDS, MOST_ROUNDS, InterleavedRounds, rounds_for
+from headoff.timing.intervals import MOST_BLOCKS, fewest_values, median_interval
+from headoff.timing.machine import ask_nvidia_smi, gpu, incomparable
+from headoff.timing.memory import peak_bytes, peak_of
 
 pytest_plugins = ["pytester"]
 
@@ -130,16 +129,18 @@ class Timeline:
     def finish(self):
         pass
 
-    def side(self, name: str, seconds: float) -> Side:
+    def side(self, name: str, seconds: float) -> TimedCall:
         def call():
             self.order.append(name)
             self.time += seconds * self.speed(self.time, self.place)
             self.place += 1
 
-        return Side(call)
+        return TimedCall(call)
 
 
-def simulated(patch: float, baseline: float = 1e-3, speed=lambda now, place: 1.0, rounds=40) -> Comparison:
+def simulated(
+    patch: float, baseline: float = 1e-3, speed=lambda now, place: 1.0, rounds=40
+) -> SpeedComparison:
     clock = Timeline(speed)
     return compare(
         clock.side("patch", patch),
@@ -182,9 +183,9 @@ def test_order_and_drift_cancel():
 
 def test_calls_take_turns_and_each_comes_after_a_flush():
     clock = Timeline()
-    pair = Interleaving(clock.side("patch", 1.0), clock.side("baseline", 1.0), clock)
+    pair = InterleavedRounds(clock.side("patch", 1.0), clock.side("baseline", 1.0), clock)
     for _ in range(4):
-        pair.patch.call(*pair.before())
+        pair.patch.run(*pair.before())
         pair.after()
     calls = ["baseline", "patch", "patch", "baseline"] * 2
     assert [each for each in clock.order if each != "flush"] == calls
@@ -202,7 +203,9 @@ def test_preparation_is_not_timed():
     def work(seconds):
         clock.time += seconds
 
-    found = compare(Side(work, prepare), clock.side("baseline", 0.25), clock=clock, rounds=16, memory=False)
+    found = compare(
+        TimedCall(work, prepare), clock.side("baseline", 0.25), clock=clock, rounds=16, memory=False
+    )
     assert found.ratio == 1.0 and set(found.patch_rounds) == {0.25}
 
 
@@ -218,19 +221,19 @@ def test_what_cannot_be_compared():
         compare(int, int, rounds=9)
     with pytest.raises(SettingError, match="cpu or cuda"):
         compare(int, int, "meta")
-    with pytest.raises(SettingError, match="same of both"):
-        Comparison.of([1.0] * 8, [1.0] * 10)
+    with pytest.raises(SettingError, match="same even number"):
+        SpeedComparison.of([1.0] * 8, [1.0] * 10)
     with pytest.raises(SettingError, match="no time"):
-        Comparison.of([0.0] * 8, [1.0] * 8)
-    with pytest.raises(SettingError, match="positive number"):
+        SpeedComparison.of([0.0] * 8, [1.0] * 8)
+    with pytest.raises(SettingError, match="largest slowdown"):
         simulated(1.0).verdict(0.0)
 
 
 def test_a_comparison_turns_to_json():
     found = simulated(2e-3)
-    record = json.loads(json.dumps(found.as_dict(rounds=True)))
-    again = Comparison.of(record["patch_rounds"], record["baseline_rounds"])
-    assert again == found and "patch_rounds" not in found.as_dict()
+    record = json.loads(json.dumps(found.as_dict()))
+    assert record["ratio"] == pytest.approx(2.0) and record["rounds"] == len(found.patch_rounds)
+    assert SpeedComparison.of(found.patch_rounds, found.baseline_rounds) == found
 
 
 # Clocks
@@ -358,7 +361,7 @@ def test_peak_memory_on_a_gpu_is_the_allocators():
     def call():
         cuda.peak = max(cuda.peak, cuda.held + 300)
 
-    assert peak_bytes(Side(call), torch.device("cuda"), cuda) == 300
+    assert peak_bytes(TimedCall(call), torch.device("cuda"), cuda) == 300
 
 
 def test_peak_memory_on_a_cpu_is_what_was_held_at_once():
@@ -367,8 +370,8 @@ def test_peak_memory_on_a_cpu_is_what_was_held_at_once():
         del first
         return torch.empty(3 << 18, dtype=torch.uint8)
 
-    both = Side(lambda kept: call(), lambda: (torch.empty(1 << 19, dtype=torch.uint8),))
-    assert peak_bytes(Side(call), CPU) == 1 << 20
+    both = TimedCall(lambda kept: call(), lambda: (torch.empty(1 << 19, dtype=torch.uint8),))
+    assert peak_bytes(TimedCall(call), CPU) == 1 << 20
     assert peak_bytes(both, CPU) == (1 << 20) + (1 << 19)
 
 
@@ -385,10 +388,10 @@ def test_peaks_are_of_the_host_alone_and_in_order_of_time():
 
 
 def test_a_machine_is_described_in_json():
-    described = machine()
+    described = describe_machine()
     assert json.loads(json.dumps(described)) == described
     assert described["gpu"] is None and described["cpu"]["model"] and described["torch"] == torch.__version__
-    assert machine(threads=7)["cpu"]["threads"] == 7
+    assert describe_machine(threads=7)["cpu"]["threads"] == 7
 
 
 def test_a_gpu_is_described_without_nvidia_smi(monkeypatch):
@@ -420,10 +423,10 @@ def test_machines_that_cannot_be_compared_are_named():
     assert incomparable(now, now) is None
     said = incomparable(now, {**now, "gpu": {"name": "A100"}})
     assert "A100" in said and "H200" in said
-    here = machine(threads=1)
+    here = describe_machine(threads=1)
     other = {**here, "cpu": {**here["cpu"], "model": "Another"}}
     assert incomparable(here, here) is None and "Another" in incomparable(here, other)
-    assert "threads: 2" in incomparable(here, machine(threads=2))
+    assert "threads: 2" in incomparable(here, describe_machine(threads=2))
     assert "does not say" in incomparable(here, None)
 
 
@@ -432,7 +435,7 @@ def test_machines_that_cannot_be_compared_are_named():
 
 @pytest.fixture(scope="module")
 def subject():
-    return subject_of(Settings())
+    return benchmark_model(Settings())
 
 
 @pytest.fixture(scope="module")
@@ -468,10 +471,10 @@ def slightly_hotter(query, key, value, attn_mask=None, *, head_gate=None):
 def test_right_outputs_pass_and_wrong_ones_do_not(workloads, kind):
     workload = workloads[kind]
     expected = Expected(workload)
-    assert expected.findings(once(workload.side(sdpa)), sdpa) == []
+    assert expected.findings(workload.side(sdpa)(), sdpa) == []
     slow = kind in ("sweep", "relevance")
     for wrong in (swaps_two_heads,) if slow else (ignores_the_gate, swaps_two_heads, slightly_hotter):
-        found = expected.findings(once(workload.side(wrong)), wrong)
+        found = expected.findings(workload.side(wrong)(), wrong)
         assert found, f"{wrong.__name__} passes"
         assert all("what was timed is wrong" in each.message and each.error > each.budget for each in found)
 
@@ -479,7 +482,7 @@ def test_right_outputs_pass_and_wrong_ones_do_not(workloads, kind):
 @pytest.mark.parametrize("kind", ["context", "gradients"])
 def test_outputs_of_zeros_and_of_another_shape_are_refused(workloads, kind):
     workload = workloads[kind]
-    right = once(workload.side(sdpa))
+    right = workload.side(sdpa)()
     expected = Expected(workload)
     for wrong in (torch.zeros_like, lambda each: each[..., :-1], lambda each: each * math.nan):
         assert expected.findings(
@@ -489,13 +492,13 @@ def test_outputs_of_zeros_and_of_another_shape_are_refused(workloads, kind):
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_budgets_follow_the_dtype(dtype):
-    subject = subject_of(Settings(dtype=dtype))
+    subject = benchmark_model(Settings(dtype=dtype))
     workload = OperatorWorkload.of(subject, "decoder_self", "forward", 4, 0)
     expected = Expected(workload)
-    assert expected.findings(once(workload.side(sdpa)), sdpa) == []
+    assert expected.findings(workload.side(sdpa)(), sdpa) == []
     unit = torch.finfo(workload.dtype).eps
     assert unit <= expected.allowed("context") < 100 * unit
-    assert expected.findings(once(workload.side(swaps_two_heads)), swaps_two_heads)
+    assert expected.findings(workload.side(swaps_two_heads)(), swaps_two_heads)
 
 
 def test_rows_that_are_truly_zero_must_be_zero():
@@ -516,7 +519,7 @@ def test_the_oracle_follows_a_relu_that_rounding_decides(workloads, subject):
     assert row_errors(plain, truth_of(workload, opposite)["gradient of the memory"].rows) < 1e-2
     exact = workload.in_dtype(torch.float64)
     with opposite.followed(exact.subject.detector, resolution=math.inf):
-        turned = exact.outputs(once(exact.side(eager)))["gradient of the memory"].rows
+        turned = exact.outputs(exact.side(eager)())["gradient of the memory"].rows
     assert row_errors(plain, turned) > 0.1
     assert not exact.subject.detector.decoder.layers[0].feedforward.expand._forward_hooks
 
@@ -529,7 +532,7 @@ def test_detectors_share_weights_and_not_attentions(subject):
 
 def test_sizes_that_are_not_known():
     with pytest.raises(SettingError, match="auto, model, r50, dc5"):
-        subject_of(Settings(), "huge")
+        benchmark_model(Settings(), "huge")
 
 
 # Real calls
@@ -658,7 +661,7 @@ def test_saved_runs_of_another_processor_are_not_compared_silently(suite, pytest
     saved.write_text(json.dumps(document))
     other = suite("--benchmark-compare")
     assert other.ret == 0
-    other.stdout.fnmatch_lines(["*timed on Fake H200, this one is on *cannot be compared*"])
+    other.stdout.fnmatch_lines(["*timed on Fake H200, this one runs on *cannot be compared*"])
     refused = suite("--benchmark-compare", "--benchmark-compare-fail=min:100000%")
     assert refused.ret == pytest.ExitCode.USAGE_ERROR
     refused.stderr.fnmatch_lines(["*--benchmark-compare-fail cannot be used here*Fake H200*"])
@@ -681,5 +684,5 @@ def test_the_table_says_what_is_wrong():
     record = simulated(2e-3).as_dict() | {"name": "one", "verdict": "faster", "outputs": "wrong"}
     head, rule, row = table([record])
     assert head.startswith("benchmark") and set(rule) == {"-"}
-    assert "faster, and wrong" in row and "2 ms" in row and row.endswith("-")
+    assert "faster, and wrong" in row and "2.00 ms" in row and row.endswith("-")
     assert MOST_BLOCKS >= fewest_values()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from headoff.attention import Attention
 from headoff.detr.checkpoints import load
 from headoff.detr.config import BackboneConfig, DetrConfig
 from headoff.detr.detector import Detector, Features, Memory
@@ -18,7 +20,6 @@ from headoff.harness.reference.oracle import features_of
 from headoff.harness.settings import Settings
 from headoff.images import load_image
 from headoff.scenes.samples import sample_image
-from headoff.timing.variants import in_dtype, with_attention
 
 Size = Literal["auto", "model", "r50", "dc5"]
 SIZES: tuple[Size, ...] = get_args(Size)
@@ -30,7 +31,7 @@ PICTURE = (800, 1066)
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class BenchmarkModel:
     """A detector and a picture.
 
     - `name`: for people
@@ -41,7 +42,7 @@ class Subject:
     name: str
     detector: Detector
     picture: Image.Image
-    _casts: dict[torch.dtype, Subject] = field(default_factory=dict, repr=False)
+    _casts: dict[torch.dtype, BenchmarkModel] = field(default_factory=dict, repr=False)
 
     @cached_property
     def features(self) -> Features:
@@ -57,14 +58,14 @@ class Subject:
     def tokens(self) -> int:
         return self.features.tokens.shape[1]
 
-    def in_dtype(self, dtype: torch.dtype) -> Subject:
+    def in_dtype(self, dtype: torch.dtype) -> BenchmarkModel:
         """The same in another dtype, weights as they were rounded to the one under test."""
         if dtype not in self._casts:
             self._casts[dtype] = replace(self, detector=in_dtype(self.detector, dtype), _casts={})
         return self._casts[dtype]
 
 
-def subject_of(settings: Settings, size: Size = "auto") -> Subject:
+def benchmark_model(settings: Settings, size: Size = "auto") -> BenchmarkModel:
     """The subject that the settings ask for.
 
     - `model`: their model and image (the first, where there are several; a bundled scene where there is none)
@@ -81,13 +82,26 @@ def subject_of(settings: Settings, size: Size = "auto") -> Subject:
     if size == "model":
         image = settings.images[0] if settings.images else sample_image(0)
         detector = load(settings.model, attention="eager", dtype=settings.torch_dtype, device=device)
-        return Subject(settings.model, detector.requires_grad_(False).eval(), load_image(image))
+        return BenchmarkModel(settings.model, detector.requires_grad_(False).eval(), load_image(image))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         detector = Detector(DetrConfig(backbone=BackboneConfig(dilate_last=size == "dc5")), attention="eager")
     pixels = np.random.default_rng(settings.seed).integers(0, 256, (*PICTURE, 3), dtype=np.uint8)
-    return Subject(
+    return BenchmarkModel(
         f"{size}, random weights",
         detector.to(device, settings.torch_dtype).requires_grad_(False).eval(),
         Image.fromarray(pixels),
     )
+
+
+def with_attention(detector: Detector, attention: Attention | str) -> Detector:
+    """The same weights, not copied, with another attention."""
+    # A shallow copy shares modules and parameters; the attention is neither, so that every copy has its own.
+    other = copy.copy(detector)
+    other.attention = attention
+    return other
+
+
+def in_dtype(detector: Detector, dtype: torch.dtype) -> Detector:
+    """A copy whose weights are in `dtype`."""
+    return copy.deepcopy(detector).to(dtype)
