@@ -8,7 +8,10 @@ safe to delete.
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,10 +60,10 @@ class ScenePool:
             for start in range(0, self._count, _CHUNK)
         ]
         with (
-            multiprocessing.get_context("spawn").Pool(workers) as pool,
+            _parallel_map(min(workers, len(jobs))) as parallel_map,
             tqdm(total=self._count, desc=f"drawing scenes, {self._size} px", unit="scene") as progress,
         ):
-            for start, stop, objects in pool.imap_unordered(_draw_chunk, jobs):
+            for start, stop, objects in parallel_map(_draw_chunk, jobs):
                 for index, (scene_boxes, scene_labels) in enumerate(objects, start=start):
                     counts[index] = len(scene_labels)
                     boxes[index, : len(scene_labels)] = scene_boxes
@@ -88,9 +91,19 @@ class ScenePool:
         return images, Targets(padded, labels, valid)
 
 
+@contextmanager
+def _parallel_map(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map` over so many processes of one thread each, results in any order; in this process for one."""
+    if workers == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool.imap_unordered
+
+
 def _draw_chunk(job: tuple[str, int, int, int, int]) -> tuple[int, int, list[tuple[np.ndarray, np.ndarray]]]:
     path, start, stop, size, first_seed = job
-    torch.set_num_threads(1)
     images = np.lib.format.open_memmap(path, "r+")
     scenes = [draw_scene(first_seed + index, size, "train") for index in range(start, stop)]
     pixels, boxes, labels = collate(scenes)
