@@ -1,21 +1,36 @@
-"""Devices and dtypes by their names."""
+"""Devices and dtypes by their names. Importing this module does not import torch."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
+from headoff.choices import DTYPES
 from headoff.errors import SettingError
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DTYPES", "chosen_device", "torch_dtype"]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of that name, one of `DTYPES`. Raises SettingError for any other name."""
+    import torch
+
+    if name not in DTYPES:
+        raise SettingError(f"dtype {name!r} is not known: use one of {', '.join(DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device of that name; without one, CUDA where there is one. Raises SettingError if it is not there."""
+    """The device of that name; for None, CUDA if it is available and the CPU otherwise.
+
+    Raises:
+        SettingError: this machine has no such device.
+    """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 import headoff
+from headoff.choices import METHODS
 from headoff.cli import main, parser
+from headoff.relevance import method_names
 
 SAMPLE = str(headoff.sample_image(0))
 
@@ -211,18 +213,42 @@ def test_an_output_that_is_a_file(capsys, tmp_path):
     assert "out" in refused(capsys, "sweep", SAMPLE, "--out", str(tmp_path / "out"))
 
 
-def test_help_is_there_for_every_command(capsys):
-    for command in (
-        ["sweep"],
-        ["detect"],
-        ["scenes"],
-        ["scenes", "train"],
-        ["scenes", "evaluate"],
-        ["scenes", "draw"],
-    ):
-        with pytest.raises(SystemExit) as stop:
-            parser().parse_args([*command, "--help"])
-        assert stop.value.code == 0 and len(capsys.readouterr().out) > 200
+COMMANDS = [
+    [],
+    ["sweep"],
+    ["explain"],
+    ["detect"],
+    ["verify"],
+    ["bench"],
+    ["scenes"],
+    ["scenes", "train"],
+    ["scenes", "evaluate"],
+    ["scenes", "draw"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_is_there_for_every_command(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args([*command, "--help"])
+    assert stop.value.code == 0 and len(capsys.readouterr().out) > 200
+
+
+def test_help_of_every_command_does_without_slow_imports():
+    program = f"""
+import contextlib, io, sys
+import headoff.cli
+for command in {COMMANDS!r}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        headoff.cli.main([*command, "--help"])
+print({{"torch", "numpy", "matplotlib", "PIL", "pytest", "transformers"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_help_names_every_relevance_method():
+    assert method_names()[: len(METHODS)] == METHODS
 
 
 def test_the_installed_script_runs_and_can_be_interrupted(tmp_path):

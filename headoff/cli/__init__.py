@@ -1,5 +1,7 @@
-"""The command line: `headoff sweep`, `headoff explain`, `headoff detect`, `headoff verify`, `headoff bench`,
-`headoff scenes`."""
+"""The command line: `headoff sweep`, `explain`, `detect`, `verify`, `bench` and `scenes`.
+
+Parsers are built without torch, so that --help answers at once: a command imports what it needs in its `run`.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,25 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from headoff import __version__
 from headoff.cli import bench, detect, explain, scenes, sweep, verify
 from headoff.errors import HeadoffError
 
 EPILOG = """\
-Exit codes: 0 done, 1 an attention was found wrong (`verify`), 2 something was wrong with what was asked or given (one
-sentence says what), 130 interrupted.
+Exit codes: 0 done; 1 `verify` found an attention wrong; 2 an option or a file was wrong, and one sentence says which;
+130 interrupted.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
+    """The parser of all commands. Its result's `run` takes the parsed options and returns the exit code."""
     top = argparse.ArgumentParser(
         prog="headoff",
-        description="Switch off attention heads of a DETR decoder and see which detections survive, and where each "
-        "draws its evidence from.",
+        description="Switch off attention heads of a DETR decoder: see which detections survive, and which parts of "
+        "the image each one draws its evidence from.",
         epilog=EPILOG,
     )
-    top.add_argument("--version", action="version", version=f"headoff {_version()}")
+    top.add_argument("--version", action="version", version=f"headoff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (sweep, explain, detect, verify, bench, scenes):
         command.add_parser(commands)
@@ -33,16 +36,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line (`sys.argv` by default) and return the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     pytest_options: list[str] = []
-    if given[:1] == ["verify"] and "--" in given:
-        place = given.index("--")
-        given, pytest_options = given[:place], given[place + 1 :]
-    settings = parser().parse_args(given)
+    if words[:1] == ["verify"] and "--" in words:
+        place = words.index("--")
+        words, pytest_options = words[:place], words[place + 1 :]
+    settings = parser().parse_args(words)
     settings.pytest_options = pytest_options
     try:
-        # A user's warning filters are for their code; ours says what matters in its own words.
+        # Warnings of libraries are for the authors of code; errors and notes of headoff are printed in its own words.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=UserWarning)
             return settings.run(settings)
@@ -50,15 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"headoff: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nheadoff: interrupted; what was finished is kept", file=sys.stderr)
+        print("\nheadoff: interrupted; finished reports are complete", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output (`| head`) has gone; there is nobody left to tell.
+        # Whoever read our output (`| head`) has closed it, so nothing more can be printed.
         sys.stderr.close()
         return 0
-
-
-def _version() -> str:
-    from headoff import __version__
-
-    return __version__

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headoff.cli.options import positive, ratio
-from headoff.devices import DTYPES, chosen_device
+from headoff.devices import DTYPES, chosen_device, torch_dtype
 from headoff.errors import OutputError, SettingError
 from headoff.files import written_atomically
 
@@ -131,7 +131,7 @@ def plan_of(settings: argparse.Namespace) -> Plan:
     dtypes = settings.dtype or (("float32", "bfloat16") if on_gpu else ("float32",))
     return Plan(
         device=device,
-        dtypes=tuple(DTYPES[name] for name in dict.fromkeys(dtypes)),
+        dtypes=tuple(torch_dtype(name) for name in dict.fromkeys(dtypes)),
         scale=scale,
         levels=tuple(dict.fromkeys(settings.only or LEVELS)),
         seconds=settings.seconds or (0.05 if scale == "quick" else 1.0),

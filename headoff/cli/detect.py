@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from headoff.cli.options import (
-    add_confidence_option,
-    add_detector_options,
-    columns,
-    images_at,
-    load_detector,
-)
-from headoff.detections import detect
-from headoff.figures.captions import counted
-from headoff.scenes.samples import sample_image
+from headoff.cli.options import add_confidence_option, add_detector_options
 
 
 def add_parser(commands: Any) -> None:
+    """Add the command."""
     parser = commands.add_parser(
         "detect",
         help="list what is detected with all heads on",
@@ -27,7 +18,7 @@ def add_parser(commands: Any) -> None:
         epilog="example: headoff detect street.jpg --model detr-resnet-50 --confidence 0.7",
     )
     parser.add_argument(
-        "image", nargs="?", type=Path, metavar="IMAGE|FOLDER", help="a bundled scene by default"
+        "image", nargs="?", type=Path, metavar="IMAGE|FOLDER", help="default: a bundled scene"
     )
     add_confidence_option(parser)
     parser.add_argument(
@@ -38,7 +29,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(settings: argparse.Namespace) -> int:
-    images = images_at(settings.image or sample_image(0))
+    """Run the command."""
+    import json
+
+    from headoff.cli.detectors import images_at, load_detector
+    from headoff.cli.tables import columns
+    from headoff.detections import detect
+    from headoff.wording import counted
+
+    images = images_at(settings.image)
     detector = load_detector(settings)
     for path in images:
         detections = detect(detector, path, settings.confidence)
@@ -47,8 +46,14 @@ def run(settings: argparse.Namespace) -> int:
             continue
         print(f"{path}: {counted(len(detections), 'detection')} above confidence {settings.confidence:g}")
         rows = [
-            (f"  #{number}", each.class_name, f"{each.score:.3f}", f"query {each.query}", _corners(each.box))
-            for number, each in enumerate(detections)
+            (
+                f"  #{number}",
+                detection.class_name,
+                f"{detection.score:.3f}",
+                f"query {detection.query}",
+                _corners(detection.box),
+            )
+            for number, detection in enumerate(detections)
         ]
         if rows:
             print(columns(rows))

@@ -6,33 +6,27 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from headoff.cli.autocast import Autocast, add_autocast_option, check_autocast
-from headoff.cli.configurations import (
-    NOTATION,
-    Choice,
-    add_configuration_options,
-    configurations_asked_for,
-)
+from headoff.choices import BOX_COORDINATES, METHODS, PICKS, SCALES
 from headoff.cli.options import (
+    NOTATION,
+    add_autocast_option,
     add_confidence_option,
+    add_configuration_options,
     add_detector_options,
-    load_detector,
-    provenance,
+    add_report_options,
     whole,
 )
-from headoff.cli.relevance import Wanted, layers_of
-from headoff.cli.reports import add_report_options, images_asked_for, table, write_reports
-from headoff.figures.captions import counted
-from headoff.figures.colouring import SCALES
-from headoff.images import load_image
-from headoff.relevance import BOX_COORDINATES, Explanation, method_names
-from headoff.relevance.explanations import PICKS
+from headoff.cli.tables import table
+from headoff.wording import counted
+
+if TYPE_CHECKING:
+    from headoff.relevance import Explanation
 
 EPILOG = f"""\
 what to switch off:
-  By default nothing is: the objects are explained as they are detected.
+  Default: nothing; the objects are explained as they are detected.
 {NOTATION}
 examples:
   headoff explain                                    the bundled model on a bundled scene
@@ -44,66 +38,73 @@ examples:
 
 
 def add_parser(commands: Any) -> None:
+    """Add the command."""
     parser = commands.add_parser(
         "explain",
         help="draw where each detection draws its evidence from",
-        description="Relevance maps of the image, for every detected object, after every decoder layer, under every "
-        "configuration: index.html, figures, maps.npz, relevance.csv, and all that `headoff sweep` writes.",
+        description="Relevance maps of the image for every detected object, after every decoder layer, under every "
+        "configuration: index.html, figures, maps.npz, relevance.csv, and everything that `headoff sweep` writes.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_report_options(parser, "headoff-explain")
-    what = parser.add_argument_group("what to explain")
-    one = what.add_mutually_exclusive_group()
-    one.add_argument(
+    group = parser.add_argument_group("what to explain")
+    exclusive = group.add_mutually_exclusive_group()
+    exclusive.add_argument(
         "--object",
         type=whole,
         action="append",
         metavar="N",
-        help="this object alone, as `headoff detect` numbers them; can be repeated; all of them by default",
+        help="only this object, numbered as `headoff detect` lists them; can be repeated (default: all objects)",
     )
-    one.add_argument(
+    exclusive.add_argument(
         "--query",
         type=whole,
         action="append",
         metavar="N",
         help="this object query, whatever it detects; can be repeated",
     )
-    what.add_argument(
+    group.add_argument(
         "--target",
         default="class",
         metavar="TARGET",
-        help=f"of each: its `class` logit (default) or a coordinate of its box, {', '.join(BOX_COORDINATES)}",
+        help="the number that is explained: the `class` logit of the object (default) or a coordinate of its box, "
+        + ", ".join(BOX_COORDINATES),
     )
-    what.add_argument(
+    group.add_argument(
         "--pick",
         choices=PICKS,
         default="baseline",
-        help="under heads off, query and class: those with nothing off (default); the query's own likeliest class; or "
-        "the query that finds the object",
+        help="the query and class explained when heads are off: those of the baseline (default), the most likely "
+        "class of the same query, or the query that detects the same object",
     )
-    what.add_argument(
-        "--method", default="chefer", metavar="METHOD", help=f"{', '.join(method_names())} (default chefer)"
+    group.add_argument(
+        "--method", default=METHODS[0], metavar="METHOD", help=f"{', '.join(METHODS)} (default {METHODS[0]})"
     )
-    what.add_argument(
+    group.add_argument(
         "--layers", default="all", metavar="LAYERS", help="decoder layers: all (default), last, or 0,5"
     )
-    what.add_argument("--heads", action="store_true", help="add the attention of every head of every layer")
-    look = parser.add_argument_group("how to draw it (the page lets you choose again)")
-    look.add_argument(
+    group.add_argument("--heads", action="store_true", help="add the attention of every head of every layer")
+    style = parser.add_argument_group("how to draw it (can also be changed on the page)")
+    style.add_argument(
         "--scale",
         choices=SCALES,
-        help="full colour is the greatest relevance of each map, of each object, or of the whole sweep (default for "
-        "more than one configuration; for one it is map)",
+        help="full colour is the greatest relevance of each map (default for one configuration), of each object, or of "
+        "the whole sweep (default for several)",
     )
-    over = look.add_mutually_exclusive_group()
-    over.add_argument("--overlay", action="store_true", help="maps on the image")
-    over.add_argument("--plain", action="store_false", dest="overlay", help="maps alone (default)")
-    look.add_argument(
-        "--cmap", metavar="NAME", help="matplotlib's colour map (Blues_r by default, inferno on the image)"
+    background = style.add_mutually_exclusive_group()
+    background.add_argument("--overlay", action="store_true", help="draw the maps on the image")
+    background.add_argument(
+        "--plain", action="store_false", dest="overlay", help="draw the maps alone (default)"
+    )
+    style.add_argument(
+        "--cmap", metavar="NAME", help="colour map of matplotlib (default: Blues_r, on the image inferno)"
     )
     parser.add_argument(
-        "--maps", choices=("npz", "safetensors"), default="npz", help="file of the raw maps (default npz)"
+        "--maps",
+        choices=("npz", "safetensors"),
+        default="npz",
+        help="format of the file of raw maps (default npz)",
     )
     add_configuration_options(parser, None)
     add_confidence_option(parser)
@@ -113,14 +114,22 @@ def add_parser(commands: Any) -> None:
 
 
 def run(settings: argparse.Namespace) -> int:
-    # What can be refused is refused before the weights are read.
-    images = images_asked_for(settings)
+    """Run the command."""
+    from headoff.cli.autocast import Autocast, check_autocast
+    from headoff.cli.configurations import ConfigurationChoice, describe_configurations
+    from headoff.cli.detectors import load_detector, provenance
+    from headoff.cli.relevance import RelevanceOptions, parse_layers
+    from headoff.cli.reports import images_to_report, write_reports
+    from headoff.images import load_image
+
+    # Wrong options are reported before the weights are read.
+    images = images_to_report(settings)
     check_autocast(settings)
-    choice = Choice.of(settings)
-    wanted = Wanted(
+    choice = ConfigurationChoice.from_options(settings)
+    relevance = RelevanceOptions(
         method=settings.method,
         target=settings.target,
-        layers=layers_of(settings.layers),
+        layers=parse_layers(settings.layers),
         pick=settings.pick,
         queries=tuple(dict.fromkeys(settings.query or ())),
         objects=tuple(dict.fromkeys(settings.object or ())),
@@ -131,23 +140,28 @@ def run(settings: argparse.Namespace) -> int:
         maps=settings.maps,
     )
     detector = load_detector(settings)
-    wanted.check(detector.head_layout)
+    relevance.check(detector.head_layout)
     configurations = choice.configurations(detector)
     autocast = Autocast(settings.autocast)
 
-    def work(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
+    def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
         result = autocast.sweep(detector, picture, configurations, confidence=settings.confidence)
-        explanation = autocast.write(wanted, folder, picture, detector, result, made_with, progress)
+        explanation = autocast.write_report(relevance, folder, picture, detector, result, made_with, progress)
         return autocast.summary(image, _summary(image, explanation), progress)
 
-    asked = {**configurations_asked_for(settings), "confidence": f"{settings.confidence:g}"}
-    made_with = {**provenance(settings, detector), **asked, **autocast.words(), **wanted.words()}
-    return write_reports(settings, images, made_with, work)
+    made_with = {
+        **provenance(settings, detector),
+        **describe_configurations(settings),
+        "confidence": f"{settings.confidence:g}",
+        **autocast.describe(),
+        **relevance.describe(),
+    }
+    return write_reports(settings, images, made_with, write)
 
 
 def _summary(image: Path, explanation: Explanation) -> str:
-    """A line per configuration and object, about the last layer."""
+    """The relevance after the last layer, one line for each configuration and object."""
     objects = explanation.objects
     if not len(objects):
         return f"{image}: no object with nothing off, nothing to explain"
@@ -155,23 +169,22 @@ def _summary(image: Path, explanation: Explanation) -> str:
         f"{image}: {counted(len(objects), 'object')} explained, relevance ({explanation.method}) "
         f"after decoder layer {explanation.layers[-1]}"
     )
-    rows: list[tuple[object, ...]] = [
-        ("configuration", "query", "class", "score", "mass", "in its box", "status")
-    ]
+    header = ("configuration", "query", "class", "score", "mass", "in its box", "status")
+    rows: list[tuple[object, ...]] = []
     shares, masses, scores = explanation.box_shares, explanation.masses, explanation.scores
     for c, configuration in enumerate(explanation.configurations):
-        for o, each in enumerate(objects):
+        for o, detection in enumerate(objects):
             label = int(explanation.labels[c, o])
             share = float(shares[c, o, -1])
             rows.append(
                 (
                     configuration.name,
-                    each.query if label < 0 else int(explanation.queries[c, o]),
-                    objects.class_names[each.label if label < 0 else label],
+                    detection.query if label < 0 else int(explanation.queries[c, o]),
+                    objects.class_names[detection.label if label < 0 else label],
                     "" if label < 0 else f"{float(scores[c, o]):.3f}",
                     "" if label < 0 else f"{float(masses[c, o, -1]):.3g}",
                     "" if math.isnan(share) else f"{share:.0%}",
                     explanation.statuses[c][o][-1].value,
                 )
             )
-    return f"{title}\n{table(rows)}"
+    return f"{title}\n{table(header, rows)}"

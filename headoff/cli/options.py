@@ -1,25 +1,32 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, and types of arguments.
+
+Nothing here imports torch: `headoff COMMAND --help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import platform
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
+from headoff.choices import DEFAULT_SITE, DTYPES, SITES
 
-from headoff.attention import AUTO, attention_label
-from headoff.detr import Detector
-from headoff.detr.checkpoints import load
-from headoff.devices import DTYPES, chosen_device
-from headoff.errors import ImageError
-from headoff.images import find_images
+CONFIGURATION_SETS = ("cumulative", "single", "subsets")
+
+NOTATION = """\
+  --off takes one configuration and can be repeated; the baseline (nothing off) is always added:
+    'first 3'             the first 3 heads of every decoder layer
+    'H2'                  head 2 of every layer          'L5'       all heads of layer 5
+    'L4H2,L5H0-3'         head 2 of layer 4 and heads 0 to 3 of layer 5; all counted from 0
+    'only L5H2 on'        everything off except this head
+    '0,1,0,1,1,0,0,0'     an off vector: heads 1, 3 and 4 off (0.5 is half off)
+    'L4H2=0.5'            a gate between 0 (off) and 1 (on)
+    'query 17: L5H2'      for object query 17 only
+    'decoder_self L0H1'   in decoder self-attention instead of cross-attention
+"""
 
 
 def add_detector_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --attention, --device, --dtype, --threads."""
+    """Add --model, --attention, --device, --dtype and --threads."""
     group = parser.add_argument_group("detector")
     group.add_argument(
         "--model",
@@ -31,72 +38,95 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--attention",
-        default=AUTO,
+        default="auto",
         metavar="NAME|PATCH",
-        help="what computes attention: `auto` (default: `triton` on a GPU, `sdpa` elsewhere), `eager`, "
-        "`package.module:name` or `path/to/file.py:name`",
+        help="the attention implementation: `auto` (default: the fastest one measured for this device), `sdpa`, "
+        "`eager`, `triton`, `package.module:name` or `path/to/file.py:name`",
     )
     group.add_argument(
-        "--device", default=None, help="`cpu`, `cuda`, `cuda:1`; CUDA where there is one by default"
+        "--device", default=None, help="`cpu`, `cuda` or `cuda:1` (default: CUDA if available, else the CPU)"
     )
-    group.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights and activations")
     group.add_argument(
-        "--threads",
-        type=positive,
-        default=None,
-        metavar="N",
-        help="CPU threads; torch's own choice by default",
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="dtype of weights and activations (default float32)",
+    )
+    group.add_argument(
+        "--threads", type=positive, default=None, metavar="N", help="CPU threads (default: torch chooses)"
     )
 
 
 def add_confidence_option(parser: argparse.ArgumentParser) -> None:
+    """Add --confidence."""
     parser.add_argument(
         "--confidence",
         type=probability,
         default=0.5,
         metavar="P",
-        help="a query whose best class is more probable than this is a detection (default 0.5)",
+        help="a query counts as a detection if the probability of its best class exceeds P (default 0.5)",
     )
 
 
-def load_detector(settings: argparse.Namespace) -> Detector:
-    """The detector that `add_detector_options` describe."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    return load(
-        settings.model,
-        attention=settings.attention,
-        device=chosen_device(settings.device),
-        dtype=DTYPES[settings.dtype],
+def add_autocast_option(parser: argparse.ArgumentParser) -> None:
+    """Add --autocast."""
+    parser.add_argument(
+        "--autocast",
+        choices=("bfloat16", "float16"),
+        help="compute convolutions, linear layers and attention in this dtype; also run in full precision, and print "
+        "what differs",
     )
 
 
-def provenance(settings: argparse.Namespace, detector: Detector) -> dict[str, str]:
-    """What a result was made with, for reports."""
-    from headoff import __version__
-
-    made_with = {
-        "command": " ".join(["headoff", *sys.argv[1:]]),
-        "model": str(settings.model),
-        "attention": attention_label(detector.attention),
-        "device": str(detector.device),
-        "dtype": str(detector.dtype).removeprefix("torch."),
-        "headoff": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if detector.device.type == "cuda":
-        made_with["gpu"] = torch.cuda.get_device_name(detector.device)
-    return made_with
+def add_report_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add IMAGE|FOLDER, --out (`out` by default) and --again."""
+    parser.add_argument(
+        "image", nargs="?", type=Path, metavar="IMAGE|FOLDER", help="default: a bundled scene"
+    )
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of the report (default {out})")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="for a folder of images: also redo the images that have a finished report",
+    )
 
 
-def images_at(path: Path) -> list[Path]:
-    """The image at `path`, or the images in the folder there. Raises ImageError where there is none."""
-    if path.is_dir():
-        return find_images(path)
-    if not path.exists():
-        raise ImageError(f"there is no image or folder {path}; name one that exists")
-    return [path]
+def add_configuration_options(
+    parser: argparse.ArgumentParser, default: str | None
+) -> argparse._ArgumentGroup:
+    """Add --off, --set, --order and --site.
+
+    Args:
+        parser: the command's parser.
+        default: the set used when none of the options is given; None for the baseline only.
+
+    Returns:
+        The group that the options are in, for options of one command only.
+    """
+    group = parser.add_argument_group("what to switch off")
+    exclusive = group.add_mutually_exclusive_group()
+    exclusive.add_argument(
+        "--off", action="append", metavar="CONFIGURATION", help="a configuration, see below; can be repeated"
+    )
+    exclusive.add_argument(
+        "--set",
+        choices=CONFIGURATION_SETS,
+        default=default,
+        help="the cumulative sweep, every single head of every layer, or all subsets of heads (default: "
+        + (f"{default})" if default else "nothing off)"),
+    )
+    group.add_argument(
+        "--order",
+        metavar="ORDER",
+        help="order of heads in the cumulative sweep: `7,6,5,4,3,2,1,0`, `reverse` or `random:SEED`",
+    )
+    group.add_argument(
+        "--site",
+        choices=SITES,
+        default=DEFAULT_SITE,
+        help=f"the attention that is gated (default {DEFAULT_SITE})",
+    )
+    return group
 
 
 def positive(text: str) -> int:
@@ -115,31 +145,22 @@ def whole(text: str) -> int:
 
 def probability(text: str) -> float:
     """An argument from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no probability; give a number from 0 to 1")
+    value = _number(text)
+    if value is None or not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability; give a number from 0 to 1")
     return value
 
 
 def ratio(text: str) -> float:
-    """An argument above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no ratio; give a number above 0, such as 1.1")
+    """An argument that is finite and above 0."""
+    value = _number(text)
+    if value is None or not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio; give a number above 0, such as 1.1")
     return value
 
 
-def columns(rows: Iterable[Iterable[object]]) -> str:
-    """Rows of cells as text with aligned columns."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]))] if cells else []
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,4 +1,4 @@
-"""Which relevance maps are wanted, and the report that has them."""
+"""The options about relevance maps, and the report that has them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,30 @@ from typing import Literal
 from PIL import Image
 from tqdm import tqdm
 
+from headoff.choices import Pick, Scale
 from headoff.detr import Detector
 from headoff.errors import SettingError
-from headoff.figures.colouring import MapStyle, Scale
+from headoff.figures.colouring import MapStyle
 from headoff.gates import HeadLayout
 from headoff.relevance import Explanation, explain, make_target, resolve_method
-from headoff.relevance.explanations import Pick
 from headoff.report import write_report
 from headoff.sweeps import SweepResult, query_of_object
 
-Maps = Literal["npz", "safetensors"]
-
 
 @dataclass(frozen=True)
-class Wanted:
-    """What `explain` is asked for, and how it is drawn. Raises SettingError for what no detector could give.
+class RelevanceOptions:
+    """What `headoff.explain` computes, and how it is drawn.
 
-    `queries` and `objects`: these alone; all objects where neither is given. `scale`: None stands for one scale for
-    all configurations, and for each map its own where there is one configuration, as the paper's notebook draws it.
+    Attributes:
+        method, target, layers, pick, heads: as of `headoff.explain`.
+        queries, objects: explain only these; all detected objects if both are empty.
+        scale: as of `headoff.MapStyle`. None: one scale for all configurations, or one per map if there is only one
+            configuration, as in the notebook of the paper.
+        overlay, cmap: as of `headoff.MapStyle`.
+        maps: format of the file of raw maps.
+
+    Raises:
+        SettingError: an option that no detector could satisfy.
     """
 
     method: str = "chefer"
@@ -40,7 +46,7 @@ class Wanted:
     scale: Scale | None = None
     overlay: bool = False
     cmap: str | None = None
-    maps: Maps = "npz"
+    maps: Literal["npz", "safetensors"] = "npz"
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
@@ -48,42 +54,45 @@ class Wanted:
         MapStyle(self.scale or "sweep", self.overlay, self.cmap)
 
     def check(self, layout: HeadLayout) -> None:
-        """Refuse, before any image is read, queries and layers that this detector does not have."""
+        """Raise SettingError for queries and layers that this detector does not have."""
         layers = () if isinstance(self.layers, str) else self.layers
-        for what, asked, count in (
+        for noun, numbers, count in (
             ("query", self.queries, layout.queries),
             ("decoder layer", layers, layout.decoder_layers),
         ):
-            for each in asked:
-                if each >= count:
+            for number in numbers:
+                if number >= count:
                     raise SettingError(
-                        f"there is no {what} {each}: this detector's go from 0 to {count - 1}, use one of those"
+                        f"there is no {noun} {number}: this detector's go from 0 to {count - 1}, use one of those"
                     )
 
-    def words(self) -> dict[str, str]:
-        """For the report, and for knowing it again."""
-        said = [self.method, f"of {self.target}", f"after {_words(self.layers)}", f"pick {self.pick}"]
-        said += [f"query {each}" for each in self.queries] + [f"object {each}" for each in self.objects]
-        said += ["heads"] if self.heads else []
-        drawn = ["overlay" if self.overlay else "plain", self.scale or "default", self.cmap or "default"]
-        return {"relevance": ", ".join(said), "maps": f"{', '.join(drawn)}, {self.maps}"}
+    def describe(self) -> dict[str, str]:
+        """These options as part of a report's provenance."""
+        relevance = [self.method, f"of {self.target}", f"after {_describe_layers(self.layers)}"]
+        relevance += [f"pick {self.pick}"]
+        relevance += [f"query {query}" for query in self.queries]
+        relevance += [f"object {number}" for number in self.objects]
+        relevance += ["heads"] if self.heads else []
+        maps = ["overlay" if self.overlay else "plain", self.scale or "default", self.cmap or "default"]
+        return {"relevance": ", ".join(relevance), "maps": f"{', '.join(maps)}, {self.maps}"}
 
     def style(self, configurations: int) -> MapStyle:
+        """How maps of so many configurations are drawn."""
         return MapStyle(self.scale or ("sweep" if configurations > 1 else "map"), self.overlay, self.cmap)
 
-    def write(
+    def write_report(
         self,
         folder: Path,
         picture: Image.Image,
         detector: Detector,
         result: SweepResult,
-        made_with: Mapping[str, str],
+        provenance: Mapping[str, str],
         progress: bool = True,
     ) -> Explanation:
-        """Explain the objects of a sweep's result under its configurations, and write the report of both."""
+        """Explain the objects of a sweep under its configurations, and write the report of both to `folder`."""
         queries = self.queries or result.baseline.queries.tolist()
         if self.objects:
-            queries = [query_of_object(result.baseline, each) for each in self.objects]
+            queries = [query_of_object(result.baseline, number) for number in self.objects]
         with tqdm(
             total=len(result), desc="explaining", unit="configuration", disable=not progress, leave=False
         ) as bar:
@@ -104,7 +113,7 @@ class Wanted:
             folder,
             picture,
             result,
-            provenance=made_with,
+            provenance=provenance,
             explanation=explanation,
             style=self.style(len(result)),
             maps=self.maps,
@@ -112,8 +121,8 @@ class Wanted:
         return explanation
 
 
-def layers_of(text: str) -> str | tuple[int, ...]:
-    """`all`, `last`, or decoder layers: `0,5`."""
+def parse_layers(text: str) -> str | tuple[int, ...]:
+    """`all`, `last`, or numbers of decoder layers such as `0,5`. Raises SettingError for anything else."""
     if text in ("all", "last"):
         return text
     parts = text.split(",")
@@ -121,11 +130,11 @@ def layers_of(text: str) -> str | tuple[int, ...]:
         raise SettingError(f"--layers {text!r} names no layers: give all, last, or numbers such as 0,5")
     numbers = tuple(int(part) for part in parts)
     if len(set(numbers)) < len(numbers):
-        raise SettingError(f"--layers {text!r} names a layer twice: name each once")
+        raise SettingError(f"--layers {text!r} names a layer twice: name each layer once")
     return numbers
 
 
-def _words(layers: str | tuple[int, ...]) -> str:
+def _describe_layers(layers: str | tuple[int, ...]) -> str:
     if isinstance(layers, str):
         return {"all": "all layers", "last": "the last layer"}[layers]
     return f"layers {','.join(map(str, layers))}"

@@ -1,4 +1,4 @@
-"""One report per image: for an image, or for each of a folder's, where an interrupted run goes on."""
+"""One report for an image, or one for every image of a folder; an interrupted run over a folder can be continued."""
 
 from __future__ import annotations
 
@@ -10,65 +10,57 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from headoff.cli.options import columns, images_at
+from headoff.cli.detectors import images_at
+from headoff.cli.tables import table
 from headoff.errors import ImageError, SettingError
-from headoff.figures.captions import counted
 from headoff.outcomes import Status
 from headoff.report import FINISHED, folder_index
-from headoff.scenes.samples import sample_image
 from headoff.sweeps import SweepResult
+from headoff.wording import counted
 
-Work = Callable[[Path, Path, Mapping[str, str], bool], str]
+WriteReport = Callable[[Path, Path, Mapping[str, str], bool], str]
 """(folder of the report, image, provenance, whether to show progress): write the report, return its summary."""
 
 
-def add_report_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """IMAGE|FOLDER, --out, --again."""
-    parser.add_argument(
-        "image", nargs="?", type=Path, metavar="IMAGE|FOLDER", help="a bundled scene by default"
-    )
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder (default {out})")
-    parser.add_argument(
-        "--again",
-        action="store_true",
-        help="in a folder, also work on the images whose reports are there already",
-    )
+def images_to_report(settings: argparse.Namespace) -> list[Path]:
+    """The images that were asked for.
 
-
-def images_asked_for(settings: argparse.Namespace) -> list[Path]:
-    """The images. Raises ImageError where there are none, SettingError where no report can go."""
-    images = images_at(settings.image or sample_image(0))
+    Raises:
+        ImageError: there are none.
+        SettingError: --out is a file.
+    """
+    images = images_at(settings.image)
     if settings.out.exists() and not settings.out.is_dir():
         raise SettingError(f"--out {settings.out} is a file; name a folder")
     return images
 
 
 def write_reports(
-    settings: argparse.Namespace, images: list[Path], made_with: Mapping[str, str], work: Work
+    settings: argparse.Namespace, images: list[Path], provenance: Mapping[str, str], write: WriteReport
 ) -> int:
-    """Do the `work` for every image and say where the results are; returns the exit code."""
+    """Call `write` for every image and print where the results are. Returns the exit code."""
     if settings.image is not None and settings.image.is_dir():
-        return _for_folder(settings, images, made_with, work)
-    print(work(settings.out, images[0], {"image": str(images[0]), **made_with}, True))
+        return _write_folder(settings, images, provenance, write)
+    print(write(settings.out, images[0], {"image": str(images[0]), **provenance}, True))
     print(f"report: {settings.out / 'index.html'}")
     return 0
 
 
-def _for_folder(
-    settings: argparse.Namespace, images: list[Path], made_with: Mapping[str, str], work: Work
+def _write_folder(
+    settings: argparse.Namespace, images: list[Path], provenance: Mapping[str, str], write: WriteReport
 ) -> int:
-    """Every image of a folder, each into a folder of its own. One that cannot be read does not stop the others."""
+    """A report for each image, in a folder of its own. An image that cannot be read does not stop the run."""
     failed: dict[str, str] = {}
     done: list[Path] = []
     with tqdm(images, desc="working", unit="image") as bar:
         for image in bar:
-            # The whole name: street.jpg and street.png are two images.
+            # The name with its suffix: street.jpg and street.png are two images.
             folder = settings.out / image.name
             bar.set_postfix_str(image.name)
-            provenance = {"image": str(image), **made_with}
+            made_with = {"image": str(image), **provenance}
             try:
-                if settings.again or not _is_finished(folder, provenance):
-                    work(folder, image, provenance, False)
+                if settings.again or not _is_finished(folder, made_with):
+                    write(folder, image, made_with, False)
                 done.append(folder)
             except (ImageError, SettingError) as error:
                 failed[image.name] = str(error)
@@ -83,39 +75,29 @@ def _for_folder(
     return 2 if failed else 0
 
 
-def _is_finished(folder: Path, made_with: Mapping[str, str]) -> bool:
-    """Whether the folder holds a whole report of the same image, detector and options."""
+def _is_finished(folder: Path, provenance: Mapping[str, str]) -> bool:
+    """Whether the folder holds a complete report of the same image, detector and options."""
     try:
         earlier = json.loads((folder / FINISHED).read_text())["provenance"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    # The command may be worded in many ways that ask for the same.
-    return {**earlier, "command": ""} == {**made_with, "command": ""}
+    # Different command lines can ask for the same report.
+    return {**earlier, "command": ""} == {**provenance, "command": ""}
 
 
 def sweep_summary(image: Path, result: SweepResult) -> str:
-    """What became of the objects, a line per configuration."""
-    objects = ", ".join(f"#{number} {each.class_name}" for number, each in enumerate(result.baseline))
+    """What became of the objects, one line for each configuration."""
+    objects = ", ".join(
+        f"#{number} {detection.class_name}" for number, detection in enumerate(result.baseline)
+    )
     title = f"{image}: {counted(len(result.baseline), 'object')} with nothing off" + (
         f" ({objects})" if objects else ""
     )
     header = ("configuration", "found", *(status.value for status in Status), "of nothing")
     rows = [
-        (
-            configuration.name,
-            len(detections),
-            *outcome.counts.values(),
-            len(outcome.of_nothing),
-        )
+        (configuration.name, len(detections), *outcome.counts.values(), len(outcome.of_nothing))
         for configuration, detections, outcome in zip(
             result.configurations, result.detections, result.outcomes, strict=True
         )
     ]
-    return f"{title}\n{table([header, *rows])}"
-
-
-def table(rows: list[tuple[object, ...]]) -> str:
-    """Rows in aligned columns under their header. 256 subsets are for the report; a terminal is for what fits on it."""
-    shown = rows if len(rows) <= 61 else rows[:10]
-    more = [] if shown is rows else [f"... and {len(rows) - len(shown)} more in the report"]
-    return "\n".join([columns(shown), *more])
+    return f"{title}\n{table(header, rows)}"

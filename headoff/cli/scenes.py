@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from headoff.cli.options import add_detector_options, load_detector, positive, whole
+from headoff.cli.options import add_detector_options, positive, whole
 from headoff.errors import SettingError
-from headoff.scenes.samples import write_scenes
 
 SIZE = 192
 
 
 def add_parser(commands: Any) -> None:
+    """Add the command with its actions."""
     parser = commands.add_parser(
         "scenes",
         help="draw the procedural scenes, train and evaluate the bundled model",
@@ -37,19 +33,24 @@ def add_parser(commands: Any) -> None:
 
     train = actions.add_parser(
         "train",
-        help="train the bundled model from nothing",
-        description="Train the bundled model from nothing. An interrupted run continues where it stopped when "
-        "started again with the same folder and recipe. About 85 minutes on 2 CPU cores with AMX.",
+        help="train the bundled model from scratch",
+        description="Train the bundled model from scratch. An interrupted run continues where it stopped if it is "
+        "started again with the same folder and recipe. Takes about 85 minutes on 2 CPU cores with AMX.",
     )
-    train.add_argument("--out", type=Path, default=Path("headoff-training"), help="folder of the run")
-    train.add_argument("--steps", type=positive, help="optimiser steps, if other than the recipe's")
-    train.add_argument("--batch", type=positive, help="images a step, if other than the recipe's")
     train.add_argument(
-        "--pool", type=positive, help="scenes drawn ahead per size, if other than the recipe's"
+        "--out",
+        type=Path,
+        default=Path("headoff-training"),
+        help="folder of the run (default headoff-training)",
     )
-    train.add_argument("--seed", type=whole, default=0)
+    train.add_argument("--steps", type=positive, help="optimiser steps (default: the recipe's)")
+    train.add_argument("--batch", type=positive, help="images per step (default: the recipe's)")
     train.add_argument(
-        "--workers", type=positive, help="processes of one thread each (default: one per core)"
+        "--pool", type=positive, help="scenes drawn in advance per size (default: the recipe's)"
+    )
+    train.add_argument("--seed", type=whole, default=0, help="random seed (default 0)")
+    train.add_argument(
+        "--workers", type=positive, help="processes, each with one thread (default: one per core)"
     )
     train.set_defaults(run=run_train)
 
@@ -61,14 +62,19 @@ def add_parser(commands: Any) -> None:
     )
     evaluate.add_argument("--count", type=positive, default=1000, help="held-out scenes (default 1000)")
     evaluate.add_argument("--first-seed", type=whole, default=0, help="seed of the first scene (default 0)")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     add_detector_options(evaluate)
     evaluate.set_defaults(run=run_evaluate)
 
 
 def run_draw(settings: argparse.Namespace) -> int:
+    """Run `headoff scenes draw`."""
     if settings.size < 16:
         raise SettingError(f"a scene of {settings.size} pixels is too small to draw; use --size 16 or more")
+    from tqdm import tqdm
+
+    from headoff.scenes.samples import write_scenes
+
     seeds = range(settings.first_seed, settings.first_seed + settings.count)
     paths = write_scenes(
         settings.out, tqdm(seeds, desc="drawing", unit="scene"), settings.size, settings.split
@@ -78,6 +84,9 @@ def run_draw(settings: argparse.Namespace) -> int:
 
 
 def run_train(settings: argparse.Namespace) -> int:
+    """Run `headoff scenes train`."""
+    from dataclasses import replace
+
     try:
         from headoff.scenes.training import Recipe, train
     except ImportError as error:
@@ -89,6 +98,13 @@ def run_train(settings: argparse.Namespace) -> int:
 
 
 def run_evaluate(settings: argparse.Namespace) -> int:
+    """Run `headoff scenes evaluate`."""
+    import json
+    from dataclasses import asdict
+
+    from tqdm import tqdm
+
+    from headoff.cli.detectors import load_detector
     from headoff.scenes.evaluation import evaluate, table
 
     detector = load_detector(settings)

@@ -7,29 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headoff.cli.autocast import Autocast, add_autocast_option, check_autocast
-from headoff.cli.configurations import (
-    NOTATION,
-    Choice,
-    add_configuration_options,
-    configurations_asked_for,
-)
 from headoff.cli.options import (
+    NOTATION,
+    add_autocast_option,
     add_confidence_option,
+    add_configuration_options,
     add_detector_options,
-    load_detector,
-    provenance,
+    add_report_options,
     whole,
 )
-from headoff.cli.relevance import Wanted
-from headoff.cli.reports import add_report_options, images_asked_for, sweep_summary, write_reports
-from headoff.detr.graphs import DecodeGraphs
-from headoff.images import load_image
-from headoff.report import write_report
 
-EXAMPLES = f"""\
+EPILOG = f"""\
 what to switch off:
-  By default the cumulative sweep: nothing off, first 1 head off, ... all heads off, in every decoder layer.
+  Default: the cumulative sweep, with nothing off, the first 1 head off, ... all heads off, in every decoder layer.
 {NOTATION}
 examples:
   headoff sweep                                      the bundled model on a bundled scene
@@ -43,12 +33,13 @@ examples:
 
 
 def add_parser(commands: Any) -> None:
+    """Add the command."""
     parser = commands.add_parser(
         "sweep",
         help="switch heads off and report which detections survive",
-        description="Switch attention heads off, configuration by configuration, and write pictures and numbers "
-        "of what is still detected: index.html, figures, sweep.json, CSV tables.",
-        epilog=EXAMPLES,
+        description="Switch attention heads off, configuration by configuration, and report what is still detected, in "
+        "pictures and numbers: index.html, figures, sweep.json, CSV tables.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_report_options(parser, "headoff-sweep")
@@ -58,13 +49,13 @@ def add_parser(commands: Any) -> None:
         help="add relevance maps: where each detection draws its evidence from, under every configuration "
         "(`headoff explain` does the same with more options)",
     )
-    what = add_configuration_options(parser, "cumulative")
-    what.add_argument(
+    group = add_configuration_options(parser, "cumulative")
+    group.add_argument(
         "--object",
         type=whole,
         metavar="N",
-        help="switch heads off for this one object's query alone; objects are what is detected with nothing off, "
-        "counted from 0 as `headoff detect` lists them",
+        help="switch heads off for the query of this object only; objects are numbered from 0, as `headoff detect` "
+        "lists them",
     )
     add_confidence_option(parser)
     add_detector_options(parser)
@@ -73,18 +64,28 @@ def add_parser(commands: Any) -> None:
 
 
 def run(settings: argparse.Namespace) -> int:
-    # What can be refused is refused before the weights are read.
-    images = images_asked_for(settings)
+    """Run the command."""
+    from headoff.cli.autocast import Autocast, check_autocast
+    from headoff.cli.configurations import ConfigurationChoice
+    from headoff.cli.detectors import load_detector, provenance
+    from headoff.cli.relevance import RelevanceOptions
+    from headoff.cli.reports import images_to_report, sweep_summary, write_reports
+    from headoff.detr.graphs import DecodeGraphs
+    from headoff.images import load_image
+    from headoff.report import write_report
+
+    # Wrong options are reported before the weights are read.
+    images = images_to_report(settings)
     check_autocast(settings)
-    choice = Choice.of(settings)
-    wanted = Wanted() if settings.relevance else None
+    choice = ConfigurationChoice.from_options(settings)
+    relevance = RelevanceOptions() if settings.relevance else None
     detector = load_detector(settings)
     configurations = choice.configurations(detector)
     autocast = Autocast(settings.autocast)
-    # A folder's images are often of one size: on a GPU their decodes are then replayed.
+    # The images of a folder often have one size: on a GPU, CUDA graphs of their decodes are then replayed.
     graphs = DecodeGraphs() if len(images) > 1 else None
 
-    def work(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
+    def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
         result = autocast.sweep(
             detector,
@@ -94,21 +95,23 @@ def run(settings: argparse.Namespace) -> int:
             confidence=settings.confidence,
             graphs=graphs,
         )
-        if wanted is None:
+        if relevance is None:
             write_report(folder, picture, result, provenance=made_with)
         else:
-            autocast.write(wanted, folder, picture, detector, result, made_with, progress)
+            autocast.write_report(relevance, folder, picture, detector, result, made_with, progress)
         return autocast.summary(image, sweep_summary(image, result), progress)
 
-    made_with = {**provenance(settings, detector), **_asked_for(settings), **autocast.words()}
-    if wanted is not None:
-        made_with |= wanted.words()
-    return write_reports(settings, images, made_with, work)
+    made_with = {**provenance(settings, detector), **_describe(settings), **autocast.describe()}
+    if relevance is not None:
+        made_with |= relevance.describe()
+    return write_reports(settings, images, made_with, write)
 
 
-def _asked_for(settings: argparse.Namespace) -> dict[str, str]:
-    """The options that decide what a sweep finds, for the report and for knowing it again."""
-    asked = {**configurations_asked_for(settings), "confidence": f"{settings.confidence:g}"}
+def _describe(settings: argparse.Namespace) -> dict[str, str]:
+    """The options that decide what a sweep finds, as part of its report's provenance."""
+    from headoff.cli.configurations import describe_configurations
+
+    options = {**describe_configurations(settings), "confidence": f"{settings.confidence:g}"}
     if settings.object is not None:
-        asked["object"] = f"only #{settings.object}"
-    return asked
+        options["object"] = f"only #{settings.object}"
+    return options

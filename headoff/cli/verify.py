@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from headoff.cli.options import positive, ratio, whole
-from headoff.detr.checkpoints import cache_folder
 from headoff.devices import DTYPES, chosen_device
 from headoff.errors import SettingError
 from headoff.harness.suite_files import suite_file, suite_names, suites_folder
@@ -157,6 +156,8 @@ class _Interrupts:
 
 
 def _pytest_arguments(settings: argparse.Namespace) -> list[str]:
+    from headoff.detr.checkpoints import cache_folder
+
     folder = suites_folder()
     names = settings.only or [name for name in suite_names() if name != "benchmark"]
     if settings.benchmark:

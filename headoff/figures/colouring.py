@@ -1,16 +1,13 @@
 """Numbers from 0 to 1 to colours: the one rule by which figures and page draw maps."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from matplotlib import colormaps
 from torch import Tensor
 
+from headoff.choices import SCALES, Scale
 from headoff.errors import SettingError, did_you_mean
-
-Scale = Literal["map", "object", "sweep"]
-SCALES: tuple[Scale, ...] = get_args(Scale)
 
 PLAIN_CMAP = "Blues_r"
 """As the notebook of the paper draws maps."""

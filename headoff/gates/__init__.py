@@ -21,16 +21,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from headoff.choices import DEFAULT_SITE, SITES, Site
 from headoff.errors import GateError
-
-Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
-SITES: tuple[Site, ...] = ("encoder_self", "decoder_self", "decoder_cross")
-DEFAULT_SITE: Site = "decoder_cross"
 
 # No detector comes near this many of anything: a larger number is a typing error, and would only eat memory.
 MAX_NUMBER = 9999

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from headoff.devices import DTYPES
+from headoff.devices import DTYPES, torch_dtype
 from headoff.errors import SettingError
 
 
@@ -43,4 +43,4 @@ class Settings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return torch_dtype(self.dtype)

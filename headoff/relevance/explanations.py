@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from headoff.choices import PICKS, Pick
 from headoff.detections import Detections, class_probabilities, detections_from
 from headoff.detr.detector import Detector
 from headoff.errors import OutputError, SettingError
@@ -27,9 +28,6 @@ from headoff.relevance.engine import Backward, Kernels, RelevanceEngine
 from headoff.relevance.methods import Method, resolve_method
 from headoff.relevance.rules import ZeroRows
 from headoff.relevance.targets import Target, TargetSpec, make_target
-
-Pick = Literal["baseline", "class", "object"]
-PICKS: tuple[Pick, ...] = ("baseline", "class", "object")
 
 FORMAT = "headoff explanation 1"
 

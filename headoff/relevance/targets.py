@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from headoff.choices import BOX_COORDINATES
 from headoff.errors import SettingError, did_you_mean
-
-BOX_COORDINATES = ("cx", "cy", "w", "h")
-"""Names of the columns of `boxes`."""
 
 Scalar = Callable[[Tensor, Tensor], Tensor]
 TargetSpec = str | Scalar

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention, attention_names, resolve_attention
-from headoff.devices import DTYPES
+from headoff.devices import torch_dtype
 from headoff.errors import AttentionError, HeadoffError
 from headoff.harness.exceptions import describe_exception
 
@@ -34,7 +34,7 @@ def preflight(attention: str, device: str, dtype: str) -> None:
         attention
     )  # what is wrong with a name or an import is said here, without a process
     if attention in attention_names():
-        first_calls(known, attention, torch.device(device), DTYPES[dtype])  # headoff's own do no harm
+        first_calls(known, attention, torch.device(device), torch_dtype(dtype))  # headoff's own do no harm
         return
     asked = json.dumps([attention, device, dtype])
     command = [sys.executable, "-c", _PROGRAM, asked, json.dumps(sys.path)]
@@ -123,7 +123,7 @@ def answer(asked: str) -> int:
     """What the other process does: exit code 0, or 1 and a sentence on its standard output."""
     spec, device, dtype = json.loads(asked)
     try:
-        first_calls(resolve_attention(spec), spec, torch.device(device), DTYPES[dtype])
+        first_calls(resolve_attention(spec), spec, torch.device(device), torch_dtype(dtype))
     except HeadoffError as error:
         print(f"\n{_ANSWER}{error}")
         return 1

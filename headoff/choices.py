@@ -1,0 +1,32 @@
+"""The names that functions and command-line options choose from. Importing this module does not import torch."""
+
+from typing import Literal, get_args
+
+Site = Literal["encoder_self", "decoder_self", "decoder_cross"]
+SITES: tuple[Site, ...] = get_args(Site)
+DEFAULT_SITE: Site = "decoder_cross"
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+METHODS = (
+    "chefer",
+    "chefer_no_normalisation",
+    "chefer_no_self_attention",
+    "chefer_no_aggregation",
+    "chefer_centred",
+    "raw",
+    "rollout",
+    "attention_gradcam",
+)
+"""The relevance methods that headoff brings along, the default first; `register_method` adds others."""
+
+BOX_COORDINATES = ("cx", "cy", "w", "h")
+"""The columns of `DetectorOutput.boxes`."""
+
+Pick = Literal["baseline", "class", "object"]
+PICKS: tuple[Pick, ...] = get_args(Pick)
+"""Which query and class are explained when heads are off; see `headoff.explain`."""
+
+Scale = Literal["map", "object", "sweep"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+"""Which maps share one colour scale; see `headoff.MapStyle`."""
