@@ -44,7 +44,7 @@ class Expected:
         rounded = workload if measured_in == workload.dtype else workload.in_dtype(measured_in)
         scale = unit / torch.finfo(measured_in).eps
         self.eager_errors: dict[str, float] = {}
-        for attention in right_implementations(3 if workload.through_relus is None else 2):
+        for attention in right_implementations():
             result, sides = once_noting(rounded, attention)
             found = rounded.outputs(result)
             for name, truth in truth_of(rounded, sides).items():

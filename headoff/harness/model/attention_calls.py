@@ -201,7 +201,7 @@ def _budget(call: Call, device: torch.device, dtype: torch.dtype) -> dict[str, f
     """What others may be off by, in units of eps times the scale: measured on several right implementations."""
     truth = _truth(call, dtype)
     tensors, _ = _tensors(call, device, dtype)
-    found = [attend(each, tensors) for each in right_implementations(3)]
+    found = [attend(each, tensors) for each in right_implementations()]
     return {
         name: FLOOR_LARGEST
         + ERROR_FACTOR

@@ -111,7 +111,7 @@ def answer_budget(subject: Subject, device: torch.device, dtype: torch.dtype) ->
     gates = stack(subject.configurations, subject.layout)
     truth = subject.answers
     logits = boxes = probability = 0.0
-    for attention in right_implementations(3):
+    for attention in right_implementations():
         found = answer_of(attention, subject, device, dtype, gates)
         logits = max(logits, _off(found.logits, truth.logits))
         boxes = max(boxes, _off(found.boxes, truth.boxes))

@@ -162,7 +162,7 @@ def gradient_budget(subject: Subject, device: torch.device, dtype: torch.dtype) 
                 subject.configurations,
                 found_gradients(each, subject, device, dtype, subject.configurations),
             )
-            for each in right_implementations(3)
+            for each in right_implementations()
         ]
         return {part: np.max([each[part] for each in errors], axis=0) for part in PARTS}
 

@@ -21,7 +21,7 @@ from headoff.harness.model.patched import failures_as, features_on, patched
 from headoff.harness.model.relu_masks import Decisions
 from headoff.harness.reference.cache import Arrays, kept
 from headoff.harness.reference.cases import METHOD, Subject
-from headoff.harness.reference.implementations import IMPLEMENTATIONS, machine, right_implementations
+from headoff.harness.reference.implementations import machine, more_implementations, right_implementations
 from headoff.harness.reference.map_pictures import write_triptych
 from headoff.harness.reference.maps import Budget, CaseMaps, map_errors, mismatches
 from headoff.relevance import RelevanceEngine, Target
@@ -225,7 +225,7 @@ def relevance_budget(subject: Subject, device: torch.device, dtype: torch.dtype)
         # Where a map hangs on a difference of large numbers its errors are large, and spread widely. A few more draws
         # of the worst say how far they reach.
         worst, one = np.unravel_index(errors.max(-1).argmax(), errors.shape[:2])
-        for each in right_implementations(MORE_DRAWS, first_seed=IMPLEMENTATIONS):
+        for each in more_implementations(MORE_DRAWS, first_seed=2):
             again = found_maps(each, subject, device, dtype, [chosen[worst]], objects=[int(one)]).maps[0, 0]
             errors[worst, one] = np.maximum(errors[worst, one], map_errors(truth[worst, one], again))
         return {"errors": errors.max(0)}
@@ -259,7 +259,7 @@ def error_reached(
                     map_errors(
                         truth, found_maps(each, subject, device, dtype, [configuration], objects=objects).maps
                     ).max()
-                    for each in right_implementations(SECOND_LOOKS, first_seed=IMPLEMENTATIONS + MORE_DRAWS)
+                    for each in more_implementations(SECOND_LOOKS, first_seed=2 + MORE_DRAWS)
                 ]
             )
         }
