@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import syrupy
@@ -17,20 +18,30 @@ pytest_plugins = ["pytester"]
 
 SUITE = """
 import pytest
-from headoff.harness.finding import Finding, refuse
+import torch
+from headoff.harness.finding import Finding, fail_on
+
+def call(patch):
+    query = torch.zeros(1, 1, 2, 4)
+    return patch.attention(query, query, query)
 
 def test_heads_off_one(under_test):
+    call(under_test)
     if under_test.label.endswith("wrong"):
-        under_test.unsupported["float64"] = "TypeError: no doubles"
+        under_test.not_supported("float64", "TypeError: no doubles")
         under_test.calls["decoder_cross"] += 3
-        refuse([Finding("gate", "the gate is ignored (error 1e-1, allowed 1e-6)", "a case", 1e-1, 1e-6)])
+        fail_on([Finding("gate", "the gate is ignored (error 1e-1, allowed 1e-6)", "a case", 1e-1, 1e-6)])
 
 def test_heads_off_two(under_test):
+    under_test.once(call, under_test)
     under_test.calls["decoder_cross"] += 4
     assert under_test.seed == {seed}
 
-def test_heads_off_tolerance():
-    assert {holds}
+def test_heads_off_three(under_test):
+    under_test.once(call, under_test)
+
+def test_heads_off_without_the_patch():
+    pass
 """
 
 KERNEL = """
@@ -44,6 +55,11 @@ wrong = right
 
 def crashing(query, key, value, attn_mask=None):
     raise ValueError("out of luck")
+
+def no_single_query(query, key, value, attn_mask=None):
+    if query.shape[2] == 1:
+        raise ValueError("one query")
+    return right(query, key, value, attn_mask)
 
 def killed(query, key, value, attn_mask=None):
     import os, signal
@@ -78,11 +94,11 @@ one_way = OneWay.apply
 
 @pytest.fixture
 def run(pytester, at_a_desk):
-    """`run(*options, seed=0, holds=True)` runs a suite of three tests."""
+    """`run(*options, seed=0, suite=SUITE)` runs a suite, by default of four tests of which three call the patch."""
     pytester.makepyfile(kernel=KERNEL)
 
-    def run_suite(*options: str, seed: int = 0, holds: bool = True) -> pytest.RunResult:
-        pytester.makepyfile(test_heads_off_mine=SUITE.format(seed=seed, holds=holds))
+    def run_suite(*options: str, seed: int = 0, suite: str = SUITE) -> pytest.RunResult:
+        pytester.makepyfile(test_heads_off_mine=suite.replace("{seed}", str(seed)))
         # syrupy keeps the running session in a global: give the outer one its own back.
         outer = syrupy._syrupy
         try:
@@ -105,14 +121,14 @@ def section(result: pytest.RunResult) -> list[str]:
 
 def test_a_right_attention(run):
     result = run("--attention", "kernel.py:right")
-    result.assert_outcomes(passed=3)
-    assert section(result)[0] == "kernel.py:right is right: 3 checks passed"
+    result.assert_outcomes(passed=4)
+    assert section(result)[0] == "kernel.py:right is right: 3 checks passed"  # of four tests
     assert "called in the model: decoder_cross 4" in section(result)[1]
 
 
 def test_a_wrong_attention_is_named_before_its_failures(run):
     result = run("--attention", "kernel.py:wrong")
-    result.assert_outcomes(passed=2, failed=1)
+    result.assert_outcomes(passed=3, failed=1)
     headline = section(result)[0]
     assert headline == "kernel.py:wrong is wrong: gate: the gate is ignored (error 1e-1, allowed 1e-6)"
     lines = result.outlines
@@ -125,7 +141,7 @@ def test_a_wrong_attention_is_named_before_its_failures(run):
 def test_workers_find_the_same(run):
     pytest.importorskip("xdist")
     alone, shared = run("--attention", "kernel.py:wrong"), run("--attention", "kernel.py:wrong", "-n", "2")
-    shared.assert_outcomes(passed=2, failed=1)
+    shared.assert_outcomes(passed=3, failed=1)
     assert section(shared) == section(alone)
 
 
@@ -211,7 +227,7 @@ def test_the_configuration_file_serves_as_well_and_the_command_line_wins(run, py
 def test_an_option_that_somebody_else_has_keeps_its_long_name(run, pytester):
     pytester.makeconftest("def pytest_addoption(parser):\n    parser.addoption('--device', default='mine')\n")
     result = run("--headoff-device", "cpu", "--device", "theirs", "--attention", "kernel.py:right")
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=4)
 
 
 def test_a_report(run, pytester):
@@ -219,16 +235,119 @@ def test_a_report(run, pytester):
     document = json.loads((pytester.path / "report.json").read_text())
     assert document["headline"] == section(result)[0]
     assert document["verdict"] == "wrong"
-    assert document["suites"] == [document["suites"][0] | {"name": "mine", "passed": 2, "failed": 1}]
+    assert document["suites"] == [document["suites"][0] | {"name": "mine", "passed": 3, "failed": 1}]
     assert document["calls"] == {"decoder_cross": 7}
     assert document["about"]["attention"] == "kernel.py:wrong" and document["about"]["torch"]
     assert document["headline"].split(":")[-1].strip() in (pytester.path / "report.html").read_text()
 
 
-def test_a_failure_of_the_harness_itself_is_no_verdict(run):
-    result = run("--attention", "kernel.py:right", holds=False)
-    result.assert_outcomes(passed=2, failed=1)
-    assert "no verdict" in section(result)[0] and "its tolerances do not hold here" in section(result)[0]
+NOT_THE_PATCH = """
+@pytest.fixture
+def no_file(under_test):
+    call(under_test)
+    raise RuntimeError("no such file")
+
+@pytest.fixture
+def fails(under_test):
+    call(under_test)
+    fail_on([Finding("gate", "ignored")])
+
+@pytest.fixture
+def fails_in_teardown(under_test):
+    yield
+    call(under_test)
+    fail_on([Finding("gate", "ignored")])
+
+def test_a_plain_assert(under_test):
+    call(under_test)
+    assert 1 == 2, "the numbers do not add up"
+
+def test_a_stale_golden_file(under_test):
+    call(under_test)
+    pytest.fail("there is no golden file: run `pytest --snapshot-update`")
+
+def test_a_fixture(under_test, no_file):
+    pass
+
+def test_findings_in_a_fixture(under_test, fails):
+    pass
+
+def test_findings_in_a_teardown(under_test, fails_in_teardown):
+    call(under_test)
+
+def test_the_tolerance_rejects_wrong_gates(under_test):
+    assert not ["head 3 wrong passes"]
+
+def test_findings_without_a_call(under_test):
+    fail_on([Finding("gate", "ignored")])
+
+def test_an_error_of_the_harness(under_test):
+    call(under_test)
+    raise KeyError("scene-000")
+"""
+
+
+@pytest.mark.parametrize("name", ["right", "wrong"])
+def test_only_a_wrong_answer_is_about_the_patch(run, pytester, name):
+    result = run("--attention", f"kernel.py:{name}", "--report", "out.json", suite=SUITE + NOT_THE_PATCH)
+    document = json.loads((pytester.path / "out.json").read_text())
+    problems = {test["id"].split("::")[1]: test["problem"] for test in document["tests"] if test["problem"]}
+    assert set(problems) == set(re.findall(r"def (test_\w+)", NOT_THE_PATCH))
+    assert "never called it" in problems["test_findings_without_a_call"]
+    headline, *lines = section(result)
+    assert headline == document["headline"]
+    sentence = (
+        "test_heads_off_mine.py::test_a_plain_assert failed for a reason that is not the attention "
+        "(and 7 other tests): AssertionError: the numbers do not add up; fix that and run again"
+    )
+    if name == "right":
+        assert result.ret == 2 and document["verdict"] == "incomplete" and not document["diagnosis"]
+        assert headline == f"kernel.py:right: no verdict, because {sentence}"
+    else:
+        assert result.ret == 1 and document["verdict"] == "wrong"
+        assert headline.startswith("kernel.py:wrong is wrong: gate: the gate is ignored (error")
+        assert f"  not about the attention: {sentence}" in lines
+
+
+def test_an_exception_of_the_patch_is_its_fault(run):
+    suite = (
+        SUITE
+        + """
+def test_heads_off_raises(under_test):
+    query = torch.zeros(1, 1, 1, 4)
+    under_test.attention(query, query, query)
+"""
+    )
+    result = run("--attention", "kernel.py:no_single_query", suite=suite)
+    assert result.ret == 1
+    assert section(result)[0].startswith(
+        "kernel.py:no_single_query is wrong: crash: it raised ValueError: one query"
+    )
+
+
+def test_nothing_that_calls_the_patch_is_no_verdict(run):
+    result = run("--attention", "kernel.py:right", "-k", "without_the_patch")
+    assert section(result)[0] == "kernel.py:right: no verdict, because no test that ran called it"
+
+
+def test_notes_of_the_tests_reach_the_summary_also_from_workers(run, pytester):
+    pytest.importorskip("xdist")
+    suite = (
+        SUITE
+        + """
+def test_heads_off_notes(under_test):
+    call(under_test)
+    under_test.cannot_tell("head 3 of layer 0 off from head 3 on")
+    under_test.observed([Finding("dq", "off by 3e-2"), Finding("dq", "off by 3e-2")], "float16")
+"""
+    )
+    for workers in ("0", "2"):
+        result = run("--attention", "kernel.py:right", "-n", workers, "--report", "out.json", suite=suite)
+        assert result.ret == 0
+        document = json.loads((pytester.path / "out.json").read_text())
+        assert document["cannot_tell"] == ["head 3 of layer 0 off from head 3 on"]
+        assert document["notes"] == ["float16, which nobody asked for, is wrong: dq: off by 3e-2"]
+        assert any("head 3 of layer 0 off" in line for line in section(result)[:3])
 
 
 def test_other_tests_are_left_in_peace(run, pytester):

@@ -11,22 +11,22 @@ import torch
 
 from headoff.attention import register_attention, registry
 from headoff.attention.eager import eager
-from headoff.harness.finding import PROPERTIES, Finding, WrongAttention, refuse
+from headoff.harness.finding import PROPERTIES, Finding, WrongAttention, fail_on
 from headoff.harness.operator import case_named, case_of_text, operator_cases
 from headoff.harness.plugin.diagnosis import roots_of
 from headoff.harness.plugin.options import OPTIONS, settings_from
+from headoff.harness.plugin.reporter import NOTHING_NOTED
 from headoff.harness.plugin.run import Run, suite_of
 from headoff.harness.settings import Settings
 
 
 def run_of(*tests, **about) -> Run:
-    """A run of tests, each (suite, outcome, about the patch, findings...)."""
+    """A run of tests, each (suite, outcome, calls of the patch, findings...)."""
     run = Run({"attention": "kernel.py:mine", "baseline": "sdpa", **about})
-    for number, (suite, outcome, about_patch, *findings) in enumerate(tests):
-        noted = {
-            "about_patch": about_patch,
+    for number, (suite, outcome, calls, *findings) in enumerate(tests):
+        noted = NOTHING_NOTED | {
+            "calls_credited": calls,
             "findings": [each.as_dict() for each in findings],
-            "unsupported": {},
             "calls": {"decoder_cross": 6},
             "message": "something" if outcome == "failed" else "",
         }
@@ -43,14 +43,18 @@ SLOW = Finding("time", "1.5 times as slow", "a workload", 1.5, 1.1)
 @pytest.mark.parametrize(
     "tests, verdict, said",
     [
-        ([("operator", "passed", True)], "right", "is right: 1 check passed"),
-        ([("operator", "passed", True), ("operator", "failed", True, WRONG)], "wrong", "is wrong: gate: the gate is"),
-        ([("benchmark", "failed", True, SLOW), ("operator", "passed", True)], "slower", "is right but slower in 1"),
-        ([("benchmark", "failed", True, WRONG)], "wrong", "is wrong: gate"),
-        ([("operator", "skipped", True)], "incomplete", "nothing was tested"),
-        ([("operator", "passed", True), ("operator", "failed", False)], "incomplete", "no verdict, for 1 tests"),
-        ([("operator", "failed", True), ("operator", "failed", False)], "wrong", "is wrong: something"),
-        ([], "incomplete", "nothing was tested"),
+        ([("operator", "passed", 1)], "right", "is right: 1 check passed"),
+        ([("operator", "passed", 1), ("operator", "passed", 0)], "right", "is right: 1 check passed"),
+        ([("operator", "passed", 1), ("operator", "failed", 1, WRONG)], "wrong", "is wrong: gate: the gate is"),
+        ([("benchmark", "failed", 1, SLOW), ("operator", "passed", 1)], "slower", "is right but slower in 1"),
+        ([("benchmark", "failed", 1, WRONG)], "wrong", "is wrong: gate"),
+        ([("benchmark", "failed", 1, WRONG, SLOW)], "wrong", "is wrong: gate"),
+        ([("operator", "skipped", 0)], "incomplete", "no test that ran called it"),
+        ([("operator", "passed", 0)], "incomplete", "no test that ran called it"),
+        ([("operator", "passed", 1), ("operator", "failed", 1)], "incomplete", "no verdict, because tests/test_heads"),
+        ([("operator", "passed", 1), ("operator", "failed", 0, WRONG)], "incomplete", "never called it"),
+        ([("operator", "failed", 1, WRONG), ("operator", "failed", 0)], "wrong", "is wrong: gate"),
+        ([], "incomplete", "no test that ran called it"),
     ],
 )  # fmt: skip
 def test_verdict_and_headline(tests, verdict, said):
@@ -62,29 +66,23 @@ def test_verdict_and_headline(tests, verdict, said):
 
 
 def test_an_interrupted_run_has_no_verdict_unless_something_was_wrong():
-    run = run_of(("operator", "passed", True))
+    run = run_of(("operator", "passed", 1))
     run.interrupted = True
     assert run.verdict == "incomplete" and "interrupted after 1 tests" in run.headline()
-    run = run_of(("operator", "failed", True, WRONG))
+    run = run_of(("operator", "failed", 1, WRONG))
     run.interrupted = True
     assert run.verdict == "wrong"
 
 
 def test_the_headline_says_where_and_leaves_numbers_for_later():
-    assert run_of(("operator", "failed", True, WRONG)).headline() == (
+    assert run_of(("operator", "failed", 1, WRONG)).headline() == (
         "kernel.py:mine is wrong: gate: the gate is ignored; in the model first at decoder_cross layer 2, head 5"
     )
 
 
 def test_phases_of_a_test_are_one_record():
     run = Run({"attention": "a", "baseline": "sdpa"})
-    noted = {
-        "about_patch": True,
-        "findings": [],
-        "unsupported": {"float64": "no"},
-        "calls": {},
-        "message": "",
-    }
+    noted = NOTHING_NOTED | {"unsupported": {"float64": "no"}}
     for phase, outcome in (("setup", "passed"), ("call", "passed"), ("teardown", "failed")):
         run.add("tests/test_heads_off_calls.py::test", phase, outcome, 1.0, noted)
     (record,) = run.tests.values()
@@ -101,7 +99,7 @@ def test_a_document_is_strict_json_with_few_pictures(tmp_path):
         path = tmp_path / f"{number}.png"
         path.write_bytes(b"picture")
         pictures.append(Finding("relevance", "off", "case", math.inf, 1.0, pictures=(str(path),)))
-    run = run_of(("relevance", "failed", True, *pictures))
+    run = run_of(("relevance", "failed", 1, *pictures))
     document = json.loads(json.dumps(run.document(), allow_nan=False))
     assert document["tests"][0]["findings"][0]["error"] is None
     assert 0 < len(document["pictures"]) < 10
@@ -113,9 +111,9 @@ def test_suites_are_named_by_their_files():
 
 
 def test_refusing_nothing_passes_and_findings_go_with_the_failure():
-    refuse([])
+    fail_on([])
     with pytest.raises(WrongAttention, match="gate: the gate is ignored") as raised:
-        refuse([WRONG, SLOW])
+        fail_on([WRONG, SLOW])
     assert raised.value.findings == (WRONG, SLOW)
 
 
@@ -143,9 +141,7 @@ def test_the_root_is_found_and_its_place_in_the_model(attention_named):
     case = case_named("gate-first-3", torch.float32, 0)
     failed = Finding("context", "off", str(case), 1.0, 0.1)
     crash = Finding("crash", "raises ValueError", "elsewhere")
-    roots, notes = roots_of(
-        run_of(("operator", "failed", True, crash, failed)), Settings(attention="ungated")
-    )
+    roots, notes = roots_of(run_of(("operator", "failed", 1, crash, failed)), Settings(attention="ungated"))
     assert not notes
     assert roots[0].property == "gate" and "ignored" in roots[0].message
     assert (
@@ -160,16 +156,14 @@ def test_the_root_is_found_and_its_place_in_the_model(attention_named):
 def test_conduct_is_a_root_before_numbers(attention_named):
     attention_named("fine", eager)
     state = Finding("state", "kept the first mask", "fresh-masks")
-    roots, _ = roots_of(run_of(("operator", "failed", True, state)), Settings(attention="fine"))
+    roots, _ = roots_of(run_of(("operator", "failed", 1, state)), Settings(attention="fine"))
     assert [each.property for each in roots] == ["state"]
 
 
 def test_what_cannot_be_found_out_is_a_note(attention_named):
     attention_named("fine", eager)
     settings = Settings(attention="fine", model="no-such-model")
-    roots, notes = roots_of(
-        run_of(("relevance", "failed", True, Finding("relevance", "off", "case"))), settings
-    )
+    roots, notes = roots_of(run_of(("relevance", "failed", 1, Finding("relevance", "off", "case"))), settings)
     assert [each.property for each in roots] == ["relevance"]
     assert len(notes) == 1 and "no-such-model" in notes[0]
 

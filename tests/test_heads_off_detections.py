@@ -14,7 +14,7 @@ import torch
 import headoff
 from headoff.detr.detector import Features
 from headoff.gates import stack
-from headoff.harness.finding import Finding, refuse
+from headoff.harness.finding import Finding, fail_on
 from headoff.harness.model.attention_calls import faulty_layers
 from headoff.harness.model.detections import (
     answer_budget,
@@ -81,18 +81,18 @@ def test_oracle(snapshot, subject):
 @pytest.mark.parametrize("configuration", configuration_names())
 def test_expected_detections(subject, configuration, findings_of):
     """All queries' logits and boxes are the oracle's, and the detections those of the golden file."""
-    refuse([each for each in findings_of(subject) if is_about(each, configuration)])
+    fail_on([each for each in findings_of(subject) if is_about(each, configuration)])
 
 
 def test_attention_is_called_at_every_site(subject, findings_of):
     """Once in every layer, for every encoding and every decoding."""
-    refuse([each for each in findings_of(subject) if each.configuration is None])
+    fail_on([each for each in findings_of(subject) if each.configuration is None])
 
 
 def test_heads_off_layers(some_scene, under_test):
     """Every attention call of the model with the oracle's inputs, by itself, has the right context and gradients."""
     subject = subjects.subject(under_test.settings, some_scene)
-    refuse(
+    fail_on(
         faulty_layers(under_test.attention, subject, subject.cumulative, under_test.device, under_test.dtype)
     )
 
@@ -158,7 +158,7 @@ def test_everything_off_sees_nothing_of_the_image(subject, under_test):
         message = (
             f"with all cross-attention off the answer depends on the image: logits differ by {apart:.1e}"
         )
-        refuse([Finding("gate", message, subject.name, configuration=subject.cumulative[-1].name)])
+        fail_on([Finding("gate", message, subject.name, configuration=subject.cumulative[-1].name)])
 
 
 def test_scenes_are_found_with_nothing_off(under_test):
@@ -180,7 +180,7 @@ def test_scenes_are_found_with_nothing_off(under_test):
             hits = (box_iou(box, baseline.boxes)[0] > 0.5) & (baseline.labels == truth["category_id"])
             found, total = found + bool(hits.any()), total + 1
     if found < 0.95 * total:
-        refuse(
+        fail_on(
             [
                 Finding(
                     "detections", f"{found} of {total} true objects are found with nothing off", "all scenes"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from headoff.gates import stack
-from headoff.harness.finding import refuse
+from headoff.harness.finding import fail_on
 from headoff.harness.model.gradients import (
     FoundGradients,
     found_gradients,
@@ -58,7 +58,7 @@ def findings_of(under_test):
 @pytest.mark.parametrize("configuration", configuration_names())
 def test_expected_gradients(subject, configuration, findings_of):
     """The longest error of a token's gradient is within what right implementations differ by."""
-    refuse(
+    fail_on(
         [
             each
             for each in findings_of(subject)
@@ -70,7 +70,7 @@ def test_expected_gradients(subject, configuration, findings_of):
 
 def test_attention_is_called_at_every_site(subject, findings_of):
     """Once in every layer, for every forward pass."""
-    refuse([each for each in findings_of(subject) if each.configuration is None])
+    fail_on([each for each in findings_of(subject) if each.configuration is None])
 
 
 def test_the_tolerance_refuses_wrong_gradients(subject, under_test):

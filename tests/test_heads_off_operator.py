@@ -11,7 +11,7 @@ import functools
 import pytest
 import torch
 
-from headoff.harness.finding import refuse
+from headoff.harness.finding import fail_on
 from headoff.harness.operator import (
     SIDE_EFFECTS,
     SIDE_EFFECTS_IN_ALL_DTYPES,
@@ -57,7 +57,7 @@ def refusal(attention, dtype, device):
 
 
 def check(under_test, case: OperatorCase) -> None:
-    refuse(operator_findings(under_test.attention, case, under_test.device))
+    fail_on(operator_findings(under_test.attention, case, under_test.device))
 
 
 def supported(under_test, dtype: str) -> torch.dtype:
@@ -66,7 +66,7 @@ def supported(under_test, dtype: str) -> torch.dtype:
     if other == under_test.dtype:
         pytest.skip("this is the dtype that all cases are tried in")
     if reason := refusal(under_test.attention, other, under_test.device):
-        under_test.unsupported[dtype] = reason
+        under_test.not_supported(dtype, reason)
         pytest.skip(f"{under_test.label} does not support {dtype}: {reason}")
     return other
 
@@ -88,7 +88,7 @@ def test_heads_off_operator_in_other_dtypes(under_test, dtype, name):
 @pytest.mark.parametrize("name", SIDE_EFFECTS)
 def test_heads_off_conduct(under_test, name):
     """Inputs, settings and earlier results stay as they are; the same inputs give the same bits."""
-    refuse(
+    fail_on(
         side_effect_findings(under_test.attention, name, under_test.dtype, under_test.device, under_test.seed)
     )
 
@@ -98,10 +98,9 @@ def test_heads_off_conduct(under_test, name):
 def test_heads_off_conduct_in_other_dtypes(under_test, dtype, name):
     """Half precision is often a kernel of its own, which may behave in its own way."""
     other = supported(under_test, dtype)
-    refuse(side_effect_findings(under_test.attention, name, other, under_test.device, under_test.seed))
+    fail_on(side_effect_findings(under_test.attention, name, other, under_test.device, under_test.seed))
 
 
-@pytest.mark.headoff_proof
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_off_tolerance_refuses(under_test, dtype, fault):

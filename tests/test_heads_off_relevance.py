@@ -17,7 +17,7 @@ import headoff
 from headoff.detr.detector import Detector, Features
 from headoff.detr.transformer import MultiHeadAttention
 from headoff.gates import stack
-from headoff.harness.finding import Finding, refuse
+from headoff.harness.finding import Finding, fail_on
 from headoff.harness.model.detections import answer_budget
 from headoff.harness.model.mutations import accepted_wrongly, share_of_heads, with_wrong_heads
 from headoff.harness.model.patched import features_on, width_of
@@ -126,7 +126,7 @@ def test_heads_off_truth(request, snapshot, under_test, scene, configuration):
 @every_configuration
 def test_expected_maps(subject, configuration, findings_of):
     """Maps made with the attention's own backward pass are the oracle's."""
-    refuse(
+    fail_on(
         [
             each
             for each in findings_of(subject)
@@ -138,7 +138,7 @@ def test_expected_maps(subject, configuration, findings_of):
 
 def test_attention_is_called_at_every_site(subject, findings_of):
     """In every layer at least once for encoding, and for decoding."""
-    refuse([each for each in findings_of(subject) if each.configuration is None])
+    fail_on([each for each in findings_of(subject) if each.configuration is None])
 
 
 def test_analytic_maps(analytic_scene, under_test):
@@ -148,7 +148,7 @@ def test_analytic_maps(analytic_scene, under_test):
     for name in ("eager", "sdpa"):
         attention = headoff.attention.resolve_attention(name)
         found = found_maps(attention, subject, device, dtype, subject.cumulative, backward="analytic")
-        refuse(map_findings(subject, subject.cumulative, found.maps, device, dtype, f"{name}, analytic"))
+        fail_on(map_findings(subject, subject.cumulative, found.maps, device, dtype, f"{name}, analytic"))
 
 
 def test_the_tolerance_refuses_wrong_maps(subject, under_test):
@@ -206,7 +206,7 @@ def test_everything_off_leaves_no_image_evidence(some_subject, under_test):
     truth = subject.maps(chosen)
     assert not truth[1].any(), "the oracle, which takes no short cut"
     assert truth[0].any(), "one head sees the image"
-    refuse(
+    fail_on(
         [
             Finding(property, message, subject.name, configuration=configuration.name)
             for property, message, configuration, is_wrong in (
@@ -234,7 +234,7 @@ def test_padding_changes_nothing(some_subject, under_test):
     detector = own_detector(subject, under_test)
     found = maps_by(detector, features, stack(chosen, subject.layout), subject.targets, Decisions(decisions))
     if found.maps[..., height:, :].any() or found.maps[..., width:].any():
-        refuse([Finding("mask", "there is evidence in the padding", subject.name)])
+        fail_on([Finding("mask", "there is evidence in the padding", subject.name)])
     refuse_wrong(subject, under_test, chosen, found.maps[..., :height, :width], "padded")
 
 
@@ -285,14 +285,14 @@ def test_switching_off_a_head_without_output_changes_nothing(some_subject, under
         for configurations in (chosen, [each & silent for each in chosen])
     )
     if not on.maps.any():
-        refuse([Finding("relevance", "there is no evidence with heads without output", subject.name)])
+        fail_on([Finding("relevance", "there is no evidence with heads without output", subject.name)])
     # The model is another than the one that budgets were measured on: up to their limit, which still tells heads apart.
     budget = relevance_budget(subject, under_test.device, under_test.dtype)
     answers = answer_budget(subject, under_test.device, under_test.dtype)
     apart = map_errors(on.maps, off.maps).max(), budget.limit
     logits = (on.logits - off.logits).abs().max().item(), 2 * answers.logits
     boxes = (on.boxes - off.boxes).abs().max().item(), 2 * answers.boxes
-    refuse(
+    fail_on(
         [
             Finding(
                 "gate",
@@ -334,7 +334,7 @@ def truth_of(subject, configuration) -> CaseMaps:
 def refuse_wrong(subject, under_test, configurations, maps, how: str) -> None:
     settings = under_test.settings
     label = f"{under_test.label}, {how},"
-    refuse(
+    fail_on(
         map_findings(
             subject, configurations, maps, under_test.device, under_test.dtype, label, settings.failures
         )

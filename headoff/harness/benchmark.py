@@ -13,7 +13,7 @@ from headoff.attention import resolve_attention
 from headoff.bench.outputs import Expected
 from headoff.bench.workloads import Workload
 from headoff.harness.exceptions import describe_exception
-from headoff.harness.finding import Finding, WrongAttention, refuse
+from headoff.harness.finding import Finding, WrongAttention, fail_on
 from headoff.harness.plugin.patch import Patch
 from headoff.timing.calls import TimedCall, torch_threads
 from headoff.timing.clocks import Clock, clock_of, timer_of
@@ -63,7 +63,8 @@ class BenchmarkRunner:
         benchmark.group = group
         with torch_threads():
             expected = Expected(workload)
-            baseline, patch = workload.side(self.baseline), workload.side(self.patch.attention)
+            baseline, patch = workload.side(self.baseline), workload.side(self.patch.uncounted)
+            self.patch.called()
             baseline()
             comparison = None
             try:
@@ -74,11 +75,11 @@ class BenchmarkRunner:
             except Exception as error:
                 said = f"{workload.name}: {self.patch.label} raised {describe_exception(error)}"
                 raise WrongAttention([Finding("crash", said, workload.name)]) from error
-            findings = expected.findings(result, self.patch.attention)
+            findings = expected.findings(result, self.patch.uncounted)
         if comparison is not None:
             self._record(benchmark, workload, comparison, findings, group, heads_off)
             findings += self._slow(workload, comparison)
-        refuse(findings)
+        fail_on(findings)
 
     def _compare(self, benchmark: Any, patch: TimedCall, baseline: TimedCall) -> tuple[Any, SpeedComparison]:
         pair = InterleavedRounds(patch, baseline, self.clock)

@@ -54,7 +54,7 @@ class Finding:
 
     property: Property
     message: str
-    case: str
+    case: str = ""
     error: float | None = None
     budget: float | None = None
     site: Site | None = None
@@ -86,8 +86,12 @@ class WrongAttention(pytest.fail.Exception):  # type: ignore[name-defined]
         super().__init__("\n".join(f"{each.property}: {each.message}" for each in findings), pytrace=False)
 
 
-def refuse(findings: Sequence[Finding]) -> None:
-    """Fail the test with `findings`, unless there are none."""
+def fail_on(findings: Sequence[Finding]) -> None:
+    """Fail the test with `findings`, unless there are none.
+
+    The only way to say that the attention under test is wrong: a test that fails by anything else, or that never
+    called the attention, ends the run without a verdict.
+    """
     __tracebackhide__ = True
     if findings:
         raise WrongAttention(findings)

@@ -31,8 +31,6 @@ __all__ = [  # hooks that are written elsewhere
     "pytest_terminal_summary",
 ]
 
-PROOF = "headoff_proof: a test of the harness itself, for example that a tolerance refuses what is wrong"
-
 REPORTER = pytest.StashKey[Reporter]()
 
 
@@ -48,7 +46,6 @@ def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", PROOF)
     report = value_of(config, "report")
     if report and not is_worker(config):
         with one_clear_error():

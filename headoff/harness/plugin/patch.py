@@ -1,50 +1,167 @@
-"""The attention under test, on the device and in the dtype it is tested in."""
+"""The attention under test, and what a run learns from it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from headoff.attention import Attention, resolve_attention
+from headoff.attention import AdaptedAttention, Attention, resolve_attention
+from headoff.harness.finding import Finding
 from headoff.harness.settings import Settings
+
+Result = TypeVar("Result")
+
+
+class CountedAttention(AdaptedAttention):
+    """An attention that adds each of its calls to the count of its patch, and remembers what it raised.
+
+    An AdaptedAttention, so that all code that looks for the user's own callable (its label, its file) finds it.
+    """
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # the user's callable may not be hashable
+
+    def __init__(self, attention: Attention, label: str, patch: Patch) -> None:
+        call = attention.call if isinstance(attention, AdaptedAttention) else attention
+        super().__init__(call, label, None, takes_gate=True)
+        object.__setattr__(self, "attention", attention)  # the class is frozen
+        object.__setattr__(self, "patch", patch)
+
+    attention: Attention
+    patch: Patch
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *,
+        head_gate: Tensor | None = None,
+    ) -> Tensor:
+        self.patch.calls_made += 1
+        try:
+            return self.attention(query, key, value, attn_mask, head_gate=head_gate)
+        except Exception as error:
+            self.patch.raised = error
+            raise
 
 
 @dataclass(frozen=True)
-class Patch:
-    """What the suites are given as `under_test`.
+class Notes:
+    """What the tests of a run say about the patch apart from findings, as it travels with their reports.
 
-    - `attention`: the callable, adapted to the contract where it does not apply gates itself
-    - `label`: as it was asked for
-    - `device`, `dtype`, `seed`: it is tested on and with
-    - `unsupported`: dtypes that it refuses, with what it says; filled while the suites run
-    - `calls`: how often it was called in the model, by site; likewise
+    - `unsupported`: what it does not support, and why
+    - `observed`: findings about something that nobody asked for, and where
+    - `cannot_tell`: wrong answers that the tolerances accept in this dtype or for this model
     """
 
-    attention: Attention
-    label: str
-    device: torch.device
-    dtype: torch.dtype
-    seed: int
-    settings: Settings
     unsupported: dict[str, str] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
+    observed: list[tuple[str, Finding]] = field(default_factory=list)
+    cannot_tell: list[str] = field(default_factory=list)
+
+
+class Patch:
+    """What tests get as `under_test`: the attention, and what to test it on and with.
+
+    Attributes:
+        attention: the callable of the contract; each call is counted.
+        uncounted: the same without the counter, for timing: a wrapper costs time, and CUDA graphs are captured only
+            for headoff's own callables. Say `called` where it is used.
+        label: the attention as it was asked for.
+        device: to test it on.
+        dtype: to test it in.
+        seed: of random inputs.
+        settings: all that was chosen.
+        calls: calls in the model by site, added by the suites.
+        calls_made: all calls so far.
+        raised: the exception that the attention raised last.
+    """
+
+    def __init__(self, attention: Attention, settings: Settings) -> None:
+        self.settings = settings
+        self.label = settings.attention
+        self.device = torch.device(settings.device)
+        self.dtype = settings.torch_dtype
+        self.seed = settings.seed
+        self.uncounted = attention
+        self.attention: Attention = CountedAttention(attention, self.label, self)
+        self.calls: Counter[str] = Counter()
+        self.calls_made = 0
+        self.raised: Exception | None = None
+        self._credited = 0
+        self._once: dict[tuple[Any, ...], tuple[Any, int]] = {}
+        self._notes = Notes()
 
     @classmethod
     def of(cls, settings: Settings) -> Patch:
-        """Raises AttentionError where there is no such attention."""
-        return cls(
-            resolve_attention(settings.attention),
-            settings.attention,
-            torch.device(settings.device),
-            settings.torch_dtype,
-            settings.seed,
-            settings,
-        )
+        """The patch that `settings` name. Raises AttentionError where there is no such attention."""
+        return cls(resolve_attention(settings.attention), settings)
 
-    def take_calls(self) -> dict[str, int]:
-        """The calls since this was asked last."""
-        taken = dict(self.calls)
+    @property
+    def calls_credited(self) -> int:
+        """Calls that count for the tests so far: those made, and those of cached results."""
+        return self.calls_made + self._credited
+
+    def called(self, times: int = 1) -> None:
+        """Credit the running test with calls of `uncounted`."""
+        self._credited += times
+
+    def once(self, function: Callable[..., Result], *args: Any) -> Result:
+        """`function(*args)`, computed once per process; every test that asks for it is credited with its calls.
+
+        Args:
+            function: known by its identity, so not a lambda made in the test.
+            args: hashable.
+
+        Example:
+            def test_expected_maps(under_test, reference_case, configuration):
+                findings = under_test.once(findings_of, under_test, reference_case)
+                fail_on([f for f in findings if f.configuration == configuration])
+        """
+        key = (function, *args)
+        if key in self._once:
+            result, calls = self._once[key]
+            self._credited += calls
+            return result
+        before = self.calls_credited
+        result = function(*args)
+        self._once[key] = result, self.calls_credited - before
+        return result
+
+    def not_supported(self, what: str, why: str) -> None:
+        """Note that the patch raises on `what`, a dtype or a kind of mask that the model never makes.
+
+        Args:
+            what: as the subject of a sentence: `float64`.
+            why: what the patch said.
+        """
+        self._notes.unsupported[what] = why
+
+    def observed(self, findings: Iterable[Finding], where: str) -> None:
+        """Note wrong results in something nobody asked for, such as another dtype; they fail nothing."""
+        self._notes.observed.extend((where, finding) for finding in findings)
+
+    def cannot_tell(self, what: str) -> None:
+        """Note a wrong answer that the tolerance accepts in this dtype or for this model.
+
+        The verdict names these in its first lines.
+        """
+        self._notes.cannot_tell.append(what)
+
+    def take_notes(self) -> dict[str, Any]:
+        """What was noted since this was asked last, as types that JSON knows."""
+        notes, self._notes = self._notes, Notes()
+        calls = dict(self.calls)
         self.calls.clear()
-        return taken
+        return {
+            "unsupported": notes.unsupported,
+            "observed": [[where, finding.as_dict()] for where, finding in notes.observed],
+            "cannot_tell": notes.cannot_tell,
+            "calls": calls,
+        }

@@ -12,12 +12,26 @@ import pytest
 
 from headoff.errors import HeadoffError, OutputError
 from headoff.files import written_atomically
-from headoff.harness.finding import WrongAttention
+from headoff.harness.finding import Finding, WrongAttention
 from headoff.harness.plugin.options import settings_from, value_of
 from headoff.harness.plugin.run import Run
 
 if TYPE_CHECKING:
     from headoff.harness.plugin.patch import Patch
+
+NO_VERDICT = 2
+"""Exit code where something failed that is not about the attention."""
+
+NOTHING_NOTED: dict[str, Any] = {
+    "unsupported": {},
+    "observed": [],
+    "cannot_tell": [],
+    "calls": {},
+    "calls_credited": 0,
+    "findings": [],
+    "message": "",
+}
+"""What a phase of a test notes that never had a patch."""
 
 SHOWN = 5
 """Causes that the terminal shows; the report has all of them."""
@@ -30,6 +44,7 @@ class Reporter:
         self.config = config
         self.worker = worker
         self.patch: Patch | None = None
+        self._calls_before = 0
         chosen = {
             name: str(value_of(config, name)) for name in ("attention", "baseline", "model", "dtype", "seed")
         }
@@ -45,41 +60,67 @@ class Reporter:
         report = yield
         if is_ours(item):
             # An attribute made of plain types survives the way from a worker to the process that reports.
-            report.headoff = self._noted(item, call)  # type: ignore[attr-defined]
+            report.headoff = self._noted(call)  # type: ignore[attr-defined]
         return report
 
-    def _noted(self, item: pytest.Item, call: pytest.CallInfo[None]) -> dict[str, Any]:
+    def _noted(self, call: pytest.CallInfo[None]) -> dict[str, Any]:
+        """What the tests of the patch said in the phase that has just ended."""
         error = call.excinfo.value if call.excinfo else None
-        findings = error.findings if isinstance(error, WrongAttention) else ()
-        return {
-            "about_patch": tests_the_patch(item) and item.get_closest_marker("headoff_proof") is None,
+        findings: tuple[Finding, ...] = ()
+        if isinstance(error, WrongAttention):
+            findings = error.findings
+        elif error is not None and self._comes_from_patch(error):
+            from headoff.harness.exceptions import describe_exception
+
+            message = f"it raised {describe_exception(error)}"
+            findings = (Finding("crash", message),)
+        calls = 0 if self.patch is None else self.patch.calls_credited
+        noted = dict(NOTHING_NOTED) if self.patch is None else self.patch.take_notes()
+        noted |= {
+            "calls_credited": calls - self._calls_before,
             "findings": [each.as_dict() for each in findings],
-            "unsupported": dict(self.patch.unsupported) if self.patch else {},
-            "calls": self.patch.take_calls() if self.patch else {},
             "message": "" if error is None else _first_line(error),
         }
+        self._calls_before = calls
+        return noted
+
+    def _comes_from_patch(self, error: BaseException) -> bool:
+        """Whether a call of the attention raised `error` or what it was raised from."""
+        raised = None if self.patch is None else self.patch.raised
+        seen: BaseException | None = error
+        while seen is not None and seen is not raised:
+            seen = seen.__cause__ or seen.__context__
+        return seen is not None
 
     # In the process that reports
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         noted = getattr(report, "headoff", None)
+        if noted is None and report.failed and Path(report.fspath).name.startswith("test_heads_off_"):
+            noted = NOTHING_NOTED | {"message": _last_line(report.longreprtext)}  # its worker crashed
         if noted is not None and not self.worker:
             self.run.add(report.nodeid, report.when or "call", report.outcome, report.duration, noted)
 
     def pytest_keyboard_interrupt(self) -> None:
         self.run.interrupted = True
 
-    @pytest.hookimpl(tryfirst=True)
+    @pytest.hookimpl(trylast=True)  # syrupy combines exit codes bit by bit: 2 for no verdict would become 3
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int | pytest.ExitCode) -> None:
         if self.worker or not self.run.tests:
             return
-        if self.run.all_skipped and exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED  # as little was found out
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            session.exitstatus = self._exit_code(exitstatus)
         self._look_closer()
         self.document = self.run.document()
         report = value_of(self.config, "report")
         if report:
             self._write(Path(report))
+
+    def _exit_code(self, exitstatus: int | pytest.ExitCode) -> int | pytest.ExitCode:
+        """1 is for a wrong or slow attention, 2 for no verdict; all tests skipped is as good as none collected."""
+        if self.run.verdict == "incomplete" and self.run.problems:
+            return NO_VERDICT
+        return pytest.ExitCode.NO_TESTS_COLLECTED if self.run.all_skipped else exitstatus
 
     def _look_closer(self) -> None:
         """Find the root of what failed, and what it was run on."""
@@ -139,7 +180,8 @@ class Reporter:
         """What is said below the headline."""
         assert self.document is not None
         roots = self.document["diagnosis"]
-        lines = [f"  {each['property']}: {each['message']}" for each in roots[:SHOWN]]
+        lines = [f"  cannot tell: {each}" for each in self.document["cannot_tell"][:SHOWN]]
+        lines += [f"  {each['property']}: {each['message']}" for each in roots[:SHOWN]]
         if len(roots) > SHOWN:
             lines.append(f"  and {len(roots) - SHOWN} more causes")
         failed = [each for each in self.document["suites"] if each["failed"] or each["errors"]]
@@ -184,6 +226,10 @@ def make_way(path: Path) -> None:
             old.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{path} cannot be replaced ({error.strerror}): name another report") from error
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1] if text.strip() else ""
 
 
 def _first_line(error: BaseException) -> str:

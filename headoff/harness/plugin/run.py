@@ -17,6 +17,7 @@ from typing import Any
 
 from headoff.harness.finding import PROPERTIES, Finding
 from headoff.harness.report.document import FORMAT, Verdict
+from headoff.wording import counted
 
 BENCHMARK = "benchmark"
 """Name of the suite whose failures are about time."""
@@ -31,7 +32,10 @@ SUITE_ORDER = ("operator", "calls", "detections", "relevance", "gradients", BENC
 class TestRecord:
     """One test: its outcome in all phases together.
 
-    `about_patch` is False for tests of the harness's own: that a tolerance refuses what is wrong, say.
+    Attributes:
+        calls: of the attention under test, those of cached results included.
+        findings: what the test said is wrong with the attention, by `fail_on`.
+        problem: why it failed otherwise, which is no word about the attention; empty where it did not.
     """
 
     __test__ = False
@@ -41,8 +45,21 @@ class TestRecord:
     outcome: str = "passed"
     seconds: float = 0.0
     message: str = ""
-    about_patch: bool = True
+    calls: int = 0
     findings: list[Finding] = field(default_factory=list)
+    problem: str = ""
+
+    @property
+    def is_verdict(self) -> bool:
+        """Whether the test found the attention wrong (or slow): it called it, and failed by `fail_on`."""
+        return bool(self.findings) and self.calls > 0
+
+    @property
+    def harness_problem(self) -> str:
+        """Why the test failed without a word about the attention; empty where it did not."""
+        if self.findings and not self.calls:
+            return "it reports a wrong attention but never called it: call `under_test.attention` in the test"
+        return self.problem
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -51,6 +68,7 @@ class TestRecord:
             "outcome": self.outcome,
             "seconds": round(self.seconds, 4),
             "message": self.message,
+            "problem": self.harness_problem,
             "findings": [each.as_dict() for each in self.findings],
         }
 
@@ -62,6 +80,8 @@ class Run:
     about: dict[str, Any]
     tests: dict[str, TestRecord] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
+    observed: dict[str, Counter[str]] = field(default_factory=dict)
+    cannot_tell: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     diagnosis: list[Finding] = field(default_factory=list)
@@ -75,43 +95,65 @@ class Run:
         return str(self.about["attention"])
 
     def add(self, id: str, phase: str, outcome: str, seconds: float, noted: Mapping[str, Any]) -> None:
-        """Take in the report of one phase (setup, call, teardown) of a test, and what was noted beside it."""
-        record = self.tests.setdefault(id, TestRecord(id, suite_of(id), about_patch=noted["about_patch"]))
+        """Take in the report of one phase (setup, call, teardown) of a test, and what the plugin noted with it."""
+        record = self.tests.setdefault(id, TestRecord(id, suite_of(id)))
         record.seconds += seconds
+        record.calls += noted["calls_credited"]
         if outcome == "failed":
             record.outcome = "failed" if phase == "call" else "error"
         elif outcome == "skipped" and record.outcome == "passed":
             record.outcome = "skipped"
         record.message = record.message or noted["message"]
-        record.findings += [Finding.from_dict(each) for each in noted["findings"]]
+        if phase == "call":
+            record.findings += [Finding.from_dict(each) for each in noted["findings"]]
+        if outcome == "failed" and not (phase == "call" and noted["findings"]):
+            record.problem = record.problem or noted["message"] or "it failed without a message"
         self.unsupported.update(noted["unsupported"])
         self.calls.update(noted["calls"])
+        self.cannot_tell += [each for each in noted["cannot_tell"] if each not in self.cannot_tell]
+        for where, finding in noted["observed"]:
+            self.observed.setdefault(where, Counter())[f"{finding['property']}: {finding['message']}"] += 1
 
-    def failed(self, *, suite: str | None = None, about_patch: bool | None = None) -> list[TestRecord]:
-        """Tests that failed or could not be run, of a suite, or about the patch or not."""
+    def failed(self) -> list[TestRecord]:
+        """Tests that failed or could not be run."""
+        return [each for each in self.tests.values() if each.outcome in ("failed", "error")]
+
+    @property
+    def wrong(self) -> list[TestRecord]:
+        """Tests that found the attention wrong; not those that found it slow alone."""
         return [
             each
             for each in self.tests.values()
-            if each.outcome in ("failed", "error")
-            and suite in (None, each.suite)
-            and about_patch in (None, each.about_patch)
+            if each.is_verdict and any(finding.property != "time" for finding in each.findings)
         ]
 
     @property
+    def slow(self) -> list[TestRecord]:
+        """Tests that found the attention slow alone."""
+        wrong = self.wrong
+        return [each for each in self.tests.values() if each.is_verdict and each not in wrong]
+
+    @property
+    def problems(self) -> list[TestRecord]:
+        """Tests that failed for a reason that is not the attention."""
+        return [each for each in self.tests.values() if each.harness_problem]
+
+    @property
+    def passed(self) -> int:
+        """Checks: tests that called the attention and passed."""
+        return sum(each.outcome == "passed" and each.calls > 0 for each in self.tests.values())
+
+    @property
     def all_skipped(self) -> bool:
-        """Whether tests of the patch were there, and none was run."""
-        about_patch = [each for each in self.tests.values() if each.about_patch]
-        return bool(about_patch) and all(each.outcome == "skipped" for each in about_patch)
+        return all(each.outcome == "skipped" for each in self.tests.values())
 
     @property
     def verdict(self) -> Verdict:
-        about_patch = self.failed(about_patch=True)
-        if not all(_is_slow_only(each) for each in about_patch):
+        if self.wrong:
             return "wrong"
-        ran = [each for each in self.tests.values() if each.about_patch and each.outcome != "skipped"]
-        if self.interrupted or not ran or self.failed(about_patch=False):
+        if self.interrupted or self.problems or not (self.passed or self.slow):
             return "incomplete"
-        return "slower" if about_patch else "right"
+        return "slower" if self.slow else "right"
 
     @property
     def findings(self) -> list[Finding]:
@@ -122,21 +164,25 @@ class Run:
     def headline(self) -> str:
         """The verdict, and what there is to say for it, in a line."""
         verdict = self.verdict
-        ran = sum(each.outcome == "passed" for each in self.tests.values())
         if verdict == "right":
-            return f"{self.label} is right: {ran} check{'' if ran == 1 else 's'} passed{self._times()}"
+            return f"{self.label} is right: {counted(self.passed, 'check')} passed{self._times()}"
         if verdict == "slower":
-            slower = len(self.failed(suite=BENCHMARK))
-            return f"{self.label} is right but slower in {slower} of its benchmarks{self._times()}"
+            return f"{self.label} is right but slower in {len(self.slow)} of its benchmarks{self._times()}"
         if verdict == "wrong":
             return f"{self.label} is wrong: {self._cause()}"
         if self.interrupted:
             return f"{self.label}: interrupted after {len(self.tests)} tests, none of which found it wrong"
-        if not ran:
-            return f"{self.label}: nothing was tested"
+        if self.problems:
+            return f"{self.label}: no verdict, because {self._problem()}"
+        return f"{self.label}: no verdict, because no test that ran called it"
+
+    def _problem(self) -> str:
+        """The first failure that is not about the attention, and what to do about it."""
+        first, *more = self.problems
+        others = f" (and {counted(len(more), 'other test')})" if more else ""
         return (
-            f"{self.label}: no verdict, for {len(self.failed(about_patch=False))} tests of the harness itself failed: "
-            "its tolerances do not hold here"
+            f"{first.id} failed for a reason that is not the attention{others}: {first.harness_problem}; "
+            f"fix that and run again"
         )
 
     def _cause(self) -> str:
@@ -146,7 +192,7 @@ class Run:
             # The first clause says what is wrong; numbers and case follow below.
             said = f"{root.property}: {root.message.split('; ')[0]}"
             return said if root.site is None else f"{said}; in the model first at {place_of(root)}"
-        first = self.failed(about_patch=True)[0]
+        first = self.wrong[0]
         return first.message or first.id
 
     def _times(self) -> str:
@@ -158,9 +204,15 @@ class Run:
     def document(self) -> dict[str, Any]:
         """All of it, of types that JSON knows, pictures included."""
         notes = [
-            f"{dtype} is not supported by it and was not tested: {why}"
-            for dtype, why in self.unsupported.items()
+            f"{what} is not supported by it and was not tested: {why}"
+            for what, why in self.unsupported.items()
         ]
+        if self.verdict == "wrong" and self.problems:
+            notes.append(f"not about the attention: {self._problem()}")
+        for where, seen in self.observed.items():
+            message, count = seen.most_common(1)[0]
+            more = f" (and {seen.total() - count} more)" if seen.total() > count else ""
+            notes.append(f"{where}, which nobody asked for, is wrong: {message}{more}")
         finished = datetime.now(UTC).astimezone()
         return {
             "format": FORMAT,
@@ -174,6 +226,7 @@ class Run:
             },
             "machine": self.machine,
             "calls": dict(self.calls),
+            "cannot_tell": self.cannot_tell,
             "notes": [*self.notes, *notes],
             "diagnosis": [each.as_dict() for each in self.diagnosis],
             "suites": self.suites(),
@@ -200,10 +253,6 @@ def place_of(finding: Finding) -> str:
 def suite_of(id: str) -> str:
     """`operator` of `tests/test_heads_off_operator.py::test_...`."""
     return Path(id.split("::")[0]).stem.removeprefix("test_").removeprefix("heads_off_")
-
-
-def _is_slow_only(test: TestRecord) -> bool:
-    return bool(test.findings) and all(each.property == "time" for each in test.findings)
 
 
 def _place(name: str) -> tuple[int, str]:

@@ -57,13 +57,18 @@ class SuiteRecord(TypedDict):
 
 
 class TestRecord(TypedDict):
-    """One test. `message`: why it was skipped or failed; empty where it passed."""
+    """One test.
+
+    - `message`: why it was skipped or failed; empty where it passed
+    - `problem`: why it failed, where that is no word about the attention; else empty
+    """
 
     id: str
     suite: str
     outcome: Outcome
     seconds: float
     message: str
+    problem: NotRequired[str]
     findings: list[FindingRecord]
 
 
@@ -99,6 +104,7 @@ class Document(TypedDict):
     - `headline`: the verdict as one readable line
     - `about`: what was run on what, in the order in which it is shown
     - `calls`: of the attention under test, by site
+    - `cannot_tell`: wrong answers that the tolerances accept in this dtype or for this model
     - `notes`: what limits the verdict, as dtypes that were not tested
     - `diagnosis`: what is wrong, the root cause first
     - `pictures`: PNG files in base64, by the path that findings call them by
@@ -110,6 +116,7 @@ class Document(TypedDict):
     about: dict[str, str | float | bool | None]
     machine: dict[str, Any]
     calls: dict[str, int]
+    cannot_tell: list[str]
     notes: list[str]
     diagnosis: list[FindingRecord]
     suites: list[SuiteRecord]
