@@ -139,6 +139,7 @@ def document(verdict="right", **changes):
             "cpu": {"brand_raw": "Example CPU", "count": 16, "flags": ["avx", "avx2", "fma"]},
         },
         "calls": {"encoder_self": 72, "decoder_self": 180, "decoder_cross": 180},
+        "cannot_tell": [],
         "notes": ["float64 is not supported by it (TypeError: expected a float32 tensor): not tested"],
         "diagnosis": [],
         "suites": [

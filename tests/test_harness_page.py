@@ -181,6 +181,7 @@ def test_nothing_of_a_document_becomes_markup():
         about={"attention": HOSTILE, "baseline": HOSTILE, HOSTILE: HOSTILE},
         machine={HOSTILE: {HOSTILE: [HOSTILE]}},
         calls={HOSTILE: 3},
+        cannot_tell=[],
         notes=[HOSTILE],
         diagnosis=[
             finding(HOSTILE, message=HOSTILE, case=HOSTILE, configuration=HOSTILE, pictures=[HOSTILE])
@@ -225,6 +226,7 @@ def test_nothing_ran():
         tests=[],
         suites=[],
         benchmarks=[],
+        cannot_tell=[],
         notes=[],
         calls={},
         about={},
