@@ -193,7 +193,7 @@ def test_a_folder_belongs_to_one_recipe(tmp_path):
         train(tmp_path, replace(RECIPE, steps=7), config=TINY, workers=1, progress=False)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loss_that_explodes_is_said(tmp_path, workers):
     with pytest.raises(NonFiniteError, match="lower the learning rate"):
         train(tmp_path, replace(RECIPE, learning_rate=1e30), config=TINY, workers=workers, progress=False)
