@@ -57,13 +57,13 @@ from .gates import off_matrix as off_matrix
 from .gates import off_vector as off_vector
 from .gates import only_heads_on as only_heads_on
 from .gates import order_by_score as order_by_score
+from .gates import parse_configuration as parse_configuration
 from .gates import random_order as random_order
 from .gates import single_heads as single_heads
 from .gates import stack as stack
 from .images import Preprocessing as Preprocessing
 from .images import load_image as load_image
 from .images import preprocess as preprocess
-from .notation import parse_configuration as parse_configuration
 from .outcomes import ConfigurationOutcome as ConfigurationOutcome
 from .outcomes import Outcome as Outcome
 from .outcomes import Status as Status

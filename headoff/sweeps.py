@@ -19,9 +19,8 @@ from headoff.detr.detector import Detector, DetectorOutput, Features
 from headoff.detr.graphs import DecodeGraphs
 from headoff.detr.transfers import sent
 from headoff.errors import SettingError
-from headoff.gates import Configuration, Gates, cumulative, none_off, stack
+from headoff.gates import Configuration, Gates, cumulative, none_off, parse_configuration, stack
 from headoff.images import ImageSource, load_image
-from headoff.notation import parse_configuration
 from headoff.outcomes import KEEP_IOU, TOUCH_IOU, ConfigurationOutcome, outcomes_of
 
 MEMORY_BUDGET = 256 * 2**20

@@ -53,13 +53,13 @@ def clauses(draw, layout: HeadLayout = SMALL) -> Clause:
         "queries": None if site == "encoder_self" else draw(st.none() | numbers(layout.queries)),
         "layers": draw(st.none() | numbers(layers)),
     }
-    form = draw(st.sampled_from(["heads", "spared", "off"]))
+    form = draw(st.sampled_from(["heads", "kept_heads", "off"]))
     if form == "heads":
         heads = draw(st.none() | numbers(layout.heads))
         return Clause(site, **some, heads=heads, gate=draw(st.just(0.0) | st.floats(0, 1)))
-    if form == "spared":
+    if form == "kept_heads":
         heads = st.builds(Heads, st.none() | numbers(layers), st.none() | numbers(layout.heads))
-        return Clause(site, **some, spared=tuple(draw(st.lists(heads, min_size=1, max_size=3))))
+        return Clause(site, **some, kept_heads=tuple(draw(st.lists(heads, min_size=1, max_size=3))))
     return Clause(site, **some, off=draw(off_rows(draw(st.sampled_from([1, layers])), layout.heads)))
 
 
@@ -307,7 +307,7 @@ def test_gates_go_to_another_dtype_or_device():
         (lambda: Configuration(clauses=(Clause(gate=-0.5),)), "the gate -0.5 is impossible"),
         (
             lambda: Clause(heads=(1,), off=((1,),)),
-            "either heads with a gate, or spared heads, or off amounts",
+            "either heads with a gate, or kept heads, or off amounts",
         ),
         (lambda: Clause(off=((1,), (1, 1))), "must be equally long"),
         (lambda: heads_off(-1), "a head number must be a whole number from 0 to 9999: -1 is not"),
@@ -317,7 +317,7 @@ def test_gates_go_to_another_dtype_or_device():
         (lambda: first_off(10**12), "a count of heads must be a whole number"),
         (lambda: first_off(9), "names head 8"),
         (lambda: first_off(3, [1, 0]), "the order has only 2 heads"),
-        (lambda: first_off(1, [0, 1, 1]), "head 1 is there 2 times, head 2 is missing"),
+        (lambda: first_off(1, [0, 1, 1]), "head 1 is named 2 times, head 2 is missing"),
         (lambda: first_off(1, [[0, 1], [0, 2]]), "head 1 is missing, head 2 does not exist"),
         (lambda: first_off(1, [[0, 1], [0]]), "rows of different lengths"),
         (lambda: cumulative(3, [0, 1])[1], "permutation of 3 heads, head 2 is missing"),

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from headoff.choices import DEFAULT_SITE, Site
 from headoff.detr import Detector
 from headoff.errors import SettingError
-from headoff.gates import Configuration, all_subsets, cumulative, none_off, single_heads
-from headoff.notation import OrderResolver, parse_configuration, parse_order
+from headoff.gates import (
+    Configuration,
+    OrderResolver,
+    all_subsets,
+    cumulative,
+    none_off,
+    parse_configuration,
+    parse_order,
+    single_heads,
+)
 
 
 @dataclass(frozen=True)

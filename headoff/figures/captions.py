@@ -95,7 +95,7 @@ def _one_head_more_each(steps: Sequence[Configuration]) -> bool:
         return False
     before: set[int] = set()
     for clause in clauses:
-        plain = clause.layers is None and clause.gate == 0 and not clause.spared and clause.off is None
+        plain = clause.layers is None and clause.gate == 0 and not clause.kept_heads and clause.off is None
         heads = set(clause.heads or ())
         if not plain or not before < heads or len(heads) != len(before) + 1:
             return False

@@ -20,9 +20,8 @@ from headoff.detections import Detections, class_probabilities, detections_from
 from headoff.detr.detector import Detector
 from headoff.errors import OutputError, SettingError
 from headoff.files import written_atomically
-from headoff.gates import Configuration, cumulative, none_off, stack
+from headoff.gates import Configuration, cumulative, none_off, parse_configuration, stack
 from headoff.images import ImageSource, load_image
-from headoff.notation import parse_configuration
 from headoff.outcomes import outcomes_of
 from headoff.relevance.engine import Backward, Kernels, RelevanceEngine
 from headoff.relevance.methods import Method, resolve_method

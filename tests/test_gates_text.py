@@ -20,10 +20,11 @@ from headoff.gates import (
     off_matrix,
     off_vector,
     only_heads_on,
+    parse_configuration,
+    parse_order,
     random_order,
     single_heads,
 )
-from headoff.notation import format_configuration, parse_configuration, parse_order
 
 # No deadline: the first example pays for imports, and a busy machine is no failure.
 quick = settings(max_examples=50, deadline=None)
@@ -42,11 +43,11 @@ def clauses(draw) -> Clause:
     """Any clause at all, whether or not a detector has what it names."""
     site = draw(st.sampled_from(SITES))
     scope = {"queries": None if site == "encoder_self" else draw(some), "layers": draw(some)}
-    form = draw(st.sampled_from(["heads", "spared", "off"]))
+    form = draw(st.sampled_from(["heads", "kept_heads", "off"]))
     if form == "heads":
         return Clause(site, **scope, heads=draw(some), gate=draw(fractions))
-    if form == "spared":
-        return Clause(site, **scope, spared=tuple(draw(st.lists(places, min_size=1, max_size=3))))
+    if form == "kept_heads":
+        return Clause(site, **scope, kept_heads=tuple(draw(st.lists(places, min_size=1, max_size=3))))
     return Clause(site, **scope, off=draw(rows))
 
 
@@ -56,7 +57,7 @@ configurations = st.lists(clauses(), max_size=5).map(lambda drawn: Configuration
 @quick
 @given(configurations)
 def test_what_is_written_is_read_back_as_an_equal(configuration):
-    text = format_configuration(configuration)
+    text = configuration.text
     assert parse_configuration(text) == configuration
     assert parse_configuration(text).text == text == configuration.text
 

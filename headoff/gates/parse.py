@@ -1,4 +1,4 @@
-"""The text form of configurations and of orders of heads, for the command line and for reports.
+"""Configurations and orders of heads from text, as the command line takes them and reports show them.
 
     none                        everything on: the baseline
     first 3                     heads 0, 1 and 2 off in all layers
@@ -10,12 +10,12 @@
     L4H2=0.5                    that head's *gate* is 0.5: its attention weights are halved
     0,1,0,1,1,0,0,0             an off vector, one *off* amount per head: heads 1, 3 and 4 off in all layers
     0,1,0.25 / 1,0,0            an off matrix, a row per layer; 0.25 off is a gate of 0.75
-    query 17: L5H2              for the rows of object query 17 alone;  query 3,17: for two of them
-    layer 4-5: 0,1,0,1,1,0,0,0  in these layers alone
+    query 17: L5H2              for the rows of object query 17 only;  query 3,17: for two of them
+    layer 4-5: 0,1,0,1,1,0,0,0  in these layers only
     decoder_self L0H1           at another site; decoder_cross is the default
     query 17: L5H2; L0          several statements: their gates multiply
 
-Upper and lower case are the same, and white space is free. Everything counts from 0. In EBNF:
+Upper and lower case are the same, and white space is ignored. Everything counts from 0. In EBNF:
 
     configuration = statement, { ";", statement } ;
     statement     = { scope }, pattern ;
@@ -32,44 +32,42 @@ Upper and lower case are the same, and white space is free. Everything counts fr
     fraction      = ? decimal number from 0 to 1 ? ;
     number        = ? whole number from 0 to 9999 ? ;
 
-Each scope occurs at most once in a statement, and holds for the whole of it, up to the ";".
+Each kind of scope occurs at most once in a statement and applies to the whole statement, up to the ";".
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce
-from itertools import groupby
 from operator import and_
 from typing import NoReturn, TypeVar, cast
 
+from headoff.choices import SITES, Site
 from headoff.errors import GateError
-from headoff.gates import (
-    DEFAULT_SITE,
-    MAX_NUMBER,
-    SITES,
-    Clause,
-    Configuration,
-    Heads,
-    Order,
-    Site,
-    check_order,
-    first_off,
-    none_off,
-    off_matrix,
-    random_order,
-)
+from headoff.gates.clauses import Clause, Heads
+from headoff.gates.configurations import Configuration, first_off, none_off, off_matrix
+from headoff.gates.orders import Order, check_order, random_order
+from headoff.gates.validation import MAX_NUMBER
 
 T = TypeVar("T")
 
-# `resolver(heads)` is the order for a detector with so many heads; GateError if the order is not for so many.
 OrderResolver = Callable[[int], Order]
+"""From the number of heads to an order of them. Raises GateError if the order is for another number of heads."""
 
 
 def parse_configuration(text: str, *, name: str | None = None) -> Configuration:
-    """Read a configuration. Its name is `name`, or the automatic one, which says what is off.
+    """Read a configuration from text; the notation is that of this module's docstring.
 
-    Raises GateError, which shows the text with a caret under the character where reading stopped.
+    Args:
+        text: for example `L4H2,L5H0-3`.
+        name: its name; by default one that says what is off.
+
+    Raises:
+        GateError: the text cannot be read; the message has a caret under the character where reading stopped.
+
+    Example:
+        >>> parse_configuration("only L5H2 on").name
+        'only L5H2 on'
     """
     reader = _Reader(text, "configuration")
     statements = [_statement(reader)]
@@ -80,21 +78,15 @@ def parse_configuration(text: str, *, name: str | None = None) -> Configuration:
     return configuration.named(name) if name else configuration
 
 
-def format_configuration(configuration: Configuration) -> str:
-    """The canonical text: parsed, it gives an equal configuration; equal configurations have the same."""
-    return "; ".join(_statements(configuration.clauses)) or "none"
-
-
-def describe_clauses(clauses: Iterable[Clause]) -> str:
-    """A name for a configuration of these clauses: its text, with "off" where that reads better."""
-    return "; ".join(_statements(clauses, off=" off")) or "none off"
-
-
 def parse_order(text: str) -> OrderResolver:
-    """Read an order of heads: `3,1,0,2`, or such a row for each layer (`0,1/1,0`), `reverse`, `random:SEED`.
+    """Read an order of heads: `3,1,0,2`, such a row for each layer (`0,1/1,0`), `reverse` or `random:SEED`.
 
-    Returns a function of the number of heads that gives the order, ready for `headoff.gates.cumulative`.
-    Raises GateError with a caret under the offending character; the function raises it for a wrong length.
+    Returns:
+        A function from the number of heads to the order, as `cumulative` takes it. It raises GateError if the order
+        has another length.
+
+    Raises:
+        GateError: the text cannot be read; the message has a caret under the character where reading stopped.
     """
     reader = _Reader(text, "order of heads")
     if reader.word("reverse"):
@@ -112,7 +104,7 @@ def parse_order(text: str) -> OrderResolver:
     start = reader.here()
     rows = _separated(reader, "/", row)
     reader.end("',', '/' or the end of the text")
-    with reader.blaming(start):
+    with reader.errors_at(start):
         check_order(rows)
 
     def resolve(heads: int) -> Order:
@@ -122,51 +114,8 @@ def parse_order(text: str) -> OrderResolver:
     return resolve
 
 
-def _statements(clauses: Iterable[Clause], off: str = "") -> Iterator[str]:
-    """The text of each statement; `off` is appended to lists of heads that are."""
-    # Lists of heads share a statement; spared heads and off amounts each need their own.
-    for (site, queries, is_list), group in groupby(
-        clauses, key=lambda clause: (clause.site, clause.queries, not clause.spared and clause.off is None)
-    ):
-        scope = f"query {_spelled(queries, ',')}: " if queries else ""
-        scope += "" if site == DEFAULT_SITE else f"{site} "
-        if is_list:
-            listed = list(group)
-            items = [
-                _spelled_heads(Heads(clause.layers, clause.heads))
-                + (f"={_spelled_fraction(clause.gate)}" if clause.gate else "")
-                for clause in listed
-            ]
-            yield scope + ",".join(items) + ("" if any(clause.gate for clause in listed) else off)
-            continue
-        for clause in group:
-            layers = f"layer {_spelled(clause.layers, ',')}: " if clause.layers else ""
-            if clause.off is None:
-                pattern = f"only {','.join(map(_spelled_heads, clause.spared))} on"
-            else:
-                pattern = "/".join(",".join(map(_spelled_fraction, row)) for row in clause.off)
-            yield scope + layers + pattern
-
-
-def _spelled_heads(where: Heads) -> str:
-    layers = f"L{_spelled(where.layers, '+')}" if where.layers else ""
-    heads = f"H{_spelled(where.heads, '+')}" if where.heads else ""
-    return layers + heads or "all"
-
-
-def _spelled(numbers: tuple[int, ...], separator: str) -> str:
-    """Sorted numbers, runs of them as ranges: 0-2+5."""
-    # In a run of successive numbers, number minus index is the same.
-    runs = [list(run) for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
-    return separator.join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
-
-
-def _spelled_fraction(value: float) -> str:
-    return repr(value).removesuffix(".0")  # repr has the digits that it takes to read the same number back
-
-
 class _Reader:
-    """A text and how far it has been read."""
+    """A text and the position up to which it has been read."""
 
     def __init__(self, text: str, what: str) -> None:
         if not isinstance(text, str):
@@ -180,17 +129,17 @@ class _Reader:
         return self.position
 
     def take(self, pattern: str) -> str:
-        """The next characters if they match, white space skipped; else nothing."""
+        """Read the next characters, after white space, if they match; else return an empty string."""
         match = re.compile(pattern, re.IGNORECASE | re.ASCII).match(self.text, self.here())
         self.position = match.end() if match else self.position
         return match[0] if match else ""
 
     def next(self) -> str:
-        """The next character that is not white space, in lower case, left where it is; nothing at the end."""
+        """The next character that is not white space, in lower case, without reading it; empty at the end."""
         return self.text[self.here() : self.here() + 1].lower()
 
     def word(self, pattern: str) -> str:
-        """As `take`, for a whole word, in lower case."""
+        """`take` for a whole word, returned in lower case."""
         return self.take(rf"(?:{pattern})(?![a-z_])").lower()
 
     def expect(self, pattern: str, expected: str) -> str:
@@ -209,21 +158,21 @@ class _Reader:
         return float(digits)
 
     def end(self, expected: str) -> None:
-        """Nothing may be left."""
+        """Fail unless everything has been read."""
         if self.here() < len(self.text):
             self.fail(f"expected {expected}")
 
     @contextmanager
-    def blaming(self, position: int) -> Iterator[None]:
-        """Point at `position` for what cannot be built from what has been read."""
+    def errors_at(self, position: int) -> Iterator[None]:
+        """Let a GateError point at `position`: what was read there has no valid meaning."""
         try:
             yield
         except GateError as error:
             self.fail(str(error), position)
 
     def fail(self, message: str, position: int | None = None) -> NoReturn:
-        """Raise GateError with the caret at `position` (None: where reading has come to)."""
-        # One column per character, or the caret would miss: no tabs, line ends or terminal codes.
+        """Raise GateError with the caret at `position`, by default where reading stopped."""
+        # One column per character, so that the caret is in the right place: no tabs, line ends or terminal codes.
         shown = "".join(character if character.isprintable() else " " for character in self.text)
         caret = " " * (self.position if position is None else position) + "^"
         raise GateError(f"cannot read the {self.what}: {message}\n    {shown}\n    {caret}") from None
@@ -254,7 +203,7 @@ def _statement(reader: _Reader) -> Configuration:
             scope[kind] = _ranges(reader, kind, f"after '{word}'", "[,+]")
             reader.expect(":", f"':' after the {kind} numbers")
     configuration = _pattern(reader)
-    with reader.blaming(start):
+    with reader.errors_at(start):
         if site:
             configuration = configuration.at(site)
         if "layer" in scope:
@@ -273,10 +222,10 @@ def _pattern(reader: _Reader) -> Configuration:
         reader.word("off")
         return first_off(k)
     if reader.word("only"):
-        spared = _separated(reader, ",", lambda: _selector(reader))
+        kept = _separated(reader, ",", lambda: _selector(reader))
         if not reader.word("on"):
-            reader.fail("expected 'on' after the heads that alone stay on")
-        return Configuration(clauses=(Clause(spared=tuple(spared)),))
+            reader.fail("expected 'on' after the heads that stay on")
+        return Configuration(clauses=(Clause(kept_heads=tuple(kept)),))
     if reader.next() in set("0123456789."):
         return _off_rows(reader)
     if reader.next() not in set("lha"):
