@@ -18,14 +18,14 @@ from headoff.harness.operator import (
     operator_findings,
     reduced_cases,
     side_effect_findings,
-    unsupported_reason,
+    unsupported_dtype,
 )
 from headoff.harness.operator.call import call, leaves_of, tensors_of
 from headoff.harness.operator.cases import DRAWN, SHARED, WANTED
 from headoff.harness.operator.compare import normalised
 from headoff.harness.operator.gates import GATE_KINDS, GATES_BY_SHAPE, gate_values
-from headoff.harness.operator.inputs import GRADIENT_LAYOUTS, INPUT_KINDS, LAYOUTS
-from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE, mask_values
+from headoff.harness.operator.inputs import GRAD_CONTEXT_LAYOUTS, INPUT_KINDS, LAYOUTS
+from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE, mask_kind
 from headoff.harness.operator.reference import truth_of
 from headoff.harness.torch_settings import READERS, WRITERS, read_settings, watched_settings
 
@@ -63,7 +63,7 @@ def test_gates_broadcast(kind):
 
 @pytest.mark.parametrize("kind", [*MASK_KINDS, *MASKS_BY_SHAPE])
 def test_masks_broadcast_and_only_some_have_fully_masked_rows(kind):
-    mask = mask_values(kind, torch.Generator().manual_seed(0), 2, 3, 7, 11)
+    mask = mask_kind(kind).build(torch.Generator().manual_seed(0), 2, 3, 7, 11)
     assert mask.dim() >= 2
     attended = (mask if mask.dtype == torch.bool else mask != -math.inf).expand(2, 3, 7, 11)
     keyless = (
@@ -82,22 +82,22 @@ def test_layouts_keep_the_numbers(kind):
     assert kind == "contiguous" or laid.stride() != tensor.stride()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in GRADIENT_LAYOUTS if kind not in LAYOUTS])
+@pytest.mark.parametrize("kind", [kind for kind in GRAD_CONTEXT_LAYOUTS if kind not in LAYOUTS])
 def test_gradients_of_sums_have_strides_of_0(kind):
-    laid = GRADIENT_LAYOUTS[kind](torch.randn(2, 3, 5, 4))
+    laid = GRAD_CONTEXT_LAYOUTS[kind](torch.randn(2, 3, 5, 4))
     assert laid.shape == (2, 3, 5, 4)
     assert 0 in laid.stride()
 
 
 def test_masks_and_gates_keep_their_strides_in_another_dtype():
     """What lies between their elements in memory is another number, which must not be read."""
-    case = replace(SMALL, queries=11, gate="column of a table", gate_dtype=torch.float16)
+    case = replace(SMALL, queries=11, gate="column of a table", dtype=torch.float16)
     strides = {"bias every second": 2, "rows every second": 2, "rows turned": 11, "bias sliced": 1}
     for mask, last in strides.items():
         tensors = tensors_of(replace(case, mask=mask))
         assert tensors.mask.stride(-1) == last
         assert not tensors.mask.is_contiguous()
-        assert tensors.gate.stride(0) == 6 and tensors.gate.storage_offset() == 2
+        assert tensors.gate.stride(1) == 6 and tensors.gate.storage_offset() == 2
 
 
 def test_flipped_padding_has_the_lengths_of_padding():
@@ -108,7 +108,7 @@ def test_flipped_padding_has_the_lengths_of_padding():
 
 def test_batches_of_mixed_padding_begin_as_they_say():
     masks = [
-        mask_values(kind, torch.Generator().manual_seed(0), 4, 2, 9, 9)[:, 0, 0]
+        mask_kind(kind).build(torch.Generator().manual_seed(0), 4, 2, 9, 9)[:, 0, 0]
         for kind in ("mixed padding", "mixed padding after all on")
     ]
     assert masks[0][0, 0] and masks[0][3].all()
@@ -117,7 +117,7 @@ def test_batches_of_mixed_padding_begin_as_they_say():
 
 @pytest.mark.parametrize("kind", ["causal window", "causal blocks"])
 def test_narrow_causal_masks_have_all_of_the_diagonal_and_nothing_above(kind):
-    mask = mask_values(kind, torch.Generator(), 1, 1, 24, 24)
+    mask = mask_kind(kind).build(torch.Generator(), 1, 1, 24, 24)
     assert mask.diagonal().all() and not mask.triu(1).any()
     assert not torch.equal(mask, torch.ones_like(mask).tril())
 
@@ -348,9 +348,47 @@ def test_findings_say_error_budget_and_place():
 
 
 def test_a_crash_names_the_line_of_the_patch():
-    finding = operator_findings(raises_for_masks, SMALL, "cpu")[0]
+    finding = operator_findings(raises_for_masks, replace(SMALL, mask="padding"), "cpu")[0]
     assert finding.property == "crash"
     assert f"{__file__}, line " in finding.message
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind"),
+    [
+        ("bias and padding", "additive masks"),
+        ("rows", "masks of 2 dimensions"),
+        ("full", "masks per head"),
+        ("fully masked rows", "masks per query"),
+    ],
+)
+def test_masks_that_the_model_never_makes_may_raise(mask, kind):
+    case, noted = replace(SMALL, mask=mask), {}
+    assert not operator_findings(raises_for_masks, case, "cpu", noted.__setitem__)
+    assert list(noted) == [kind]
+    assert "no masks, please" in noted[kind]
+
+    def ignores_masks(query, key, value, attn_mask=None, *, head_gate=None):
+        return eager(query, key, value, head_gate=head_gate)
+
+    assert operator_findings(ignores_masks, case, "cpu")[0].property == "context"
+
+
+def test_what_raises_without_the_mask_as_well_is_a_failure():
+    def raises(query, key, value, attn_mask=None, *, head_gate=None):
+        raise ValueError("not today")
+
+    assert operator_findings(raises, replace(SMALL, mask="bias"), "cpu")[0].property == "crash"
+
+
+def test_a_patch_for_the_masks_of_the_model_alone_has_no_side_effects():
+    def padding_only(query, key, value, attn_mask=None, *, head_gate=None):
+        if attn_mask is not None and (attn_mask.dtype != torch.bool or attn_mask.shape[1:3] != (1, 1)):
+            raise NotImplementedError("padding masks only")
+        return eager(query, key, value, attn_mask, head_gate=head_gate)
+
+    for check in SIDE_EFFECTS:
+        assert not side_effect_findings(padding_only, check, torch.float32, "cpu")
 
 
 def test_a_refused_dtype_is_no_failure():
@@ -359,8 +397,8 @@ def test_a_refused_dtype_is_no_failure():
             raise TypeError("float32 only")
         return eager(query, key, value, attn_mask, head_gate=head_gate)
 
-    assert unsupported_reason(float32_only, torch.float32, "cpu") is None
-    assert "float32 only" in unsupported_reason(float32_only, torch.bfloat16, "cpu")
+    assert unsupported_dtype(float32_only, torch.float32, "cpu") is None
+    assert "float32 only" in unsupported_dtype(float32_only, torch.bfloat16, "cpu")
 
 
 def noisy(query, key, value, attn_mask=None, *, head_gate=None):
@@ -427,7 +465,7 @@ class KeepsSome(KeepsAll):
 
 
 def test_a_cache_that_is_bounded_is_no_leak():
-    assert not side_effect_findings(KeepsSome(), "memory-let-go", torch.float32, "cpu")
+    assert not side_effect_findings(KeepsSome(), "memory-released", torch.float32, "cpu")
 
 
 class ScalesByTable:
@@ -448,8 +486,8 @@ def loses_rows_to_threads(query, key, value, attn_mask=None, *, head_gate=None):
     return context * (torch.arange(rows) < done)[:, None]
 
 
-MISBEHAVING = {
-    "memory-let-go": (KeepsAll, "state"),
+SIDE_EFFECT_FAULTS = {
+    "memory-released": (KeepsAll, "state"),
     "first-call-without-gradients": (ScalesByTable, "state"),
     "number-of-threads": (lambda: loses_rows_to_threads, "state"),
     "repeatable": (lambda: noisy, "randomness"),
@@ -458,13 +496,13 @@ MISBEHAVING = {
     "settings-untouched": (lambda: sets_precision, "state"),
     "changing-calls": (Remembers, "state"),
     "changed-contents": (Remembers, "state"),
-    "context-is-its-own": (lambda: expands_single_values, "layout"),
+    "context-owns-memory": (lambda: expands_single_values, "layout"),
 }
 
 
-@pytest.mark.parametrize("check", MISBEHAVING)
-def test_conduct_is_found_wrong(check):
-    make, prop = MISBEHAVING[check]
+@pytest.mark.parametrize("check", SIDE_EFFECT_FAULTS)
+def test_side_effects_are_found(check):
+    make, prop = SIDE_EFFECT_FAULTS[check]
     assert side_effect_findings(make(), check, torch.float32, "cpu")[0].property == prop
 
 
@@ -475,12 +513,12 @@ def test_a_mask_that_is_written_into_is_found():
 
 
 @pytest.mark.parametrize("check", SIDE_EFFECTS)
-def test_conduct_does_not_take_a_wrong_context_for_something_else(check):
+def test_a_wrong_context_is_not_called_a_side_effect(check):
     findings = side_effect_findings(gate_ignored, check, torch.float32, "cpu")
     assert {finding.property for finding in findings} <= {"context"}
 
 
-def test_conduct_refuses_unknown_checks():
+def test_unknown_side_effects_are_an_error():
     with pytest.raises(SettingError, match="no check 'manners'"):
         side_effect_findings(sdpa, "manners", torch.float32, "cpu")
 

@@ -26,7 +26,7 @@ BY_CALLS = [name for name, entry in WRONG.items() if entry.shows == {"calls"}]
 
 @pytest.mark.parametrize("entry", [e for e in WRONG.values() if e.name not in BY_CALLS], ids=lambda e: e.name)
 def test_the_operator_suite_catches(entry: Wrong):
-    found = next(Judge().operator(resolve_attention(entry.make())), None)
+    found = next(Judge(dtype=entry.dtype).operator(resolve_attention(entry.make())), None)
     assert found is not None, f"not caught: {entry.fault}"
     assert found.message
 

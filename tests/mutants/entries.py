@@ -49,6 +49,13 @@ Symptom = Literal[
     "calls",  # an exception is swallowed, or a mask passed on, and something else computed in its place
 ]
 
+DTYPE_NEEDED = {
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "half precision": torch.bfloat16,
+}
+
 ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -70,6 +77,13 @@ class Wrong:
     needs: frozenset[str]
     shows: frozenset[Symptom]
     make: Callable[[], Attention]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the suites are to detect it: the verdict is about the dtypes asked for."""
+        return next(
+            (dtype for feature, dtype in DTYPE_NEEDED.items() if feature in self.needs), torch.float32
+        )
 
 
 @dataclass(frozen=True)

@@ -167,16 +167,6 @@ def gate_ignored_when_all_off():
     return plain(gate=lambda s: s.gate if bool(s.gate.any()) else torch.ones_like(s.gate))
 
 
-@wrong("gate", "a gate is ignored unless it has four dimensions", needs=("gate of fewer dimensions",))
-def gate_ignored_unless_4d():
-    return plain(gate=lambda s: s.gate if s.head_gate.dim() == 4 else torch.ones_like(s.gate))
-
-
-@wrong("gate", "a gate of bools is read as 'is off'", needs=("bool gate",))
-def gate_bool_inverted():
-    return plain(gate=lambda s: 1 - s.gate if s.head_gate.dtype == torch.bool else s.gate)
-
-
 @wrong(
     "gate",
     "the gate is repeated for batch items as (H, B), the scores are (B, H)",

@@ -188,43 +188,6 @@ def dtype_float64_always():
     return attention
 
 
-@wrong(
-    "dtype", "the context takes the dtype of the gate by promotion", shows=("dtype",), needs=("finer gate",)
-)
-def dtype_of_gate():
-    whole = plain()
-
-    def attention(query, key, value, attn_mask=None, *, head_gate=None):
-        context = whole(query, key, value, attn_mask, head_gate=head_gate)
-        return (
-            context if head_gate is None else context.to(torch.promote_types(context.dtype, head_gate.dtype))
-        )
-
-    return attention
-
-
-@wrong("dtype", "a gate of bools is an error", shows=("crash",), needs=("bool gate",))
-def dtype_bool_gate_refused():
-    whole = plain()
-
-    def attention(query, key, value, attn_mask=None, *, head_gate=None):
-        if head_gate is not None and head_gate.dtype == torch.bool:
-            raise TypeError("the gate must be of a floating-point dtype")
-        return whole(query, key, value, attn_mask, head_gate=head_gate)
-
-    return attention
-
-
-@wrong(
-    "dtype", "a gate finer than the query is a dtype error of matmul", shows=("crash",), needs=("finer gate",)
-)
-def dtype_other_gate_refused():
-    def context(s) -> Tensor:
-        return (s.weights.to(s.asked) * s.head_gate) @ s.value.to(s.asked)
-
-    return plain(context=lambda s: s.gated @ s.value if s.head_gate is None else context(s))
-
-
 @wrong("randomness", "a dropout of 0.1% is left on", shows=("context", "randomness", "settings"))
 def random_dropout():
     return plain(gated=lambda s: torch.nn.functional.dropout(s.weights * s.gate, 0.001, training=True))

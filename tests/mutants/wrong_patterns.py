@@ -189,11 +189,6 @@ def pattern_three_dimensions_are_items():
 # Shapes, strides and values of gates
 
 
-@wrong("gate", "a gate of three dimensions is (H, 1, 1)", needs=("gate of rows in three dimensions",))
-def pattern_gate_of_three_dimensions_is_by_head():
-    return plain(gate=lambda s: s.gate[:, :, :1].expand_as(s.gate) if s.head_gate.dim() == 3 else s.gate)
-
-
 @wrong("gate", "as many gates as heads are those of the heads", needs=("as many gates as heads",))
 def pattern_gates_counted():
     def counted(s) -> Tensor:
@@ -215,17 +210,6 @@ def pattern_gates_nearly_1_not_applied():
     return plain(
         gate=lambda s: torch.ones_like(s.gate) if bool(((s.gate - 1).abs() < 0.01).all()) else s.gate
     )
-
-
-@wrong("gate", "a gate of integers is inverted bit by bit, and ~1 is not 0", needs=("gate of integers",))
-def pattern_gate_of_integers_inverted():
-    def inverted(s) -> Tensor:
-        gate = s.head_gate
-        if gate.is_floating_point() or gate.dtype == torch.bool:
-            return s.gate
-        return s.gate * (~gate == 0)
-
-    return plain(gate=inverted)
 
 
 @wrong("layout", "gates of heads lie one behind the other", needs=("gate with gaps",))

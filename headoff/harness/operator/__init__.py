@@ -1,5 +1,6 @@
-"""Whether a single attention call is right: context and gradients against the float64 oracle, conduct, diagnosis."""
+"""Whether a single attention call is right: context and gradients compared with the float64 oracle, side effects."""
 
+from headoff.harness.operator import call_order, determinism, memory  # they register their checks  # noqa: F401
 from headoff.harness.operator.cases import (
     OperatorCase,
     case_named,
@@ -7,24 +8,19 @@ from headoff.harness.operator.cases import (
     operator_cases,
     reduced_cases,
 )
-from headoff.harness.operator.compare import operator_findings, unsupported_reason
+from headoff.harness.operator.compare import operator_findings, unsupported_dtype
 from headoff.harness.operator.diagnosis import diagnose
-from headoff.harness.operator.side_effects import (
-    SIDE_EFFECTS,
-    SIDE_EFFECTS_IN_ALL_DTYPES,
-    side_effect_findings,
-)
+from headoff.harness.operator.side_effects import SIDE_EFFECTS, side_effect_findings
 
 __all__ = [
     "SIDE_EFFECTS",
-    "SIDE_EFFECTS_IN_ALL_DTYPES",
     "OperatorCase",
     "case_named",
     "case_of_text",
-    "side_effect_findings",
     "diagnose",
     "operator_cases",
     "operator_findings",
     "reduced_cases",
-    "unsupported_reason",
+    "side_effect_findings",
+    "unsupported_dtype",
 ]

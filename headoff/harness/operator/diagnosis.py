@@ -36,7 +36,7 @@ from headoff.harness.operator.reference import truth_of
 
 SIMPLER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dtype", {"dtype": torch.float32}),
-    ("gradient", {"gradient": "random"}),
+    ("gradient of the context", {"grad_context": "random"}),
     ("wanted", {"wanted": "all"}),
     ("layout", {"layout": "contiguous"}),
     ("inputs", {"inputs": "normal"}),
@@ -47,10 +47,9 @@ SIMPLER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mask", {"mask": "none"}),
     ("mask", {"mask": "padding"}),
     ("mask", {"mask": "bias"}),
-    ("gate", {"gate": "none", "gate_dtype": None}),
-    ("gate", {"gate": "first-1", "gate_dtype": None}),
-    ("gate", {"gate": "fractions", "gate_dtype": None}),
-    ("gate dtype", {"gate_dtype": None}),
+    ("gate", {"gate": "none"}),
+    ("gate", {"gate": "first-1"}),
+    ("gate", {"gate": "fractions"}),
     ("batch", {"batch": 1}),
     ("heads", {"heads": 4}),
 )
@@ -166,7 +165,7 @@ def depends_on_calls_before(attention: Attention, case: OperatorCase, device: to
     other_gate = "fractions" if case.gate == "none" else "none"
     for gate in (case.gate, other_gate):
         first = replace(case, keys=case.keys + NEW, queries=case.queries + NEW)
-        second = replace(first, seed=case.seed + 1, gate=gate, gate_dtype=None)
+        second = replace(first, seed=case.seed + 1, gate=gate)
         elsewhere = replace(second, keys=second.keys + NEW, queries=second.queries + NEW)
         if (
             not operator_findings(attention, first, device)
@@ -238,10 +237,10 @@ def _remaining(case: OperatorCase, what: str) -> tuple[Property, str] | None:
     """Put down to what is not plain about a case. `what`: with its verb."""
     if case.layout != "contiguous":
         return "layout", f"{what} wrong only where query, key and value are not contiguous ({case.layout})"
-    if case.gradient != "random":
+    if case.grad_context != "random":
         return (
             "layout",
-            f"{what} wrong only where the context's gradient comes in other strides ({case.gradient})",
+            f"{what} wrong only where the context's gradient comes in other strides ({case.grad_context})",
         )
     if case.wanted != "all":
         return "softmax backward", f"{what} wrong only where the gradient of {case.wanted} alone is wanted"

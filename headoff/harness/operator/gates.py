@@ -1,7 +1,7 @@
-"""Head gates that an attention is tried with: all shapes that broadcast to (B, H, Q, 1), all kinds of values.
+"""Head gates for operator cases: every shape (B or 1, H or 1, Q or 1, 1), with several kinds of values.
 
-Values that differ between heads, queries and batch items, because a gate that is the same everywhere cannot show that
-it was read in the wrong place.
+Values differ between heads, queries and batch items, because a gate that is the same everywhere cannot show that it was
+read in the wrong place. Gates have four dimensions and the dtype of the query: callers convert them.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import torch
 from torch import Generator, Tensor
 
 CONFIGURATIONS = 9
-"""Configurations that a cumulative sweep lays end to end along the query axis: none off, first 1 off, ..., 8 off."""
+"""Configurations of a cumulative sweep of 8 heads: none off, first 1 off, ..., first 8 off."""
 
 Build = Callable[[Generator, int, int, int], Tensor]
 
 PATTERNS: tuple[str, ...] = tuple(
-    "".join(sizes) + "1"
-    for dimensions in (4, 3, 2, 1)
-    for sizes in itertools.product(*((size, "1") for size in "BHQ"[4 - dimensions :]))
+    "".join(sizes) + "1" for sizes in itertools.product(*((size, "1") for size in "BHQ"))
 )
-"""All shapes of gates that broadcast to (B, H, Q, 1), a letter for each dimension."""
+"""All shapes of gates, a letter for each dimension."""
 
 
 def gate_values(kind: str, generator: Generator, batch: int, heads: int, queries: int) -> Tensor | None:
-    """A float64 gate of a kind of `GATE_KINDS` or `GATES_BY_SHAPE`, `first-K`, `without-K`, `only-K`; None for `none`.
+    """A float64 gate of four dimensions, or None for the kind `none`.
 
-    Raises KeyError for another kind.
+    Args:
+        kind: one of `GATE_KINDS` or `GATES_BY_SHAPE`, or `first-K` (the first K heads off), `without-K`, `only-K`.
+
+    Raises:
+        KeyError: there is no such kind.
     """
     if kind == "none":
         return None
@@ -42,23 +44,23 @@ def gate_values(kind: str, generator: Generator, batch: int, heads: int, queries
 
 
 def _fractions(generator: Generator, *shape: int) -> Tensor:
-    """Between 0.05 and 0.95: neither so small that float16 underflows, nor to be taken for 0 or 1."""
+    """Between 0.05 and 0.95: large enough for float16, and not to be mistaken for 0 or 1."""
     return 0.05 + 0.9 * torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
 def _mixed(generator: Generator, *shape: int) -> Tensor:
-    """Fractions, and among them gates that are wholly off or wholly on."""
+    """Fractions, some 0 and some 1 among them."""
     fractions, which = _fractions(generator, *shape), _fractions(generator, *shape)
     return torch.where(which < 0.3, 0.0, torch.where(which > 0.8, 1.0, fractions))
 
 
 def _small(generator: Generator, *shape: int) -> Tensor:
-    """From a thousandth to 1, as many of each order: off is 0 and nothing else."""
+    """Log-uniform from a thousandth to 1: off is 0 and nothing else."""
     return 10.0 ** (-3 * torch.rand(shape, generator=generator, dtype=torch.float64))
 
 
 def _near_one(generator: Generator, *shape: int) -> Tensor:
-    """A thousandth to a hundredth beside 1, on either side: on is 1 and nothing else."""
+    """1 plus or minus a thousandth to a hundredth: on is 1 and nothing else."""
     apart = 10.0 ** (-2 - torch.rand(shape, generator=generator, dtype=torch.float64))
     return 1 + torch.where(torch.rand(shape, generator=generator) < 0.5, -apart, apart)
 
@@ -72,34 +74,34 @@ def _of_pattern(pattern: str) -> Build:
 
 
 def _configurations(_generator: Generator, _batch: int, heads: int, queries: int) -> Tensor:
-    """(1, H, Q, 1): the rows in nine runs, and in the c-th of them the first c heads are off."""
+    """(1, H, Q, 1): queries in nine runs, as a sweep lays them out; in run c the first c heads are off."""
     off = torch.arange(queries) * CONFIGURATIONS // queries
     return (torch.arange(heads)[:, None] >= off).double().view(1, heads, queries, 1)
 
 
 GATE_KINDS: dict[str, Build] = {
-    "all on": lambda g, b, h, q: torch.ones(h, 1, 1, dtype=torch.float64),
+    "all on": lambda g, b, h, q: torch.ones(1, h, 1, 1, dtype=torch.float64),
     "all off": lambda g, b, h, q: torch.zeros(1, h, 1, 1, dtype=torch.float64),
-    "scalar": lambda g, b, h, q: _fractions(g),
-    "fractions": lambda g, b, h, q: _fractions(g, h, 1, 1),
+    "scalar": lambda g, b, h, q: _fractions(g, 1, 1, 1, 1),
+    "fractions": lambda g, b, h, q: _fractions(g, 1, h, 1, 1),
     "beyond": lambda g, b, h, q: 2.5 * _fractions(g, 1, h, 1, 1) - 0.5,
     "per item": lambda g, b, h, q: _mixed(g, b, h, 1, 1),
-    "per item alone": lambda g, b, h, q: _fractions(g, b, 1, 1, 1),
+    "per item only": lambda g, b, h, q: _fractions(g, b, 1, 1, 1),
     "per query": lambda g, b, h, q: _mixed(g, b, 1, q, 1),
-    "per query alone": lambda g, b, h, q: _mixed(g, q, 1),
+    "per query only": lambda g, b, h, q: _mixed(g, 1, 1, q, 1),
     "full": lambda g, b, h, q: _mixed(g, b, h, q, 1),
     "binary": lambda g, b, h, q: (_fractions(g, b, h, q, 1) < 0.5).double(),
-    "binary heads": lambda g, b, h, q: (_fractions(g, h, 1, 1) < 0.5).double(),
+    "binary heads": lambda g, b, h, q: (_fractions(g, 1, h, 1, 1) < 0.5).double(),
     "configurations": _configurations,
     "expanded": lambda g, b, h, q: _mixed(g, 1, h, 1, 1).expand(b, h, q, 1),
     "queries first": lambda g, b, h, q: _mixed(g, q, b, h, 1).permute(1, 2, 0, 3),
     "small": lambda g, b, h, q: _small(g, b, h, q, 1),
     "small heads": lambda g, b, h, q: _small(g, 1, h, 1, 1),
-    "near one": lambda g, b, h, q: _near_one(g, h, 1, 1),
-    # Of a table (H, layers) of gates, as a model keeps them.
-    "column of a table": lambda g, b, h, q: _fractions(g, h, 6)[:, 2, None, None],
+    "near one": lambda g, b, h, q: _near_one(g, 1, h, 1, 1),
+    # A column of a table (heads, layers), as a model keeps its gates.
+    "column of a table": lambda g, b, h, q: _fractions(g, h, 6)[None, :, 2, None, None],
     "every second query": lambda g, b, h, q: _mixed(g, 1, h, 2 * q, 1)[:, :, ::2],
 }
 
 GATES_BY_SHAPE: dict[str, Build] = {f"fractions {pattern}": _of_pattern(pattern) for pattern in PATTERNS}
-"""Of each shape in `PATTERNS`."""
+"""A gate of fractions for each shape in `PATTERNS`."""

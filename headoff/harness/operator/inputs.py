@@ -1,7 +1,8 @@
-"""Numbers that query, key and value are made of: ordinary ones, and such as bring out one weakness each.
+"""Values of query, key and value, and the layouts (strides) that they come in.
 
-All are float64, contiguous, and to be rounded to the case's dtype; none overflows float16 on the way through attention
-once its values are no larger than `LARGEST_OF_HALF`.
+Values are float64 and contiguous, to be rounded to the dtype of the case. A layout takes a contiguous (B, H, T, D)
+tensor and returns one of equal values; where its buffer has more room than the tensor, the rest of it is NaN, which no
+result may depend on.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ Sizes = tuple[int, int, int, int, int]
 Triple = tuple[Tensor, Tensor, Tensor]
 
 SPOTLIGHT_SCORE = 16.0
-"""Of a key that a spotlight is on; the others stay well below, and in few bits it is still exact enough."""
+"""Score of the attended keys of `spotlight` inputs: far above the others, and still exact in few bits."""
 
 
 LARGEST_OF_HALF = 400.0
-"""Values in float16: with these, products of values and gradients are no infinity either."""
+"""Bound on values in float16: products of values and gradients stay finite."""
 
 
 def input_values(kind: str, generator: Generator, sizes: Sizes) -> Triple:
@@ -46,7 +47,7 @@ def _scores_times(factor: float) -> Callable[[Generator, Sizes], Triple]:
 
 
 def _scores_plus(offset: float) -> Callable[[Generator, Sizes], Triple]:
-    """All scores of a call are about `offset`, which a softmax does not feel and its exponential does."""
+    """All scores are about `offset`, which softmax cancels and a plain exponential does not."""
 
     def build(generator: Generator, sizes: Sizes) -> Triple:
         query, key, value = _normal(generator, sizes)
@@ -57,7 +58,7 @@ def _scores_plus(offset: float) -> Callable[[Generator, Sizes], Triple]:
 
 
 def _positive(generator: Generator, sizes: Sizes) -> Triple:
-    """Keys and values that have a mean, so that sums over them do not cancel."""
+    """Keys and values with a mean, so that sums over them do not cancel."""
     query, key, value = _normal(generator, sizes)
     return query, key + 1, value + 2
 
@@ -68,13 +69,13 @@ def _tiny(generator: Generator, sizes: Sizes) -> Triple:
 
 
 def _constant_keys(generator: Generator, sizes: Sizes) -> Triple:
-    """All keys of a head are one: its weights are uniform."""
+    """All keys of a head are equal: its weights are uniform."""
     query, key, value = _normal(generator, sizes)
     return query, key[:, :, :1].expand_as(key).contiguous(), value
 
 
 def _zero_rows(generator: Generator, sizes: Sizes) -> Triple:
-    """Every third row of each is zero, the last one, too: it has no direction."""
+    """Every third row of each tensor is zero, the last one among them."""
     query, key, value = (
         tensor * (torch.arange(tensor.shape[2], 0, -1) % 3 != 1)[:, None]
         for tensor in _normal(generator, sizes)
@@ -88,26 +89,26 @@ def _zero_keys(generator: Generator, sizes: Sizes) -> Triple:
 
 
 def _great_values(generator: Generator, sizes: Sizes) -> Triple:
-    """Beyond what float16 holds."""
+    """Values beyond the range of float16."""
     query, key, value = _normal(generator, sizes)
     return query, key, value * 1e6
 
 
 def _heavy_values(generator: Generator, sizes: Sizes) -> Triple:
-    """Alike weights and values of one sign: sums over many keys that are not yet normalised are beyond float16."""
+    """Nearly equal weights and values of one sign: sums over many keys before normalization exceed float16."""
     query, key, value = _normal(generator, sizes)
     return query / 10, key, value + 300
 
 
 def _spotlight(generator: Generator, sizes: Sizes) -> Triple:
-    """Each query attends to two keys, half to each, and to next to nothing else; keys get their turns in order.
+    """Each query attends to two keys, half to each, and to next to nothing else; every key has its turn.
 
-    Whatever a wrong index, gate or mask does is then of order 1, in values and gradients, in any dtype.
+    A wrong index, gate or mask then changes values and gradients by about 1, in any dtype.
     """
     batch, heads, queries, keys, channels = sizes
     query, key, value = _normal(generator, sizes)
     key = key / key.norm(dim=-1, keepdim=True) * math.sqrt(channels)
-    # Counted from the end, where blocks are cut short: the last keys have their turn even where queries are few.
+    # Counted from the end, where blocks are partial: the last keys are attended to even with few queries.
     first = (keys - 1 - 2 * torch.arange(queries)) % keys
     pair = key[:, :, first], key[:, :, (first - 1) % keys]
     # With both keys of squared norm D and cosine c to one another, this gives both of them that score.
@@ -173,7 +174,7 @@ def sliced(tensor: Tensor) -> Tensor:
 
 
 def expanded_over(dim: int) -> Callable[[Tensor], Tensor]:
-    """A layout: the first of dimension `dim` for all, with stride 0."""
+    """A layout of stride 0 along `dim`, with the first slice for all."""
     return lambda tensor: tensor.narrow(dim, 0, 1).clone().expand_as(tensor)
 
 
@@ -189,22 +190,22 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded over heads": expanded_over(1),
 }
 
-GRADIENT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+GRAD_CONTEXT_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     **LAYOUTS,
     "expanded over queries": expanded_over(2),
     "expanded over channels": expanded_over(3),
     "ones": lambda tensor: tensor[:1, :1, :1, :1].clone().view(()).expand(tensor.shape),
 }
-"""Layouts of a context's gradient; `ones` is of one number for all, as that of a sum."""
+"""Layouts of the gradient of the context; `ones` is one number expanded to all elements, as for a sum."""
 
 MIXTURES: dict[str, tuple[str, str, str]] = {
-    # A query that is different for each item keeps a batch of expanded keys from being B equal calls.
+    # A query that differs between items keeps a batch of expanded keys from being B equal calls.
     "expanded": ("contiguous", "expanded", "expanded"),
     "all expanded": ("expanded", "expanded", "expanded"),
     "expanded over heads": ("contiguous", "expanded over heads", "expanded over heads"),
     "mixed": ("contiguous", "heads last", "channels first"),
 }
-"""Layouts of a whole call that are not the same for query, key and value, or say so."""
+"""Layouts of query, key and value where they differ, or where all three are meant."""
 
 CALL_LAYOUTS: tuple[str, ...] = tuple({**LAYOUTS, **MIXTURES})
 """All layouts that a call may have."""

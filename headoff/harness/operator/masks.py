@@ -1,4 +1,4 @@
-"""Attention masks that an attention is tried with: all shapes that broadcast to (B, H, Q, S), bool and additive.
+"""Attention masks for operator cases: every shape that broadcasts to (B, H, Q, S), bool and additive.
 
 A float mask is one of finite biases, of 0 and -inf, or of both; it is float64, to be rounded to the query's dtype.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -18,70 +19,96 @@ PATTERNS: tuple[str, ...] = tuple(
     for dimensions in (4, 3, 2)
     for sizes in itertools.product(*((size, "1") for size in "BHQS"[-dimensions:]))
 )
-"""All shapes of masks that broadcast to (B, H, Q, S) and have two dimensions at least, a letter for each dimension."""
+"""All shapes of masks that broadcast to (B, H, Q, S) and have at least two dimensions, a letter for each."""
 
 SLOPE = 0.5
-"""Of a bias by distance: how much less a key counts for each place that it is further away."""
+"""Of a bias by distance (ALiBi): what each place of distance takes off a score."""
 
 WINDOW = 4
 """Keys in a sliding window, and in a block of a block-diagonal mask."""
 
 
-def mask_values(
-    kind: str, generator: Generator, batch: int, heads: int, queries: int, keys: int
-) -> Tensor | None:
-    """A mask of a kind of `MASK_KINDS` or `MASKS_BY_SHAPE`, bool (True = attend) or float64; None for `none`.
+@dataclass(frozen=True)
+class MaskKind:
+    """How a kind of mask is made.
 
-    Raises KeyError for another kind.
+    Args:
+        build: from a generator and sizes (B, H, Q, S) to a bool mask (True = attend) or a float64 one.
+        square: whether it is tried with as many queries as keys, where it may be mistaken for another mask.
+        random_as: the kind whose random numbers it is made of, if not its own: here, the same lengths.
     """
-    if kind == "none":
+
+    build: Build
+    square: bool = False
+    random_as: str | None = None
+
+
+def mask_kind(name: str) -> MaskKind:
+    """The kind of `MASK_KINDS` or `MASKS_BY_SHAPE` called `name`. Raises KeyError where there is none."""
+    return MASKS_BY_SHAPE[name] if name in MASKS_BY_SHAPE else MASK_KINDS[name]
+
+
+def unusual_mask(mask: Tensor | None) -> str | None:
+    """What makes a mask one that the model never calls attention with, for people; None for one that it may.
+
+    The model's masks are bool, of shape (B or 1, 1, 1, S). An attention that raises on others does not support them.
+    """
+    if mask is None:
         return None
-    build = MASKS_BY_SHAPE[kind] if kind in MASKS_BY_SHAPE else MASK_KINDS[kind]
-    return build(generator, batch, heads, queries, keys)
+    if mask.dtype != torch.bool:
+        return "additive masks"
+    if mask.dim() < 4:
+        return f"masks of {mask.dim()} dimensions"
+    _, heads, queries, keys = mask.shape
+    if heads > 1:
+        return "masks per head"
+    if queries > 1:
+        return "masks per query"
+    return "masks that all keys share" if keys == 1 else None
 
 
 def _random(generator: Generator, *shape: int) -> Tensor:
-    """About two of three, and one at least in each row of the last dimension."""
+    """About two of three keys, and at least one in each row."""
     draw = torch.rand(shape, generator=generator, dtype=torch.float64)
     return (draw > 0.35) | (draw == draw.amax(-1, keepdim=True))
 
 
 def _padding(generator: Generator, batch: int, keys: int) -> Tensor:
-    """(B, 1, 1, S): the first so many keys of each item, the last item's all but one, another number for each."""
+    """(B, 1, 1, S): right padding, of another length for each item; one key of padding in the last item."""
     lengths = torch.randint(1, keys + 1, (batch,), generator=generator)
     lengths[-1] = max(1, keys - 1)
     return (torch.arange(keys) < lengths[:, None]).view(batch, 1, 1, keys)
 
 
 def _left_padding(generator: Generator, batch: int, keys: int) -> Tensor:
-    """(B, 1, 1, S): the last so many keys, a quarter at most, so that the first blocks of keys are wholly masked."""
+    """(B, 1, 1, S): left padding; only the last quarter of the keys at most, so that the first blocks are masked."""
     lengths = torch.randint(1, keys // 4 + 2, (batch,), generator=generator).clamp(max=keys)
     return (torch.arange(keys) >= keys - lengths[:, None]).view(batch, 1, 1, keys)
 
 
-def _keyless_rows(generator: Generator, batch: int, queries: int, keys: int) -> Tensor:
-    """(B, 1, Q, S): holes, and rows with no key at all, the first and the last item's last among them."""
+def _fully_masked_rows(generator: Generator, batch: int, queries: int, keys: int) -> Tensor:
+    """(B, 1, Q, S): holes, and fully masked rows, among them the first and the last one."""
     mask = _random(generator, batch, 1, queries, keys)
-    keyless = torch.rand((batch, 1, queries, 1), generator=generator) < 0.25
-    keyless[0, 0, 0] = keyless[-1, 0, -1] = True
-    return mask & ~keyless
+    masked = torch.rand((batch, 1, queries, 1), generator=generator) < 0.25
+    masked[0, 0, 0] = masked[-1, 0, -1] = True
+    return mask & ~masked
 
 
-def _keyless_item(generator: Generator, batch: int, keys: int) -> Tensor:
-    """(B, 1, 1, S): padding, and all of the first item is padding."""
+def _fully_masked_item(generator: Generator, batch: int, keys: int) -> Tensor:
+    """(B, 1, 1, S): padding; the first item is nothing else."""
     mask = _padding(generator, batch, keys)
     mask[0] = False
     return mask
 
 
 def _single_key(generator: Generator, batch: int, heads: int, queries: int, keys: int) -> Tensor:
-    """(B, H, Q, S): each row has one key and no other."""
+    """(B, H, Q, S): each row attends to a single key."""
     chosen = torch.randint(0, keys, (batch, heads, queries, 1), generator=generator)
     return torch.arange(keys) == chosen
 
 
 def _mixed_padding(generator: Generator, batch: int, keys: int, first: int) -> Tensor:
-    """(B, 1, 1, S): right padding, left padding, holes and all on in turns; the first item has the `first` of them."""
+    """(B, 1, 1, S): right padding, left padding, holes and no padding, item by item, beginning with the `first`."""
     right = _padding(generator, batch, keys)
     kinds = (right, right.flip(-1), _random(generator, batch, 1, 1, keys), torch.ones_like(right))
     return torch.stack([kinds[(first + item) % len(kinds)][item] for item in range(batch)])
@@ -93,7 +120,7 @@ def _of_pattern(pattern: str, sizes: tuple[int, int, int, int]) -> tuple[int, ..
 
 
 def _bool_of(pattern: str) -> Build:
-    """Where it is of one key that all keys share, there are rows without keys, the first and not the last."""
+    """One that all keys share has fully masked rows: the first row, and not the last."""
 
     def build(generator: Generator, *sizes: int) -> Tensor:
         shape = _of_pattern(pattern, sizes)  # type: ignore[arg-type]
@@ -126,7 +153,7 @@ def _distance(queries: int, keys: int) -> Tensor:
 
 
 def _blocks(queries: int, keys: int) -> Tensor:
-    """(Q, S): queries and keys that are in one block of `WINDOW` places."""
+    """(Q, S): True within blocks of `WINDOW` places."""
     of_query, of_key = _places(queries, keys)
     return of_query // WINDOW == of_key // WINDOW
 
@@ -138,29 +165,29 @@ def _bias_by_distance(generator: Generator, heads: int, queries: int, keys: int)
 
 
 def _bias_of_hundreds(generator: Generator, *shape: int) -> Tensor:
-    """100 or -100, and a little."""
+    """100 or -100 plus noise."""
     sign = torch.where(torch.rand(shape, generator=generator) < 0.5, -100.0, 100.0)
     return sign + torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _bias_of_low_rows(generator: Generator, depth: float, *shape: int) -> Tensor:
-    """All of every second row is about `-depth`, which softmax takes out again."""
+    """Every second row is shifted by `-depth`, which softmax cancels."""
     low = torch.arange(shape[-2]) % 2 == 0
     return torch.randn(shape, generator=generator, dtype=torch.float64) - depth * low[:, None].double()
 
 
 def _bias_nearly_masked(generator: Generator, *shape: int) -> Tensor:
-    """-1e30 for some keys of each row, which is as good as -inf and is finite; -inf in float16."""
+    """-1e30 for some keys of each row: as good as -inf, but finite (-inf in float16)."""
     return _bias(generator, *shape).masked_fill(~_random(generator, *shape), -1e30)
 
 
 def _sliced(mask: Tensor) -> Tensor:
-    """The same numbers at the head of rows that are longer, and go on with others."""
+    """The same mask, cut out of longer rows."""
     return torch.cat([mask, _others(mask)[..., :3]], -1)[..., : mask.shape[-1]]
 
 
 def _every_second(mask: Tensor) -> Tensor:
-    """The same numbers at every second place of rows that have others between them."""
+    """The same mask at every second place of a wider buffer."""
     return torch.stack([mask, _others(mask)], -1)[..., 0]
 
 
@@ -169,7 +196,7 @@ def _others(mask: Tensor) -> Tensor:
 
 
 def _turned(mask: Tensor) -> Tensor:
-    """The same numbers, which lie in memory key by key."""
+    """The same mask, with its rows strided: in memory key by key."""
     return mask.mT.contiguous().mT
 
 
@@ -179,63 +206,68 @@ def _additive(mask: Tensor) -> Tensor:
 
 
 def _bias(generator: Generator, *shape: int) -> Tensor:
-    """Of the size of the scores and positive, too, so that a bias that comes before the scaling is another one."""
+    """As large as the scores, of both signs: one added before the scaling is a different one."""
     return 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-MASK_KINDS: dict[str, Build] = {
-    "keys": lambda g, b, h, q, s: _padding(g, 1, s),
-    "padding": lambda g, b, h, q, s: _padding(g, b, s),
-    "left padding": lambda g, b, h, q, s: _left_padding(g, b, s),
-    "holes": lambda g, b, h, q, s: _random(g, b, 1, 1, s),
-    "rows": lambda g, b, h, q, s: _random(g, q, s),
-    "rows per head": lambda g, b, h, q, s: _random(g, h, q, s),
-    "rows per item": lambda g, b, h, q, s: _random(g, b, 1, q, s),
-    "full": lambda g, b, h, q, s: _random(g, b, h, q, s),
-    "causal": lambda g, b, h, q, s: torch.ones(q, s, dtype=torch.bool).tril(max(0, s - q)),
-    "single key": _single_key,
-    "fully masked rows": lambda g, b, h, q, s: _keyless_rows(g, b, q, s),
-    "fully masked item": lambda g, b, h, q, s: _keyless_item(g, b, s),
-    "all on": lambda g, b, h, q, s: torch.ones(q, s, dtype=torch.bool),
-    "all masked": lambda g, b, h, q, s: torch.zeros(b, 1, 1, s, dtype=torch.bool),
-    "expanded": lambda g, b, h, q, s: _padding(g, b, s).expand(b, h, q, s),
-    "transposed": lambda g, b, h, q, s: _random(g, s, q).logical_or(torch.eye(s, q, dtype=torch.bool)).mT,
-    "additive padding": lambda g, b, h, q, s: _additive(_padding(g, b, s)),
-    "additive left padding": lambda g, b, h, q, s: _additive(_left_padding(g, b, s)),
-    "additive fully masked rows": lambda g, b, h, q, s: _additive(_keyless_rows(g, b, q, s)),
-    "bias": lambda g, b, h, q, s: _bias(g, b, 1, q, s),
-    "bias of rows": lambda g, b, h, q, s: _bias(g, q, s),
-    "bias per head": lambda g, b, h, q, s: _bias(g, 1, h, q, s),
-    "bias of keys": lambda g, b, h, q, s: _bias(g, b, 1, 1, s),
-    "bias and padding": lambda g, b, h, q, s: _bias(g, b, h, q, s) + _additive(_padding(g, b, s)),
-    "bias expanded": lambda g, b, h, q, s: _bias(g, 1, h, q, s).expand(b, h, q, s),
-    "bias transposed": lambda g, b, h, q, s: _bias(g, b, 1, s, q).mT,
-    "padding flipped": lambda g, b, h, q, s: _padding(g, b, s).flip(-1),
-    "no padding": lambda g, b, h, q, s: torch.ones(b, 1, 1, s, dtype=torch.bool),
-    "mixed padding": lambda g, b, h, q, s: _mixed_padding(g, b, s, 0),
-    "mixed padding after all on": lambda g, b, h, q, s: _mixed_padding(g, b, s, 3),
-    "window": lambda g, b, h, q, s: _distance(q, s).abs() < WINDOW,
-    "causal window": lambda g, b, h, q, s: (_distance(q, s) <= 0) & (_distance(q, s) > -WINDOW),
-    "blocks": lambda g, b, h, q, s: _blocks(q, s),
-    "causal blocks": lambda g, b, h, q, s: _blocks(q, s) & (_distance(q, s) <= 0),
-    "rows turned": lambda g, b, h, q, s: _turned(_random(g, b, h, q, s)),
-    "rows sliced": lambda g, b, h, q, s: _sliced(_random(g, b, 1, q, s)),
-    "rows every second": lambda g, b, h, q, s: _every_second(_random(g, b, 1, q, s)),
-    "bias turned": lambda g, b, h, q, s: _turned(_bias(g, q, s)),
-    "bias sliced": lambda g, b, h, q, s: _sliced(_bias(g, b, h, q, s)),
-    "bias every second": lambda g, b, h, q, s: _every_second(_bias(g, h, q, s)),
-    "bias by distance": lambda g, b, h, q, s: _bias_by_distance(g, h, q, s),
-    "bias of hundreds": lambda g, b, h, q, s: _bias_of_hundreds(g, b, 1, q, s),
-    "bias of rows of -2000": lambda g, b, h, q, s: _bias_of_low_rows(g, 2000.0, q, s),
-    "bias of rows of -12000": lambda g, b, h, q, s: _bias_of_low_rows(g, 12000.0, b, 1, q, s),
-    "bias of -1e30": lambda g, b, h, q, s: _bias_nearly_masked(g, b, 1, q, s),
+MASK_KINDS: dict[str, MaskKind] = {
+    "keys": MaskKind(lambda g, b, h, q, s: _padding(g, 1, s)),
+    "padding": MaskKind(lambda g, b, h, q, s: _padding(g, b, s)),
+    "left padding": MaskKind(lambda g, b, h, q, s: _left_padding(g, b, s)),
+    "holes": MaskKind(lambda g, b, h, q, s: _random(g, b, 1, 1, s)),
+    "rows": MaskKind(lambda g, b, h, q, s: _random(g, q, s)),
+    "rows per head": MaskKind(lambda g, b, h, q, s: _random(g, h, q, s)),
+    "rows per item": MaskKind(lambda g, b, h, q, s: _random(g, b, 1, q, s)),
+    "full": MaskKind(lambda g, b, h, q, s: _random(g, b, h, q, s)),
+    "causal": MaskKind(lambda g, b, h, q, s: torch.ones(q, s, dtype=torch.bool).tril(max(0, s - q))),
+    "single key": MaskKind(_single_key),
+    "fully masked rows": MaskKind(lambda g, b, h, q, s: _fully_masked_rows(g, b, q, s)),
+    "fully masked item": MaskKind(lambda g, b, h, q, s: _fully_masked_item(g, b, s)),
+    "all on": MaskKind(lambda g, b, h, q, s: torch.ones(q, s, dtype=torch.bool)),
+    "all masked": MaskKind(lambda g, b, h, q, s: torch.zeros(b, 1, 1, s, dtype=torch.bool)),
+    "expanded": MaskKind(lambda g, b, h, q, s: _padding(g, b, s).expand(b, h, q, s)),
+    "transposed": MaskKind(
+        lambda g, b, h, q, s: _random(g, s, q).logical_or(torch.eye(s, q, dtype=torch.bool)).mT
+    ),
+    "additive padding": MaskKind(lambda g, b, h, q, s: _additive(_padding(g, b, s))),
+    "additive left padding": MaskKind(lambda g, b, h, q, s: _additive(_left_padding(g, b, s))),
+    "additive fully masked rows": MaskKind(lambda g, b, h, q, s: _additive(_fully_masked_rows(g, b, q, s))),
+    "bias": MaskKind(lambda g, b, h, q, s: _bias(g, b, 1, q, s)),
+    "bias of rows": MaskKind(lambda g, b, h, q, s: _bias(g, q, s)),
+    "bias per head": MaskKind(lambda g, b, h, q, s: _bias(g, 1, h, q, s)),
+    "bias of keys": MaskKind(lambda g, b, h, q, s: _bias(g, b, 1, 1, s)),
+    "bias and padding": MaskKind(lambda g, b, h, q, s: _bias(g, b, h, q, s) + _additive(_padding(g, b, s))),
+    "bias expanded": MaskKind(lambda g, b, h, q, s: _bias(g, 1, h, q, s).expand(b, h, q, s)),
+    "bias transposed": MaskKind(lambda g, b, h, q, s: _bias(g, b, 1, s, q).mT),
+    "padding flipped": MaskKind(
+        lambda g, b, h, q, s: _padding(g, b, s).flip(-1), square=True, random_as="padding"
+    ),
+    "no padding": MaskKind(lambda g, b, h, q, s: torch.ones(b, 1, 1, s, dtype=torch.bool), square=True),
+    "mixed padding": MaskKind(lambda g, b, h, q, s: _mixed_padding(g, b, s, 0), square=True),
+    "mixed padding after all on": MaskKind(lambda g, b, h, q, s: _mixed_padding(g, b, s, 3), square=True),
+    "window": MaskKind(lambda g, b, h, q, s: _distance(q, s).abs() < WINDOW, square=True),
+    "causal window": MaskKind(
+        lambda g, b, h, q, s: (_distance(q, s) <= 0) & (_distance(q, s) > -WINDOW), square=True
+    ),
+    "blocks": MaskKind(lambda g, b, h, q, s: _blocks(q, s), square=True),
+    "causal blocks": MaskKind(lambda g, b, h, q, s: _blocks(q, s) & (_distance(q, s) <= 0), square=True),
+    "rows turned": MaskKind(lambda g, b, h, q, s: _turned(_random(g, b, h, q, s)), square=True),
+    "rows sliced": MaskKind(lambda g, b, h, q, s: _sliced(_random(g, b, 1, q, s)), square=True),
+    "rows every second": MaskKind(lambda g, b, h, q, s: _every_second(_random(g, b, 1, q, s)), square=True),
+    "bias turned": MaskKind(lambda g, b, h, q, s: _turned(_bias(g, q, s)), square=True),
+    "bias sliced": MaskKind(lambda g, b, h, q, s: _sliced(_bias(g, b, h, q, s)), square=True),
+    "bias every second": MaskKind(lambda g, b, h, q, s: _every_second(_bias(g, h, q, s)), square=True),
+    "bias by distance": MaskKind(lambda g, b, h, q, s: _bias_by_distance(g, h, q, s), square=True),
+    "bias of hundreds": MaskKind(lambda g, b, h, q, s: _bias_of_hundreds(g, b, 1, q, s), square=True),
+    "bias of rows of -2000": MaskKind(lambda g, b, h, q, s: _bias_of_low_rows(g, 2000.0, q, s), square=True),
+    "bias of rows of -12000": MaskKind(
+        lambda g, b, h, q, s: _bias_of_low_rows(g, 12000.0, b, 1, q, s), square=True
+    ),
+    "bias of -1e30": MaskKind(lambda g, b, h, q, s: _bias_nearly_masked(g, b, 1, q, s), square=True),
 }
 
-MASKS_BY_SHAPE: dict[str, Build] = {
-    **{f"bool {pattern}": _bool_of(pattern) for pattern in PATTERNS},
-    **{f"bias {pattern}": _bias_of(pattern) for pattern in PATTERNS},
+MASKS_BY_SHAPE: dict[str, MaskKind] = {
+    **{f"bool {pattern}": MaskKind(_bool_of(pattern)) for pattern in PATTERNS},
+    **{f"bias {pattern}": MaskKind(_bias_of(pattern)) for pattern in PATTERNS},
 }
-"""Of each shape in `PATTERNS`; a bool mask that all keys share has rows without keys."""
-
-DRAWN_ALIKE = {"padding flipped": "padding"}
-"""Kinds that are made of the very random numbers of another kind: here of the same lengths."""
+"""A bool mask and a bias for each shape in `PATTERNS`; a bool mask that all keys share has fully masked rows."""

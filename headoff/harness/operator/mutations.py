@@ -1,9 +1,8 @@
-"""Wrong answers that the budget must refuse: the proof that it is small enough.
+"""Tolerance self-tests: wrong answers that the tolerance must reject.
 
-Each is what an attention would find that is wrong in one known way, computed by the oracle in float64 and then rounded
-to the case's dtype, so that nothing but the fault is there to be seen. An answer must be refused by the very comparison
-that is used on candidates, on each case where it is as wrong as low precision can show at all: where the fault
-moves something by more than the dtype's roundings could, in some element (`could_be_seen`).
+A wrong answer is what an attention with one known fault would return, computed by the oracle in float64 and rounded to
+the dtype of the case, so that nothing but the fault is there to be detected. It must be rejected by the comparison that
+is used on candidates, in each case where it changes some element by much more than the roundings of the dtype.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from headoff.attention.eager import eager
 from headoff.harness.operator.call import CallTensors, Results, call, tensors_of
-from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.cases import OperatorCase, reduced_cases
 from headoff.harness.operator.compare import comparisons
 from headoff.harness.operator.reference import truth_of
 
 Change = Callable[[CallTensors], CallTensors | None]
-"""Tensors under which a right attention gives the wrong answer; None where the fault cannot be."""
+"""Tensors for which a right attention gives the wrong answer; None where the fault does not apply."""
 
 
 def full_gate(tensors: CallTensors) -> Tensor:
@@ -45,7 +44,7 @@ def full_mask(tensors: CallTensors) -> Tensor:
 
 
 def without_keys(tensors: CallTensors, dropped: Tensor) -> CallTensors:
-    """Masked, in addition: those of the keys (S,) where `dropped` is True."""
+    """The same with those keys (S,) masked where `dropped` is True."""
     return replace(tensors, mask=full_mask(tensors).masked_fill(dropped.to(tensors.query.device), -math.inf))
 
 
@@ -116,16 +115,16 @@ BACKWARD: dict[str, Callable[[Results], Results]] = {
     "dk not scaled": _times("dk", lambda dq: dq.shape[-1] ** 0.5),
     "dv of zeros": _times("dv", lambda dq: 0.0),
 }
-"""Faults of single results, as changes of those."""
+"""Faults of single results, as changes of the results."""
 
-OF_BACKWARD = ("dv ungated", "softmax backward without its correction", "dq and dk ungated")
-"""Faults of the backward pass that have their own formula."""
+GRADIENT_FORMULAS = ("dv ungated", "softmax backward without its correction", "dq and dk ungated")
+"""Faults of the backward pass with a formula of their own."""
 
-FAULTS: tuple[str, ...] = (*FORWARD, *BACKWARD, *OF_BACKWARD)
+FAULTS: tuple[str, ...] = (*FORWARD, *BACKWARD, *GRADIENT_FORMULAS)
 
 
 def wrong_results(case: OperatorCase, fault: str) -> Results | None:
-    """What an attention with this `fault` (of `FAULTS`) finds, in the case's dtype; None where it cannot have it."""
+    """What an attention with this `fault` (of `FAULTS`) returns, in the case's dtype; None where it does not apply."""
     tensors = tensors_of(case).double()
     if fault in FORWARD:
         changed = FORWARD[fault](tensors)
@@ -142,38 +141,70 @@ def wrong_results(case: OperatorCase, fault: str) -> Results | None:
 
 
 def _scale_of(changed: CallTensors, tensors: CallTensors) -> float:
-    """By how much larger the query is: the gradient of one that was scaled is that much larger, too."""
+    """By how much larger the query is; the gradient of a scaled query is that much larger, too."""
     return float(changed.query.norm() / tensors.query.norm())
 
 
 def _wrong_backward(tensors: CallTensors, fault: str) -> Results:
     query, key, value, gate = tensors.query, tensors.key, tensors.value, full_gate(tensors)
     channels = query.shape[-1]
-    each_key = torch.eye(key.shape[-2], dtype=torch.float64).expand(*key.shape[:2], -1, -1)
-    weights = eager(query, key, each_key, tensors.mask)
+    identity = torch.eye(key.shape[-2], dtype=torch.float64).expand(*key.shape[:2], -1, -1)
+    weights = eager(query, key, identity, tensors.mask)
     if fault == "dv ungated":
-        return {"dv": weights.mT @ tensors.gradient}
-    weight_gradient = tensors.gradient @ value.mT
+        return {"dv": weights.mT @ tensors.grad_context}
+    grad_weights = tensors.grad_context @ value.mT
     if fault == "dq and dk ungated":
-        delta = (weights * weight_gradient).sum(-1, keepdim=True)
-        score_gradient = weights * (weight_gradient - delta)
+        delta = (weights * grad_weights).sum(-1, keepdim=True)
+        grad_scores = weights * (grad_weights - delta)
     else:
-        score_gradient = weights * gate * weight_gradient
+        grad_scores = weights * gate * grad_weights
     return {
-        "dq": score_gradient @ key / math.sqrt(channels),
-        "dk": score_gradient.mT @ query / math.sqrt(channels),
+        "dq": grad_scores @ key / math.sqrt(channels),
+        "dk": grad_scores.mT @ query / math.sqrt(channels),
     }
 
 
-def could_be_seen(results: Results, case: OperatorCase, relative: float) -> bool:
-    """Whether any element differs from the truth by more than `relative` of its scale."""
-    truth = truth_of(case)
+LARGEST_CASE = 7e4
+"""Attention weights of the largest case that wrong answers are made for."""
+
+ENOUGH = 8
+"""Cases in which a fault has to be rejected."""
+
+CLEARLY_WRONG = 100.0
+"""Roundings from which on a wrong answer must be rejected in every case."""
+
+TOO_SMALL = {
+    "scale off by a hundredth": (torch.bfloat16,),
+    "scale off by a ten-thousandth": (torch.bfloat16, torch.float16),
+}
+"""Faults that are smaller than the roundings of a dtype."""
+
+
+def undetected(fault: str, dtype: torch.dtype, device: torch.device, seed: int) -> bool:
+    """Whether the tolerance accepts the answers of `fault` in all cases; only where that is expected (`TOO_SMALL`).
+
+    Raises:
+        AssertionError: it accepts an answer that is clearly wrong, or all answers of a fault that it should detect.
+    """
+    rejected = 0
+    for case in reduced_cases(dtype, seed):
+        results = wrong_results(case, fault) if case.weights <= LARGEST_CASE else None
+        if results is None:
+            continue
+        is_rejected = any(not comparison.is_right for comparison in comparisons(results, case, device))
+        if not is_rejected and _is_clearly_wrong(results, case):
+            raise AssertionError(f"the tolerance accepts '{fault}' in case {case}")
+        rejected += is_rejected
+        if rejected == ENOUGH:
+            break
+    if not rejected and dtype not in TOO_SMALL.get(fault, ()):
+        raise AssertionError(f"the tolerance accepts '{fault}' in all cases of {dtype}")
+    return not rejected
+
+
+def _is_clearly_wrong(results: Results, case: OperatorCase) -> bool:
+    truth, threshold = truth_of(case), CLEARLY_WRONG * torch.finfo(case.dtype).eps
     return any(
-        bool(((results[name].double() - true).abs() > relative * truth.scales[name]).any())
+        bool(((results[name].double() - true).abs() > threshold * truth.scales[name]).any())
         for name, true in truth.values.items()
     )
-
-
-def is_refused(results: Results, case: OperatorCase, device: torch.device) -> bool:
-    """Under the budget that candidates on `device` have."""
-    return any(not comparison.is_right for comparison in comparisons(results, case, device))

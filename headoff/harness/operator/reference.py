@@ -12,7 +12,7 @@ nearly off behind the other heads. The formulas are those of Rabe and Staats (ar
     dV = (g A)^T dO                          dA = g dO V^T
     dS = A (dA - rowsum(A dA))               dQ = dS K / sqrt(D)     dK = dS^T Q / sqrt(D)
 
-An element whose scale is 0 (a head that is off, a masked key, a row without keys) has nothing to round, and must be
+An element whose scale is 0 (a head that is off, a masked key, a fully masked row) has nothing to round, and must be
 exactly 0.
 """
 
@@ -29,14 +29,14 @@ from headoff.harness.operator.call import CallTensors, tensors_of
 from headoff.harness.operator.cases import WANTED, OperatorCase
 
 CHUNK = 2_000_000
-"""Weights that are looked at together: matrices that still fit a cache."""
+"""Attention weights per chunk: matrices that still fit into a cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
     """`values` and `scales` by name, float64 on the CPU: `context`, `dq` (B, H, Q, D), `dk`, `dv` (B, H, S, D).
 
-    Only of what the case wants; where one tensor is two of the inputs, its gradient has the name of the first.
+    Only what the case wants; where one tensor is several inputs, its gradient is named after the first.
     """
 
     values: dict[str, Tensor]
@@ -45,31 +45,31 @@ class Truth:
 
 @functools.lru_cache(maxsize=1024)
 def truth_of(case: OperatorCase) -> Truth:
-    """Truth and scales of a case, by the formulas and not by autograd, so that nothing about a device enters."""
+    """Values and scales of a case, by the formulas and without autograd: the same for every device."""
     return truth_for(tensors_of(case), case)
 
 
 def truth_for(tensors: CallTensors, case: OperatorCase) -> Truth:
     """The same for other tensors of the case's sizes and dtype."""
     exact = tensors.double()
-    streams = case.batch * case.heads
+    heads = case.batch * case.heads
     per_chunk = max(1, CHUNK // (case.queries * case.keys))
-    mask, gate = _per_stream(exact.mask, case, case.keys), _per_stream(exact.gate, case, 1)
+    mask, gate = _per_head(exact.mask, case, case.keys), _per_head(exact.gate, case, 1)
 
     def part(tensor: Tensor, start: int) -> Tensor:
         return tensor[start : start + per_chunk]
 
     parts = [
-        _truth_of_streams(
+        _truth_of_heads(
             part(exact.query.flatten(0, 1), start),
             part(exact.key.flatten(0, 1), start),
             part(exact.value.flatten(0, 1), start),
-            part(exact.gradient.flatten(0, 1), start),
+            part(exact.grad_context.flatten(0, 1), start),
             None if mask is None else part(mask, start),
             None if gate is None else part(gate, start),
             case.dtype,
         )
-        for start in range(0, streams, per_chunk)
+        for start in range(0, heads, per_chunk)
     ]
     values, scales = (
         {
@@ -89,7 +89,7 @@ def truth_for(tensors: CallTensors, case: OperatorCase) -> Truth:
 NAMES = ("context", "dq", "dk", "dv")
 
 
-def _per_stream(tensor: Tensor | None, case: OperatorCase, last: int) -> Tensor | None:
+def _per_head(tensor: Tensor | None, case: OperatorCase, last: int) -> Tensor | None:
     """Mask or gate as (B * H, Q or 1, S or 1)."""
     if tensor is None:
         return None
@@ -97,16 +97,16 @@ def _per_stream(tensor: Tensor | None, case: OperatorCase, last: int) -> Tensor 
     return tensor.expand(case.batch, case.heads, -1, -1).flatten(0, 1)
 
 
-def _truth_of_streams(
+def _truth_of_heads(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gradient: Tensor,
+    grad_context: Tensor,
     mask: Tensor | None,
     gate: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Values and scales of streams: query and gradient (n, Q, D), key and value (n, S, D), gate (n, Q or 1, 1)."""
+    """Values and scales of n heads: query and grad_context (n, Q, D), key and value (n, S, D), gate (n, Q or 1, 1)."""
     queries, channels = query.shape[-2:]
     keys = key.shape[-2]
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
@@ -121,7 +121,7 @@ def _truth_of_streams(
         return (1 + terms * accumulation) * (squares + value.square()) + underflow**2 * (squares > 0).double()
 
     on = torch.ones(1, 1, 1, dtype=torch.float64) if gate is None else gate
-    query2, key2, value2, gradient2 = (tensor.square() for tensor in (query, key, value, gradient))
+    query2, key2, value2, grad_context2 = (tensor.square() for tensor in (query, key, value, grad_context))
 
     scores = query @ key.mT / math.sqrt(channels)
     relative2 = summed(query2 @ key2.mT / channels, scores, channels)
@@ -155,31 +155,31 @@ def _truth_of_streams(
     ungated_errors2 = summed(weight_errors2 @ value2 + ungated.square() * common2, ungated, keys)
     context_errors2 = summed(on.square() * ungated_errors2, context, 0)
 
-    dv = (on * weights).mT @ gradient
-    dv_errors2 = summed((on.square() * weight_errors2).mT @ gradient2, dv, queries)
+    dv = (on * weights).mT @ grad_context
+    dv_errors2 = summed((on.square() * weight_errors2).mT @ grad_context2, dv, queries)
 
-    gradient_value = gradient @ value.mT
-    gated = on * gradient_value
-    gated_errors2 = summed(on.square() * summed(gradient2 @ value2.mT, gradient_value, channels), gated, 0)
+    grad_weights = grad_context @ value.mT
+    gated = on * grad_weights
+    gated_errors2 = summed(on.square() * summed(grad_context2 @ value2.mT, grad_weights, channels), gated, 0)
     delta = (weights * gated).sum(-1, keepdim=True)
     delta_errors2 = (
         summed(
             (weight_errors2 * gated.square() + weights2 * gated_errors2).sum(-1, keepdim=True), delta, keys
         )
-        + (gradient2 * context_errors2).sum(-1, keepdim=True)
+        + (grad_context2 * context_errors2).sum(-1, keepdim=True)
         + delta.square() * common2
     )
-    score_gradient = weights * (gated - delta)
+    grad_scores = weights * (gated - delta)
     score_errors2 = summed(
         weight_errors2 * (gated - delta).square() + weights2 * (gated_errors2 + delta_errors2),
-        score_gradient,
+        grad_scores,
         0,
     )
 
-    dq = score_gradient @ key / math.sqrt(channels)
+    dq = grad_scores @ key / math.sqrt(channels)
     of_delta2 = delta_errors2 * (weights @ key).square() / channels
     dq_errors2 = summed(score_errors2 @ key2 / channels + of_delta2 + dq.square() * common2, dq, keys)
-    dk = score_gradient.mT @ query / math.sqrt(channels)
+    dk = grad_scores.mT @ query / math.sqrt(channels)
     dk_errors2 = summed(score_errors2.mT @ query2 / channels, dk, queries)
 
     values = {"context": context, "dq": dq, "dk": dk, "dv": dv}
