@@ -251,7 +251,7 @@ def test_orders_by_name():
         ("random:x", "x", "expected a seed"),
         ("reverse 3", "3", "expected the end"),
         ("0 1", "1", "expected ',', '/' or the end"),
-        (" 0,2,2", "0,2,2", "head 2 is there 2 times, head 1 is missing"),
+        (" 0,2,2", "0,2,2", "head 2 is named 2 times, head 1 is missing"),
         ("0,1/0", "0,1/0", "rows of different lengths"),
     ],
 )
