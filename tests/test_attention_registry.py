@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+import headoff
 from headoff.attention import (
     AdaptedAttention,
     attention_label,
@@ -478,3 +479,10 @@ def test_label_of_what_a_file_made(folder):
     resolve_attention("kernel.py:attention")
     module = sys.modules[resolve_attention("kernel.py:attention").call.__module__]
     assert attention_label(module.Kernels()) == "kernel.py:Kernels"
+
+
+def test_auto_is_sdpa_and_cannot_be_replaced():
+    assert resolve_attention("auto") is sdpa
+    assert headoff.load("scenes").attention is sdpa
+    with pytest.raises(AttentionError, match="'auto' cannot be the name"):
+        register_attention("auto", sdpa)

@@ -233,24 +233,18 @@ def test_kernels_are_refused_where_there_are_none():
         RelevanceEngine(detector, features_of(detector), kernels="triton")
 
 
-@pytest.mark.parametrize("problem", [None, "no such instruction"])
-def test_kernels_whose_first_calls_fail_are_not_chosen(monkeypatch, problem):
-    """On a device that is only said to be CUDA: nothing is computed."""
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_triton_has_to_be_asked_for(monkeypatch, kernels):
+    """On a device that only claims to be CUDA: nothing is computed."""
     monkeypatch.setattr(engine_module, "unsupported", lambda *_: None)
-    monkeypatch.setattr(engine_module, "problem_on", lambda *_: problem)
     detector = SimpleNamespace(device=torch.device("cuda", 0), config=tiny_detector(0).config)
-    choose = partial(engine_module._chosen_kernels, "auto", detector, torch.float32, resolve_method("chefer"))
-    if problem is None:
-        assert choose() == "triton"
-    else:
-        with pytest.warns(RuntimeWarning, match=r"not used on cuda:0 \(no such instruction\)"):
-            assert choose() == "torch"
+    chosen = partial(engine_module._chosen_kernels, detector=detector, compute=torch.float32)
+    assert chosen(kernels, method=resolve_method("chefer")) == "torch"
+    assert chosen("triton", method=resolve_method("chefer")) == "triton"
 
 
 @needs_triton
 def test_launches_that_fail_are_said_in_a_sentence(monkeypatch):
-    """And the first call's check has it as its reason."""
-
     class OutOfResources(Exception):
         pass
 
@@ -266,8 +260,6 @@ def test_launches_that_fail_are_said_in_a_sentence(monkeypatch):
         SettingError, match="cam_kernel on cpu .OutOfResources: out of resource: shared memory, Req"
     ):
         vjp(gradient.float(), of_pairs)
-    reason = fused_vjp.problem_on.__wrapped__(torch.device("cpu"), 32)
-    assert reason.startswith("OutOfResources: out of resource")
 
 
 def test_a_gpu_that_is_too_old_is_not_for_the_kernels(monkeypatch):
@@ -432,7 +424,7 @@ def kernels(device: str = "cpu") -> None:
 
 def launches(device: str = "cpu") -> None:
     """Pairs divided among launches, and heads of more channels, which have other tiles; NaN is not lost."""
-    from headoff.relevance.fused_vjp import FusedVjp, problem_on, tiling
+    from headoff.relevance.fused_vjp import FusedVjp, tiling
 
     record, gradient, of_pairs = example(3, 1, queries=20, keys=70)
     record, gradient, of_pairs = in_float32(record, device), gradient.float().to(device), of_pairs.to(device)
@@ -461,9 +453,6 @@ def launches(device: str = "cpu") -> None:
     found = everything(FusedVjp(in_float32(record, device), "gradient"), *given)
     for ours, theirs in zip(found, expected, strict=True):
         assert relative(ours.cpu(), theirs) < float32_budget(record)
-
-    # What is asked for where nobody chose: the kernels, as their first calls are right.
-    assert problem_on(torch.device(device), 32) is None
 
 
 def engine(device: str = "cpu") -> None:

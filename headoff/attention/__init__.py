@@ -1,9 +1,9 @@
 """Attention callables: their contract, the oracle, the fast path, and finding them by name."""
 
-from headoff.attention.choice import AUTO, chosen_attention
 from headoff.attention.contract import AdaptedAttention, Attention, conform, gate_context
 from headoff.attention.eager import eager
 from headoff.attention.registry import (
+    AUTO,
     attention_label,
     attention_names,
     register_attention,
@@ -17,7 +17,6 @@ __all__ = [
     "Attention",
     "attention_label",
     "attention_names",
-    "chosen_attention",
     "conform",
     "eager",
     "gate_context",

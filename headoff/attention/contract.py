@@ -13,10 +13,14 @@ attn_mask     broadcasts to (B, H, Q, S)  as in ``torch.nn.functional.scaled_dot
                                           (True = attend), or of the dtype of ``query`` and added to the scores;
                                           2 to 4 dimensions
 head_gate     broadcasts to (B, H, Q, 1)  multiplies the weights after softmax: 1 = on, 0 = off, fractions
-                                          are legal; of any dtype, on the device of ``query``
+                                          are legal; of 4 dimensions, of the dtype and on the device of
+                                          ``query``
 context       (B, H, Q, D)                (softmax(query key^T / sqrt(D) + attn_mask) * head_gate) @ value,
                                           of the dtype of ``query``
 ============  ==========================  ==================================================================
+
+The caller converts ``head_gate`` to that form, so that ``weights * head_gate`` is all that a callable has to do with
+it: the model does, and so does everything in this package that calls an attention.
 
 Inputs are never modified. A row whose keys are all masked (False, or -inf) has a zero context row and zero
 gradients, never NaN. Nothing else is asked for, no attention weights in particular: relevance needs query,

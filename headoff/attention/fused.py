@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
@@ -334,15 +333,6 @@ def said_by(error: Exception) -> str:
     text = " ".join(str(cause).split())
     # Compilers say where it is and quote the source before they say what it is.
     return f"{type(cause).__name__}: {text if len(text) <= 200 else f'{text[:60]} ... {text[-135:]}'}"
-
-
-def agree(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype, units: float) -> bool:
-    """Whether each tensor is within so many units in the last place, in ``dtype``, of the largest expected number."""
-    eps = torch.finfo(dtype).eps
-    return all(
-        float((one - other).abs().max()) <= units * eps * float(other.abs().max())
-        for one, other in zip(found, expected, strict=True)
-    )
 
 
 @functools.cache

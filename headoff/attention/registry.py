@@ -1,4 +1,4 @@
-"""From a name to an attention callable: a registered one, one in a module, one in a file.
+"""Attention callables by name: registered ones, those in a module, those in a file.
 
 What fails here fails because of a typing mistake or a broken kernel file. So every failure is an
 :class:`~headoff.errors.AttentionError` of one sentence that says what was asked for, where it failed and what
@@ -25,6 +25,12 @@ from headoff.attention.fused import triton_attention
 from headoff.attention.sdpa import sdpa
 from headoff.errors import AttentionError, did_you_mean
 
+AUTO = "auto"
+"""Stands for the attention that is used unless another one is asked for by name: `sdpa`, on every device.
+
+The Triton kernels have to be asked for: no measurement on a GPU shows yet that they are right and faster there.
+"""
+
 FORMS = "'package.module:name' or 'path/to/file.py:name'"
 
 _registered: dict[str, Attention] = {}
@@ -44,8 +50,8 @@ def register_attention(name: str, attention: Callable[..., Any]) -> Attention:
     A name that is taken is given to the new callable. Raises :class:`AttentionError` for a callable that does
     not conform, and for a name that could be mistaken for a module's or a file's.
     """
-    if not name or ":" in name:
-        raise AttentionError(f"{name!r} cannot be the name of an attention: use a word without ':'.")
+    if not name or ":" in name or name == AUTO:
+        raise AttentionError(f"{name!r} cannot be the name of an attention: use another word, without ':'.")
     _registered[name] = _labelled(conform(attention, name), name)
     return _registered[name]
 
@@ -66,6 +72,8 @@ def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
     """
     if not isinstance(spec, str):
         return conform(spec, attention_label(spec) if callable(spec) else repr(spec))
+    if spec == AUTO:
+        return sdpa
     if spec in _registered:
         return _registered[spec]
     source, _, name = spec.rpartition(":")
@@ -82,7 +90,7 @@ def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
 
 
 def attention_label(attention: Callable[..., Any]) -> str:
-    """What to call ``attention`` in a report: what it was resolved by, else its module or file, and name."""
+    """The name of ``attention`` in reports: what it was resolved by, else its module or file, and name."""
     if id(attention) in _labels:
         return _labels[id(attention)][1]
     if isinstance(attention, AdaptedAttention):

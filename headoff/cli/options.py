@@ -40,8 +40,8 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
         "--attention",
         default="auto",
         metavar="NAME|PATCH",
-        help="the attention implementation: `auto` (default: the fastest one measured for this device), `sdpa`, "
-        "`eager`, `triton`, `package.module:name` or `path/to/file.py:name`",
+        help="the attention implementation: `auto` (default, `sdpa`), `sdpa`, `eager`, `triton`, "
+        " `package.module:name` or `path/to/file.py:name`",
     )
     group.add_argument(
         "--device", default=None, help="`cpu`, `cuda` or `cuda:1` (default: CUDA if available, else the CPU)"

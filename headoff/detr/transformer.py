@@ -35,7 +35,7 @@ class AttentionCall(NamedTuple):
         query: (B, H, Q, D).
         key, value: (B, H, S, D).
         attn_mask: broadcastable to (B, H, Q, S), or None.
-        head_gate: broadcastable to (B, H, Q, 1), or None where every head is on.
+        head_gate: 4 dimensions, broadcastable to (B, H, Q, 1), in the query's dtype; None where every head is on.
     """
 
     address: AttentionAddress
@@ -86,17 +86,16 @@ class MultiHeadAttention(nn.Module):
         attn_mask: Tensor | None = None,
         head_gate: Tensor | None = None,
     ) -> Tensor:
-        """(B, Q, d), (B, S, d), (B, S, d) to (B, Q, d); `head_gate` broadcastable to (B, H, Q, 1)."""
-        context = attend(
-            AttentionCall(
-                self.address,
-                self.split(self.query(query_input)),
-                self.split(self.key(key_input)),
-                self.split(self.value(value_input)),
-                attn_mask,
-                head_gate,
-            )
-        )
+        """(B, Q, d), (B, S, d), (B, S, d) to (B, Q, d).
+
+        `head_gate` has 4 dimensions, broadcastable to (B, H, Q, 1), in any dtype.
+        """
+        query = self.split(self.query(query_input))
+        key, value = self.split(self.key(key_input)), self.split(self.value(value_input))
+        if head_gate is not None:
+            # Under autocast the query is of another dtype than the weights and the gate.
+            head_gate = head_gate.to(query.dtype)
+        context = attend(AttentionCall(self.address, query, key, value, attn_mask, head_gate))
         return self.output(context.transpose(-2, -3).flatten(-2))
 
 
@@ -140,7 +139,7 @@ class EncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, attend: Attend, attn_mask: Tensor | None, head_gate: Tensor | None
     ) -> Tensor:
-        """x and positions (B, N, d); `attn_mask` (B, 1, 1, N) bool; `head_gate` broadcastable to (B, H, N, 1)."""
+        """x and positions (B, N, d); `attn_mask` (B, 1, 1, N) bool; `head_gate` (1, H, N or 1, 1)."""
         entered = self.self_residual.enter(x)
         placed = entered + positions
         x = self.self_residual.leave(
@@ -173,7 +172,7 @@ class Encoder(nn.Module):
         """(B, N, d) to (B, N, d); `gate` (layers, N or 1, heads)."""
         with autocast(tokens.device, self.autocast_dtype):
             for index, layer in enumerate(self.layers):
-                head_gate = None if gate is None else gate[index].transpose(0, 1).unsqueeze(-1)
+                head_gate = None if gate is None else gate[index].T[None, :, :, None]
                 tokens = layer(tokens, positions, attend, attn_mask, head_gate)
             return self.norm(tokens)
 

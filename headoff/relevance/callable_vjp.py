@@ -16,9 +16,11 @@ def gradients_by_callable(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value (P, H, T or S, D) from that of the context, all P pairs in one call.
 
-    `attend` is called in `dtype`, on the record's runs `runs` (P,). The forward pass is repeated, rather than its
-    graph kept: a kernel's backward pass may free what it needs. Raises AttentionError where there is no such pass, or
-    it fails.
+    `attend` is called in `dtype`, head gate included, on the record's runs `runs` (P,). The forward pass is repeated
+    rather than its graph kept, because a kernel's backward pass may free what it needs.
+
+    Raises:
+        AttentionError: the attention has no backward pass, or it fails.
     """
 
     def leaf(x: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class Capture:
             query.to(self.compute),
             key.to(self.compute),
             value.to(self.compute),
-            None if head_gate is None else _four_dimensions(head_gate).to(query.device, self.compute),
+            None if head_gate is None else head_gate.to(self.compute),
             None if attn_mask is None else attn_mask.flatten(),
             context.to(self.compute),
         )
@@ -181,10 +181,6 @@ class Capture:
             self.hidden[block] = output
 
         return keep
-
-
-def _four_dimensions(x: Tensor) -> Tensor:
-    return x[(None,) * (4 - x.dim())]
 
 
 def unfold_runs(record: AttentionRecord, runs: int) -> AttentionRecord:

@@ -17,7 +17,6 @@ Results come one configuration at a time, in the order of the gates where the en
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -33,7 +32,7 @@ from headoff.relevance.aggregation import DecoderCams, EncoderCams, Rows
 from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
 from headoff.relevance.batched_vjp import TEMPORARIES, BatchedVjp
 from headoff.relevance.capture import AttentionRecord
-from headoff.relevance.fused_vjp import FusedVjp, Precision, problem_on, unsupported
+from headoff.relevance.fused_vjp import FusedVjp, Precision, unsupported
 from headoff.relevance.methods import Method, resolve_method
 from headoff.relevance.rules import ZeroRows
 from headoff.relevance.targets import Target
@@ -44,7 +43,8 @@ Backward = Literal["auto", "analytic", "callable"]
 
 Kernels = Literal["auto", "tiles", "torch", "triton"]
 """How an attention is gone back through: `tiles`, pair by pair (`attention_vjp`); `torch`, all pairs at once in plain
-PyTorch (`batched_vjp`); `triton`, all pairs at once in fused kernels (`fused_vjp`); `auto`, what suits the device."""
+PyTorch (`batched_vjp`); `triton`, all pairs at once in fused kernels (`fused_vjp`); `auto`, `tiles` on the CPU and
+`torch` on other devices."""
 
 MEMORY_BUDGET = 2**30
 """Bytes that the engine may use beside the model, by default, where the device does not say what it has."""
@@ -142,9 +142,8 @@ class RelevanceEngine:
         backward: how gradients pass an attention: by its own backward pass (`callable`), which a patch under test is
             to be judged by, or by the formula (`analytic`), which is faster. `auto` is analytic for this package's
             attentions and callable for any other. Cams are made of the captured tensors either way.
-        kernels: see `Kernels`. `auto` is `tiles` on the CPU; elsewhere `triton` where it can do what is asked (CUDA,
-            relevance in float32, methods whose cams are products with a gradient), else `torch`. The first time on a
-            device the kernels are compared with plain PyTorch; where they fail or disagree, there is a warning.
+        kernels: see `Kernels`. `auto` is `tiles` on the CPU and `torch` on any other device. `triton` has to be asked
+            for; it needs CUDA, relevance in float32, and a method whose cams are products with a gradient.
         precision: of the products in `triton`'s kernels: `ieee` keeps all bits of float32. `tf32` is faster, and its
             maps differ by up to 1e-2 of their maximum.
         memory_budget: bytes; what cannot be made smaller is taken regardless. None is half of the free memory of a
@@ -430,28 +429,14 @@ def default_memory_budget(device: torch.device) -> int:
 
 
 def _chosen_kernels(kernels: Kernels, detector: Detector, compute: torch.dtype, method: Method) -> Kernels:
-    """What `auto` stands for. Raises SettingError where `triton` is asked for and cannot be."""
-    if kernels == "auto" and detector.device.type == "cpu":
-        return "tiles"
-    if kernels in ("auto", "triton"):
+    """The implementation that `kernels` stands for. Raises SettingError if `triton` is asked for and cannot run."""
+    if kernels == "auto":
+        return "tiles" if detector.device.type == "cpu" else "torch"
+    if kernels == "triton":
         channels = detector.config.width // detector.config.heads
         reason = unsupported(detector.device, compute, method.rule, channels)
-        if kernels == "triton":
-            if reason is not None:
-                raise SettingError(f"{reason}: use kernels='auto', or leave it out")
-            return "triton"
         if reason is not None:
-            return "torch"
-        problem = problem_on(detector.device, channels)
-        if problem is None:
-            return "triton"
-        warnings.warn(
-            f"headoff's relevance kernels are not used on {detector.device} ({problem}); plain PyTorch takes their "
-            "place. Choose kernels='torch' to be rid of this message.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return "torch"
+            raise SettingError(f"{reason}: use kernels='auto', or leave it out")
     return kernels
 
 

@@ -16,11 +16,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from headoff.attention.fused import agree, on_device_of, said_by, too_old
-from headoff.detr.transformer import Attend, AttentionAddress
+from headoff.attention.fused import on_device_of, said_by, too_old
+from headoff.detr.transformer import Attend
 from headoff.errors import SettingError
 from headoff.relevance.attention_vjp import AttentionVjp, CamRule, centred_threshold
-from headoff.relevance.batched_vjp import BatchedVjp
 from headoff.relevance.capture import AttentionRecord
 from headoff.relevance.vjp import of_runs
 
@@ -38,9 +37,6 @@ MOST_PAIRS = 65535
 
 ENOUGH_PROGRAMS = 528
 """Four for each of the 132 multiprocessors of an H100 or H200: what a launch is divided for."""
-
-AGREEMENT = 256.0
-"""Units in the last place of the largest number by which the first calls may be off."""
 
 
 class Tiling(NamedTuple):
@@ -245,43 +241,6 @@ def unsupported(device: torch.device, dtype: torch.dtype, rule: CamRule, channel
             f"the relevance kernels run on CUDA, not on {device.type} (there, for tests, where TRITON_INTERPRET=1 "
             "was set before Python started)"
         )
-    return None
-
-
-@functools.cache
-def problem_on(device: torch.device, channels: int) -> str | None:
-    """What is wrong with first calls of all kernels there, in `ieee`; None where they are right.
-
-    They are compared with plain PyTorch in float64, which no setting of torch's rounds.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    try:
-        query, key, value, context = (draw(2, 2, length, channels) for length in (70, 37, 37, 70))
-        keys = torch.arange(37, device=device) < 30
-        gradient, vectors, rows = draw(3, 2, 70, channels), draw(3, 37), draw(3, 2, 70)
-        runs = torch.tensor([0, 1, 1], device=device)
-        address = AttentionAddress("decoder_self", 0)
-        for rule in RULES:
-            results = []
-            for make, dtype in ((FusedVjp, torch.float32), (BatchedVjp, torch.float64)):
-                of_query, of_key, of_value, of_context = (
-                    each.to(dtype) for each in (query, key, value, context)
-                )
-                vjp = make(AttentionRecord(address, of_query, of_key, of_value, None, keys, of_context), rule)
-                upstream = gradient.to(dtype)
-                cams, inputs = vjp(upstream, runs)
-                assert cams is not None and inputs is not None
-                right = vjp.right(upstream, runs, vectors.to(dtype))
-                results.append([cams, *inputs, right, vjp.left(upstream, runs, rows.to(dtype))])
-            found, expected = results
-            if not agree(found, expected, torch.float32, AGREEMENT):
-                return "their first results disagree with plain PyTorch"
-    except Exception as error:
-        return said_by(error)
     return None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from headoff.attention import AUTO, Attention, chosen_attention, resolve_attention
+from headoff.attention import Attention, resolve_attention
 from headoff.detr.config import BackboneConfig, DetrConfig
 from headoff.detr.detector import Detector
 from headoff.errors import CheckpointError
@@ -118,8 +118,6 @@ def assemble(
     """
     called = source_names or {}
     # First, as it may import a file of the user's, whose tensors are not to be made on the meta device.
-    if attention == AUTO:
-        attention = chosen_attention(device, dtype, config.width // config.heads)
     attention = resolve_attention(attention)
     with torch.device("meta"):
         detector = Detector(config, class_names, attention=attention)

@@ -54,8 +54,7 @@ def load(
             - `owner/name`: a repository of the Hugging Face hub, where there is no such folder here.
 
             The fixed names come before files of the same name: write `./scenes` for those.
-        attention: the attention callable, or its name; by default one of headoff's own that suits device and dtype
-            (`headoff.attention.chosen_attention`).
+        attention: the attention callable, or its name; `auto` (default) is `sdpa`.
         device, dtype: where and as what the weights are kept, whatever they are stored as.
         dilated: whether the backbone's last stage dilates (DC5), which no tensor tells. By default what the
             checkpoint's configuration says, or else whether its file name has a part `dc5`.
