@@ -1,23 +1,22 @@
-"""The zoo of attentions: the right ones are right, and each wrong one is wrong as it says, and in no other way."""
+"""Of tests/mutants: right attentions are right, and each wrong one has its registered fault and no other."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable
 
 import pytest
 import torch
 from mutants import FAMILIES, RIGHT, WRONG
-from mutants.cases import CASES, CONDUCT, FEATURES, Case, numbers
-from mutants.entries import ALL_DTYPES, Right, Wrong
+from mutants.cases import ACROSS_CALLS, CASES, FEATURES, Case, numbers
+from mutants.effects import MARGIN, effects_across_calls, effects_on_one_call
 from mutants.parts import by_hand, plain
-from mutants.symptoms import MARGIN, symptoms_of_conduct, symptoms_of_numbers
+from mutants.registry import ALL_DTYPES, Right, Wrong, in_every_run, sampled
 
 from headoff.attention import eager
 from headoff.attention.contract import AdaptedAttention
 
-OF_CONDUCT = frozenset(
+ACROSS = frozenset(
     {
         "randomness",
         "state",
@@ -30,10 +29,14 @@ OF_CONDUCT = frozenset(
         "calls",
     }
 )
-"""Symptoms that more than one call is needed for."""
+"""Effects that take more than one call to show."""
 
 NEAR_MISSES = 4
 """Cases that a wrong attention is tried on although it must be right there."""
+
+
+SAMPLE = in_every_run(WRONG, 3)
+SAMPLE_OF_RIGHT = in_every_run(RIGHT, 1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,63 +59,54 @@ def covering(cases: Iterable[Case]) -> list[Case]:
     return chosen
 
 
-def lacking(entry: Wrong, case: Case) -> frozenset[str]:
-    return entry.needs - case.features
+def lacking(attention: Wrong, case: Case) -> frozenset[str]:
+    return attention.needs - case.features
 
 
-@pytest.mark.parametrize("entry", WRONG.values(), ids=WRONG)
-def test_wrong_attentions_are_wrong_as_registered(entry: Wrong):
-    """By a margin, where everything is there that the fault needs; with no symptom that is not registered."""
+@pytest.mark.parametrize("attention", sampled(WRONG.values(), SAMPLE))
+def test_wrong_attentions_are_wrong_as_registered(attention: Wrong):
+    """By a margin, in cases with all features that the fault needs; with no effect that is not registered."""
     shown = set()
     for case in CASES:
-        if not lacking(entry, case):
-            shown |= symptoms_of_numbers(entry.make(), case, MARGIN)
-            if shown >= entry.shows - OF_CONDUCT:
+        if not lacking(attention, case):
+            shown |= effects_on_one_call(attention.make(), case, MARGIN)
+            if shown >= attention.shows - ACROSS:
                 break
-    if entry.shows & OF_CONDUCT:
-        case = next(case for case in (CONDUCT, *CASES) if not lacking(entry, case))
-        shown |= symptoms_of_conduct(entry.make, case)
-    assert shown == entry.shows
+    if attention.shows & ACROSS:
+        case = next(case for case in (ACROSS_CALLS, *CASES) if not lacking(attention, case))
+        shown |= effects_across_calls(attention.make, case)
+    assert shown == attention.shows
 
 
-@pytest.mark.parametrize(
-    "entry", [entry for entry in WRONG.values() if entry.needs], ids=lambda entry: entry.name
-)
-def test_wrong_attentions_are_right_without_what_their_fault_needs(entry: Wrong):
+@pytest.mark.parametrize("attention", sampled((wrong for wrong in WRONG.values() if wrong.needs), SAMPLE))
+def test_wrong_attentions_are_right_without_what_their_fault_needs(attention: Wrong):
     """Each has one fault, then, and not two."""
     others = sorted(
-        (case for case in CASES if lacking(entry, case)), key=lambda case: len(lacking(entry, case))
+        (case for case in CASES if lacking(attention, case)), key=lambda case: len(lacking(attention, case))
     )
     # The nearest, and from all over the rest.
     step = max(1, len(others) // NEAR_MISSES)
     for case in others[::step][:NEAR_MISSES]:
-        assert not symptoms_of_numbers(entry.make(), case), case.name
+        assert not effects_on_one_call(attention.make(), case), case.name
 
 
-def runnable(entry: Right) -> pytest.param:
-    reason = entry.missing()
-    if reason is None and entry.slow and "HEADOFF_SLOW_TESTS" not in os.environ:
-        reason = "it takes long to compile: set HEADOFF_SLOW_TESTS to try it"
-    return pytest.param(
-        entry, id=entry.name, marks=pytest.mark.skipif(reason is not None, reason=str(reason))
-    )
-
-
-@pytest.mark.parametrize("entry", [runnable(entry) for entry in RIGHT.values()])
-def test_right_attentions_are_right(entry: Right):
-    for case in covering(case for case in CASES if case.dtype in entry.dtypes):
-        assert not symptoms_of_numbers(entry.make(), case), case.name
-    assert not symptoms_of_conduct(entry.make, CONDUCT)
+@pytest.mark.parametrize("attention", sampled(RIGHT.values(), SAMPLE_OF_RIGHT))
+def test_right_attentions_are_right(attention: Right):
+    for case in covering(case for case in CASES if case.dtype in attention.dtypes):
+        assert not effects_on_one_call(attention.make(), case), case.name
+    assert not effects_across_calls(attention.make, ACROSS_CALLS)
 
 
 @pytest.mark.parametrize(
-    "entry", [entry for entry in RIGHT.values() if entry.dtypes != ALL_DTYPES], ids=lambda entry: entry.name
+    "attention",
+    [attention for attention in RIGHT.values() if attention.dtypes != ALL_DTYPES],
+    ids=lambda attention: attention.name,
 )
-def test_dtypes_that_are_left_out_raise(entry: Right):
+def test_dtypes_that_are_left_out_raise(attention: Right):
     for case in CASES:
-        if case.dtype not in entry.dtypes:
+        if case.dtype not in attention.dtypes:
             with pytest.raises(TypeError, match="not supported"):
-                case.call().of(entry.make())
+                case.call().of(attention.make())
 
 
 def test_building_blocks_are_the_formula():
@@ -126,28 +120,28 @@ def test_building_blocks_are_the_formula():
                 torch.testing.assert_close(found[name], expected)
 
 
-def test_every_family_and_every_feature_has_an_inhabitant():
-    families = Counter(entry.family for entry in WRONG.values())
+def test_every_family_has_a_mutant_and_every_feature_a_case():
+    families = Counter(attention.family for attention in WRONG.values())
     assert set(families) == set(FAMILIES)
-    assert set().union(*(entry.needs for entry in WRONG.values())) <= FEATURES.keys()
+    assert set().union(*(attention.needs for attention in WRONG.values())) <= FEATURES.keys()
     assert set().union(*(case.features for case in CASES)) == FEATURES.keys()
-    assert len({entry.fault for entry in WRONG.values()}) == len(WRONG)
+    assert len({attention.fault for attention in WRONG.values()}) == len(WRONG)
     assert len(WRONG) >= 200 and len(RIGHT) >= 30
 
 
-def test_entries_are_made_fresh():
-    """Nothing that one of them remembers is known to the next."""
-    entry = WRONG["state_cached_by_shape"]
+def test_attentions_are_made_fresh():
+    """Nothing that one of them caches is known to the next."""
+    attention = WRONG["state_cached_by_shape"]
     first, second = CASES[0].call(), CASES[0].call(seed=1)
-    used = entry.make()
+    used = attention.make()
     assert torch.equal(first.of(used), second.of(used))
-    assert not torch.equal(first.of(used), second.of(entry.make()))
+    assert not torch.equal(first.of(used), second.of(attention.make()))
 
 
 def test_right_attentions_without_a_gate_are_adapted():
     call = CASES[0].call()
     gate = torch.zeros(1)
     for name in ("torch_function", "mask_by_keyword", "apply_of_function"):
-        attention = RIGHT[name].make()
-        assert isinstance(attention, AdaptedAttention) and not attention.takes_gate
-        assert not attention(call.query, call.key, call.value, head_gate=gate).any()
+        made = RIGHT[name].make()
+        assert isinstance(made, AdaptedAttention) and not made.takes_gate
+        assert not made(call.query, call.key, call.value, head_gate=gate).any()

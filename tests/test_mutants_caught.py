@@ -1,33 +1,38 @@
-"""The suites catch every wrong attention of the zoo and pass every right one.
+"""The suites catch every wrong attention of tests/mutants and pass every right one: a sample in every run.
 
-What is run here is what the suites' tests run, in this process and up to the first thing that is found wrong.
-`tools/mutation_score.py` runs every suite on everything and writes the table of docs/harness.md.
+What runs here is what the suites' tests run, in this process and up to the first finding. All attentions are tried by
+`tox -e mutation`; `tools/mutation_score.py` runs every suite on all of them and writes the tables of docs/harness.md.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
+import torch
 from mutants import RIGHT, WRONG
-from mutants.entries import Right, Wrong
 from mutants.judging import Judge
+from mutants.registry import Right, Wrong, in_every_run, sampled
 
 from headoff.attention import resolve_attention
 
-IN_MODEL = 12
-"""One in so many wrong attentions is tried in the model as well, where it costs a second each."""
-
-SLOW = os.environ.get("HEADOFF_SLOW_TESTS")
-
-# A fault that the calls suite alone can see: the numbers are right.
-BY_CALLS = [name for name, entry in WRONG.items() if entry.shows == {"calls"}]
+# Faults that the calls suite alone can see: the numbers are right.
+BY_CALLS = [name for name, mutant in WRONG.items() if mutant.shows == {"calls"}]
 
 
-@pytest.mark.parametrize("entry", [e for e in WRONG.values() if e.name not in BY_CALLS], ids=lambda e: e.name)
-def test_the_operator_suite_catches(entry: Wrong):
-    found = next(Judge(dtype=entry.dtype).operator(resolve_attention(entry.make())), None)
-    assert found is not None, f"not caught: {entry.fault}"
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are so small that threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "mutant", sampled((WRONG[name] for name in WRONG if name not in BY_CALLS), in_every_run(WRONG, 2))
+)
+def test_the_operator_suite_catches(mutant: Wrong):
+    found = next(Judge(dtype=mutant.dtype).operator(resolve_attention(mutant.make())), None)
+    assert found is not None, f"not caught: {mutant.fault}"
     assert found.message
 
 
@@ -37,13 +42,18 @@ def test_the_calls_suite_catches(name):
     assert found is not None and found.property == "calls"
 
 
-@pytest.mark.parametrize("entry", RIGHT.values(), ids=lambda entry: entry.name)
-def test_every_suite_passes(entry: Right):
-    if reason := entry.missing():
-        pytest.skip(reason)
-    if entry.slow and not SLOW:
-        pytest.skip("takes long to get started: set HEADOFF_SLOW_TESTS=1")
-    judge, attention = Judge(), resolve_attention(entry.make())
+@pytest.mark.parametrize("right", sampled(RIGHT.values(), frozenset({"flash"})))
+def test_every_suite_passes(right: Right):
+    judge, attention = Judge(), resolve_attention(right.make())
     for suite, check in judge.suites().items():
         found = next(check(attention), None)
         assert found is None, f"{suite}: {found}"
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("right", sampled(RIGHT.values(), frozenset()))
+def test_the_operator_suite_passes_in_other_dtypes(right: Right, dtype: torch.dtype):
+    if dtype not in right.dtypes:
+        pytest.skip(f"{right.name} does not take {dtype}")
+    assert not list(Judge(dtype=dtype).operator(resolve_attention(right.make())))

@@ -121,7 +121,7 @@ def tables(rows: list[Row], command: str) -> str:
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "The model's suites cannot see what the model does not do: odd sizes, rows without keys, additive",
+        "The model's suites cannot see what the model does not do: odd sizes, fully masked rows, additive",
     ]
     lines += ["masks, other dtypes, calls in other orders. That is what the operator suite is for.", ""]
     for title, some in (("Missed", missed), ("False alarms", alarms)):

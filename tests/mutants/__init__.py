@@ -1,21 +1,22 @@
-"""Attentions to try the harness on: `WRONG`, each wrong in one realistic way, and `RIGHT`, in many styles.
+"""Attentions to test the harness with: `WRONG`, mutants with one realistic fault each, and `RIGHT`, in many styles.
 
-Both are dicts of name to entry (`mutants.entries`); `entry.make()` gives a fresh attention callable.
+Both are dicts by name (`mutants.registry`); `make()` returns a fresh attention callable. The cases and the truth of
+`mutants.cases` and `mutants.effects` repeat some of what the harness does: they say what is wrong without asking it.
 """
 
 from mutants import (
     right,
     wrong_backward,
-    wrong_conduct,
     wrong_gates,
     wrong_masks,
     wrong_numbers,
     wrong_paths,
     wrong_patterns,
     wrong_shapes,
+    wrong_state,
     wrong_weights,
 )
-from mutants.entries import FAMILIES, RIGHT, WRONG, Right, Wrong
+from mutants.registry import FAMILIES, RIGHT, WRONG, Right, Wrong
 
 __all__ = [
     "FAMILIES",
@@ -25,7 +26,7 @@ __all__ = [
     "Wrong",
     "right",
     "wrong_backward",
-    "wrong_conduct",
+    "wrong_state",
     "wrong_gates",
     "wrong_masks",
     "wrong_numbers",

@@ -1,8 +1,7 @@
-"""Calls to see a fault in, what each has to offer, and what is true and allowed there.
+"""Calls in which faults show, with their features, their truth and the errors that are allowed.
 
-A case has features, which are found in its tensors and not written down: `gate by query`, `row without keys`,
-`strided input`. A wrong attention says which features it needs for its fault to be there at all; in cases that lack one
-of them it must be right.
+The features of a case (`gate by query`, `fully masked row`, `strided input`) are computed from its tensors. A wrong
+attention registers the features that its fault needs; in cases that lack one of them it must be right.
 """
 
 from __future__ import annotations
@@ -49,17 +48,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """One call, made anew each time from a seed.
+    """One call, made from a seed.
 
-    - `sizes`: (B, H, Q, S, D)
-    - `gate`, `mask`: from sizes to a tensor, or None
-    - `arrange`: from a contiguous tensor to one of the same numbers that lies otherwise in memory
-    - `arrange_value`: the same for the value, where it differs from the rest
-    - `value_is_key`: the value lies in the very memory of the key
-    - `logits`: factor of query and key
-    - `mean`, `spread`: of the values
-    - `gradients`: factor of the context's gradient
-    - `wanted`: which inputs require a gradient
+    Attributes:
+        sizes: (B, H, Q, S, D).
+        gate, mask: from a generator and sizes to a tensor, or None.
+        arrange: from a contiguous tensor to an equal one with other strides.
+        arrange_value, arrange_gradient: the same for the value, and for the gradient of the context.
+        logits: factor of query and key.
+        mean, spread: of the values.
+        value_is_key: whether the value shares the memory of the key.
+        gradients: factor of the gradient of the context.
+        wanted: the inputs that require a gradient.
     """
 
     name: str
@@ -276,7 +276,7 @@ FEATURES: dict[str, Callable[[Case, Call], bool]] = {
     "mask by query": lambda case, call: varies(call.attn_mask, 2),
     "mask of fewer dimensions": on_mask(lambda mask: mask.dim() < 4),
     "hole in mask": lambda case, call: has_holes(call),
-    "row without keys": lambda case, call: (
+    "fully masked row": lambda case, call: (
         call.attn_mask is not None and bool((~full_mask(call)).all(-1).any())
     ),
     "right padding first": lambda case, call: has_padding_first(call),
@@ -436,7 +436,7 @@ def biases_and_rows(coin, batch, heads, queries, keys, channels) -> Tensor:
     return mask
 
 
-def rows_without_keys(coin, batch, heads, queries, keys, channels) -> Tensor:
+def fully_masked_rows(coin, batch, heads, queries, keys, channels) -> Tensor:
     return scattered(coin, batch, heads, queries, keys, channels) & (torch.arange(queries) % 3 > 0)[:, None]
 
 
@@ -568,15 +568,15 @@ CASES = (
     Case("mask by head", (2, 3, 5, 21, 16), mask=by_head, gate=fractions),
     Case("mask expanded", (2, 3, 5, 21, 16), mask=expanded_padding),
     Case("biases", (2, 3, 7, 21, 24), mask=biases),
-    Case("biases, -inf and rows without keys", (2, 3, 9, 37, 16), mask=biases_and_rows, gate=on_by_row),
-    Case("rows without keys", (2, 2, 9, 33, 16), mask=rows_without_keys),
+    Case("biases, -inf and fully masked rows", (2, 3, 9, 37, 16), mask=biases_and_rows, gate=on_by_row),
+    Case("fully masked rows", (2, 2, 9, 33, 16), mask=fully_masked_rows),
     Case("large logits", (1, 2, 12, 40, 16), logits=3.0, mask=padding),
     Case("huge logits", (2, 2, 12, 40, 16), logits=25.0, mask=padding),
     Case("enormous logits", (2, 2, 12, 40, 16), logits=150.0, mask=padding),
     Case("rows shifted", (1, 2, 12, 24, 16), mask=shifted_rows),
     Case("one query", (2, 2, 1, 19, 16), mask=padding, gate=fractions_by_item),
     Case("one key", (2, 3, 5, 1, 16)),
-    Case("one key, gated and masked", (2, 3, 5, 1, 16), gate=on_by_row, mask=rows_without_keys),
+    Case("one key, gated and masked", (2, 3, 5, 1, 16), gate=on_by_row, mask=fully_masked_rows),
     Case("queries as heads", (2, 8, 8, 20, 16), gate=on_by_row),
     Case("all alike", (1, 4, 4, 4, 16), gate=fractions_by_row, mask=scattered),
     Case("token-major", (2, 3, 6, 20, 16), arrange=token_major, arrange_gradient=token_major),
@@ -635,5 +635,5 @@ CASES = (
     Case("float64, long", (1, 1, 5, 1200, 16), torch.float64),
 )
 
-CONDUCT = Case("conduct", (2, 3, 18, 40, 16), gate=on_by_row, mask=rows_without_keys)
-"""What conduct is looked at in, where it has the features that are needed."""
+ACROSS_CALLS = Case("across calls", (2, 3, 18, 40, 16), gate=on_by_row, mask=fully_masked_rows)
+"""The case in which calls are repeated, where it has the features that a fault needs."""

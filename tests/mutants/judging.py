@@ -47,13 +47,17 @@ class Judge:
 
     def operator(self, attention: Attention) -> Iterator[Finding]:
         """Side effects first: an attention that changes settings is known before other calls depend on them."""
-        for check in SIDE_EFFECTS:
-            yield from side_effect_findings(attention, check, self.dtype, CPU, self.seed)
+        yield from self.side_effects(attention)
         yield from self.numbers(attention)
 
+    def side_effects(self, attention: Attention) -> Iterator[Finding]:
+        """What the operator suite finds wrong apart from the numbers of single calls."""
+        for check in SIDE_EFFECTS:
+            yield from side_effect_findings(attention, check, self.dtype, CPU, self.seed)
+
     def numbers(self, attention: Attention) -> Iterator[Finding]:
-        """What the operator suite finds wrong with the numbers of single calls."""
-        for case in operator_cases(self.dtype, self.seed):
+        """What the operator suite finds wrong with the numbers of single calls, the cheapest cases first."""
+        for case in sorted(operator_cases(self.dtype, self.seed), key=lambda case: case.weights):
             yield from operator_findings(attention, case, CPU)
 
     def calls(self, attention: Attention) -> Iterator[Finding]:

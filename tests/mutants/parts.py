@@ -46,14 +46,14 @@ def masked(s: SimpleNamespace) -> Tensor:
     return s.scores + s.mask
 
 
-def keyless(s: SimpleNamespace) -> Tensor:
+def fully_masked(s: SimpleNamespace) -> Tensor:
     """Rows (B, H, Q, 1) whose keys are all masked."""
     return (s.masked == -math.inf).all(-1, keepdim=True)
 
 
 def filled(s: SimpleNamespace) -> Tensor:
     """Scores that have a softmax in every row."""
-    return s.masked.masked_fill(s.keyless, 0.0)
+    return s.masked.masked_fill(s.fully_masked, 0.0)
 
 
 def softmax(s: SimpleNamespace) -> Tensor:
@@ -61,7 +61,7 @@ def softmax(s: SimpleNamespace) -> Tensor:
 
 
 def weights(s: SimpleNamespace) -> Tensor:
-    return s.softmax.masked_fill(s.keyless, 0.0)
+    return s.softmax.masked_fill(s.fully_masked, 0.0)
 
 
 def gated(s: SimpleNamespace) -> Tensor:
@@ -78,7 +78,7 @@ FORWARD: dict[str, Step] = {
     "scale": scale,
     "scores": scores,
     "masked": masked,
-    "keyless": keyless,
+    "fully_masked": fully_masked,
     "filled": filled,
     "softmax": softmax,
     "weights": weights,

@@ -19,8 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from headoff.attention import conform, eager, gate_context, sdpa
-from mutants.entries import ALL_DTYPES, right
 from mutants.parts import BACKWARD, FORWARD, ByHand, blocks, by_hand, plain, rounded, run, start
+from mutants.registry import ALL_DTYPES, right
 
 SINGLE_AND_DOUBLE = (torch.float32, torch.float64)
 
@@ -34,21 +34,21 @@ def without_compiler() -> str | None:
 
 
 def opened(attn_mask: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """A mask without rows without keys, in four dimensions and a dtype that torch takes; and where it had such rows."""
+    """A mask without fully masked rows, in four dimensions and a dtype that torch takes; and where it had such rows."""
     if attn_mask is None:
         return None, None
     attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     if attn_mask.dtype == torch.bool:
-        keyless = ~attn_mask.any(-1, keepdim=True)
-        return attn_mask | keyless, keyless
+        fully_masked = ~attn_mask.any(-1, keepdim=True)
+        return attn_mask | fully_masked, fully_masked
     attn_mask = attn_mask.to(like)
-    keyless = (attn_mask == -math.inf).all(-1, keepdim=True)
-    return attn_mask.masked_fill(keyless, 0.0), keyless
+    fully_masked = (attn_mask == -math.inf).all(-1, keepdim=True)
+    return attn_mask.masked_fill(fully_masked, 0.0), fully_masked
 
 
-def closed(result: Tensor, keyless: Tensor | None) -> Tensor:
-    """Zero in rows without keys."""
-    return result if keyless is None else result.masked_fill(keyless, 0.0)
+def closed(result: Tensor, fully_masked: Tensor | None) -> Tensor:
+    """Zero in fully masked rows."""
+    return result if fully_masked is None else result.masked_fill(fully_masked, 0.0)
 
 
 def additive(attn_mask: Tensor, like: Tensor) -> Tensor:
@@ -80,10 +80,10 @@ def on_backend(backend: SDPBackend):
     allowed = [backend, SDPBackend.MATH]
 
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
-        mask, keyless = opened(attn_mask, query)
+        mask, fully_masked = opened(attn_mask, query)
         with sdpa_kernel(allowed):
             return gate_context(
-                closed(scaled_dot_product_attention(query, key, value, mask), keyless), head_gate
+                closed(scaled_dot_product_attention(query, key, value, mask), fully_masked), head_gate
             )
 
     return attention
@@ -129,10 +129,10 @@ def eager_reordered():
 def einsum():
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
         scores = torch.einsum("bhqd,bhsd->bhqs", query, key) * query.shape[-1] ** -0.5
-        mask, keyless = opened(attn_mask, scores)
+        mask, fully_masked = opened(attn_mask, scores)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-        weights = closed(torch.softmax(scores, -1), keyless)
+        weights = closed(torch.softmax(scores, -1), fully_masked)
         if head_gate is not None:
             weights = weights * head_gate.to(weights)
         return torch.einsum("bhqs,bhsd->bhqd", weights, value)
@@ -196,7 +196,7 @@ class Flash(torch.autograd.Function):
             result = result * shrink + terms @ value[:, :, block].to(compute)
             most = now
         seen = total > 0
-        # exp(score - inf) is 0: that is how rows without keys stay without weights in the backward pass.
+        # exp(score - inf) is 0: that is how fully masked rows stay without weights in the backward pass.
         log_sum = torch.where(seen, most.masked_fill(~seen, 0.0) + total.log(), math.inf)
         result = gate_context(result / torch.where(seen, total, 1), head_gate)
         ctx.save_for_backward(query, key, value, attn_mask, head_gate, log_sum, result)
@@ -236,13 +236,15 @@ class Flash(torch.autograd.Function):
 def split_keys():
     def split(s) -> Tensor:
         parts = [(s.masked[..., block], s.value[:, :, block]) for block in blocks(s.key.shape[2], 32)]
-        sums = torch.stack([scores.masked_fill(s.keyless, 0.0).logsumexp(-1, True) for scores, _ in parts])
+        sums = torch.stack(
+            [scores.masked_fill(s.fully_masked, 0.0).logsumexp(-1, True) for scores, _ in parts]
+        )
         shares = sums.softmax(0)
         result = torch.zeros_like(s.query)
         for share, log_sum, (scores, value) in zip(shares, sums, parts, strict=True):
             base = log_sum.masked_fill(log_sum == -math.inf, 0.0)
-            result = result + share * ((scores.masked_fill(s.keyless, 0.0) - base).exp() @ value)
-        return closed(result, s.keyless) * s.gate
+            result = result + share * ((scores.masked_fill(s.fully_masked, 0.0) - base).exp() @ value)
+        return closed(result, s.fully_masked) * s.gate
 
     # The log-sum-exp of a split without keys is -inf, and its derivative 0 / 0: so the gradients are by hand.
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
@@ -263,7 +265,7 @@ class Split(ByHand):
             for name, step in FORWARD.items()
             if name in ("gate", "mask", "scale", "scores", "masked")
         }
-        steps |= {"keyless": FORWARD["keyless"], "context": split}
+        steps |= {"fully_masked": FORWARD["fully_masked"], "context": split}
         return run(steps, start(query, key, value, attn_mask, head_gate)).context.to(query.dtype)
 
 
@@ -342,7 +344,7 @@ def powers_of_2():
 @right("softmax", "a running maximum that is not differentiated, division after the product")
 def divided_last():
     def terms(s) -> Tensor:
-        return (s.filled - s.filled.detach().amax(-1, keepdim=True)).exp().masked_fill(s.keyless, 0)
+        return (s.filled - s.filled.detach().amax(-1, keepdim=True)).exp().masked_fill(s.fully_masked, 0)
 
     def divided(s) -> Tensor:
         total = s.softmax.sum(-1, keepdim=True)
@@ -394,10 +396,10 @@ def tokens_first():
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
         q, k, v = (x.permute(2, 0, 1, 3).contiguous() for x in (query, key, value))
         scores = torch.einsum("qbhd,sbhd->bhqs", q, k) / math.sqrt(q.shape[-1])
-        mask, keyless = opened(attn_mask, scores)
+        mask, fully_masked = opened(attn_mask, scores)
         if mask is not None:
             scores = scores + additive(mask, scores)
-        weights = closed(scores.softmax(-1), keyless)
+        weights = closed(scores.softmax(-1), fully_masked)
         result = torch.einsum("bhqs,sbhd->qbhd", weights, v)
         return gate_context(result.permute(1, 2, 0, 3), head_gate)
 
@@ -408,11 +410,11 @@ def tokens_first():
 def batched_products():
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
         shape = (*query.shape[:3], key.shape[2])
-        mask, keyless = opened(attn_mask, query)
+        mask, fully_masked = opened(attn_mask, query)
         bias = query.new_zeros(shape) if mask is None else additive(mask, query).expand(shape)
         q, k, v = (x.flatten(0, 1) for x in (query, key, value))
         scores = torch.baddbmm(bias.reshape(-1, *shape[2:]), q, k.mT, alpha=query.shape[-1] ** -0.5)
-        weights = closed(scores.softmax(-1).view(shape), keyless).flatten(0, 1)
+        weights = closed(scores.softmax(-1).view(shape), fully_masked).flatten(0, 1)
         return gate_context(torch.bmm(weights, v).view(query.shape), head_gate)
 
     return attention
@@ -425,10 +427,12 @@ def vmapped():
         return weights @ value
 
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
-        mask, keyless = opened(attn_mask, query)
+        mask, fully_masked = opened(attn_mask, query)
         bias = query.new_zeros(1) if mask is None else additive(mask, query)
         bias = bias.expand(*query.shape[:3], key.shape[2])
-        return gate_context(closed(torch.vmap(torch.vmap(one))(query, key, value, bias), keyless), head_gate)
+        return gate_context(
+            closed(torch.vmap(torch.vmap(one))(query, key, value, bias), fully_masked), head_gate
+        )
 
     return attention
 
@@ -564,11 +568,11 @@ def flex():
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
-        mask, keyless = opened(attn_mask, query)
+        mask, fully_masked = opened(attn_mask, query)
         shape = (*query.shape[:3], key.shape[2])
         modification = None if mask is None else flex_mask(additive(mask, query), shape)
         result = compiled(*(x.contiguous() for x in (query, key, value)), score_mod=modification)
-        return gate_context(closed(result, keyless), head_gate)
+        return gate_context(closed(result, fully_masked), head_gate)
 
     return attention
 
@@ -580,11 +584,11 @@ def flex_forward():
         def forward(ctx, query, key, value, attn_mask, head_gate, steps):
             ctx.save_for_backward(query, key, value, attn_mask, head_gate)
             ctx.steps = steps
-            mask, keyless = opened(attn_mask, query)
+            mask, fully_masked = opened(attn_mask, query)
             shape = (*query.shape[:3], key.shape[2])
             modification = None if mask is None else flex_mask(additive(mask, query), shape)
             result = flex_attention(query.detach(), key.detach(), value.detach(), score_mod=modification)
-            return gate_context(closed(result, keyless), head_gate)
+            return gate_context(closed(result, fully_masked), head_gate)
 
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
         return Flex.apply(query, key, value, attn_mask, head_gate, FORWARD | BACKWARD)

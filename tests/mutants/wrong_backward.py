@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mutants.entries import wrong
 from mutants.parts import (
     BACKWARD,
     FORWARD,
@@ -26,6 +25,7 @@ from mutants.parts import (
     scale,
     start,
 )
+from mutants.registry import wrong
 
 
 @wrong("backward", "the softmax's backward pass lacks the term delta", shows=("dq", "dk"))
@@ -227,19 +227,19 @@ def backward_recomputes_unscaled():
 
 
 @wrong(
-    "backward", "rows without keys have NaN gradients", needs=("row without keys",), shows=("dq", "dk", "dv")
+    "backward", "fully masked rows have NaN gradients", needs=("fully masked row",), shows=("dq", "dk", "dv")
 )
-def backward_keyless_rows_nan():
+def backward_fully_masked_rows_nan():
     return by_hand(weights=lambda s: s.masked.softmax(-1))
 
 
 @wrong(
     "backward",
-    "rows without keys are recomputed as attending to all keys",
-    needs=("row without keys",),
+    "fully masked rows are recomputed as attending to all keys",
+    needs=("fully masked row",),
     shows=("dq", "dk", "dv"),
 )
-def backward_keyless_rows_mean():
+def backward_fully_masked_rows_mean():
     return by_hand(weights=lambda s: s.softmax)
 
 
@@ -343,9 +343,9 @@ def backward_of_torch():
             leaves = [x.detach().requires_grad_() for x in (s.query, s.key, s.value)]
             mask = s.mask
             if mask is not None:
-                gone = s.keyless if mask.dtype == torch.bool else s.keyless & (mask == -math.inf)
+                gone = s.fully_masked if mask.dtype == torch.bool else s.fully_masked & (mask == -math.inf)
                 mask = mask | gone if mask.dtype == torch.bool else mask.masked_fill(gone, 0.0)
-            context = scaled_dot_product_attention(*leaves, mask).masked_fill(s.keyless, 0)
+            context = scaled_dot_product_attention(*leaves, mask).masked_fill(s.fully_masked, 0)
             return torch.autograd.grad(context, leaves, s.gradient)
 
     return by_hand(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mutants.entries import wrong
 from mutants.parts import blocks, filled, plain, rounded, scores
+from mutants.registry import wrong
 
 
 @wrong("gate", "the gate is taken and never used", needs=("gate",))

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from mutants.entries import wrong
 from mutants.parts import blocks, masked, plain, softmax
+from mutants.registry import wrong
 
 
 def is_bool(s) -> bool:
@@ -108,7 +108,7 @@ def mask_of_flat_index():
 def mask_of_minus_100():
     return plain(
         masked=lambda s: masked(s) if s.mask is None else masked(s).clamp_min(-100),
-        keyless=lambda s: (masked(s) == -math.inf).all(-1, keepdim=True),
+        fully_masked=lambda s: (masked(s) == -math.inf).all(-1, keepdim=True),
     )
 
 
@@ -117,7 +117,7 @@ def mask_lowers_by_10000():
     def lowered(s) -> Tensor:
         return masked(s) if s.mask is None else torch.where(hidden(s), s.scores - 1e4, masked(s))
 
-    return plain(masked=lowered, keyless=lambda s: (masked(s) == -math.inf).all(-1, keepdim=True))
+    return plain(masked=lowered, fully_masked=lambda s: (masked(s) == -math.inf).all(-1, keepdim=True))
 
 
 @wrong(
@@ -130,37 +130,37 @@ def mask_after_maximum():
         terms = (s.filled - s.scores.amax(-1, keepdim=True).detach()).exp()
         return terms / terms.sum(-1, keepdim=True)
 
-    return plain(softmax=lambda s: softmax(s) if s.mask is None or bool(s.keyless.any()) else late(s))
+    return plain(softmax=lambda s: softmax(s) if s.mask is None or bool(s.fully_masked.any()) else late(s))
 
 
-@wrong("mask", "rows without keys are NaN", needs=("row without keys",))
-def mask_keyless_rows_nan():
-    return plain(weights=lambda s: s.softmax.masked_fill(s.keyless, math.nan))
+@wrong("mask", "fully masked rows are NaN", needs=("fully masked row",))
+def mask_fully_masked_rows_nan():
+    return plain(weights=lambda s: s.softmax.masked_fill(s.fully_masked, math.nan))
 
 
-@wrong("mask", "rows without keys attend to all keys alike", needs=("row without keys",))
-def mask_keyless_rows_mean():
+@wrong("mask", "fully masked rows attend to all keys alike", needs=("fully masked row",))
+def mask_fully_masked_rows_mean():
     return plain(weights=lambda s: s.softmax)
 
 
-@wrong("mask", "rows without keys attend as if nothing were masked", needs=("row without keys",))
-def mask_keyless_rows_unmasked():
-    return plain(weights=lambda s: torch.where(s.keyless, s.scores.softmax(-1), s.softmax))
+@wrong("mask", "fully masked rows attend as if nothing were masked", needs=("fully masked row",))
+def mask_fully_masked_rows_unmasked():
+    return plain(weights=lambda s: torch.where(s.fully_masked, s.scores.softmax(-1), s.softmax))
 
 
-@wrong("mask", "rows without keys attend to the first key", needs=("row without keys",))
-def mask_keyless_rows_first_key():
+@wrong("mask", "fully masked rows attend to the first key", needs=("fully masked row",))
+def mask_fully_masked_rows_first_key():
     def first(s) -> Tensor:
         chosen = torch.zeros_like(s.softmax)
         chosen[..., 0] = 1
-        return torch.where(s.keyless, chosen, s.softmax)
+        return torch.where(s.fully_masked, chosen, s.softmax)
 
     return plain(weights=first)
 
 
-@wrong("mask", "a call with one row without keys is skipped altogether", needs=("row without keys",))
-def mask_keyless_row_skips_call():
-    return plain(weights=lambda s: s.softmax * (not bool(s.keyless.any())))
+@wrong("mask", "a call with one fully masked row is skipped altogether", needs=("fully masked row",))
+def mask_fully_masked_row_skips_call():
+    return plain(weights=lambda s: s.softmax * (not bool(s.fully_masked.any())))
 
 
 @wrong("mask", "the mask is not loaded for the last block of 16 keys", needs=("mask",))

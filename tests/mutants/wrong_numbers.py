@@ -7,8 +7,8 @@ import random
 import torch
 from torch import Tensor
 
-from mutants.entries import wrong
 from mutants.parts import blocks, by_hand, context, dkey, dquery, dvalue, filled, plain, rounded, scores
+from mutants.registry import wrong
 
 
 def truncated(x: Tensor, bits: int) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from headoff.attention import Attention, eager
-from mutants.entries import wrong
 from mutants.parts import blocks, by_hand, context, plain
-from mutants.wrong_conduct import leaving, overwritable, tapped
+from mutants.registry import wrong
+from mutants.wrong_state import leaving, overwritable, tapped
 
 
 def for_inference(fast: Attention) -> Attention:
@@ -301,14 +301,14 @@ def calls_masked_by_torch():
         if attn_mask is None:
             return whole(query, key, value, head_gate=head_gate)
         open_rows = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
-        keyless = ~open_rows.any(-1, keepdim=True)
+        fully_masked = ~open_rows.any(-1, keepdim=True)
         mask = (
-            attn_mask | keyless
+            attn_mask | fully_masked
             if attn_mask.dtype == torch.bool
-            else attn_mask.masked_fill(keyless, 0.0).to(query)
+            else attn_mask.masked_fill(fully_masked, 0.0).to(query)
         )
         result = scaled_dot_product_attention(query, key, value, mask[(None,) * (4 - mask.dim())])
-        result = result.masked_fill(keyless, 0)
+        result = result.masked_fill(fully_masked, 0)
         return result if head_gate is None else result * head_gate.to(result)
 
     return attention

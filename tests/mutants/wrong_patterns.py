@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from mutants.cases import expanded
-from mutants.entries import wrong
 from mutants.parts import (
     BACKWARD,
     FORWARD,
@@ -25,6 +24,7 @@ from mutants.parts import (
     scores,
     softmax,
 )
+from mutants.registry import wrong
 from mutants.wrong_masks import is_bool
 from mutants.wrong_shapes import keys_hidden, positions
 
@@ -119,7 +119,7 @@ def pattern_maximum_before_bias():
             return softmax(s)
         largest = s.scores.masked_fill(s.mask == -math.inf, -math.inf).amax(-1, keepdim=True).detach()
         # Where that is harmless, too: a row that lies low is another fault.
-        largest = torch.minimum(largest.masked_fill(s.keyless, 0), s.filled.amax(-1, keepdim=True))
+        largest = torch.minimum(largest.masked_fill(s.fully_masked, 0), s.filled.amax(-1, keepdim=True))
         terms = (s.filled - largest.detach()).exp()
         return terms / terms.sum(-1, keepdim=True)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mutants.cases import expanded
-from mutants.entries import wrong
 from mutants.parts import BACKWARD, FORWARD, ByHand, as_stored, context, filled, masked, plain, scale
+from mutants.registry import wrong
 
 
 def keys_hidden(which) -> dict:
@@ -126,9 +126,11 @@ def sizes_one_key_ungated():
     return plain(gated=lambda s: s.weights if s.key.shape[2] == 1 else s.weights * s.gate)
 
 
-@wrong("sizes", "of one key the value is returned, masked or not", needs=("S = 1", "row without keys"))
+@wrong("sizes", "of one key the value is returned, masked or not", needs=("S = 1", "fully masked row"))
 def sizes_one_key_unmasked():
-    return plain(weights=lambda s: s.softmax if s.key.shape[2] == 1 else s.softmax.masked_fill(s.keyless, 0))
+    return plain(
+        weights=lambda s: s.softmax if s.key.shape[2] == 1 else s.softmax.masked_fill(s.fully_masked, 0)
+    )
 
 
 @wrong("sizes", "products of query and key use the first 64 channels", needs=("D > 64",))

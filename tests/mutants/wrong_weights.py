@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from mutants.entries import wrong
 from mutants.parts import blocks, plain, rounded, scale, scores
+from mutants.registry import wrong
 
 
 @wrong("scale", "the scores are not scaled")
@@ -219,7 +219,7 @@ def softmax_with_epsilon():
 
 @wrong("softmax", "weights below 0.001 are dropped", needs=("S > 16",))
 def softmax_drops_small_weights():
-    return plain(weights=lambda s: s.softmax.masked_fill(s.keyless | (s.softmax < 1e-3), 0))
+    return plain(weights=lambda s: s.softmax.masked_fill(s.fully_masked | (s.softmax < 1e-3), 0))
 
 
 @wrong("softmax", "only the 16 largest weights of a row are kept", needs=("S > 16",))

@@ -1,4 +1,4 @@
-"""Slips beside the numbers of one call: what is carried from call to call, what is modified, what is hidden."""
+"""Faults other than the numbers of one call: state carried from call to call, inputs modified, exceptions hidden."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from headoff.attention import Attention
-from mutants.entries import wrong
 from mutants.parts import by_hand, context, dkey, plain
+from mutants.registry import wrong
 
 
 def tapped(change, whole: Attention | None = None) -> Attention:
@@ -313,9 +313,9 @@ def inplace_query_scaled():
 
 @wrong(
     "in-place",
-    "rows without keys are opened in the caller's mask",
+    "fully masked rows are opened in the caller's mask",
     shows=("in-place",),
-    needs=("row without keys",),
+    needs=("fully masked row",),
 )
 def inplace_mask_opened():
     whole = plain()
@@ -476,13 +476,15 @@ def fallback(query, key, value, attn_mask=None, *, head_gate=None) -> Tensor:
     """The right context, by torch."""
     if attn_mask is not None:
         open_rows = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
-        keyless = ~open_rows.any(-1, keepdim=True)
+        fully_masked = ~open_rows.any(-1, keepdim=True)
         attn_mask = (
-            attn_mask | keyless if attn_mask.dtype == torch.bool else attn_mask.masked_fill(keyless, 0.0)
+            attn_mask | fully_masked
+            if attn_mask.dtype == torch.bool
+            else attn_mask.masked_fill(fully_masked, 0.0)
         )
         attn_mask = attn_mask.to(query) if attn_mask.is_floating_point() else attn_mask
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-        result = scaled_dot_product_attention(query, key, value, attn_mask).masked_fill(keyless, 0)
+        result = scaled_dot_product_attention(query, key, value, attn_mask).masked_fill(fully_masked, 0)
     else:
         result = scaled_dot_product_attention(query, key, value)
     return result if head_gate is None else result * head_gate.to(result)

@@ -1,4 +1,4 @@
-"""What an attention does wrong: in the numbers of one call, and in how it behaves around it."""
+"""What an attention does wrong, found without the harness: in the numbers of one call, and across several calls."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from headoff.attention import Attention, eager
 from headoff.harness.fallback import SdpaCount, exceptions_inside
 from mutants.cases import Call, Case, distance, expanded, inputs
-from mutants.entries import Symptom
+from mutants.registry import Effect
 
 MARGIN = 4.0
 """Errors of wrong attentions must be this much larger than what is allowed: not wrong by bad luck."""
 
 
-def symptoms_of_numbers(attention: Attention, case: Case, margin: float = 1.0) -> set[Symptom]:
+def effects_on_one_call(attention: Attention, case: Case, margin: float = 1.0) -> set[Effect]:
     """What is wrong with the numbers, dtypes and memory of one call of a fresh attention and its backward pass.
 
     Gradients are not looked at where the context is wrong. Numbers are wrong when their error is `margin` times what is
@@ -35,7 +35,7 @@ def symptoms_of_numbers(attention: Attention, case: Case, margin: float = 1.0) -
             context = call.of(attention)
     except Exception:
         return {"crash"}
-    found: set[Symptom] = set()
+    found: set[Effect] = set()
     if context.dtype != call.query.dtype:
         found.add("dtype")
     if expanded(context) or any(shares_memory(context, x) for x in call.tensors):
@@ -64,9 +64,9 @@ def symptoms_of_numbers(attention: Attention, case: Case, margin: float = 1.0) -
     return found
 
 
-def symptoms_of_conduct(make: Callable[[], Attention], case: Case) -> set[Symptom]:
-    """What is wrong with how an attention behaves around a call that is right by itself."""
-    found: set[Symptom] = set()
+def effects_across_calls(make: Callable[[], Attention], case: Case) -> set[Effect]:
+    """What is wrong across calls with an attention whose single calls are right."""
+    found: set[Effect] = set()
     with settings_kept() as changed:
         case.call().of(make())
     if changed:
@@ -84,7 +84,7 @@ def symptoms_of_conduct(make: Callable[[], Attention], case: Case) -> set[Sympto
         mixes_up_calls,
         believes_addresses,
     )
-    if any(symptom(make, case) for symptom in state):
+    if any(effect(make, case) for effect in state):
         found.add("state")
     if keeps(make, case):
         found.add("memory")
@@ -294,7 +294,7 @@ def gradients(context: Tensor, call: Call, *, retain_graph: bool = False) -> tup
 
 
 def swallows(attention: Attention, call: Call) -> bool:
-    """Whether a call that returns has caught an exception which was raised in the code of the zoo."""
+    """Whether a call that returns has caught an exception which was raised in the code of the mutants."""
     here = str(Path(__file__).parent)
     return bool(exceptions_inside(lambda: called(attention, call), lambda file: file.startswith(here)))
 
