@@ -19,20 +19,20 @@ import numpy as np
 import pytest
 import torch
 import triton_interpreter
-
-import headoff
-from headoff.attention import eager
-from headoff.bench import blocked, cases, levels, running
 from headoff.bench.cases import DIRECTIONS, HEADS, AttentionCase, Shape, attention_cases, gates_of
 from headoff.bench.contestants import EAGER, FLEX, OWN, SDPA_BACKENDS, TRITON, attention_contestants
 from headoff.bench.contests import Bench, Contestant, contest
 from headoff.bench.levels import judged
 from headoff.bench.maps import Extrapolated
+from headoff.bench.records import Report, Row, cases_of
+
+import headoff
+from headoff.attention import eager
+from headoff.bench import blocked, cases, levels, running
 from headoff.bench.models import benchmark_model, with_attention
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import Expected
 from headoff.bench.plots import plots_of
-from headoff.bench.records import Report, Row, cases_of
 from headoff.bench.roofline import Ceilings, Position, Work, attention_work, position
 from headoff.bench.tables import markdown_of, text_of
 from headoff.bench.workloads import DecoderWorkload

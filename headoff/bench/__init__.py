@@ -1,6 +1,6 @@
-"""`headoff bench`: attention, decoder, sweep and relevance beside what else there is, on one device, in one run.
+"""`headoff bench`: attention, decoder, sweep and relevance against torch's kernels and the notebooks' way.
 
-Names lead to one table: a case (`cases.py`) is computed by contestants (`contestants.py`, `notebook.py`), each of which
-is checked against the float64 oracle and, if right, timed in turns with the fastest reference (`contests.py`); what
-it achieves is set beside what a copy and a matrix product reach on the same device (`ceilings.py`, `roofline.py`).
+The runs of one command end in one table. A suite (`suites.py`) yields cases; each is computed by several providers,
+which are checked against the float64 oracle (`outputs.py`) and, if right, timed in turns with a reference
+(`runner.py`). Attention calls are also compared with what the device can reach at best (`roofline.py`).
 """

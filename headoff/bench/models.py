@@ -1,4 +1,4 @@
-"""What is timed at which size: the detector that was asked for, or one as large as those that are used in earnest."""
+"""The detectors that benchmarks run on, and their image."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from headoff.detr.checkpoints import load
 from headoff.detr.config import BackboneConfig, DetrConfig
 from headoff.detr.detector import Detector, Features, Memory
 from headoff.errors import SettingError
-from headoff.harness.reference.oracle import features_of
-from headoff.harness.settings import Settings
-from headoff.images import load_image
+from headoff.images import ImageSource, load_image
 from headoff.scenes.samples import sample_image
 
-Size = Literal["auto", "model", "r50", "dc5"]
+Size = Literal["scenes", "r50", "dc5"]
 SIZES: tuple[Size, ...] = get_args(Size)
+"""The bundled detector, and DETR with a ResNet-50, without and with a dilated last stage (4 times the tokens)."""
 
-BUNDLED = "scenes"
-
-PICTURE = (800, 1066)
-"""Height and width of the random picture: a photograph of 3 by 4, resized as the published models want it."""
+IMAGE_SIZE = (800, 1066)
+"""Height and width of the random image for `r50` and `dc5`: a photo of 3:4, resized as the published models do."""
 
 
 @dataclass(frozen=True, eq=False)
 class BenchmarkModel:
-    """A detector and a picture.
+    """A detector and an image.
 
-    - `name`: for people
-    - `detector`: in the dtype and on the device that are under test; its own attention is never timed
-    - `picture`: RGB
+    Attributes:
+        name: for titles.
+        detector: in the dtype and on the device that are benchmarked. Its own attention is never used.
+        image: RGB.
     """
 
     name: str
     detector: Detector
-    picture: Image.Image
+    image: Image.Image
     _casts: dict[torch.dtype, BenchmarkModel] = field(default_factory=dict, repr=False)
 
     @cached_property
     def features(self) -> Features:
-        return features_of(with_attention(self.detector, "eager"), self.picture)
+        """The image through the backbone."""
+        with torch.no_grad():
+            pixels, _ = self.detector.preprocess([self.image])
+            return self.detector.features(pixels)
 
     @cached_property
     def memory(self) -> Memory:
-        """By eager attention, so that what is decoded does not depend on who is timed."""
+        """The features through the encoder with eager attention, so that all decodes start from the same memory."""
         with torch.no_grad():
             return with_attention(self.detector, "eager").encode_features(self.features)
 
@@ -59,39 +60,35 @@ class BenchmarkModel:
         return self.features.tokens.shape[1]
 
     def in_dtype(self, dtype: torch.dtype) -> BenchmarkModel:
-        """The same in another dtype, weights as they were rounded to the one under test."""
+        """The same weights in another dtype."""
         if dtype not in self._casts:
-            self._casts[dtype] = replace(self, detector=in_dtype(self.detector, dtype), _casts={})
+            detector = copy.deepcopy(self.detector).to(dtype)
+            self._casts[dtype] = replace(self, detector=detector, _casts={})
         return self._casts[dtype]
 
 
-def benchmark_model(settings: Settings, size: Size = "auto") -> BenchmarkModel:
-    """The subject that the settings ask for.
+def benchmark_model(size: Size, device: torch.device, dtype: torch.dtype, seed: int = 0) -> BenchmarkModel:
+    """The detector of a size; `r50` and `dc5` have random weights and a random image.
 
-    - `model`: their model and image (the first, where there are several; a bundled scene where there is none)
-    - `r50`, `dc5`: DETR with a ResNet-50, of random weights, on a random picture: 850 and 3,350 tokens
-    - `auto`: `r50` for the bundled model on a GPU, which it is too small for; else `model`
-
-    Raises SettingError for another size, and what loading a model or an image raises.
+    Raises:
+        SettingError: the size is not known.
     """
+    if size == "scenes":
+        return loaded_model(size, sample_image(0), device, dtype)
     if size not in SIZES:
-        raise SettingError(f"benchmarks cannot be of size {size!r}: use one of {', '.join(SIZES)}")
-    device = torch.device(settings.device)
-    if size == "auto":
-        size = "r50" if settings.model == BUNDLED and device.type == "cuda" else "model"
-    if size == "model":
-        image = settings.images[0] if settings.images else sample_image(0)
-        detector = load(settings.model, attention="eager", dtype=settings.torch_dtype, device=device)
-        return BenchmarkModel(settings.model, detector.requires_grad_(False).eval(), load_image(image))
+        raise SettingError(f"there is no benchmark of size {size!r}: use one of {', '.join(SIZES)}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         detector = Detector(DetrConfig(backbone=BackboneConfig(dilate_last=size == "dc5")), attention="eager")
-    pixels = np.random.default_rng(settings.seed).integers(0, 256, (*PICTURE, 3), dtype=np.uint8)
-    return BenchmarkModel(
-        f"{size}, random weights",
-        detector.to(device, settings.torch_dtype).requires_grad_(False).eval(),
-        Image.fromarray(pixels),
-    )
+    pixels = np.random.default_rng(seed).integers(0, 256, (*IMAGE_SIZE, 3), dtype=np.uint8)
+    detector = detector.to(device, dtype).requires_grad_(False).eval()
+    return BenchmarkModel(f"{size}, random weights", detector, Image.fromarray(pixels))
+
+
+def loaded_model(model: str, image: ImageSource, device: torch.device, dtype: torch.dtype) -> BenchmarkModel:
+    """Any detector that `headoff.load` loads. Raises what loading the model or the image raises."""
+    detector = load(model, attention="eager", dtype=dtype, device=device)
+    return BenchmarkModel(model, detector.requires_grad_(False).eval(), load_image(image))
 
 
 def with_attention(detector: Detector, attention: Attention | str) -> Detector:
@@ -100,8 +97,3 @@ def with_attention(detector: Detector, attention: Attention | str) -> Detector:
     other = copy.copy(detector)
     other.attention = attention
     return other
-
-
-def in_dtype(detector: Detector, dtype: torch.dtype) -> Detector:
-    """A copy whose weights are in `dtype`."""
-    return copy.deepcopy(detector).to(dtype)

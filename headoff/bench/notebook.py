@@ -1,9 +1,8 @@
-"""The way of the published notebooks, to be timed beside the package's: one whole forward pass for every question.
+"""The published notebooks' way to work, to be timed against the package's: one whole forward pass for every question.
 
-A configuration costs one forward pass of its own for its detections, and another, which leaves its attention weights
-behind, for each object that is explained; from there one backward pass, through the backbone and to all weights, gives
-the gradients of the attention weights, and the rules are products of N x N matrices (Chefer, Gur, Wolf, ICCV 2021,
-equations 5 to 10).
+A configuration costs a forward pass for its detections, and another that keeps its attention weights for every
+object to explain. From there one backward pass, through the backbone and to all weights, gives the gradients of the
+attention weights, and the rules are products of N x N matrices (Chefer, Gur, Wolf, ICCV 2021, equations 5 to 10).
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from headoff.detr.detector import Detector, DetectorOutput
-from headoff.gates import Configuration, Gates, stack
+from headoff.gates import Configuration, stack
 from headoff.relevance.rules import normalise
 
 
-class KeptWeights:
-    """Eager attention that keeps its weights, in the order of its calls, and their gradients once there are any."""
+class WeightKeepingAttention:
+    """Eager attention that keeps its weights in the order of its calls; a backward pass adds their gradients."""
 
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
@@ -37,7 +36,7 @@ class KeptWeights:
     ) -> Tensor:
         weights = (query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])).softmax(-1)
         if head_gate is not None:
-            weights = weights * head_gate.to(weights)
+            weights = weights * head_gate
         if weights.requires_grad:
             weights.retain_grad()
         self.weights.append(weights)
@@ -45,51 +44,46 @@ class KeptWeights:
 
 
 class Notebook:
-    """A detector of its own, whose weights all want gradients, and one picture."""
+    """A copy of the detector whose weights all require gradients, as in the notebooks, and one image."""
 
-    def __init__(self, detector: Detector, picture: Image.Image) -> None:
+    def __init__(self, detector: Detector, image: Image.Image) -> None:
         self.detector = copy.deepcopy(detector).requires_grad_(True)
-        self.picture = picture
-
-    def forward(self, gates: Gates) -> DetectorOutput:
-        """The whole detector under one configuration, from the picture on."""
-        pixels, _ = self.detector.preprocess([self.picture])
-        return self.detector.decode(self.detector.encode(pixels), gates)
+        self.image = image
 
     @torch.no_grad()
-    def detect(self, configurations: tuple[Configuration, ...]) -> DetectorOutput:
-        """Logits (C, 1, Q, K + 1) and boxes (C, 1, Q, 4), one configuration after the other."""
-        self.detector.attention = KeptWeights()
-        found = [self.forward(stack([each], self.detector.head_layout)) for each in configurations]
-        return DetectorOutput(
-            torch.cat([each.logits for each in found]), torch.cat([each.boxes for each in found])
-        )
+    def detect(self, configuration: Configuration) -> DetectorOutput:
+        """Logits (1, 1, Q, K + 1) and boxes (1, 1, Q, 4) of one forward pass, from the image on."""
+        return self._forward(configuration, WeightKeepingAttention())
 
     def explain(self, configuration: Configuration, query: int, label: int) -> Tensor:
         """Maps (layers, N) of one query's logit of class `label`, after every decoder layer."""
-        attention = KeptWeights()
-        self.detector.attention = attention
+        attention = WeightKeepingAttention()
         self.detector.zero_grad()
-        output = self.forward(stack([configuration], self.detector.head_layout))
-        output.logits[0, 0, query, label].backward()
+        self._forward(configuration, attention).logits[0, 0, query, label].backward()
         with torch.no_grad():
-            return _maps(attention.weights, self.detector.config.encoder_layers)[:, query]
+            return _relevance(attention.weights, self.detector.config.encoder_layers)[:, query]
+
+    def _forward(self, configuration: Configuration, attention: WeightKeepingAttention) -> DetectorOutput:
+        self.detector.attention = attention
+        pixels, _ = self.detector.preprocess([self.image])
+        gates = stack([configuration], self.detector.head_layout)
+        return self.detector.decode(self.detector.encode(pixels), gates)
 
 
-def _maps(weights: list[Tensor], encoder_layers: int) -> Tensor:
-    """(decoder layers, Q, N): the rules, on whole matrices."""
-    cams = [(each.grad * each.detach())[0].clamp(min=0).mean(0) for each in weights]  # type: ignore[operator]
+def _relevance(weights: list[Tensor], encoder_layers: int) -> Tensor:
+    """(decoder layers, Q, N): the rules on whole matrices."""
+    cams = [(weight.grad * weight.detach())[0].clamp(min=0).mean(0) for weight in weights]  # type: ignore[operator]
     encoder, decoder = cams[:encoder_layers], cams[encoder_layers:]
-    # R - I rather than R, for the same products: where R - I is small, R has few of its digits.
-    of_image = torch.zeros_like(encoder[0])
+    # R - I instead of R, for the same number of products: where R - I is small, R has few of its digits.
+    r_ii = torch.zeros_like(encoder[0])
     for cam in encoder:
-        of_image = of_image + cam + cam @ of_image
-    of_image = normalise(of_image)
-    of_queries, r_qi = torch.zeros_like(decoder[0]), torch.zeros_like(decoder[1])
+        r_ii = r_ii + cam + cam @ r_ii
+    r_ii = normalise(r_ii)
+    r_qq, r_qi = torch.zeros_like(decoder[0]), torch.zeros_like(decoder[1])
     maps = []
-    for own, cross in zip(decoder[::2], decoder[1::2], strict=True):
-        r_qi = r_qi + own @ r_qi
-        of_queries = of_queries + own + own @ of_queries
-        r_qi = r_qi + normalise(of_queries).T @ (cross @ of_image)
+    for self_cam, cross_cam in zip(decoder[::2], decoder[1::2], strict=True):
+        r_qi = r_qi + self_cam @ r_qi
+        r_qq = r_qq + self_cam + self_cam @ r_qq
+        r_qi = r_qi + normalise(r_qq).T @ (cross_cam @ r_ii)
         maps.append(r_qi)
     return torch.stack(maps)

@@ -1,60 +1,61 @@
-"""The report as pictures: ratios with their intervals, and attention calls under the roofline."""
+"""The report as plots: ratios with their intervals, and attention calls under the roofline."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from headoff.bench.contestants import attention_contestants
-from headoff.bench.levels import NOTEBOOK, ONE_BY_ONE
-from headoff.bench.records import Level, Report, Row, cases_of
-from headoff.bench.roofline import Ceilings
+from headoff.bench.attentions import ATTENTIONS
+from headoff.bench.results import Measurement, Report, by_case
+from headoff.bench.roofline import Peaks
 from headoff.bench.tables import TITLES, where
 from headoff.figures.canvas import DPI
 from headoff.figures.palette import GRID, INK, MUTED, OBJECT_COLOURS
 
 BAR = 0.17
-"""Inches that a bar takes, with the space after it."""
+"""Height of a bar with the space below it, in inches."""
 
 GAP = 0.16
-"""Inches between cases."""
+"""Space between cases, in inches."""
 
 PLOT_WIDTH = 5.2
 TOP, BOTTOM, RIGHT = 0.95, 0.62, 0.75
-"""Inches around the bars: for title and legend, for the axis, for the numbers beside the longest bar."""
+"""Space around the bars, in inches: for title and legend, for the axis, for the number next to the longest bar."""
 
 CHARACTER = 0.062
-"""Inches that a character of a label takes, about."""
-
-SLOW = {NOTEBOOK: MUTED, ONE_BY_ONE: MUTED}
-"""What others are compared with for want of anything better; no two of them are in one picture."""
+"""Approximate width of a character of a label, in inches."""
 
 
 def plots_of(report: Report) -> dict[str, bytes]:
     """PNG files by name."""
     figures: dict[str, Figure] = {}
-    for level in report.levels:
-        for dtype in report.ceilings:
-            rows = [row for row in report.level(level) if row.dtype == dtype and row.was_timed]
-            for name, some in _by_shape(rows).items() if level == "attention" else {"": rows}.items():
+    for suite in report.suites:
+        for dtype in report.peaks:
+            rows = [row for row in report.of_suite(suite) if row.dtype == dtype and row.was_timed]
+            for name, some in (
+                _by_shape(rows).items() if suite in ("attention", "skipping") else {"": rows}.items()
+            ):
                 if some:
-                    figures[f"{level}-{dtype}{name}.png"] = plot_ratios(some, level, dtype, report)
-    for dtype, ceilings in report.ceilings.items():
-        rows = [row for row in report.rows if row.dtype == dtype and row.position and row.position.flops]
+                    figures[f"{suite}-{dtype}{name}.png"] = plot_ratios(some, suite, dtype, report)
+    for dtype, peaks in report.peaks.items():
+        rows = [
+            row for row in report.measurements if row.dtype == dtype and row.roofline and row.roofline.flops
+        ]
         if rows:
-            figures[f"roofline-{dtype}.png"] = plot_roofline(rows, ceilings, dtype, report)
+            figures[f"roofline-{dtype}.png"] = plot_roofline(rows, peaks, dtype, report)
     return {name: _png(figure) for name, figure in figures.items()}
 
 
-def plot_ratios(rows: Sequence[Row], level: Level, dtype: str, report: Report) -> Figure:
-    """Bars of time by that of each case's reference, on a logarithmic axis from 1, with intervals."""
+def plot_ratios(rows: Sequence[Measurement], suite: str, dtype: str, report: Report) -> Figure:
+    """Bars of the time relative to each case's reference, on a logarithmic axis that starts at 1, with intervals."""
     colours = _colours(report)
-    cases = cases_of(rows)
+    cases = by_case(rows)
     height = sum(len(some) * BAR + GAP for some in cases.values())
     left = 0.3 + CHARACTER * max(len(line) for _, case in cases for line in _lines(case))
     figure = Figure(figsize=(left + PLOT_WIDTH + RIGHT, TOP + height + BOTTOM), dpi=DPI, facecolor="white")
@@ -63,7 +64,7 @@ def plot_ratios(rows: Sequence[Row], level: Level, dtype: str, report: Report) -
     for (_, case), some in cases.items():
         start = place
         for row in sorted(some, key=lambda row: row.ratio or 1.0):
-            _bar(ax, place, row, colours[row.contestant])
+            _bar(ax, place, row, colours[row.provider])
             place += BAR
         ticks.append((start + place - BAR) / 2)
         labels.append("\n".join(_lines(case)))
@@ -71,26 +72,26 @@ def plot_ratios(rows: Sequence[Row], level: Level, dtype: str, report: Report) -
     ax.set_yticks(ticks, labels, fontsize=7.5)
     ax.set_ylim(place - GAP - BAR / 2 + 0.06, -BAR / 2 - 0.06)
     _ratio_axis(ax, rows)
-    _titles(figure, ax, f"{TITLES[level]}, {dtype}: time by that of the reference", report)
-    _legend(figure, {row.contestant: colours[row.contestant] for row in rows})
+    _titles(figure, ax, f"{TITLES[suite]}, {dtype}: time relative to the reference", report)
+    _legend(figure, {row.provider: colours[row.provider] for row in rows})
     return figure
 
 
-def plot_roofline(rows: Sequence[Row], ceilings: Ceilings, dtype: str, report: Report) -> Figure:
-    """Achieved FLOP/s by operations per byte that has to be moved, under what the device reached in the same run."""
+def plot_roofline(rows: Sequence[Measurement], peaks: Peaks, dtype: str, report: Report) -> Figure:
+    """Achieved FLOP/s against operations per byte, under the peaks that the device reached in the same run."""
     colours = _colours(report)
     figure = Figure(figsize=(7.6, 5.4), dpi=DPI, facecolor="white")
     ax = figure.add_axes((0.1, 0.115, 0.865, 0.70))
     intensities = []
     for row in rows:
-        assert row.position is not None
-        intensity = row.position.flops / row.position.bytes
+        assert row.roofline is not None
+        intensity = row.roofline.flops / row.roofline.bytes
         intensities.append(intensity)
         forward = "backward" not in row.case
-        colour = colours[row.contestant]
+        colour = colours[row.provider]
         ax.plot(
             [intensity],
-            [row.position.flops],
+            [row.roofline.flops],
             marker="o" if forward else "s",
             markersize=5,
             markerfacecolor=colour if forward else "none",
@@ -99,11 +100,11 @@ def plot_roofline(rows: Sequence[Row], ceilings: Ceilings, dtype: str, report: R
             alpha=0.85,
             zorder=3,
         )
-    ridge = ceilings.flops / ceilings.bytes
+    ridge = peaks.flops / peaks.bytes
     low, high = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
     ax.plot(
         [low, ridge, high],
-        [low * ceilings.bytes, ceilings.flops, ceilings.flops],
+        [low * peaks.bytes, peaks.flops, peaks.flops],
         color=INK,
         linewidth=1.3,
         zorder=2,
@@ -111,11 +112,11 @@ def plot_roofline(rows: Sequence[Row], ceilings: Ceilings, dtype: str, report: R
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(low, high)
-    achieved = [row.position.flops for row in rows if row.position]
-    ax.set_ylim(min(*achieved, low * ceilings.bytes) / 2, ceilings.flops * 2)
+    achieved = [row.roofline.flops for row in rows if row.roofline]
+    ax.set_ylim(min(*achieved, low * peaks.bytes) / 2, peaks.flops * 2)
     ax.annotate(
         "matrix product",
-        (high, ceilings.flops),
+        (high, peaks.flops),
         (-4, 4),
         textcoords="offset points",
         ha="right",
@@ -123,36 +124,36 @@ def plot_roofline(rows: Sequence[Row], ceilings: Ceilings, dtype: str, report: R
         color=INK,
     )
     ax.annotate(
-        "copy", (low, low * ceilings.bytes), (6, -2), textcoords="offset points", ha="left", va="top", fontsize=8,
+        "copy", (low, low * peaks.bytes), (6, -2), textcoords="offset points", ha="left", va="top", fontsize=8,
         color=INK,
     )  # fmt: skip
-    ax.set_xlabel("operations per byte, at least to be moved", fontsize=8, color=INK)
+    ax.set_xlabel("operations per byte that has to be moved", fontsize=8, color=INK)
     ax.set_ylabel("FLOP/s achieved", fontsize=8, color=INK)
     _clean(ax)
     ax.grid(axis="both", color=GRID, linewidth=0.6, zorder=0)
     _titles(figure, ax, f"Attention under the roofline, {dtype}", report)
-    _legend(figure, {row.contestant: colours[row.contestant] for row in rows}, directions=True)
+    _legend(figure, {row.provider: colours[row.provider] for row in rows}, directions=True)
     return figure
 
 
-def _bar(ax: Axes, place: float, row: Row, colour: str) -> None:
+def _bar(ax: Axes, place: float, row: Measurement, colour: str) -> None:
     ratio = row.ratio or 1.0
     if row.low is None or row.high is None:
-        # The reference has no length on an axis that starts with it.
+        # The reference is where the axis starts.
         ax.plot([1], [place], marker="|", markersize=7, markeredgewidth=2.4, color=colour, zorder=3)
         edge = 1.0
     else:
         ax.barh(place, ratio - 1, left=1, height=BAR * 0.8, color=colour, zorder=2)
         ax.plot([row.low, row.high], [place, place], color=INK, linewidth=1, zorder=4)
         edge = max(1.0, ratio, row.high)
-    said = "reference" if row.low is None else f"{ratio:.2f}" if 0.1 <= ratio < 10 else f"{ratio:.2g}"
+    label = "reference" if row.low is None else f"{ratio:.2f}" if 0.1 <= ratio < 10 else f"{ratio:.2g}"
     ax.annotate(
-        said, (edge, place), (4, 0), textcoords="offset points", va="center", fontsize=6.5, color=MUTED,
+        label, (edge, place), (4, 0), textcoords="offset points", va="center", fontsize=6.5, color=MUTED,
         annotation_clip=False,
     )  # fmt: skip
 
 
-def _ratio_axis(ax: Axes, rows: Sequence[Row]) -> None:
+def _ratio_axis(ax: Axes, rows: Sequence[Measurement]) -> None:
     values = [value for row in rows for value in (row.ratio, row.low, row.high) if value]
     low, high = min(*values, 0.8) / 1.1, max(*values, 1.3) * 1.1
     ax.set_xscale("log")
@@ -217,15 +218,15 @@ def _legend(figure: Figure, colours: dict[str, str], directions: bool = False) -
 
 
 def _colours(report: Report) -> dict[str, str]:
-    """One colour for each contestant, the same in every picture of every report."""
-    known = dict(zip(attention_contestants(), OBJECT_COLOURS, strict=True))
-    others = dict.fromkeys(row.contestant for row in report.rows if row.contestant not in known)
-    return {**known, **{name: SLOW.get(name, INK) for name in others}}
+    """One colour for each provider, the same in all plots of all reports."""
+    known = dict(zip(ATTENTIONS, OBJECT_COLOURS, strict=True))
+    others = dict.fromkeys(one.provider for one in report.measurements if one.provider not in known)
+    return {**known, **dict(zip(others, cycle((MUTED, INK, GRID)), strict=False))}
 
 
-def _by_shape(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Attention calls by the end of their picture's name: all cases of all shapes would be a picture of a metre."""
-    found: dict[str, list[Row]] = {}
+def _by_shape(rows: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+    """Attention calls by the end of their file's name, one plot for each shape: one for all would be too long."""
+    found: dict[str, list[Measurement]] = {}
     for row in rows:
         words = "".join(each if each.isalnum() else " " for each in _lines(row.case)[0])
         found.setdefault(f"-{'-'.join(words.lower().split())}", []).append(row)
@@ -233,7 +234,7 @@ def _by_shape(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _lines(case: str) -> list[str]:
-    """A case's name in two lines where it is long: the shape, and what is done with it."""
+    """A long case name in two lines: the shape, and the rest."""
     parts = case.split(", ")
     if len(parts) < 3:
         return [case]

@@ -1,45 +1,45 @@
-"""The report as text for a terminal, and as Markdown for a page."""
+"""The report as text for a terminal and as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from headoff.bench.records import Level, Report, Row, cases_of
-from headoff.timing.machine import processor
+from headoff.bench.results import Measurement, Report, by_case
+from headoff.timing import processor
 from headoff.wording import format_bytes, format_seconds
 
-TITLES: dict[Level, str] = {
+TITLES = {
     "attention": "Attention",
+    "skipping": "Attention without the rows of heads that are off",
     "decoder": "Decoder",
-    "sweep": "Sweep, from the picture to the outcomes",
-    "relevance": "Relevance, from the picture to the maps",
-    "blocked": "Relevance in little memory: cams kept, and blocked",
+    "sweep": "Sweep, from the image to the outcomes",
+    "relevance": "Relevance, from the image to the maps",
 }
-HEAD = ("contestant", "x reference", "interval", "time", "memory")
-UNDER_ROOF = ("FLOP/s", "bytes/s", "limit", "of it")
+HEAD = ("provider", "x reference", "interval", "time", "memory")
+ROOFLINE_HEAD = ("FLOP/s", "bytes/s", "limit", "of it")
 
 
 def text_of(report: Report) -> str:
     """For a terminal: a block for each case, and at the end what was not timed."""
-    blocks = [f"on {where(report)}", *_ceilings(report)]
-    for level in report.levels:
-        rows = report.level(level)
-        blocks.append(f"\n{TITLES[level]}")
-        for (dtype, case), some in cases_of(rows).items():
-            timed = [row for row in some if row.was_timed]
+    blocks = [f"on {where(report)}", *_peaks(report)]
+    for suite in report.suites:
+        blocks.append(f"\n{TITLES[suite]}")
+        for (dtype, case), found in by_case(report.of_suite(suite)).items():
+            timed = [one for one in found if one.was_timed]
             blocks.append(f"\n  {case} ({dtype})" + ("" if timed else ": nothing could be timed"))
             if timed:
-                lines = [_head(timed), *(_cells(row) for row in _sorted(timed))]
-                blocks += [f"    {line}" for line in _aligned(lines)]
-                blocks += [f"    {row.contestant}: {row.note}" for row in timed if row.note]
-    left_out = _left_out(report.rows)
+                head = (*HEAD, *ROOFLINE_HEAD) if any(one.roofline for one in timed) else HEAD
+                ranked = sorted(timed, key=lambda one: one.ratio or 0.0)
+                blocks += [f"    {line}" for line in _aligned([head, *map(_cells, ranked)])]
+                blocks += [f"    {one.provider}: {one.note}" for one in timed if one.note]
+    left_out = _left_out(report.measurements)
     if left_out:
         blocks += ["\nnot timed", *(f"  {line}" for line in left_out)]
     return "\n".join(blocks)
 
 
 def markdown_of(report: Report) -> str:
-    """Tables for a page of documentation, with all that they depend on."""
+    """Tables for a page of documentation, with the command, date, versions and machine."""
     made = report.made_with
     lines = [
         f"    {made['command']}",
@@ -47,17 +47,17 @@ def markdown_of(report: Report) -> str:
         f"{made['date']}, {where(report)}; headoff {made['headoff']}, torch {made['torch']}, triton {made['triton']}, "
         f"float32 products of precision `{made['float32 products']}`.",
         "",
-        *(f"- {line}" for line in _ceilings(report)),
+        *(f"- {line}" for line in _peaks(report)),
     ]
-    for level in report.levels:
-        rows = report.level(level)
-        lines += ["", f"### {TITLES[level]}"]
-        for dtype in dict.fromkeys(row.dtype for row in rows):
-            some = [row for row in rows if row.dtype == dtype]
-            lines += ["", *_markdown_table(some, dtype)]
-            notes = [row for row in some if row.was_timed and row.note]
-            lines += ["", *(f"- {row.case}, {row.contestant}: {row.note}" for row in notes)] if notes else []
-    left_out = _left_out(report.rows)
+    for suite in report.suites:
+        found = report.of_suite(suite)
+        lines += ["", f"### {TITLES[suite]}"]
+        for dtype in dict.fromkeys(one.dtype for one in found):
+            timed = [one for one in found if one.dtype == dtype and one.was_timed]
+            lines += ["", *_markdown_table(timed, dtype)]
+            notes = [f"- {one.case}, {one.provider}: {one.note}" for one in timed if one.note]
+            lines += ["", *notes] if notes else []
+    left_out = _left_out(report.measurements)
     if left_out:
         lines += ["", "Not timed:", "", *(f"- {line}" for line in left_out)]
     return "\n".join(lines) + "\n"
@@ -73,87 +73,68 @@ def where(report: Report) -> str:
     return f"{processor(machine)} (driver {gpu['driver'] or 'unknown'}, CUDA {machine['cuda']}{clocks})"
 
 
-def _ceilings(report: Report) -> list[str]:
+def _peaks(report: Report) -> list[str]:
     return [
-        f"{dtype}: a large copy reaches {_rate(each.bytes, 'B/s')}, a matrix product {_rate(each.flops, 'FLOP/s')}"
-        for dtype, each in report.ceilings.items()
+        f"{dtype}: a large copy reaches {_rate(peaks.bytes, 'B/s')}, a matrix product {_rate(peaks.flops, 'FLOP/s')}"
+        for dtype, peaks in report.peaks.items()
     ]
 
 
-def _markdown_table(rows: Sequence[Row], dtype: str) -> list[str]:
-    """A line for each case; a column for each contestant that was timed in any."""
-    timed = [row for row in rows if row.was_timed]
+def _markdown_table(timed: Sequence[Measurement], dtype: str) -> list[str]:
+    """A line for each case, a column for each provider, and peak memory where it was measured."""
     if not timed:
         return [f"{dtype}: nothing could be timed."]
-    names = list(dict.fromkeys(row.contestant for row in timed))
+    names = list(dict.fromkeys(one.provider for one in timed))
     lines = [
         "| " + " | ".join([f"{dtype}, x the reference", *names, "reference"]) + " |",
         "| " + " | ".join("---" for _ in range(len(names) + 2)) + " |",
     ]
-    for (_, case), some in cases_of(timed).items():
-        found = {row.contestant: row for row in some}
-        reference = next((row.contestant for row in some if row.status == "reference"), some[0].reference)
-        lines.append(
-            "| " + " | ".join([case, *(_ratio(found.get(name)) for name in names), reference]) + " |"
-        )
+    for (_, case), found in by_case(timed).items():
+        by_name = {one.provider: one for one in found}
+        cells = [_markdown_cell(by_name.get(name)) for name in names]
+        lines.append("| " + " | ".join([case, *cells, found[0].reference]) + " |")
     return lines
 
 
-def _ratio(row: Row | None) -> str:
-    if row is None or row.ratio is None:
+def _markdown_cell(found: Measurement | None) -> str:
+    if found is None or found.ratio is None:
         return "-"
-    if row.low is None or row.high is None:
-        return "1"
-    return f"{_figures(row.ratio)} ({_figures(row.low)} to {_figures(row.high)})"
+    interval = "" if found.low is None else f" ({_figures(found.low)} to {_figures(found.high)})"
+    memory = "" if found.memory is None else f", {format_bytes(found.memory)}"
+    return ("1" if found.low is None else _figures(found.ratio)) + interval + memory
 
 
-def _head(rows: Sequence[Row]) -> tuple[str, ...]:
-    return (*HEAD, *UNDER_ROOF) if any(row.position for row in rows) else HEAD
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    assert row.seconds is not None and row.ratio is not None
-    interval = (
-        "reference" if row.low is None or row.high is None else f"{_figures(row.low)} to {_figures(row.high)}"
-    )
+def _cells(found: Measurement) -> tuple[str, ...]:
+    assert found.seconds is not None
     cells = (
-        row.contestant,
-        _figures(row.ratio),
-        interval,
-        format_seconds(row.seconds),
-        format_bytes(row.memory),
+        found.provider,
+        _figures(found.ratio),
+        "reference" if found.low is None else f"{_figures(found.low)} to {_figures(found.high)}",
+        format_seconds(found.seconds),
+        format_bytes(found.memory),
     )
-    if row.position is None:
+    if (point := found.roofline) is None:
         return cells
-    place = row.position
-    return (*cells, _rate(place.flops, ""), _rate(place.bytes, ""), place.limit, f"{place.share:.0%}")
+    return (*cells, _rate(point.flops, ""), _rate(point.bytes, ""), point.limit, f"{point.share:.0%}")
 
 
-def _sorted(rows: Iterable[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: row.ratio or 0.0)
-
-
-def _left_out(rows: Sequence[Row]) -> list[str]:
-    """Who was not timed, why, and where; a line for each reason."""
+def _left_out(measurements: Sequence[Measurement]) -> list[str]:
+    """A line for each provider and reason: what was not timed, and where."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
-    for row in rows:
-        if not row.was_timed:
-            reasons.setdefault((row.contestant, row.status, row.note), []).append(f"{row.case} ({row.dtype})")
-    timed = {row.contestant for row in rows if row.was_timed}
+    for one in measurements:
+        if not one.was_timed:
+            key = one.provider, one.status, one.note
+            reasons.setdefault(key, []).append(f"{one.case} ({one.dtype})")
     return [
-        f"{contestant}, {status} in {_places(places, contestant in timed)}: {note}"
-        for (contestant, status, note), places in reasons.items()
+        f"{provider}, {status} in {cases[0] if len(cases) == 1 else f'{len(cases)} cases'}: {note}"
+        for (provider, status, note), cases in reasons.items()
     ]
 
 
-def _places(places: Sequence[str], elsewhere: bool) -> str:
-    if len(places) == 1:
-        return places[0]
-    return f"{len(places)} cases" if elsewhere else f"all {len(places)} cases"
-
-
-def _figures(ratio: float) -> str:
-    """Three figures, without an exponent where a ratio is of a usual size."""
+def _figures(ratio: float | None) -> str:
+    """Three significant digits."""
+    if ratio is None:
+        return "-"
     return f"{ratio:.3f}" if 0.1 <= ratio < 10 else f"{ratio:.3g}"
 
 
@@ -168,9 +149,10 @@ def _rate(per_second: float, unit: str) -> str:
 
 def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text_columns = (HEAD.index("provider"), len(HEAD) + ROOFLINE_HEAD.index("limit"))
     return [
         "  ".join(
-            cell.ljust(width) if column in (0, 7) else cell.rjust(width)
+            cell.ljust(width) if column in text_columns else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

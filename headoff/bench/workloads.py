@@ -1,10 +1,7 @@
-"""What is timed: attention at each site's shapes, the decoder, the sweep, relevance. Each for a number of heads off.
+"""What `headoff bench` and pytest's benchmarks time: an attention call, the decoder, the sweep, relevance.
 
-A workload makes a `TimedCall` for any attention, all with the same inputs, and names the tensors that a call returns,
-so that they can be compared with the oracle's.
-
-Attention itself is timed with the first k heads off in all rows. Detector and relevance are timed for any
-configurations together: they share what they have in common, as they do in use.
+A workload makes a `TimedCall` for any attention, always with the same inputs, and names the tensors that the call
+returns, so that they can be compared with the float64 oracle's.
 """
 
 from __future__ import annotations
@@ -12,7 +9,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -25,21 +22,21 @@ from headoff.gates import Configuration, Gates, Site, stack
 from headoff.harness.finding import Property
 from headoff.relevance import Explanation, explain
 from headoff.sweeps import SweepResult, sweep
-from headoff.timing.calls import TimedCall
+from headoff.timing import TimedCall
 
-Direction = Literal["forward", "backward"]
-DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+Direction = Literal["forward", "backward", "forward + backward"]
 
 CONFIGURATIONS = 9
-"""Of the cumulative sweep: so many are decoded together, end to end in cross-attention, as batch items before it."""
+"""Of the cumulative sweep: as many are decoded together, end to end in cross-attention, as batch items elsewhere."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One of the tensors that a call returned.
+    """A tensor that a call returned.
 
-    - `rows` (n, m): compared row by row, each by its own peak, so that what is small is to be right as well
-    - `property`: what is wrong with an attention that gets it wrong
+    Attributes:
+        rows: (n, m). Every row is compared relative to its own peak, so that small rows must be right as well.
+        property: what is wrong with an attention that gets it wrong.
     """
 
     rows: Tensor
@@ -47,47 +44,107 @@ class Output:
 
 
 class Workload(Protocol):
-    """Something to be computed with an attention."""
+    """Something to compute with an attention."""
 
     @property
-    def name(self) -> str:
-        """For people."""
+    def name(self) -> str: ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the attention's inputs."""
+        """The dtype of the attention's inputs."""
 
     @property
     def roundings(self) -> int:
-        """Attention layers that an output comes through. Each rounds at least once."""
+        """Attention layers that an output passes through; each rounds at least once."""
 
     @property
-    def through_relus(self) -> Detector | None:
-        """The detector whose ReLUs gradients come through on their way to an output, where they do."""
+    def relu_detector(self) -> Detector | None:
+        """The detector whose ReLUs the gradients pass through, where an output depends on gradients."""
 
-    def side(self, attention: Attention) -> TimedCall:
-        """To be timed."""
+    def timed_call(self, attention: Attention) -> TimedCall:
+        """The computation with this attention."""
 
     def outputs(self, result: Any) -> dict[str, Output]:
-        """What a call of a side returned, by name."""
+        """What the timed call returned, by name."""
 
     def in_dtype(self, dtype: torch.dtype) -> Workload:
-        """The same inputs, rounded to the dtype under test, in another."""
+        """The same inputs, as rounded to the present dtype, in another."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class AttentionCall:
-    """One attention call: what its workloads have in common.
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one attention call: query (batch, heads, queries, channels), key and value (batch, heads, keys, ...).
 
-    - `query` (B, H, Q, D), `key`, `value` (B, H, S, D), `d_context` as `query`
-    - `head_gate` (B, H, Q, 1), or None
+    `padded`: a quarter of the keys is padding.
     """
 
+    name: str
+    batch: int
+    queries: int
+    keys: int
+    heads: int = 8
+    channels: int = 32
+    padded: bool = False
+
+
+def site_shape(model: BenchmarkModel, site: Site) -> AttentionShape:
+    """The attention call that a cumulative sweep makes at a site of the model."""
+    config = model.detector.config
+    batch, queries, keys = {
+        "encoder_self": (1, model.tokens, model.tokens),
+        "decoder_self": (CONFIGURATIONS, config.queries, config.queries),
+        "decoder_cross": (1, CONFIGURATIONS * config.queries, model.tokens),
+    }[site]
+    return AttentionShape(site, batch, queries, keys, config.heads, config.width // config.heads)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWorkload:
+    """One attention call with random inputs.
+
+    For `backward` the graph is made in the setup, and only the gradients of query, key and value are timed.
+    `grad_context` is the gradient of the context; all tensors are as in the attention contract.
+    """
+
+    name: str
+    direction: Direction
     query: Tensor
     key: Tensor
     value: Tensor
-    d_context: Tensor
+    grad_context: Tensor
+    attn_mask: Tensor | None
     head_gate: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        shape: AttentionShape,
+        direction: Direction,
+        head_gate: Tensor | None,
+        gate_name: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int = 0,
+    ) -> AttentionWorkload:
+        """Random inputs in the memory layout of the model's projections: (B, T, H, D), viewed as (B, H, T, D)."""
+        # crc32, because Python's own hash of a text differs between processes.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{shape.name} {seed}".encode()))
+
+        def random(length: int) -> Tensor:
+            made = torch.randn(shape.batch, length, shape.heads, shape.channels, generator=generator)
+            return made.to(device, dtype).transpose(1, 2)
+
+        mask = (torch.arange(shape.keys, device=device) < shape.keys * 3 // 4)[None, None, None]
+        return cls(
+            f"{shape.name}, {gate_name}, {direction}",
+            direction,
+            random(shape.queries),
+            random(shape.keys),
+            random(shape.keys),
+            random(shape.queries),
+            mask if shape.padded else None,
+            None if head_gate is None else head_gate.to(device, dtype),
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,162 +155,128 @@ class AttentionCall:
         return 1
 
     @property
-    def through_relus(self) -> None:
+    def relu_detector(self) -> None:
         return None
 
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of the same memory, requiring gradients."""
-        query, key, value = (each.detach().requires_grad_() for each in (self.query, self.key, self.value))
-        return query, key, value
+    def timed_call(self, attention: Attention) -> TimedCall:
+        wanted = self.direction != "forward"
+        query, key, value = inputs = [
+            tensor.detach().requires_grad_(wanted) for tensor in (self.query, self.key, self.value)
+        ]
+
+        def forward() -> Tensor:
+            return attention(query, key, value, self.attn_mask, head_gate=self.head_gate)
+
+        def without_gradients() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (forward(),)
+
+        def backward(context: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(context, inputs, self.grad_context, allow_unused=True)
+
+        def both() -> tuple[Tensor | None, ...]:
+            context = forward()
+            return (context.detach(), *backward(context))
+
+        if self.direction == "forward":
+            return TimedCall(without_gradients)
+        return TimedCall(both) if self.direction != "backward" else TimedCall(backward, lambda: (forward(),))
+
+    def outputs(self, result: tuple[Tensor | None, ...]) -> dict[str, Output]:
+        of: dict[Property, Tensor] = {"dq": self.query, "dk": self.key, "dv": self.value}
+        if self.direction != "backward":
+            of = {"context": self.query, **of}
+        found = {}
+        for tensor, (name, like) in zip(result, of.items(), strict=False):
+            # An attention that left an input out of its graph says that its gradient is zero.
+            rows = torch.zeros_like(like) if tensor is None else tensor
+            found[str(name)] = Output(rows.flatten(0, 1).flatten(1), name)
+        return found
 
     def in_dtype(self, dtype: torch.dtype) -> Self:
-        tensors = ("query", "key", "value", "d_context")
+        tensors = ("query", "key", "value", "grad_context")
         gate = None if self.head_gate is None else self.head_gate.to(dtype)
         return replace(self, head_gate=gate, **{name: getattr(self, name).to(dtype) for name in tensors})
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class OperatorWorkload(AttentionCall):
-    """One attention call at a site's shapes, as the detector makes it.
+@dataclass(frozen=True, eq=False)
+class ModelWorkload:
+    """What the workloads of a whole detector share.
 
-    Backward, the graph is made in the preparation: what is timed is the way from the gradient of the context to those
-    of query, key and value.
+    Attributes:
+        model: detector and image.
+        configurations: computed together, so that they share what they have in common, as in use.
+        title: of the configurations; made from their names by default.
     """
 
-    site: Site
-    direction: Direction
-    off: int
-
-    @classmethod
-    def of(
-        cls, subject: BenchmarkModel, site: Site, direction: Direction, off: int, seed: int
-    ) -> OperatorWorkload:
-        """Random inputs, in the layout of the detector's projections: (B, T, H, D), seen as (B, H, T, D)."""
-        config = subject.detector.config
-        batch, queries, keys = {
-            "encoder_self": (1, subject.tokens, subject.tokens),
-            "decoder_self": (CONFIGURATIONS, config.queries, config.queries),
-            "decoder_cross": (1, CONFIGURATIONS * config.queries, subject.tokens),
-        }[site]
-        device, dtype = subject.detector.device, subject.detector.dtype
-        # Not Python's own hash of a text, which is another in every process.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{site} {seed}".encode()))
-        per_token = config.heads, config.width // config.heads
-
-        def random(length: int) -> Tensor:
-            return (
-                torch.randn(batch, length, *per_token, generator=generator).to(device, dtype).transpose(1, 2)
-            )
-
-        gate = torch.ones(batch, config.heads, queries, 1, device=device, dtype=dtype)
-        gate[:, :off] = 0
-        # With nothing off the detector passes no gate at all.
-        return cls(
-            site=site,
-            direction=direction,
-            off=off,
-            query=random(queries),
-            key=random(keys),
-            value=random(keys),
-            d_context=random(queries),
-            head_gate=gate if off else None,
-        )
-
-    @property
-    def name(self) -> str:
-        return f"{self.site} {self.direction}, {self.off} heads off"
-
-    def side(self, attention: Attention) -> TimedCall:
-        if self.direction == "forward":
-            return TimedCall(
-                lambda: attention(self.query, self.key, self.value, None, head_gate=self.head_gate)
-            )
-        query, key, value = self.leaves()
-
-        def gradients(context: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(context, (query, key, value), self.d_context, allow_unused=True)
-
-        return TimedCall(gradients, lambda: (attention(query, key, value, None, head_gate=self.head_gate),))
-
-    def outputs(self, result: Any) -> dict[str, Output]:
-        if self.direction == "forward":
-            return {"context": Output(result.flatten(0, 1).flatten(1), "context")}
-        inputs: tuple[tuple[Property, Tensor], ...] = (
-            ("dq", self.query),
-            ("dk", self.key),
-            ("dv", self.value),
-        )
-        found = {}
-        for gradient, (name, of) in zip(result, inputs, strict=True):
-            # An attention that left an input out of its graph says that its gradient is zero.
-            rows = torch.zeros_like(of) if gradient is None else gradient
-            found[str(name)] = Output(rows.flatten(0, 1).flatten(1), name)
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class _DetectorWorkload:
-    subject: BenchmarkModel
+    model: BenchmarkModel
     configurations: tuple[Configuration, ...]
+    title: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.subject.detector.dtype
+        return self.model.detector.dtype
 
     @property
     def roundings(self) -> int:
-        config = self.subject.detector.config
+        config = self.model.detector.config
         return config.encoder_layers + 2 * config.decoder_layers
 
     @property
-    def span(self) -> str:
-        """The configurations, for people."""
-        first, *_, last = [*self.configurations] * 2
-        return first.name if len(self.configurations) == 1 else f"{first.name} to {last.name}"
+    def relu_detector(self) -> Detector | None:
+        return None
+
+    @property
+    def subtitle(self) -> str:
+        names = [configuration.name for configuration in self.configurations]
+        return self.title or (names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}")
 
     @cached_property
     def gates(self) -> Gates:
-        return stack(self.configurations, self.subject.detector.head_layout)
+        return stack(self.configurations, self.model.detector.head_layout)
 
     def in_dtype(self, dtype: torch.dtype) -> Any:
-        return replace(self, subject=self.subject.in_dtype(dtype))
+        return replace(self, model=self.model.in_dtype(dtype))
 
 
-@dataclass(frozen=True, eq=False)
-class DecoderWorkload(_DetectorWorkload):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DecoderWorkload(ModelWorkload):
     """One decode of all configurations; backward, from logits and boxes to the gradient of the memory."""
 
-    direction: Direction
+    direction: Literal["forward", "backward"]
     memory: Memory
-    cotangents: tuple[Tensor, ...]
+    output_gradients: tuple[Tensor, ...]
 
     @classmethod
     def of(
         cls,
-        subject: BenchmarkModel,
+        model: BenchmarkModel,
         configurations: tuple[Configuration, ...],
-        direction: Direction,
-        seed: int,
+        direction: Literal["forward", "backward"],
+        seed: int = 0,
+        title: str = "",
     ) -> DecoderWorkload:
-        """The gradients of logits and boxes are random."""
-        config, like = subject.detector.config, subject.memory.tokens
+        """With random gradients of logits and boxes."""
+        config, like = model.detector.config, model.memory.tokens
         generator = torch.Generator().manual_seed(seed)
-        cotangents = tuple(
+        gradients = tuple(
             torch.randn(len(configurations), 1, config.queries, size, generator=generator).to(like)
             for size in (config.classes + 1, 4)
         )
-        return cls(subject, configurations, direction, subject.memory, cotangents)
+        return cls(
+            model, configurations, title, direction=direction, memory=model.memory, output_gradients=gradients
+        )
 
     @property
     def name(self) -> str:
-        return f"decoder {self.direction}, {self.span}"
+        return f"decoder {self.direction}, {self.subtitle}"
 
     @property
-    def through_relus(self) -> Detector | None:
-        return self.subject.detector if self.direction == "backward" else None
+    def relu_detector(self) -> Detector | None:
+        return self.model.detector if self.direction == "backward" else None
 
-    def side(self, attention: Attention) -> TimedCall:
-        detector, gates = with_attention(self.subject.detector, attention), self.gates
+    def timed_call(self, attention: Attention) -> TimedCall:
+        detector, gates = with_attention(self.model.detector, attention), self.gates
         if self.direction == "forward":
 
             def decode() -> DetectorOutput:
@@ -265,85 +288,83 @@ class DecoderWorkload(_DetectorWorkload):
         memory = replace(self.memory, tokens=tokens)
 
         def gradient(output: DetectorOutput) -> Tensor:
-            return torch.autograd.grad((output.logits, output.boxes), tokens, self.cotangents)[0]
+            return torch.autograd.grad((output.logits, output.boxes), tokens, self.output_gradients)[0]
 
         return TimedCall(gradient, lambda: (detector.decode(memory, gates),))
 
     def outputs(self, result: Any) -> dict[str, Output]:
         if self.direction == "forward":
-            return _answers(result.logits, result.boxes)
+            return detection_outputs(result.logits, result.boxes)
         return {"gradient of the memory": Output(result.flatten()[None], "gradients")}
 
     def in_dtype(self, dtype: torch.dtype) -> DecoderWorkload:
-        memory = replace(
-            self.memory, tokens=self.memory.tokens.to(dtype), positions=self.memory.positions.to(dtype)
-        )
-        cotangents = tuple(each.to(dtype) for each in self.cotangents)
-        return replace(super().in_dtype(dtype), memory=memory, cotangents=cotangents)
+        tokens, positions = self.memory.tokens.to(dtype), self.memory.positions.to(dtype)
+        memory = replace(self.memory, tokens=tokens, positions=positions)
+        gradients = tuple(gradient.to(dtype) for gradient in self.output_gradients)
+        return replace(super().in_dtype(dtype), memory=memory, output_gradients=gradients)
 
 
 @dataclass(frozen=True, eq=False)
-class SweepWorkload(_DetectorWorkload):
-    """`headoff.sweep`, from the picture to the outcomes."""
+class SweepWorkload(ModelWorkload):
+    """`headoff.sweep`, from the image to the outcomes."""
 
     @property
     def name(self) -> str:
-        return f"sweep, {self.span}"
+        return f"sweep, {self.subtitle}"
 
-    @property
-    def through_relus(self) -> None:
-        return None
-
-    def side(self, attention: Attention) -> TimedCall:
-        detector = with_attention(self.subject.detector, attention)
-        return TimedCall(lambda: sweep(detector, self.subject.picture, self.configurations))
+    def timed_call(self, attention: Attention) -> TimedCall:
+        detector = with_attention(self.model.detector, attention)
+        return TimedCall(lambda: sweep(detector, self.model.image, self.configurations))
 
     def outputs(self, result: SweepResult) -> dict[str, Output]:
-        return _answers(result.logits, result.boxes)
+        return detection_outputs(result.logits, result.boxes)
 
 
-@dataclass(frozen=True, eq=False)
-class RelevanceWorkload(_DetectorWorkload):
-    """`headoff.explain`, from the picture to the maps.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RelevanceWorkload(ModelWorkload):
+    """`headoff.explain`, from the image to the maps of some queries.
 
-    Gradients pass every attention by its own backward pass, the baseline's as well as the patch's: of the package's
-    own attentions `explain` would use a formula.
+    Gradients pass each attention by its own backward pass: for headoff's own attentions `explain` would otherwise use
+    a formula, and the patch would not be called.
     """
 
     queries: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, subject: BenchmarkModel, configurations: tuple[Configuration, ...], objects: int
+        cls, model: BenchmarkModel, configurations: tuple[Configuration, ...], objects: int, title: str = ""
     ) -> RelevanceWorkload:
-        """Explains the queries that are surest of an object, with nothing off."""
-        exact = subject.in_dtype(torch.float64)
+        """Explains the queries whose class scores are highest with nothing off."""
+        exact = model.in_dtype(torch.float64)
         with torch.no_grad():
             logits = with_attention(exact.detector, "eager").decode(exact.memory).logits[0, 0]
-        surest = class_probabilities(logits)[:, :-1].amax(-1).argsort(descending=True)
-        return cls(subject, configurations, tuple(surest[:objects].tolist()))
+        highest = class_probabilities(logits)[:, :-1].amax(-1).argsort(descending=True)
+        return cls(model, configurations, title, queries=tuple(highest[:objects].tolist()))
 
     @property
     def name(self) -> str:
-        return f"relevance, {self.span}"
+        return f"relevance, {self.subtitle}"
 
     @property
-    def through_relus(self) -> Detector:
-        return self.subject.detector
+    def relu_detector(self) -> Detector:
+        return self.model.detector
 
-    def side(self, attention: Attention) -> TimedCall:
-        detector, picture = with_attention(self.subject.detector, attention), self.subject.picture
-        return TimedCall(
-            lambda: explain(detector, picture, self.configurations, self.queries, backward="callable")
-        )
+    def timed_call(self, attention: Attention) -> TimedCall:
+        return self.explain_call(attention, backward="callable")
+
+    def explain_call(self, attention: Attention, **options: Any) -> TimedCall:
+        """With options of `headoff.explain`."""
+        detector = with_attention(self.model.detector, attention)
+        image, configurations, queries = self.model.image, self.configurations, self.queries
+        return TimedCall(lambda: explain(detector, image, configurations, queries, **options))
 
     def outputs(self, result: Explanation) -> dict[str, Output]:
         maps = Output(result.maps.flatten(0, 2).flatten(1), "relevance")
-        return {**_answers(result.logits, result.boxes), "maps": maps}
+        return {**detection_outputs(result.logits, result.boxes), "maps": maps}
 
 
-def _answers(logits: Tensor, boxes: Tensor) -> dict[str, Output]:
-    """Row by row of (configurations, ...)."""
+def detection_outputs(logits: Tensor, boxes: Tensor) -> dict[str, Output]:
+    """Logits and boxes (configurations, ...), one row per configuration."""
     return {
         "logits": Output(logits.flatten(1), "detections"),
         "boxes": Output(boxes.flatten(1), "detections"),

@@ -1,4 +1,4 @@
-"""One benchmark of the suite: patch and baseline in turns under pytest-benchmark, outputs checked, a verdict."""
+"""Benchmarks under pytest-benchmark: patch and baseline in turns, outputs checked, a verdict."""
 
 from __future__ import annotations
 
@@ -8,35 +8,62 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from headoff.attention import resolve_attention
-from headoff.bench.outputs import Expected
+from headoff.bench.models import BenchmarkModel, benchmark_model, loaded_model
+from headoff.bench.outputs import ExpectedOutputs
 from headoff.bench.workloads import Workload
+from headoff.errors import SettingError
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding, WrongAttention, fail_on
 from headoff.harness.plugin.patch import Patch
-from headoff.timing.calls import TimedCall, torch_threads
+from headoff.harness.settings import Settings
+from headoff.scenes.samples import sample_image
+from headoff.timing import SpeedComparison, TimedCall, Verdict, peak_bytes, torch_threads
 from headoff.timing.clocks import Clock, clock_of, timer_of
-from headoff.timing.comparison import SpeedComparison, Verdict
 from headoff.timing.interleaving import InterleavedRounds
-from headoff.timing.memory import peak_bytes
 from headoff.wording import format_bytes, format_seconds
 
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
-"""What the benchmarks of this run found, in order."""
+"""The records of all benchmarks of this run, in order."""
 
 SECONDS = {"cpu": 0.1, "cuda": 1.0}
-"""For all rounds of one benchmark, about: on a CPU they are part of every run of the suites, and are to be quick."""
-
+"""About the time of all rounds of one benchmark. On a CPU benchmarks are part of every run, so they are short."""
 
 SLOW_CALL = 0.03
-"""Seconds of a call on a CPU from which on its memory is not measured."""
+"""Seconds of a call on a CPU above which its memory is not measured: the profiler would take longer than the rounds."""
+
+BENCH_SIZES = ("auto", "model", "r50", "dc5")
+
+
+def model_for(settings: Settings, size: str = "auto") -> BenchmarkModel:
+    """The detector that the benchmarks run on.
+
+    Args:
+        settings: model, image, device, dtype and seed of the run.
+        size: `model` is the settings' model on the first image, or on a bundled scene where there is none; `r50` and
+            `dc5` are a ResNet-50 DETR with random weights; `auto` is `r50` for the bundled model on a GPU, which it
+            is too small for, else `model`.
+
+    Raises:
+        SettingError: the size is not known.
+    """
+    if size not in BENCH_SIZES:
+        raise SettingError(f"there is no benchmark of size {size!r}: use one of {', '.join(BENCH_SIZES)}")
+    device = torch.device(settings.device)
+    if size == "auto":
+        size = "r50" if settings.model == "scenes" and device.type == "cuda" else "model"
+    if size == "model":
+        image = settings.images[0] if settings.images else sample_image(0)
+        return loaded_model(settings.model, image, device, settings.torch_dtype)
+    return benchmark_model("r50" if size == "r50" else "dc5", device, settings.torch_dtype, settings.seed)
 
 
 class BenchmarkRunner:
     """Times the attention under test against the baseline, one workload at a time.
 
-    Made once a run: what is read from one workload to the next, and the buffer that flushes a GPU's cache, stay.
+    One for the whole run, so that the buffer that flushes a GPU's cache is made once.
     """
 
     def __init__(self, patch: Patch, config: pytest.Config, seconds: float | None = None) -> None:
@@ -50,20 +77,24 @@ class BenchmarkRunner:
         return clock_of(self.patch.device)
 
     def mark(self, item: pytest.Item) -> None:
-        """Have pytest-benchmark time `item` by the clock of the device; before the fixture `benchmark` is made."""
+        """Have pytest-benchmark use the device's clock for `item`. To be called before its fixture is made."""
         item.add_marker(pytest.mark.benchmark(timer=timer_of(self.clock)))
 
     def run(self, benchmark: Any, workload: Workload, *, group: str, heads_off: int | None = None) -> None:
-        """Time both, check what the patch returned, record all of it, and fail where it is wrong or too slow.
+        """Time both, check the patch's output, record the results, and fail where it is wrong or too slow.
 
-        `benchmark` is pytest-benchmark's fixture. Where that is disabled (`--benchmark-disable`, pytest-xdist),
-        outputs are checked and nothing is timed.
+        Args:
+            benchmark: pytest-benchmark's fixture. Where it is disabled (`--benchmark-disable`, pytest-xdist), outputs
+                are checked and nothing is timed.
+            workload: what to compute.
+            group: the group in tables and reports.
+            heads_off: the number of heads that are off, for the report.
         """
         __tracebackhide__ = True
         benchmark.group = group
         with torch_threads():
-            expected = Expected(workload)
-            baseline, patch = workload.side(self.baseline), workload.side(self.patch.uncounted)
+            expected = ExpectedOutputs(workload)
+            baseline, patch = workload.timed_call(self.baseline), workload.timed_call(self.patch.uncounted)
             self.patch.called()
             baseline()
             comparison = None
@@ -73,8 +104,8 @@ class BenchmarkRunner:
                 else:
                     result, comparison = self._compare(benchmark, patch, baseline)
             except Exception as error:
-                said = f"{workload.name}: {self.patch.label} raised {describe_exception(error)}"
-                raise WrongAttention([Finding("crash", said, workload.name)]) from error
+                message = f"{workload.name}: {self.patch.label} raised {describe_exception(error)}"
+                raise WrongAttention([Finding("crash", message, workload.name)]) from error
             findings = expected.findings(result, self.patch.uncounted)
         if comparison is not None:
             self._record(benchmark, workload, comparison, findings, group, heads_off)
@@ -87,10 +118,9 @@ class BenchmarkRunner:
         result = benchmark.pedantic(
             patch.run, setup=lambda: (pair.before(), {}), teardown=lambda *_: pair.after(), rounds=rounds
         )
-        # On a CPU it takes a profiler: for calls of thousands of operators, longer than all their rounds.
         measured = self.patch.device.type == "cuda" or statistics.median(pair.baseline_rounds) < SLOW_CALL
         patch_memory, baseline_memory = (
-            peak_bytes(side, self.patch.device) if measured else None for side in (patch, baseline)
+            peak_bytes(call, self.patch.device) if measured else None for call in (patch, baseline)
         )
         comparison = SpeedComparison.of(
             benchmark.stats.stats.data,
@@ -110,7 +140,7 @@ class BenchmarkRunner:
         heads_off: int | None,
     ) -> None:
         settings = self.patch.settings
-        # Changed, never replaced: pytest-benchmark keeps the very object that was there when the timing began.
+        # Updated in place: pytest-benchmark keeps the dictionary that was there when the timing began.
         benchmark.extra_info.update(
             name=workload.name,
             group=group,
@@ -128,32 +158,30 @@ class BenchmarkRunner:
         settings = self.patch.settings
         if comparison.verdict(settings.max_slowdown) is not Verdict.SLOWER:
             return []
-        said = comparison.sentence(self.patch.label, settings.baseline, settings.max_slowdown)
-        return [
-            Finding(
-                "time", f"{workload.name}: {said}", workload.name, comparison.ratio, settings.max_slowdown
-            )
-        ]
+        sentence = comparison.sentence(self.patch.label, settings.baseline, settings.max_slowdown)
+        message = f"{workload.name}: {sentence}"
+        return [Finding("time", message, workload.name, comparison.ratio, settings.max_slowdown)]
 
 
 HEAD = ("benchmark", "ratio", "interval", "verdict", "patch", "baseline", "memory", "baseline")
-"""Times are of one call; memory is the most that one call held at once."""
+"""Columns: times of one call, then peak memory of one call."""
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of text: a head, a rule, and one line for each record of a benchmark."""
-    rows = [HEAD, *(_row(each) for each in records)]
+    rows = [HEAD, *(_cells(record) for record in records)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    lines = ["  ".join(_set(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
-    return [lines[0].rstrip(), "-" * max(map(len, lines)), *(line.rstrip() for line in lines[1:])]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if head in ("benchmark", "verdict") else cell.rjust(width)
+            for cell, width, head in zip(row, widths, HEAD, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
-def _set(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if HEAD[column] in ("benchmark", "verdict") else cell.rjust(width)
-
-
-def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(record: Mapping[str, Any]) -> tuple[str, ...]:
     verdict = record["verdict"] if record["outputs"] == "right" else f"{record['verdict']}, and wrong"
     return (
         record["name"],

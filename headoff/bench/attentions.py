@@ -1,4 +1,4 @@
-"""What attention is timed against: each backend of torch's SDPA, flex_attention, the formula, and the package's own."""
+"""The attention providers: each backend of torch's SDPA, flex_attention, eager, and headoff's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from headoff.attention import Attention, eager, gate_context, sdpa
+from headoff.attention import Attention, eager, gate_context, sdpa, skipping
 from headoff.attention.fused import triton_attention
 
 SDPA_BACKENDS = {
@@ -26,7 +26,7 @@ SDPA_BACKENDS = {
 }
 
 MOST_COMPILED = 128
-"""Shapes, dtypes, masks and directions that flex_attention is compiled for in one run, at most."""
+"""How often flex_attention may be compiled in one run: for each shape, dtype, mask and direction."""
 
 FLEX = "flex_attention"
 EAGER = "eager"
@@ -36,9 +36,9 @@ TRITON = "headoff triton"
 
 @dataclass(frozen=True)
 class SdpaTimesGate:
-    """One backend of torch's SDPA, and the gate on its context."""
+    """One backend of torch's SDPA (None: torch's choice), with the gate applied to its context."""
 
-    backend: SDPBackend
+    backend: SDPBackend | None = None
 
     def __call__(
         self,
@@ -49,8 +49,9 @@ class SdpaTimesGate:
         *,
         head_gate: Tensor | None = None,
     ) -> Tensor:
-        # Why a backend refuses is said in warnings; that it does is an error, and enough.
-        with warnings.catch_warnings(), sdpa_kernel(self.backend):
+        backends = [*SDPA_BACKENDS.values()] if self.backend is None else self.backend
+        # A backend that does not support a call raises, and explains in warnings.
+        with warnings.catch_warnings(), sdpa_kernel(backends):
             warnings.simplefilter("ignore")
             return gate_context(F.scaled_dot_product_attention(query, key, value, attn_mask), head_gate)
 
@@ -63,10 +64,10 @@ def flex_times_gate(
     *,
     head_gate: Tensor | None = None,
 ) -> Tensor:
-    """flex_attention with the mask as its score modification, and the gate on its context.
+    """flex_attention with the mask as score modification and the gate applied to its context.
 
-    A gate acts after softmax, where flex_attention lets nobody in. (As a score modification, log(gate) would be in the
-    softmax's sum, which is another function.) Compiled on CUDA; what it does elsewhere, it does without.
+    A gate acts after softmax, where flex_attention has no hook: as a score modification, log(gate) would enter the
+    softmax's sum, which is a different function. Compiled on CUDA only.
     """
     modification = None
     if attn_mask is not None:
@@ -76,7 +77,7 @@ def flex_times_gate(
             return torch.where(allowed[batch, head, row, column], score, -math.inf)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is not compiled
+        warnings.simplefilter("ignore")  # about not being compiled
         context = _flex(query.is_cuda)(query, key, value, score_mod=modification)
     return gate_context(context, head_gate)
 
@@ -86,19 +87,31 @@ def _flex(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     if compiled:
-        # Past its limit of shapes it would go on without compiling, and without a word.
+        # Beyond the limit it would silently run uncompiled.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_COMPILED)
         return torch.compile(flex_attention, dynamic=False)
     uncompiled: Callable[..., Any] = flex_attention
     return uncompiled
 
 
-def attention_contestants() -> dict[str, Attention]:
-    """By name. What a device cannot do shows when it is tried."""
-    return {
-        **{name: SdpaTimesGate(backend) for name, backend in SDPA_BACKENDS.items()},
-        FLEX: flex_times_gate,
-        EAGER: eager,
-        OWN: sdpa,
-        TRITON: triton_attention,
-    }
+def skipping_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    head_gate: Tensor | None = None,
+) -> Tensor:
+    """SDPA that always leaves out the rows of heads that are off, whether or not that is expected to be faster."""
+    assert head_gate is not None and attn_mask is None
+    attend = SdpaTimesGate()
+    groups = skipping.groups_of(head_gate, query)
+    return gate_context(skipping.attend_groups(groups, attend, query, key, value, None), head_gate)
+
+
+OWN_ATTENTIONS: dict[str, Attention] = {OWN: sdpa, EAGER: eager, TRITON: triton_attention}
+SDPA_ATTENTIONS: dict[str, Attention] = {
+    name: SdpaTimesGate(backend) for name, backend in SDPA_BACKENDS.items()
+}
+ATTENTIONS: dict[str, Attention] = {**SDPA_ATTENTIONS, FLEX: flex_times_gate, **OWN_ATTENTIONS}
+"""By name. Whether a device supports one shows when it is tried."""
