@@ -1,294 +1,74 @@
-"""`headoff bench`: cases, contestants, contests by a clock of our own, the roofline, tables, plots, the command."""
+"""`headoff bench`: workloads and their checks, providers, comparisons, suites, tables, plots, the command."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
-import importlib.util
 import io
 import itertools
 import json
-import os
+import math
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
-import triton_interpreter
-from headoff.bench.cases import DIRECTIONS, HEADS, AttentionCase, Shape, attention_cases, gates_of
-from headoff.bench.contestants import EAGER, FLEX, OWN, SDPA_BACKENDS, TRITON, attention_contestants
-from headoff.bench.contests import Bench, Contestant, contest
-from headoff.bench.levels import judged
-from headoff.bench.maps import Extrapolated
-from headoff.bench.records import Report, Row, cases_of
 
 import headoff
-from headoff.attention import eager
-from headoff.bench import blocked, cases, levels, running
-from headoff.bench.models import benchmark_model, with_attention
+from headoff.attention import eager, sdpa
+from headoff.bench import runner as running
+from headoff.bench import suites
+from headoff.bench.attentions import ATTENTIONS, EAGER, FLEX, OWN, SDPA_BACKENDS, TRITON, skipping_attention
+from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, with_attention
 from headoff.bench.notebook import Notebook
-from headoff.bench.outputs import Expected
+from headoff.bench.outputs import ExpectedOutputs, row_errors, run_recording_relus, truth_of
 from headoff.bench.plots import plots_of
-from headoff.bench.roofline import Ceilings, Position, Work, attention_work, position
+from headoff.bench.relus import ReluSides
+from headoff.bench.results import Measurement, Report, by_case
+from headoff.bench.roofline import Peaks, RooflinePoint, Work, attention_work
+from headoff.bench.runner import Plan, Provider, Runner
+from headoff.bench.suites import HEADS, check_of, gates_of
 from headoff.bench.tables import markdown_of, text_of
-from headoff.bench.workloads import DecoderWorkload
+from headoff.bench.workloads import (
+    AttentionShape,
+    AttentionWorkload,
+    DecoderWorkload,
+    RelevanceWorkload,
+    SweepWorkload,
+    site_shape,
+)
 from headoff.cli import bench as command
 from headoff.detr import Detector, DetrConfig
 from headoff.detr.config import BackboneConfig
 from headoff.detr.graphs import CAPTURED
-from headoff.errors import SettingError
-from headoff.harness.settings import Settings
+from headoff.errors import OutputError, SettingError
 from headoff.images import Preprocessing
 from headoff.relevance import RelevanceEngine
-from headoff.timing.calls import TimedCall
-from headoff.timing.comparison import SpeedComparison
-from headoff.timing.machine import describe_machine
+from headoff.timing import TimedCall, describe_machine
 
 CPU = torch.device("cpu")
-TINY = Shape("cross, 9 x 2 queries, 5 keys", 2, 5, 9)
-PADDED = Shape("cross, 9 x 2 queries, 8 keys, padded", 2, 8, 9, padded=True)
-UNFOLDED = Shape("self, 9 x (4 queries, 4 keys)", 4, 4, 9, folded=False)
+TINY = AttentionShape("cross, 9 x 2 queries, 5 keys", 1, 18, 5)
+PADDED = AttentionShape("cross, 9 x 2 queries, 8 keys, padded", 1, 18, 8, padded=True)
+UNFOLDED = AttentionShape("self, 9 x (4 queries, 4 keys)", 9, 4, 4)
+SHAPES = pytest.mark.parametrize("shape", [TINY, PADDED, UNFOLDED], ids=["plain", "padded", "batch items"])
 
 
-def case_of(shape, gate_name="cumulative", direction="forward + backward", dtype=torch.float32):
-    return AttentionCase.of(shape, gate_name, gates_of(shape)[gate_name], direction, CPU, dtype)
-
-
-# --- cases --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [TINY, UNFOLDED], ids=["end to end", "batch items"])
-def test_gates_are_those_of_the_configurations(shape):
-    gates = gates_of(shape)
-    assert list(gates) == ["0 heads off", "4 heads off", "8 heads off", "cumulative"]
-    assert gates["0 heads off"] is None
-    for off in (4, 8):
-        gate = gates[f"{off} heads off"]
-        assert gate.shape == (shape.batch, HEADS, shape.rows, 1)
-        assert not gate[:, :off].any() and gate[:, off:].all()
-    sweep = gates["cumulative"]
-    assert sweep.shape == (shape.batch, HEADS, shape.rows, 1)
-    runs = sweep[0].unflatten(1, (9, -1)).transpose(0, 1) if shape.folded else sweep
-    for off, run in enumerate(runs):
-        assert not run[:off].any() and run[off:].all()
-
-
-def test_a_subset_is_there_once():
-    gate = gates_of(Shape("all", 1, 3, 256))["all subsets"]
-    assert len(gate[0, :, :, 0].T.unique(dim=0)) == 256
-
-
-def test_every_scale_has_gates_and_both_directions(monkeypatch):
-    monkeypatch.setitem(cases.SHAPES, "quick", (TINY, PADDED))
-    made = list(attention_cases("quick", CPU, torch.float32))
-    assert len({case.name for case in made}) == len(made) == 2 * (4 + 1)
-    assert {case.direction for case in made} == set(DIRECTIONS)
-    assert all((case.attn_mask is not None) == case.shape.padded for case in made)
-
-
-# --- contestants --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [TINY, PADDED, UNFOLDED], ids=["plain", "padded", "batch items"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_those_that_run_here_are_right(shape, direction):
-    case = case_of(shape, direction=direction)
-    expected = Expected(case)
-    ran = []
-    for name, attention in attention_contestants().items():
-        try:
-            result = case.side(attention)()
-        except (headoff.AttentionError, RuntimeError, NotImplementedError):
-            continue
-        assert judged(case, expected, attention)(result) is None, name
-        ran.append(name)
-    assert {"torch SDPA, math", EAGER, OWN} <= set(ran)
-    assert (FLEX in ran) == (direction == "forward"), "it has no backward pass on a CPU"
-
-
-@pytest.mark.parametrize("gate", ["ignored", "before softmax"])
-def test_a_wrong_contestant_is_told(gate):
-    case = case_of(TINY)
-
-    def wrong(query, key, value, attn_mask=None, *, head_gate=None):
-        if gate == "ignored":
-            return eager(query, key, value, attn_mask)
-        return eager(query * head_gate, key, value, attn_mask)
-
-    assert "is wrong" in judged(case, Expected(case), wrong)(case.side(wrong)())
-
-
-# --- contests -----------------------------------------------------------------------------------------------
-
-
-class CountingClock:
-    """Tells the time that `spend` has spent."""
-
-    name = "counted"
-
-    def __init__(self):
-        self.time = 0.0
-
-    def now(self):
-        return self.time
-
-    def prepare(self):
-        pass
-
-    def finish(self):
-        pass
-
-    def spends(self, seconds, result=None):
-        """A side that takes so long; `seconds` may be a function of how often it was called."""
-        calls = itertools.count()
-
-        def call():
-            self.time += seconds(next(calls)) if callable(seconds) else seconds
-            return result
-
-        return TimedCall(call)
-
-
-def right(result):
-    return None
-
-
-@pytest.fixture
-def clock():
-    return CountingClock()
-
-
-@pytest.fixture
-def bench(clock):
-    return Bench(CPU, torch.float32, clock, 0.001, Ceilings(flops=1e9, bytes=1e8))
-
-
-def test_ratios_are_to_the_fastest_reference(bench, clock):
-    def failing():
-        raise RuntimeError("No kernel for this. Try another.\nmore")
-
-    rows = contest(
-        bench,
-        "attention",
-        "a case",
-        [
-            Contestant("slow reference", clock.spends(3.0), right),
-            Contestant("fast reference", clock.spends(2.0), right),
-            Contestant("own", clock.spends(1.0), right),
-            Contestant("wrong", clock.spends(0.1), lambda result: "it is off"),
-            Contestant("failing", TimedCall(failing), right),
-        ],
-        {"slow reference", "fast reference", "failing"},
-        Work(flops=10**9, bytes=10**7),
-    )
-    found = {row.contestant: row for row in rows}
-    assert list(found) == ["slow reference", "fast reference", "own", "wrong", "failing"]
-    assert {row.reference for row in rows if row.was_timed} == {"fast reference"}
-    assert found["fast reference"].status == "reference" and found["fast reference"].seconds == 2
-    assert found["own"].ratio == found["own"].low == found["own"].high == pytest.approx(0.5)
-    assert found["slow reference"].ratio == pytest.approx(1.5)
-    assert (found["wrong"].status, found["wrong"].note) == ("wrong", "it is off")
-    assert (found["failing"].status, found["failing"].note) == ("unsupported", "No kernel for this")
-    assert found["wrong"].seconds is None and found["failing"].ratio is None
-    assert found["own"].position == Position(
-        flops=1e9, bytes=1e7, limit="arithmetic", share=pytest.approx(1.0)
-    )
-
-
-def test_a_reference_that_was_only_slow_in_the_heats_is_chosen_after_all(bench, clock):
-    rows = contest(
-        bench,
-        "attention",
-        "a case",
-        [
-            Contestant("one", clock.spends(2.0), right),
-            Contestant("two", clock.spends(lambda call: 9.0 if call < 6 else 1.0), right),
-        ],
-        {"one", "two"},
-    )
-    found = {row.contestant: row for row in rows}
-    assert found["two"].status == "reference" and found["one"].ratio == pytest.approx(2)
-
-
-def test_whatever_a_contestant_raises_it_is_listed(bench, clock):
-    """Compilers have errors of their own, which have no base that others could know."""
-
-    class OutOfResources(Exception):
-        pass
-
-    def failing():
-        raise OutOfResources("shared memory, Required: 300000")
-
-    rows = contest(
-        bench,
-        "sweep",
-        "a case",
-        [Contestant("one", clock.spends(1.0), right), Contestant("two", TimedCall(failing), right)],
-        (),
-    )
-    assert [(row.status, row.note) for row in rows][1] == ("unsupported", "shared memory, Required: 300000")
-
-
-def test_without_a_reference_the_first_is_one_and_alone_it_still_has_a_time(bench, clock):
-    (row,) = contest(bench, "sweep", "a case", [Contestant("own", clock.spends(0.5), right)], {"notebook"})
-    assert (row.status, row.seconds, row.ratio) == ("reference", 0.5, 1.0)
-
-
-def test_nobody_is_right(bench, clock):
-    (row,) = contest(
-        bench, "sweep", "a case", [Contestant("own", clock.spends(1.0), lambda result: "no")], ()
-    )
-    assert row.status == "wrong" and not row.was_timed
-
-
-# --- work and roofline --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [TINY, PADDED, UNFOLDED], ids=["plain", "padded", "batch items"])
-@pytest.mark.parametrize("gate_name", ["0 heads off", "4 heads off", "8 heads off", "cumulative"])
-def test_work_is_what_has_to_be_done(shape, gate_name):
-    """Counted pair by pair: each (row that is on, key that is not padding) takes products of D channels."""
-    case = case_of(shape, gate_name, "forward")
-    batch, heads, rows, channels = case.query.shape
-    gate = torch.ones(batch, heads, rows, 1) if case.head_gate is None else case.head_gate
-    keys = torch.ones(shape.keys).bool() if case.attn_mask is None else case.attn_mask.flatten()
-    products = numbers = 0
-    for stream in gate.flatten(0, 1).flatten(1):
-        on = [row for row in stream.tolist() if row]
-        products += len(on) * int(keys.sum())
-        numbers += len(on) * channels + (2 * int(keys.sum()) * channels if on else 0) + rows * channels
-    numbers += 0 if case.head_gate is None else gate.numel()
-    work = attention_work(case)
-    assert work == Work(flops=2 * 2 * channels * products, bytes=4 * numbers)
-    both = attention_work(case_of(shape, gate_name))
-    assert both.flops == work.flops * 7 / 2, "5 products backward, 2 forward"
-    assert both.bytes > work.bytes
-    assert attention_work(case_of(shape, gate_name, "forward", torch.bfloat16)).bytes == work.bytes / 2
-
-
-@pytest.mark.parametrize("work, limit", [(Work(100, 1), "arithmetic"), (Work(1, 100), "memory")])
-def test_nothing_is_above_its_roof(work, limit):
-    ceilings = Ceilings(flops=10.0, bytes=10.0)
-    place = position(work, 10.0, ceilings)
-    assert (place.limit, place.share) == (limit, 1.0)
-    assert position(work, 40.0, ceilings).share == 0.25
-    assert position(work, 40.0, ceilings).flops == work.flops / 40
-
-
-# --- the notebooks' way -------------------------------------------------------------------------------------
+def workload_of(shape, gate_name="cumulative", direction="forward + backward", dtype=torch.float32):
+    gate = gates_of(shape, 9)[gate_name]
+    return AttentionWorkload.of(shape, direction, gate, gate_name, CPU, dtype)
 
 
 @pytest.fixture(scope="module")
-def detector():
+def model():
+    """A small detector with random weights; the bundled one would take seconds for each check."""
     torch.manual_seed(0)
     config = DetrConfig(
         backbone=BackboneConfig(block="basic", depths=(1, 1), widths=(8, 8), stem=8),
-        width=16,
-        heads=4,
+        width=32,
+        heads=HEADS,
         encoder_layers=2,
         decoder_layers=3,
         feedforward=32,
@@ -296,117 +76,179 @@ def detector():
         classes=3,
         preprocessing=Preprocessing(short_side=48, long_side=96),
     )
-    return Detector(config).double().eval().requires_grad_(False)
+    detector = Detector(config).eval().requires_grad_(False)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    return BenchmarkModel("small", detector, headoff.load_image(pixels))
+
+
+# --- workloads, and the check of their outputs --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [TINY, UNFOLDED], ids=["end to end", "batch items"])
+def test_gates_are_those_of_the_configurations(shape):
+    gates = gates_of(shape, 9)
+    assert list(gates) == ["0 heads off", "4 heads off", "8 heads off", "cumulative"]
+    assert gates["0 heads off"] is None
+    for off in (4, 8):
+        gate = gates[f"{off} heads off"]
+        assert gate.shape == (shape.batch, HEADS, shape.queries, 1)
+        assert not gate[:, :off].any() and gate[:, off:].all()
+    sweep = gates["cumulative"]
+    configurations = sweep[0].unflatten(1, (9, -1)).transpose(0, 1) if shape.batch == 1 else sweep
+    for off, gate in enumerate(configurations):
+        assert not gate[:off].any() and gate[off:].all()
+
+
+def test_every_subset_occurs_once():
+    gate = gates_of(AttentionShape("all", 1, 256 * 3, 3), 256)["all subsets"]
+    assert len(gate[0, :, :, 0].T.unique(dim=0)) == 256
+
+
+def test_every_size_has_shapes_and_every_shape_both_directions(bench):
+    assert set(suites.SHAPES) == set(SIZES) == set(command.SIZE_NAMES)
+    for size in SIZES:
+        names = [case.name for case in suites.attention_suite(bench, size)]
+        assert len(set(names)) == len(names) and sum(name.endswith("backward") for name in names) * 2 == len(
+            names
+        )
 
 
 @pytest.fixture(scope="module")
-def picture():
-    return headoff.load_image(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+def workloads(model):
+    some = headoff.cumulative()[:3]
+    gate = torch.ones(1, HEADS, 45, 1)
+    gate[:, :4] = 0
+    cross, self_attention = site_shape(model, "decoder_cross"), site_shape(model, "decoder_self")
+    return {
+        "context": AttentionWorkload.of(cross, "forward", gate, "4 heads off", CPU, torch.float32),
+        "gradients": AttentionWorkload.of(
+            self_attention, "backward", gate[:, :, :1].expand(9, -1, 5, -1), "4 heads off", CPU, torch.float32
+        ),
+        "decoder": DecoderWorkload.of(model, some, "forward"),
+        "memory": DecoderWorkload.of(model, some, "backward"),
+        "sweep": SweepWorkload(model, some),
+        "relevance": RelevanceWorkload.of(model, some[2:], 1),
+    }
+
+
+def ignores_the_gate(query, key, value, attn_mask=None, *, head_gate=None):
+    return sdpa(query, key, value, attn_mask)
+
+
+def swaps_two_heads(query, key, value, attn_mask=None, *, head_gate=None):
+    order = [*range(query.shape[1] - 2), query.shape[1] - 1, query.shape[1] - 2]
+    return sdpa(query, key[:, order], value[:, order], attn_mask, head_gate=head_gate)
+
+
+def slightly_hotter(query, key, value, attn_mask=None, *, head_gate=None):
+    return sdpa(query * 1.001, key, value, attn_mask, head_gate=head_gate)
+
+
+KINDS = ["context", "gradients", "decoder", "memory", "sweep", "relevance"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_right_outputs_pass_and_wrong_ones_do_not(workloads, kind):
+    workload = workloads[kind]
+    expected = ExpectedOutputs(workload)
+    assert expected.findings(workload.timed_call(sdpa)(), sdpa) == []
+    for wrong in (ignores_the_gate, swaps_two_heads, slightly_hotter):
+        found = expected.findings(workload.timed_call(wrong)(), wrong)
+        assert found, f"{wrong.__name__} passes"
+        assert all("timed call is wrong" in one.message and one.error > one.budget for one in found)
+
+
+@pytest.mark.parametrize("kind", ["context", "gradients"])
+def test_zeros_nan_and_other_shapes_are_wrong(workloads, kind):
+    workload = workloads[kind]
+    right, expected = workload.timed_call(sdpa)(), ExpectedOutputs(workload)
+    for wrong in (torch.zeros_like, lambda tensor: tensor[..., :-1], lambda tensor: tensor * math.nan):
+        assert expected.findings(tuple(map(wrong, right)), sdpa)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_tolerances_follow_the_dtype(dtype):
+    workload = workload_of(UNFOLDED, "4 heads off", "forward", dtype)
+    expected = ExpectedOutputs(workload)
+    assert expected.findings(workload.timed_call(sdpa)(), sdpa) == []
+    unit = torch.finfo(dtype).eps
+    assert unit <= expected.allowed("context") < 100 * unit
+    assert expected.findings(workload.timed_call(swaps_two_heads)(), swaps_two_heads)
+
+
+def test_rows_that_are_truly_zero_must_be_zero():
+    truth = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 4.0]])
+    errors = row_errors(truth, torch.tensor([[0.0, 1e-30], [1.0, 2.5], [0.0, 4.0]]))
+    assert errors.tolist() == [math.inf, 0.25, 0.0]
+
+
+def test_the_oracle_follows_a_relu_that_rounding_decides(workloads, model):
+    """Where rounding decides, a unit's mask changes the true gradient; elsewhere the oracle keeps its own mask."""
+    workload = workloads["memory"]
+    _, masks = run_recording_relus(workload, eager)
+    plain = truth_of(workload, masks)["gradient of the memory"].rows
+    opposite = ReluSides()
+    opposite._on = {name: [~mask for mask in calls] for name, calls in masks._on.items()}
+    assert row_errors(plain, truth_of(workload, opposite)["gradient of the memory"].rows) < 1e-2
+    exact = workload.in_dtype(torch.float64)
+    with opposite.followed(exact.model.detector, resolution=math.inf):
+        turned = exact.outputs(exact.timed_call(eager)())["gradient of the memory"].rows
+    assert row_errors(plain, turned) > 0.1
+
+
+def test_detectors_share_weights_and_not_attentions(model):
+    one, two = with_attention(model.detector, "sdpa"), with_attention(model.detector, eager)
+    assert one.attention is sdpa and two.attention is eager
+    assert one.class_head.weight is two.class_head.weight is model.detector.class_head.weight
+
+
+def test_unknown_sizes():
+    with pytest.raises(SettingError, match="scenes, r50, dc5"):
+        benchmark_model("huge", CPU, torch.float32)
+
+
+# --- providers ----------------------------------------------------------------------------------------------
+
+
+@SHAPES
+@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
+def test_attentions_that_run_here_are_right(shape, direction):
+    workload = workload_of(shape, direction=direction)
+    expected = ExpectedOutputs(workload)
+    ran = []
+    for name, attention in ATTENTIONS.items():
+        try:
+            result = workload.timed_call(attention)()
+        except (headoff.AttentionError, RuntimeError, NotImplementedError):
+            continue
+        assert check_of(expected, attention)(result) is None, name
+        ran.append(name)
+    assert {"torch SDPA, math", EAGER, OWN} <= set(ran)
+    assert (FLEX in ran) == (direction == "forward"), "it has no backward pass on a CPU"
+
+
+def test_attention_that_always_skips_is_right():
+    workload = workload_of(TINY)
+    expected = ExpectedOutputs(workload)
+    assert check_of(expected, skipping_attention)(workload.timed_call(skipping_attention)()) is None
+
+
+def test_the_names_are_unique():
+    assert set(SDPA_BACKENDS) | {TRITON, OWN, EAGER, FLEX} == set(ATTENTIONS)
 
 
 @pytest.mark.parametrize("text", ["none", "first 2", "L1H0,L2H1"])
-def test_the_notebook_finds_the_same(detector, picture, text):
+def test_the_notebook_finds_the_same(model, text):
+    exact = model.in_dtype(torch.float64)
     configuration = headoff.parse_configuration(text)
-    notebook = Notebook(detector, picture)
-    found = headoff.explain(detector, picture, [configuration], [3])
-    answers = notebook.detect((configuration,))
+    notebook = Notebook(exact.detector, model.image)
+    found = headoff.explain(exact.detector, model.image, [configuration], [3])
+    answers = notebook.detect(configuration)
     torch.testing.assert_close(answers.logits[:, 0], found.logits, rtol=0, atol=1e-10)
     torch.testing.assert_close(answers.boxes[:, 0], found.boxes, rtol=0, atol=1e-10)
     maps = notebook.explain(configuration, 3, int(found.labels[0, 0]))
-    peak = float(found.maps.max())
-    torch.testing.assert_close(maps, found.maps[0, 0].flatten(1), rtol=0, atol=1e-9 * peak)
-    assert not any(weight.requires_grad for weight in detector.parameters()), (
-        "the notebook has its own weights"
-    )
-
-
-def comparison(patch, baseline):
-    return SpeedComparison(
-        patch / baseline, patch / baseline * 0.9, patch / baseline * 1.1, 0.99, (patch,), (baseline,)
-    )
-
-
-def test_extrapolation_is_the_sum_of_the_parts():
-    """A whole of 3 s, beside parts of 0.5 and 2 s, for 9 configurations of 5 objects."""
-    whole = Extrapolated(9, 5, comparison(3.0, 0.5), comparison(3.0, 2.0))
-    assert whole.seconds == pytest.approx(9 * 0.5 + 45 * 2.0)
-    assert whole.ratios["ratio"] == pytest.approx(3.0 / whole.seconds)
-    assert whole.ratios["low"] == pytest.approx(0.9 * whole.ratios["ratio"])
-    assert whole.ratios["high"] == pytest.approx(1.1 * whole.ratios["ratio"])
-
-
-# --- cams kept and blocked ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def subject():
-    return benchmark_model(Settings(device="cpu", dtype="float32"), "model")
-
-
-def test_budgets_keep_cams_and_do_not(subject):
-    budgets = blocked.budgets_of(subject, "tiles")
-    assert list(budgets) == [blocked.KEPT, blocked.LEAST, blocked.BLOCKED]
-    assert budgets[blocked.KEPT] is None and budgets[blocked.BLOCKED] == budgets[blocked.LEAST] // 2
-    detector = with_attention(subject.detector, "sdpa")
-    kept = {
-        name: RelevanceEngine(detector, subject.features, memory_budget=budget).keeps_cams
-        for name, budget in budgets.items()
-    }
-    assert kept == {blocked.KEPT: True, blocked.LEAST: True, blocked.BLOCKED: False}
-
-
-def test_blocked_maps_are_those_of_kept_cams(bench, subject, monkeypatch):
-    (job,) = blocked.blocked_jobs(bench, "quick", subject)
-    contested = []
-
-    def judged_alone(bench, level, case, contestants, references):
-        """In place of what is timed."""
-        for each in contestants:
-            assert each.judge(each.side.run()) is None
-        contested.extend(each.name for each in contestants)
-        base = {"level": level, "case": case, "dtype": "float32"}
-        memory = {blocked.LEAST: 2**30, blocked.BLOCKED: 5 * 10**9}
-        return [Row(contestant=name, status="timed", memory=memory.get(name), **base) for name in contested]
-
-    monkeypatch.setattr(blocked, "contest", judged_alone)
-    rows = {row.contestant: row for row in job.run()}
-    assert list(rows) == [blocked.KEPT, blocked.LEAST, blocked.BLOCKED]
-    assert rows[blocked.KEPT].note == "the device's own budget"
-    assert rows[blocked.LEAST].note.startswith("a budget of 16 MiB; 1 GiB held; ")
-    assert "4.66 GiB held, above the target of 4 GB; " in rows[blocked.BLOCKED].note
-    assert "maps differ from those of kept cams by at most" in rows[blocked.BLOCKED].note
-
-
-def test_other_maps_than_those_of_kept_cams_are_wrong(bench, subject, monkeypatch):
-    """What a 1,000th part of one head's weights more would make of them is not let through."""
-    real = blocked.explain
-
-    def explain(detector, *arguments, memory_budget, **options):
-        if memory_budget is not None:
-            detector = copy.deepcopy(detector)
-            detector.encoder.layers[0].self_attention.value.weight.data[:8] *= 1.001
-        return real(detector, *arguments, memory_budget=memory_budget, **options)
-
-    verdicts = {}
-
-    def judged_alone(bench, level, case, contestants, references):
-        verdicts.update({each.name: each.judge(each.side.run()) for each in contestants})
-        return []
-
-    monkeypatch.setattr(blocked, "explain", explain)
-    monkeypatch.setattr(blocked, "contest", judged_alone)
-    (job,) = blocked.blocked_jobs(bench, "quick", subject)
-    assert job.run() == []
-    assert verdicts.pop(blocked.KEPT) is None
-    assert all("differ from those of kept cams by" in why for why in verdicts.values()), verdicts
-
-
-def test_kernels_that_cannot_be_are_listed(bench, subject):
-    (row,) = blocked._blocked(bench, subject, (headoff.parse_configuration("none"),), 1, "triton", "a case")
-    assert (row.status, row.contestant) == ("unsupported", blocked.BLOCKED) and "CUDA" in row.note
-
-
-# --- decodes by a graph -------------------------------------------------------------------------------------
+    torch.testing.assert_close(maps, found.maps[0, 0].flatten(1), rtol=0, atol=1e-9 * float(found.maps.max()))
+    assert not any(weight.requires_grad for weight in exact.detector.parameters())
 
 
 class Graphs:
@@ -421,179 +263,310 @@ class Graphs:
         return detector.decode(memory, gates)
 
 
-@pytest.mark.parametrize("attention", levels.BY_GRAPH.values(), ids=levels.BY_GRAPH)
-def test_what_is_timed_as_a_graph_is_one(subject, attention):
-    workload = DecoderWorkload.of(subject, (headoff.parse_configuration("first 2"),), "forward", seed=0)
+def test_what_is_timed_as_a_graph_is_one(model):
+    workload = DecoderWorkload.of(model, (headoff.parse_configuration("first 2"),), "forward")
     captured = Graphs()
-    side = levels.by_graph(workload, eager, captured)
-    for calls in (2, 3):
-        assert side.run().logits.isfinite().all() and captured.decodes == calls
-    assert captured.replays == 2
+    call = suites.graph_call(workload, eager, captured)
+    for decodes in (2, 3):
+        assert call().logits.isfinite().all() and captured.decodes == decodes
     for graphs, why in (
         (Graphs(["RuntimeError: no memory"], captures=False), "no memory"),
-        (Graphs(captures=False), "refused"),
+        (Graphs(captures=False), "not captured for this attention"),
     ):
-        side = levels.by_graph(workload, eager, graphs)
         with pytest.raises(headoff.AttentionError, match=why):
-            side.run()
-    assert attention in CAPTURED
+            suites.graph_call(workload, eager, graphs)()
+    assert set(suites.GRAPH_ATTENTIONS.values()) <= set(CAPTURED)
 
 
-# --- the script that tunes kernels --------------------------------------------------------------------------
-
-TUNING = Path(__file__).parents[1] / "tools" / "kernel_tuning.py"
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+# --- comparisons on a simulated clock -----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tuning():
-    spec = importlib.util.spec_from_file_location("kernel_tuning", TUNING)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_tuning"] = module  # dataclasses look their module up by its name
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["kernel_tuning"]
+class SimulatedClock:
+    """Time passes only in the calls that `spends` makes."""
+
+    name = "simulated"
+
+    def __init__(self):
+        self.time = 0.0
+
+    def now(self):
+        return self.time
+
+    def prepare(self):
+        pass
+
+    def finish(self):
+        pass
+
+    def spends(self, seconds, result=None):
+        """A call that takes so long; `seconds` may be a function of how often it was called."""
+        calls = itertools.count()
+
+        def run():
+            self.time += seconds(next(calls)) if callable(seconds) else seconds
+            return result
+
+        return TimedCall(run)
 
 
-def a_task(tuning, clock, seconds):
-    """Choices of 16 x 16 and some warps and stages; `seconds` and results by the choice."""
-    from headoff.attention.fused import Tiling
+@pytest.fixture
+def clock():
+    return SimulatedClock()
 
-    def choice(warps, stages):
-        return tuning.Choice(Tiling(16, 16, warps, stages))
 
-    def make(one):
-        if one.tiling.warps == 16:
-            return TimedCall(lambda: (_ for _ in ()).throw(headoff.AttentionError("it does not fit.")))
-        return clock.spends(seconds(one.tiling), [torch.tensor([1.0 + (one.tiling.warps == 2)])])
+@pytest.fixture
+def bench(clock):
+    return Runner(CPU, torch.float32, clock, 0.001, Peaks(flops=1e9, bytes=1e8))
 
-    return tuning.Task(
-        "a kernel",
-        make,
-        choice(4, 2),
-        [torch.tensor([1.0]).double()],
-        [torch.tensor([1.0])],
+
+@pytest.fixture
+def provider(clock):
+    def make(name, seconds, problem=None):
+        return Provider.of(name, clock.spends(seconds), lambda result: problem)
+
+    return make
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return TimedCall(run)
+
+
+def test_ratios_refer_to_the_fastest_reference(bench, provider):
+    class OutOfResources(Exception):
+        """Compilers have exceptions of their own."""
+
+    failing = Provider.of(
+        "failing", raising(RuntimeError("No kernel for this. Try another.")), lambda result: None
+    )
+    compiling = Provider.of(
+        "compiling", raising(OutOfResources("shared memory, 300000")), lambda result: None
+    )
+    found = bench.measure(
+        "attention",
+        "a case",
         [
-            lambda best: [choice(warps, best.tiling.stages) for warps in (2, 4, 8, 16)],
-            lambda best: [choice(best.tiling.warps, stages) for stages in (1, 2, 3)],
+            provider("slow reference", 3.0),
+            provider("fast reference", 2.0),
+            provider("own", 1.0),
+            provider("wrong", 0.1, "it is off"),
+            failing,
+            compiling,
         ],
+        {"slow reference", "fast reference", "failing"},
+        Work(flops=10**9, bytes=10**7),
     )
+    by_name = {one.provider: one for one in found}
+    assert [one.provider for one in found if one.was_timed] == ["slow reference", "fast reference", "own"]
+    assert {one.reference for one in found if one.was_timed} == {"fast reference"}
+    assert by_name["fast reference"].status == "reference" and by_name["fast reference"].seconds == 2
+    own = by_name["own"]
+    assert own.ratio == own.low == own.high == pytest.approx(0.5)
+    assert by_name["slow reference"].ratio == pytest.approx(1.5)
+    assert (by_name["wrong"].status, by_name["wrong"].note) == ("wrong", "it is off")
+    assert (by_name["failing"].status, by_name["failing"].note) == ("unsupported", "No kernel for this")
+    assert by_name["compiling"].note == "shared memory, 300000"
+    assert by_name["wrong"].seconds is None and by_name["failing"].ratio is None
+    assert own.roofline == RooflinePoint(1e9, 1e7, "arithmetic", pytest.approx(1.0))
 
 
-def test_tuning_goes_on_from_the_best_and_times_nothing_that_is_wrong(tuning, clock):
-    task = a_task(tuning, clock, lambda tiling: 1e-3 / tiling.warps + (tiling.stages == 3) * -5e-5)
-    findings = tuning.tuned(task, clock, 3)
-    assert {(each.tiling.warps, each.tiling.stages) for each in findings.seconds} == {
-        (4, 2), (8, 2), (8, 1), (8, 3)
-    }  # fmt: skip
-    assert findings.wrong
-    text = tuning.report(task, findings, 0.03, False)
-    assert "-> write 16x16, 8 warps, 3 stages, 70% less time" in text
-    assert "not timed: 16x16, 2 warps, 2 stages: WRONG: result 0 is off by 1.0e+00" in text
-    assert "not timed: 16x16, 16 warps, 2 stages: it does not fit." in text
-    assert "250.0 us  1.000 x the present  16x16, 4 warps, 2 stages" in text
-
-
-def test_tuning_leaves_what_nothing_beats(tuning, clock):
-    task = a_task(tuning, clock, lambda tiling: 1e-3 if tiling == (16, 16, 4, 2) else 0.99e-3)
-    assert "-> leave it as it is" in tuning.report(task, tuning.tuned(task, clock, 3), 0.03, False)
-
-
-@needs_triton
-def test_tuning_needs_a_gpu_or_the_interpreter(tuning, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tuning.main([]) == 2 and "need" in capsys.readouterr().err
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        assert tuning.main(["--dry-run"]) == 2 and "set TRITON_INTERPRET=1" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(triton_interpreter.problem() is not None, reason=str(triton_interpreter.problem()))
-def test_every_choice_of_a_few_kernels_is_right():
-    """Tiles, stages and shares; the other kernels are walked through by hand, for they take a minute."""
-    few = ("--dtype", "bfloat16", "--only", "key_value_gradient, encoder", "--only", "relevance.left")
-    done = subprocess.run(
-        [sys.executable, str(TUNING), "--dry-run", *few],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(TUNING.parents[1]), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
+def test_a_reference_that_was_slow_only_in_the_trial_is_chosen_after_all(bench, provider):
+    found = bench.measure(
+        "attention",
+        "a case",
+        [provider("one", 2.0), provider("two", lambda call: 9.0 if call < 6 else 1.0)],
+        {"one", "two"},
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("choices are right") == 2 and "not timed" not in done.stdout
+    assert found[1].status == "reference" and found[0].ratio == pytest.approx(2)
 
 
-# --- records, tables, plots ---------------------------------------------------------------------------------
+def test_a_single_provider_has_a_time_and_a_wrong_one_none(bench, provider):
+    (alone,) = bench.measure("sweep", "a case", [provider("own", 0.5)], {"notebook"})
+    assert (alone.status, alone.seconds, alone.ratio) == ("reference", 0.5, 1.0)
+    (wrong,) = bench.measure("sweep", "a case", [provider("own", 1.0, "no")], ())
+    assert wrong.status == "wrong" and not wrong.was_timed
+
+
+@pytest.mark.parametrize("reference", ["whole", "notebook"])
+def test_an_extrapolated_provider_is_the_sum_of_its_parts(bench, clock, provider, reference):
+    """9 times 0.5 s and 45 times 2 s, against a whole of 3 s; either may be the reference."""
+    notebook = Provider(
+        "notebook", ((clock.spends(0.5), 9), (clock.spends(2.0), 45)), lambda: None, "two parts"
+    )
+    found = bench.measure("relevance", "a case", [notebook, provider("whole", 3.0)], {reference})
+    by_name = {one.provider: one for one in found}
+    total = 9 * 0.5 + 45 * 2.0
+    assert by_name["notebook"].seconds == pytest.approx(total) and by_name["whole"].seconds == pytest.approx(
+        3.0
+    )
+    other = "notebook" if reference == "whole" else "whole"
+    expected = total / 3.0 if reference == "whole" else 3.0 / total
+    assert by_name[reference].ratio == 1.0 and by_name[other].ratio == pytest.approx(expected)
+    assert by_name["notebook"].note == "two parts"
+
+
+# --- suites -------------------------------------------------------------------------------------------------
+
+
+def quick_measure(monkeypatch):
+    """Check the providers without timing them; returns what `measure` was given."""
+    given = {}
+
+    def measure(self, suite, case, providers, references, work=None):
+        given.update({provider.name: provider for provider in providers})
+        return [
+            Measurement(
+                suite, case, "float32", one.name, *(self._failure(one) or ("timed",))[:1], note=one.note
+            )
+            for one in providers
+        ]
+
+    monkeypatch.setattr(Runner, "measure", measure)
+    return given
+
+
+def test_every_provider_of_every_suite_is_right_or_needs_a_gpu(bench, model, monkeypatch):
+    quick_measure(monkeypatch)
+    monkeypatch.setitem(suites.SHAPES, "scenes", ((TINY, 9), (PADDED, 9)))
+    of_model = [suite(bench, "scenes", model) for suite in suites.MODEL_SUITES.values()]
+    of_attention = [suite(bench, "scenes") for suite in suites.ATTENTION_SUITES.values()]
+    found = [one for case in itertools.chain(*of_attention, *of_model) for one in case.run()]
+    assert {one.suite for one in found} == set(command.SUITES)
+    assert not [one for one in found if one.status == "wrong"]
+    unsupported = {one.provider for one in found if one.status == "unsupported"}
+    assert unsupported <= {TRITON, FLEX, "torch SDPA, efficient", "torch SDPA, cuDNN"}
+    names = {one.provider for one in found}
+    assert {
+        "one plain forward",
+        "notebook",
+        "one by one",
+        "always skipping",
+        f"{OWN}, cams recomputed",
+    } <= names
+
+
+def test_a_wrong_attention_is_reported_and_not_timed(bench, clock, model, monkeypatch):
+    monkeypatch.setitem(suites.OWN_ATTENTIONS, OWN, ignores_the_gate)
+    (case,) = suites.sweep_suite(replace(bench, seconds=1e-9), "scenes", model)
+    monkeypatch.setattr(TimedCall, "seconds", lambda self, clock: (self(), 1.0)[1])
+    monkeypatch.setattr(
+        running, "compare", lambda *_, **__: pytest.fail("timed") if False else fake_comparison()
+    )
+    found = {one.provider: one for one in case.run()}
+    assert found[OWN].status == "wrong" and "logits" in found[OWN].note and found[OWN].seconds is None
+    assert found["one plain forward"].status == "reference" and found[EAGER].status == "timed"
+
+
+def fake_comparison():
+    from headoff.timing import SpeedComparison
+
+    return SpeedComparison.of([1.0] * 8, [1.0] * 8)
+
+
+def test_the_budget_that_recomputes_cams_is_half_of_one_that_keeps_them(model):
+    budget = suites.recomputing_budget(model, "auto")
+    detector = with_attention(model.detector, "sdpa")
+    keeps = [
+        RelevanceEngine(detector, model.features, memory_budget=size).keeps_cams
+        for size in (budget, 2 * budget)
+    ]
+    assert keeps == [False, True]
+    with pytest.raises(headoff.HeadoffError, match="CUDA"):
+        suites.recomputing_budget(model, "triton")
+
+
+def test_recomputed_cams_give_the_same_maps(model):
+    workload = RelevanceWorkload.of(model, headoff.cumulative()[4:5], 2)
+    budget = suites.recomputing_budget(model, "auto")
+    kept, recomputed = (workload.explain_call(sdpa, memory_budget=size)().maps for size in (None, budget))
+    torch.testing.assert_close(recomputed, kept, rtol=0, atol=1e-5 * float(kept.max()))
+
+
+# --- roofline -----------------------------------------------------------------------------------------------
+
+
+@SHAPES
+@pytest.mark.parametrize("gate_name", ["0 heads off", "4 heads off", "8 heads off", "cumulative"])
+def test_work_is_what_has_to_be_done(shape, gate_name):
+    """Counted pair by pair: each (row that is on, key that is not padding) takes products of D channels."""
+    workload = workload_of(shape, gate_name, "forward")
+    batch, heads, rows, channels = workload.query.shape
+    gate = torch.ones(batch, heads, rows, 1) if workload.head_gate is None else workload.head_gate
+    keys = torch.ones(shape.keys).bool() if workload.attn_mask is None else workload.attn_mask.flatten()
+    products = numbers = 0
+    for stream in gate.flatten(0, 1).flatten(1):
+        on = [row for row in stream.tolist() if row]
+        products += len(on) * int(keys.sum())
+        numbers += len(on) * channels + (2 * int(keys.sum()) * channels if on else 0) + rows * channels
+    numbers += 0 if workload.head_gate is None else gate.numel()
+    work = attention_work(workload)
+    assert work == Work(flops=2 * 2 * channels * products, bytes=4 * numbers)
+    both = attention_work(workload_of(shape, gate_name))
+    assert both.flops == work.flops * 7 / 2, "5 products backward, 2 forward"
+    assert both.bytes > work.bytes
+    assert attention_work(workload_of(shape, gate_name, "forward", torch.bfloat16)).bytes == work.bytes / 2
+
+
+@pytest.mark.parametrize("work, limit", [(Work(100, 1), "arithmetic"), (Work(1, 100), "memory")])
+def test_a_share_of_the_roofline(work, limit):
+    peaks = Peaks(flops=10.0, bytes=10.0)
+    point = RooflinePoint.of(work, 10.0, peaks)
+    assert (point.limit, point.share) == (limit, 1.0)
+    assert RooflinePoint.of(work, 40.0, peaks).share == 0.25
+    assert RooflinePoint.of(work, 40.0, peaks).flops == work.flops / 40
+
+
+# --- tables and plots ---------------------------------------------------------------------------------------
 
 
 def report_of(shapes=2):
-    place = Position(flops=2e10, bytes=3e9, limit="arithmetic", share=0.4)
-    rows = []
-    for shape in range(shapes):
-        for gate in ("0 heads off", "cumulative"):
-            base = {
-                "level": "attention",
-                "case": f"cross {shape}, 5 keys, {gate}, forward",
-                "dtype": "float32",
-            }
-            timed = {
-                "status": "timed",
-                "reference": "torch SDPA, flash",
-                "position": place,
-                "memory": 2048,
-                **base,
-            }
-            rows += [
-                Row(
-                    contestant="torch SDPA, flash",
-                    ratio=1.0,
-                    seconds=2e-3,
-                    **{**timed, "status": "reference"},
-                ),
-                Row(contestant=OWN, ratio=0.5, low=0.4, high=0.625, seconds=1e-3, **timed),
-                Row(
-                    contestant=EAGER,
-                    ratio=12.5,
-                    low=11.0,
-                    high=14.0,
-                    seconds=25e-3,
-                    note="of one map" if shape == 0 else "",
-                    **timed,
-                ),
-                Row(contestant=TRITON, status="unsupported", note="there is no GPU", **base),
-            ]
-    base = {"level": "sweep", "case": "scenes, 9 configurations", "dtype": "float32"}
-    of_own = {"ratio": 0.017, "low": 0.016, "high": 0.02}
-    rows += [
-        Row(contestant="notebook", status="reference", reference="notebook", ratio=1.0, seconds=0.4, **base),
-        Row(contestant=OWN, status="timed", reference="notebook", seconds=0.1, **base, **of_own),
-        Row(contestant=EAGER, status="wrong", note="its logits are off", **base),
-    ]  # fmt: skip
+    point = RooflinePoint(flops=2e10, bytes=3e9, limit="arithmetic", share=0.4)
+    found = []
+    for shape, gate in itertools.product(range(shapes), ("0 heads off", "cumulative")):
+        one = Measurement(
+            "attention", f"cross {shape}, 5 keys, {gate}, forward", "float32", "torch SDPA, flash", "reference",
+            "torch SDPA, flash", ratio=1.0, seconds=2e-3, memory=2048, roofline=point,
+        )  # fmt: skip
+        note = "of one map" if shape == 0 else ""
+        slow = replace(
+            one, provider=EAGER, status="timed", ratio=12.5, low=11.0, high=14.0, seconds=25e-3, note=note
+        )
+        found += [
+            one,
+            replace(one, provider=OWN, status="timed", ratio=0.5, low=0.4, high=0.625, seconds=1e-3),
+            slow,
+        ]
+        found.append(
+            Measurement("attention", one.case, "float32", TRITON, "unsupported", note="there is no GPU")
+        )
+    sweep = Measurement(
+        "sweep", "scenes, 9 configurations", "float32", "one plain forward", "reference", "one plain forward",
+        ratio=1.0, seconds=0.4,
+    )  # fmt: skip
+    own = replace(sweep, provider=OWN, status="timed", ratio=0.017, low=0.016, high=0.02, seconds=0.1)
+    wrong = Measurement("sweep", sweep.case, "float32", EAGER, "wrong", note="its logits are off")
     made_with = {
-        "command": "headoff bench --quick",
-        "date": "2026-01-02",
-        "headoff": "0",
-        "torch": "2",
-        "triton": "3",
+        "command": "headoff bench", "date": "2026-01-02", "headoff": "0", "torch": "2", "triton": "3",
         "float32 products": "highest",
-    }
-    return Report(tuple(rows), made_with, describe_machine("cpu", 1), {"float32": Ceilings(1e11, 1e10)})
+    }  # fmt: skip
+    peaks = {"float32": Peaks(1e11, 1e10)}
+    return Report((*found, sweep, own, wrong), made_with, describe_machine("cpu", 1), peaks)
 
 
-def test_json_and_csv_have_every_row():
+def test_json_and_csv_have_every_measurement():
     report = report_of()
     loaded = json.loads(report.to_json())
-    assert [row["contestant"] for row in loaded["rows"]] == [row.contestant for row in report.rows]
-    assert loaded["rows"][1]["position"]["share"] == 0.4 and loaded["machine"]["device"] == "cpu"
+    assert [one["provider"] for one in loaded["measurements"]] == [
+        one.provider for one in report.measurements
+    ]
+    assert loaded["measurements"][1]["roofline"]["share"] == 0.4 and loaded["machine"]["device"] == "cpu"
     lines = list(csv.DictReader(io.StringIO(report.to_csv())))
-    assert len(lines) == len(report.rows)
+    assert len(lines) == len(report.measurements)
     assert lines[1]["ratio"] == "0.5" and lines[1]["flops_per_second"] == "20000000000.0"
-    assert lines[3]["ratio"] == "" and lines[3]["note"] == "there is no GPU"
+    assert lines[1]["share"] == "0.4" and lines[3]["ratio"] == "" and lines[3]["note"] == "there is no GPU"
+    assert [case for _, case in by_case(report.measurements)][-1] == "scenes, 9 configurations"
 
 
 def test_the_table_for_a_terminal():
@@ -601,24 +574,24 @@ def test_the_table_for_a_terminal():
     lines = text.splitlines()
     start = lines.index("  cross 0, 5 keys, 0 heads off, forward (float32)")
     assert [line.split("  ")[2] for line in lines[start + 2 : start + 5]] == [OWN, "torch SDPA, flash", EAGER]
-    assert "    eager: of one map" in lines, "what is to be known of a time stands below it"
+    assert "    eager: of one map" in lines
     assert "0.500  0.400 to 0.625" in lines[start + 2] and "arithmetic" in lines[start + 2]
     assert "a large copy reaches 10 GB/s, a matrix product 100 GFLOP/s" in text
-    assert f"{TRITON}, unsupported in all 4 cases: there is no GPU" in text
+    assert f"{TRITON}, unsupported in 4 cases: there is no GPU" in text
     assert "eager, wrong in scenes, 9 configurations (float32): its logits are off" in text
 
 
 def test_the_tables_for_a_page():
     text = markdown_of(report_of())
-    assert text.startswith("    headoff bench --quick\n\n2026-01-02, ")
+    assert text.startswith("    headoff bench\n\n2026-01-02, ")
     tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert len(set(tables[:6])) == 1, "the lines of a table have as many cells"
     assert "- cross 0, 5 keys, 0 heads off, forward, eager: of one map" in text.splitlines()
-    assert "| scenes, 9 configurations | 1 | 0.017 (0.016 to 0.02) | notebook |" in text
-    assert "| 1 | 0.500 (0.400 to 0.625) | 12.5 (11 to 14) | torch SDPA, flash |" in text
+    assert "| scenes, 9 configurations | 1 | 0.017 (0.016 to 0.02) | one plain forward |" in text
+    assert "| 1, 2.00 KiB | 0.500 (0.400 to 0.625), 2.00 KiB |" in text
 
 
-def test_plots_of_each_level_and_shape():
+def test_plots_of_each_suite_and_shape():
     files = plots_of(report_of(shapes=2))
     assert sorted(files) == [
         "attention-float32-cross-0-5-keys.png",
@@ -633,19 +606,14 @@ def test_plots_of_each_level_and_shape():
         assert (border[:, :3] == 1).all(), "nothing is cut off"
 
 
-def test_cases_keep_their_order():
-    report = report_of()
-    assert [case for _, case in cases_of(report.rows)][-1] == "scenes, 9 configurations"
-
-
-# --- a run, and the command ---------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def call(monkeypatch, tmp_path):
-    """The command, in a folder of its own, on shapes of no size."""
+    """The command, in a folder of its own, on one tiny shape."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(cases.SHAPES, "quick", (TINY,))
+    monkeypatch.setitem(suites.SHAPES, "scenes", ((TINY, 9),))
 
     def run(*arguments):
         parser = argparse.ArgumentParser()
@@ -663,14 +631,14 @@ def test_a_run_from_the_command_line(call, tmp_path, capsys):
     assert code == 0
     shown = capsys.readouterr()
     assert shown.err.count("bench: float32: cross, 9 x 2 queries") == 8
-    assert "torch SDPA, math" in shown.out and "headoff triton, unsupported in all 8 cases" in shown.out
+    assert "torch SDPA, math" in shown.out and "headoff triton, unsupported in 8 cases" in shown.out
     names = {path.name for path in (tmp_path / "a/b").iterdir()}
     assert {"bench.json", "bench.csv", "bench.md", "roofline-float32.png"} <= names
     report = json.loads((tmp_path / "a/b/bench.json").read_text())
-    assert {row["status"] for row in report["rows"]} == {"timed", "reference", "unsupported"}
-    for row in report["rows"]:
-        if row["status"] == "timed":
-            assert row["low"] <= row["ratio"] <= row["high"] and row["memory"] > 0
+    assert {one["status"] for one in report["measurements"]} == {"timed", "reference", "unsupported"}
+    for one in report["measurements"]:
+        if one["status"] == "timed":
+            assert one["low"] <= one["ratio"] <= one["high"] and one["memory"] > 0
     assert (tmp_path / "t.md").read_text() == (tmp_path / "a/b/bench.md").read_text()
 
 
@@ -678,27 +646,27 @@ def test_an_interrupted_run_writes_nothing(call, tmp_path, capsys, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(levels, "contest", interrupt)
+    monkeypatch.setattr(Runner, "measure", interrupt)
     assert call("--device", "cpu", "--only", "attention", "--out", "out", "--markdown", "t.md") == 130
-    assert "nothing is written" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert "no results were written" in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_places_that_cannot_be_written_to_are_refused_before_anything_is_measured(
-    call, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(running, "ceilings_of", None)
+def test_impossible_settings_are_rejected_before_anything_is_measured(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "measured_peaks", None)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(SettingError, match="--out file is a file; name a folder"):
+    with pytest.raises(SettingError, match="--out file is a file: name a folder"):
         call("--out", "file")
-    with pytest.raises(SettingError, match="--markdown folder is a folder; name a file"):
+    with pytest.raises(OutputError, match="file/below cannot be created"):
+        call("--out", "file/below")
+    with pytest.raises(SettingError, match="--markdown folder is a folder: name a file"):
         call("--markdown", "folder")
-    with pytest.raises(SettingError, match="device 'mars' cannot be used here"):
+    with pytest.raises(SettingError, match="mars"):
         call("--device", "mars")
 
 
-def test_what_is_run_without_options(monkeypatch):
+def test_defaults(monkeypatch):
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers(required=True))
 
@@ -706,16 +674,19 @@ def test_what_is_run_without_options(monkeypatch):
         monkeypatch.setattr(command, "chosen_device", lambda name: torch.device(device))
         return command.plan_of(parser.parse_args(["bench", *arguments]))
 
-    assert plan() == plan("--quick") == running.Plan(CPU, (torch.float32,), "quick", command.LEVELS, 0.05, 1)
+    assert plan() == Plan(CPU, (torch.float32,), ("scenes",), command.SUITES, 0.05, 1)
     on_gpu = plan(device="cuda")
-    assert (on_gpu.scale, on_gpu.dtypes, on_gpu.seconds) == ("standard", (torch.float32, torch.bfloat16), 1.0)
-    assert plan("--quick", device="cuda").scale == "quick" and plan("--full").scale == "full"
+    assert (on_gpu.sizes, on_gpu.dtypes, on_gpu.seconds) == (("r50",), (torch.float32, torch.bfloat16), 1.0)
     chosen = plan(
         "--dtype", "float16", "--dtype", "float16", "--only", "sweep", "--seconds", "2", "--threads", "2"
     )
-    assert chosen == running.Plan(CPU, (torch.float16,), "quick", ("sweep",), 2.0, 2)
+    assert chosen == Plan(CPU, (torch.float16,), ("scenes",), ("sweep",), 2.0, 2)
+    assert set(command.SUITES) == {*suites.ATTENTION_SUITES, *suites.MODEL_SUITES}
 
 
-def test_the_dispatch_knows_each_backend_of_sdpa():
-    assert set(SDPA_BACKENDS) < set(attention_contestants())
-    assert {TRITON, OWN, EAGER, FLEX} < set(attention_contestants())
+def test_help_does_not_import_torch():
+    code = (
+        "import argparse, sys; from headoff.cli import bench; "
+        "bench.add_parser(argparse.ArgumentParser().add_subparsers()); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

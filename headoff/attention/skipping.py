@@ -12,7 +12,7 @@ attention. What makes leaving out the others pay:
 - Not at any price. Gathering rows and copying keys has a cost of its own, so the plain call is kept where it
   is expected to be faster: where few heads are off, or keys are few.
 
-`benchmarks/attention_skipping.py` measures both ways and prints what was expected.
+`headoff bench --only skipping` measures both ways and prints what was expected.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ SHAPES: dict[Size, tuple[tuple[AttentionShape, int], ...]] = {
 def spread(gates: Tensor, shape: AttentionShape) -> Tensor:
     """Gates (configurations, heads) as the head gate (batch, heads, queries, 1) of a call of this shape."""
     if shape.batch > 1:
-        return gates[:, :, None, None].expand(-1, -1, shape.queries, -1).contiguous()
+        return gates[:, :, None, None].expand(shape.batch, -1, shape.queries, -1).contiguous()
     per_query = gates.repeat_interleave(shape.queries // len(gates), dim=0)
     return per_query.T[None, :, :, None].contiguous()
 
@@ -97,7 +97,7 @@ def configuration_gates(configurations: tuple[Configuration, ...]) -> Tensor:
 
 def gates_of(shape: AttentionShape, configurations: int) -> dict[str, Tensor | None]:
     """The head gates that a shape is timed with, by name: none, 4 and 8 heads off, and the sweep of its size."""
-    few = {f"{off} heads off": (heads_off(*range(off)),) * shape.batch for off in (4, 8)}
+    few = {f"{off} heads off": (heads_off(*range(off)),) for off in (4, 8)}
     sweeps = {9: {"cumulative": cumulative(HEADS)}, 256: {"all subsets": all_subsets(HEADS)}}
     chosen = {**few, **sweeps.get(configurations, {})}
     return {
