@@ -430,6 +430,8 @@ def quick_measure(monkeypatch):
 def test_every_provider_of_every_suite_is_right_or_needs_a_gpu(bench, model, monkeypatch):
     quick_measure(monkeypatch)
     monkeypatch.setitem(suites.SHAPES, "scenes", ((TINY, 9), (PADDED, 9)))
+    # So small a model recomputes cams in tiles so small that it takes seconds; see the tests below.
+    monkeypatch.setattr(suites, "recomputing_budget", lambda model, kernels: 2**20)
     of_model = [suite(bench, "scenes", model) for suite in suites.MODEL_SUITES.values()]
     of_attention = [suite(bench, "scenes") for suite in suites.ATTENTION_SUITES.values()]
     found = [one for case in itertools.chain(*of_attention, *of_model) for one in case.run()]
@@ -478,7 +480,7 @@ def test_the_budget_that_recomputes_cams_is_half_of_one_that_keeps_them(model):
 
 
 def test_recomputed_cams_give_the_same_maps(model):
-    workload = RelevanceWorkload.of(model, headoff.cumulative()[4:5], 2)
+    workload = RelevanceWorkload.of(model, headoff.cumulative()[4:5], 1)
     budget = suites.recomputing_budget(model, "auto")
     kept, recomputed = (workload.explain_call(sdpa, memory_budget=size)().maps for size in (None, budget))
     torch.testing.assert_close(recomputed, kept, rtol=0, atol=1e-5 * float(kept.max()))

@@ -69,7 +69,7 @@ def test_results_are_in_the_table_and_the_json(suite, pytester):
     histogram = ["--benchmark-histogram=found"] if importlib.util.find_spec("pygal") else []
     result = suite("--benchmark-json=found.json", "--attention=eager", "--max-slowdown=9", *histogram)
     assert result.ret == 0
-    result.stdout.fnmatch_lines(["*eager against sdpa*", "encoder_self forward, 4 heads off*"])
+    result.stdout.fnmatch_lines(["*eager against sdpa*", "encoder_self, 4 heads off, forward*"])
     document = json.loads((pytester.path / "found.json").read_text())
     (benchmark,) = document["benchmarks"]
     found = benchmark["extra_info"]
