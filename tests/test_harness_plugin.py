@@ -61,6 +61,14 @@ def no_single_query(query, key, value, attn_mask=None):
         raise ValueError("one query")
     return right(query, key, value, attn_mask)
 
+def no_doubles(query, key, value, attn_mask=None):
+    return right(query, key, value, attn_mask).float()
+
+def only_float32(query, key, value, attn_mask=None):
+    if query.dtype != torch.float32:
+        raise TypeError("float32, please")
+    return right(query, key, value, attn_mask)
+
 def killed(query, key, value, attn_mask=None):
     import os, signal
     os.kill(os.getpid(), signal.SIGABRT)
@@ -241,6 +249,44 @@ def test_a_report(run, pytester):
     assert document["headline"].split(":")[-1].strip() in (pytester.path / "report.html").read_text()
 
 
+DTYPES = """
+import pytest
+import torch
+from headoff.harness.finding import Finding, fail_on
+
+def test_heads_off_dtype(under_test):
+    query = torch.zeros(1, 1, 2, 4, dtype=under_test.dtype)
+    found = under_test.attention(query, query, query).dtype
+    if found != query.dtype:
+        fail_on([Finding("dtype", f"the context of {query.dtype} is {found}")])
+
+def test_heads_off_golden(under_test, snapshot):
+    under_test.attention(*[torch.zeros(1, 1, 2, 4)] * 3)
+"""
+
+
+def test_a_verdict_is_about_the_dtypes_asked_for(run, pytester):
+    one = run("--attention", "kernel.py:no_doubles", "-v", suite=DTYPES)
+    assert one.ret == 0
+    one.stdout.fnmatch_lines(["test_heads_off_mine.py::test_heads_off_dtype PASSED*"])
+    options = ("--dtype", "float32", "--dtype", "float64", "--report", "out.json", "-v")
+    both = run("--attention", "kernel.py:no_doubles", *options, suite=DTYPES)
+    assert both.ret == 1
+    both.assert_outcomes(passed=2, failed=1)
+    both.stdout.fnmatch_lines(
+        ["*test_heads_off_dtype[[]float32] PASSED*", "*test_heads_off_dtype[[]float64] FAILED*"]
+    )
+    both.stdout.fnmatch_lines(["*test_heads_off_golden PASSED*"])  # golden files are named by tests
+    assert section(both)[0].endswith("is wrong: dtype: the context of torch.float64 is torch.float32")
+    assert json.loads((pytester.path / "out.json").read_text())["about"]["dtype"] == "float32, float64"
+
+
+def test_every_dtype_asked_for_is_tried_before_the_tests(run):
+    result = run("--attention", "kernel.py:only_float32", "--dtype", "all", suite=DTYPES)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "only_float32 raised TypeError: float32, please" in "".join(result.errlines)
+
+
 NOT_THE_PATCH = """
 @pytest.fixture
 def no_file(under_test):
@@ -337,7 +383,7 @@ def test_notes_of_the_tests_reach_the_summary_also_from_workers(run, pytester):
         + """
 def test_heads_off_notes(under_test):
     call(under_test)
-    under_test.cannot_tell("head 3 of layer 0 off from head 3 on")
+    under_test.cannot_tell("first 1 off passes as none off")
     under_test.observed([Finding("dq", "off by 3e-2"), Finding("dq", "off by 3e-2")], "float16")
 """
     )
@@ -345,9 +391,9 @@ def test_heads_off_notes(under_test):
         result = run("--attention", "kernel.py:right", "-n", workers, "--report", "out.json", suite=suite)
         assert result.ret == 0
         document = json.loads((pytester.path / "out.json").read_text())
-        assert document["cannot_tell"] == ["head 3 of layer 0 off from head 3 on"]
+        assert document["cannot_tell"] == ["first 1 off passes as none off"]
         assert document["notes"] == ["float16, which nobody asked for, is wrong: dq: off by 3e-2"]
-        assert any("head 3 of layer 0 off" in line for line in section(result)[:3])
+        assert any("first 1 off passes as none off" in line for line in section(result)[:3])
 
 
 def test_other_tests_are_left_in_peace(run, pytester):

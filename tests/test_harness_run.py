@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from headoff.attention import register_attention, registry
 from headoff.attention.eager import eager
+from headoff.choices import DTYPES
+from headoff.errors import SettingError
 from headoff.harness.finding import PROPERTIES, Finding, WrongAttention, fail_on
 from headoff.harness.operator import case_named, case_of_text, operator_cases
 from headoff.harness.plugin.diagnosis import roots_of
-from headoff.harness.plugin.options import OPTIONS, settings_from
-from headoff.harness.plugin.reporter import NOTHING_NOTED
 from headoff.harness.plugin.run import Run, suite_of
-from headoff.harness.settings import Settings
+from headoff.harness.settings import OPTIONS, Settings, read_settings
 
 
 def run_of(*tests, **about) -> Run:
     """A run of tests, each (suite, outcome, calls of the patch, findings...)."""
     run = Run({"attention": "kernel.py:mine", "baseline": "sdpa", **about})
     for number, (suite, outcome, calls, *findings) in enumerate(tests):
-        noted = NOTHING_NOTED | {
+        noted = {
             "calls_credited": calls,
             "findings": [each.as_dict() for each in findings],
             "calls": {"decoder_cross": 6},
@@ -82,7 +81,7 @@ def test_the_headline_says_where_and_leaves_numbers_for_later():
 
 def test_phases_of_a_test_are_one_record():
     run = Run({"attention": "a", "baseline": "sdpa"})
-    noted = NOTHING_NOTED | {"unsupported": {"float64": "no"}}
+    noted = {"unsupported": {"float64": "no"}}
     for phase, outcome in (("setup", "passed"), ("call", "passed"), ("teardown", "failed")):
         run.add("tests/test_heads_off_calls.py::test", phase, outcome, 1.0, noted)
     (record,) = run.tests.values()
@@ -168,11 +167,31 @@ def test_what_cannot_be_found_out_is_a_note(attention_named):
     assert len(notes) == 1 and "no-such-model" in notes[0]
 
 
-def test_every_option_has_a_place_in_the_settings():
-    values = {option.key: None for option in OPTIONS}
-    config = SimpleNamespace(getoption=lambda key, default=None: values[key], getini=lambda key: values[key])
-    assert settings_from(config).attention == "sdpa"  # type: ignore[arg-type]
-    values["headoff_image"] = ["one.png", "two.png"]
-    values["headoff_max_slowdown"] = "1.5"
-    chosen = settings_from(config)  # type: ignore[arg-type]
+def test_settings_are_read_from_the_texts_of_options():
+    assert read_settings({}) == read_settings({option.name: None for option in OPTIONS})
+    (chosen,) = read_settings({"image": ["one.png", "two.png"], "max-slowdown": "1.5", "device": "cpu"})
     assert [image.name for image in chosen.images] == ["one.png", "two.png"] and chosen.max_slowdown == 1.5
+    assert (chosen.dtype, chosen.dtypes) == ("float32", ("float32",))
+    both = read_settings({"dtype": ["bfloat16", "float32", "bfloat16"]})
+    assert [each.dtype for each in both] == ["bfloat16", "float32"]
+    assert {each.dtypes for each in both} == {("bfloat16", "float32")}
+    assert [each.dtype for each in read_settings({"dtype": ["all"]})] == list(DTYPES)
+
+
+@pytest.mark.parametrize(
+    "texts, said",
+    [
+        ({"dtype": ["bfloat1"]}, "did you mean 'bfloat16'?"),
+        ({"seed": "-1"}, "--seed cannot be '-1': give a whole number from 0"),
+        ({"bench-seconds": "inf"}, "--bench-seconds cannot be 'inf': give a number from 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_sentence(texts, said):
+    with pytest.raises(SettingError) as raised:
+        read_settings(texts)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_finding_needs_no_case():
+    finding = Finding("gate", "switching off a head without output changes maps by 1e-3 (allowed 1e-6)")
+    assert Finding.from_dict(finding.as_dict()) == finding

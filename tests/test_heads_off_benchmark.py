@@ -20,7 +20,6 @@ from headoff.bench.workloads import (
 )
 from headoff.gates import SITES
 from headoff.harness.benchmark import BenchmarkRunner, model_for
-from headoff.harness.plugin.options import seconds_chosen, value_of
 
 pytest.importorskip(
     "pytest_benchmark", reason="benchmarks need pytest-benchmark: pip install pytest-benchmark"
@@ -35,12 +34,12 @@ every_number_off = pytest.mark.parametrize("off", [0, 4, 8], ids=lambda off: f"{
 
 @pytest.fixture(scope="session")
 def bench(under_test, pytestconfig):
-    return BenchmarkRunner(under_test, pytestconfig, seconds_chosen(pytestconfig))
+    return BenchmarkRunner(under_test, pytestconfig, under_test.settings.bench_seconds)
 
 
 @pytest.fixture(scope="session")
-def model(under_test, pytestconfig):
-    return model_for(under_test.settings, value_of(pytestconfig, "bench-size"))
+def model(under_test):
+    return model_for(under_test.settings, under_test.settings.bench_size)
 
 
 @pytest.fixture(autouse=True)

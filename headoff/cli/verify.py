@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from headoff.cli.options import positive, ratio, whole
-from headoff.devices import DTYPES, chosen_device
+from headoff.cli.options import positive
 from headoff.errors import SettingError
+from headoff.harness.settings import OPTIONS, read_settings
 from headoff.harness.suite_files import suite_file, suite_names, suites_folder
 
 EPILOG = """\
@@ -21,9 +21,9 @@ the attention:
   torch.nn.functional.scaled_dot_product_attention, and its context is gated for it.
 
 exit codes:
-  0   it is right (and, with --benchmark, no slower than allowed)
+  0   it is right in the dtypes asked for (and, with --benchmark, no slower than allowed)
   1   it is wrong, or slower: the first lines of the summary say what, where and by how much
-  2   it cannot be tested at all: one sentence says why
+  2   no verdict: it cannot be tested, or a check failed that is not about it; one sentence says why
   130 interrupted
 
 examples:
@@ -40,69 +40,38 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="check a patched attention: is it right, and what does it cost?",
-        description="Run the heads_off suites against an attention: its numbers and its conduct by itself, then "
+        description="Run the heads_off suites against an attention: single calls and their side effects, then "
         "detections, relevance maps and gradients of a detector that uses it, under all numbers of heads off.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="headoff verify PATCH [options] [-- PYTEST OPTIONS]",
     )
     parser.add_argument("patch", nargs="?", metavar="PATCH", help="the attention under test")
-    what = parser.add_argument_group("on what")
-    what.add_argument(
-        "--model", default="scenes", metavar="MODEL", help="as of `headoff sweep`; the bundled one by default"
-    )
-    what.add_argument(
-        "--image",
-        type=Path,
-        action="append",
-        metavar="FILE",
-        help="an image instead of the bundled scenes; can be repeated. What is right for it is computed in float64 at "
-        "first, which takes a while, and kept",
-    )
-    what.add_argument("--device", help="`cpu`, `cuda`, `cuda:1`; CUDA where there is one by default")
-    what.add_argument("--dtype", default="float32", choices=DTYPES, help="of the model (default float32)")
-    what.add_argument("--golden-dir", type=Path, metavar="FOLDER", help="golden files of your own")
-    what.add_argument("--seed", type=whole, default=0, metavar="N", help="of the random inputs (default 0)")
-    what.add_argument(
-        "--only", action="append", metavar="SUITE", help="this suite alone; can be repeated. There are: "
-        "operator, calls, detections, relevance, gradients"
+    groups = {title: parser.add_argument_group(title) for title in ("input", "speed", "output")}
+    for option in OPTIONS:
+        if option.name != "attention":
+            groups[option.group].add_argument(
+                f"--{option.name}",
+                metavar=option.metavar,
+                help=option.help,
+                action="append" if option.several else "store",
+            )
+    groups["input"].add_argument(
+        "--only", action="append", metavar="SUITE", help="run only this suite; can be repeated: operator, calls, "
+        "detections, relevance, gradients or benchmark"
     )  # fmt: skip
-    cost = parser.add_argument_group("what it costs")
-    cost.add_argument(
-        "--benchmark", action="store_true", help="measure its time as well, beside the baseline's"
+    groups["speed"].add_argument(
+        "--benchmark", action="store_true", help="compare its time with the baseline's"
     )
-    cost.add_argument(
-        "--baseline", default="sdpa", metavar="PATCH", help="what its time is compared with (default sdpa)"
-    )
-    cost.add_argument(
-        "--max-slowdown",
-        type=ratio,
-        default=1.10,
-        metavar="RATIO",
-        help="it is too slow where its time is surely above this many times the baseline's (default 1.10)",
-    )
-    results = parser.add_argument_group("results")
-    results.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help=".html, with the .json it is made of beside it, or .json alone",
-    )
+    results = groups["output"]
     results.add_argument("--junitxml", type=Path, metavar="FILE", help="results for a CI server")
-    results.add_argument(
-        "--failures",
-        type=Path,
-        default=Path("headoff-failures"),
-        metavar="FOLDER",
-        help="where pictures of failures go (default headoff-failures)",
-    )
     results.add_argument("-v", "--verbose", action="store_true", help="a line for every check")
     results.add_argument(
         "--render",
         nargs=2,
         type=Path,
         metavar=("JSON", "PAGE"),
-        help="only make the page (.html) or the summary (.md) of an earlier run's results",
+        help="make only the page (.html) or the summary (.md) of an earlier run's results",
     )
     parser.add_argument(
         "-n",
@@ -127,32 +96,52 @@ def run(settings: argparse.Namespace) -> int:
     if settings.workers and not importlib.util.find_spec("xdist"):
         raise SettingError("-n needs pytest-xdist: `pip install pytest-xdist`, or leave it out")
 
+    if settings.benchmark and settings.workers:
+        raise SettingError("times need the machine to themselves: leave out -n, or --benchmark")
+
     import pytest
 
     from headoff.harness.plugin.preflight import preflight
-    from headoff.harness.plugin.reporter import make_way
+    from headoff.harness.plugin.reporter import remove_earlier_report
 
-    if settings.benchmark and settings.workers:
-        raise SettingError("times need the machine to themselves: leave out -n, or --benchmark")
-    if settings.report:
-        make_way(settings.report)
-    preflight(settings.patch, str(chosen_device(settings.device)), settings.dtype)
-    # What a person set for pytest in their own project is not about these suites.
+    chosen = read_settings(_texts(settings))
+    arguments = _pytest_arguments(settings)
+    if chosen[0].report:
+        remove_earlier_report(chosen[0].report)
+    for each in chosen:
+        preflight(each.attention, each.device, each.dtype)
+    # pytest's options of somebody's own project are not meant for these suites.
     os.environ.pop("PYTEST_ADDOPTS", None)
-    interrupts = _Interrupts()
-    code = int(pytest.main(_pytest_arguments(settings), plugins=[interrupts]))
-    if interrupts.seen:
+    watcher = _Watcher()
+    code = int(pytest.main(arguments, plugins=[watcher]))
+    if watcher.interrupted:
         return 130
-    return code if code in (0, 1) else 2  # by any other of pytest's, the suites could not be run
+    if code > 2:  # pytest itself failed, or ran nothing
+        return 2
+    return {"right": 0, "wrong": 1, "slower": 1}.get(watcher.verdict or "", 2)
 
 
-class _Interrupts:
-    """A plugin that tells Ctrl-C from a suite that cannot be read: pytest has one exit code for both."""
+class _Watcher:
+    """A plugin that learns the verdict, and tells Ctrl-C from other ends: pytest's exit codes do not say."""
 
-    seen = False
+    interrupted = False
+    verdict: str | None = None
 
     def pytest_keyboard_interrupt(self) -> None:
-        self.seen = True
+        self.interrupted = True
+
+    def pytest_unconfigure(self, config: Any) -> None:
+        reporter = config.pluginmanager.get_plugin("headoff-reporter")
+        if reporter is not None and reporter.document is not None:
+            self.verdict = reporter.document["verdict"]
+
+
+def _texts(settings: argparse.Namespace) -> dict[str, Any]:
+    """What was given for each option."""
+    given = vars(settings)
+    return {option.name: given.get(option.name.replace("-", "_")) for option in OPTIONS} | {
+        "attention": settings.patch
+    }
 
 
 def _pytest_arguments(settings: argparse.Namespace) -> list[str]:
@@ -164,39 +153,17 @@ def _pytest_arguments(settings: argparse.Namespace) -> list[str]:
         names = [*names, "benchmark"]
     files = [str(suite_file(name)) for name in dict.fromkeys(names)]
     isolated = ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder / 'tests'}"]
-    # Not in the folder that somebody happens to stand in: what --lf and --benchmark-save keep.
-    kept = ["-o", f"cache_dir={cache_folder() / 'pytest'}"]
-    kept.append(f"--benchmark-storage=file://{cache_folder() / 'benchmarks'}")
-    said = (
-        ["-v", "--tb=short"]
-        if settings.verbose
-        else ["-q", "--no-header", "--tb=no", "-rN", "--disable-warnings"]
-    )
-    chosen = {
-        "attention": settings.patch,
-        "model": settings.model,
-        "device": settings.device,
-        "dtype": settings.dtype,
-        "golden-dir": settings.golden_dir,
-        "seed": settings.seed,
-        "baseline": settings.baseline,
-        "max-slowdown": settings.max_slowdown,
-        "report": settings.report,
-        "failures": settings.failures,
-    }
-    options = [f"--headoff-{name}={value}" for name, value in chosen.items() if value is not None]
-    options += [f"--headoff-image={image}" for image in settings.image or ()]
+    # What --lf and --benchmark-save write goes to the cache, not to the current folder.
+    cached = ["-o", f"cache_dir={cache_folder() / 'pytest'}"]
+    cached.append(f"--benchmark-storage=file://{cache_folder() / 'benchmarks'}")
+    quiet = ["-q", "--no-header", "--tb=no", "-rN", "--disable-warnings"]
+    options = ["-v", "--tb=short"] if settings.verbose else quiet
+    for name, given in _texts(settings).items():
+        texts = given if isinstance(given, list) else [given] if given is not None else []
+        options += [f"--headoff-{name}={text}" for text in texts]
     if settings.junitxml:
         options.append(f"--junitxml={settings.junitxml}")
     if settings.workers:
         options += ["-n", str(settings.workers)]
-    return [
-        "-p",
-        "headoff.harness.plugin.hooks",
-        *isolated,
-        *kept,
-        *said,
-        *options,
-        *settings.pytest_options,
-        *files,
-    ]
+    plugin = ["-p", "headoff.harness.plugin.hooks"]
+    return [*plugin, *isolated, *cached, *options, *settings.pytest_options, *files]

@@ -1,46 +1,214 @@
-"""What the suites are run on: the patch, the model, the device, and all else that can be chosen."""
+"""What the suites run on: one table of options, from which the command line, pytest and its ini file are made.
+
+A field of `Settings` that is made by `_option` is an option of `headoff verify`, of pytest (`--headoff-NAME` and mostly
+`--NAME`) and of pytest's configuration file (`headoff_NAME`). Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from headoff.choices import DTYPES
+from headoff.errors import SettingError, did_you_mean
 
-from headoff.devices import DTYPES, torch_dtype
-from headoff.errors import SettingError
+if TYPE_CHECKING:
+    import torch
+
+ALL = "all"
+"""The dtype that stands for all of them."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a setting is given as text.
+
+    Attributes:
+        name: `--NAME`, in words with dashes.
+        field: of `Settings`.
+        metavar: what stands for its text in the help.
+        help: a sentence, with the default.
+        read: from its text to its value; raises ValueError whose message continues "give ...".
+        several: whether it can be repeated.
+        short: whether pytest has it as `--NAME` too, not as `--headoff-NAME` alone.
+        group: of the help of `headoff verify`: input, speed or output.
+    """
+
+    name: str
+    field: str
+    metavar: str
+    help: str
+    read: Callable[[str], Any] = str
+    several: bool = False
+    short: bool = True
+    group: str = "input"
+
+    @property
+    def key(self) -> str:
+        """Its name in pytest's configuration file, and where pytest keeps its text."""
+        return "headoff_" + self.name.replace("-", "_")
+
+    def value(self, text: str) -> Any:
+        """Raises SettingError, one sentence, for a text that cannot be read."""
+        try:
+            return self.read(text)
+        except SettingError:
+            raise
+        except ValueError as error:
+            raise SettingError(f"--{self.name} cannot be {text!r}: give {error}") from None
+
+
+def _option(default: Any, metavar: str, help: str, read: Callable[[str], Any] = str, **more: Any) -> Any:
+    return field(
+        default=default, metadata={"option": {"metavar": metavar, "help": help, "read": read, **more}}
+    )
+
+
+def _number(kind: Callable[[str], float], least: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = float("nan")
+        if not least <= number < float("inf"):
+            raise ValueError(f"a{' whole' if kind is int else ''} number from {least:g}")
+        return number
+
+    return read
+
+
+def _device(text: str) -> str:
+    from headoff.devices import chosen_device
+
+    return str(chosen_device(text))
+
+
+def _dtype(text: str) -> str:
+    if text not in (*DTYPES, ALL):
+        names = f"{', '.join(DTYPES)} or {ALL}"
+        raise SettingError(f"dtype {text!r} is not known{did_you_mean(text, DTYPES)}: use one of {names}")
+    return text
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was chosen.
+    """What was chosen, for one dtype.
 
-    - `attention`: what is under test, as `headoff.attention.resolve_attention` takes it
-    - `model`: as `headoff.load` takes it
-    - `images`: paths; none for the bundled scenes
-    - `device`, `dtype`: the patch runs on and in these
-    - `golden_dir`: golden files of a user's own; None for those of the suites
-    - `failures`: folder for pictures of what went wrong
-    - `seed`: of the random inputs
-    - `baseline`: the attention that times are compared with
-    - `max_slowdown`: the ratio of times from which the patch counts as slower
+    `dtypes` are all that were asked for: the verdict is about these.
     """
 
-    attention: str = "sdpa"
-    model: str = "scenes"
-    images: tuple[Path, ...] = ()
-    device: str = "cpu"
-    dtype: str = "float32"
-    golden_dir: Path | None = None
-    failures: Path = Path("headoff-failures")
-    seed: int = 0
-    baseline: str = "sdpa"
-    max_slowdown: float = 1.10
+    attention: str = _option(
+        "sdpa", "PATCH", "the attention under test: path/to/file.py:name, package.module:name, sdpa or eager"
+    )
+    model: str = _option(
+        "scenes", "MODEL", "the detector, as of `headoff sweep --model` (default: the bundled one)"
+    )
+    images: tuple[Path, ...] = _option(
+        (),
+        "FILE",
+        "an image instead of the bundled scenes; can be repeated. Its expected results are computed in float64 the "
+        "first time, which takes a while, and cached",
+        Path,
+        name="image",
+        several=True,
+    )
+    device: str = _option(
+        "cpu", "DEVICE", "cpu, cuda or cuda:1 (default: CUDA if available, else the CPU)", _device
+    )
+    dtype: str = _option(
+        "float32",
+        "DTYPE",
+        "dtype of attention that the verdict is about: float32 (default), float64, bfloat16, float16 or all; can be "
+        "repeated",
+        _dtype,
+        several=True,
+    )
+    golden_dir: Path | None = _option(None, "FOLDER", "a folder with golden files of your own", Path)
+    seed: int = _option(0, "N", "seed of the random inputs (default 0)", _number(int, 0), short=False)
+    baseline: str = _option(
+        "sdpa", "PATCH", "the attention that its time is compared with (default sdpa)", group="speed"
+    )
+    max_slowdown: float = _option(
+        1.10,
+        "RATIO",
+        "it is too slow where its time is above this many times the baseline's with confidence (default 1.10)",
+        _number(float, 0.01),
+        group="speed",
+    )
+    bench_size: str = _option(
+        "auto",
+        "SIZE",
+        "sizes of the benchmarks: auto (default), model, r50 or dc5",
+        short=False,
+        group="speed",
+    )
+    bench_seconds: float | None = _option(
+        None,
+        "SECONDS",
+        "about how long each benchmark measures (default: 0.1 on a CPU, 1 on a GPU)",
+        _number(float, 0),
+        short=False,
+        group="speed",
+    )
+    report: Path | None = _option(
+        None,
+        "FILE",
+        "write a report: .html and the .json that it is made from, or .json alone",
+        Path,
+        group="output",
+    )
+    failures: Path = _option(
+        Path("headoff-failures"),
+        "FOLDER",
+        "folder for pictures of failures (default headoff-failures)",
+        Path,
+        short=False,
+        group="output",
+    )
+    dtypes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise SettingError(f"dtype {self.dtype!r} is not known: use one of {', '.join(DTYPES)}")
+        if _dtype(self.dtype) == ALL:
+            raise SettingError(f"dtype {ALL!r} stands for several: use `read_settings`")
+        if not self.dtypes:
+            object.__setattr__(self, "dtypes", (self.dtype,))
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        from headoff.devices import torch_dtype
+
         return torch_dtype(self.dtype)
+
+
+OPTIONS = tuple(
+    Option(**{"name": entry.name.replace("_", "-"), "field": entry.name, **entry.metadata["option"]})
+    for entry in fields(Settings)
+    if "option" in entry.metadata
+)
+
+
+def read_settings(texts: Mapping[str, str | Iterable[str] | None]) -> list[Settings]:
+    """Settings for each dtype that was asked for, at least one.
+
+    Args:
+        texts: by the names of options, their text, or texts where they can be repeated; None for the default.
+
+    Raises:
+        SettingError: a text cannot be read.
+    """
+    from headoff.devices import chosen_device
+
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        given = texts.get(option.name)
+        if option.several and given:
+            values[option.field] = tuple(option.value(text) for text in given)
+        elif given:
+            values[option.field] = option.value(str(given))
+    values.setdefault("device", str(chosen_device(None)))
+    asked = values.pop("dtype", (Settings.dtype,))
+    dtypes = DTYPES if ALL in asked else tuple(dict.fromkeys(asked))
+    first = Settings(**values, dtype=dtypes[0], dtypes=dtypes)
+    return [replace(first, dtype=dtype) for dtype in dtypes]

@@ -19,8 +19,9 @@ from headoff.harness.plugin.benchmark_hooks import (
     pytest_benchmark_update_json,
     pytest_terminal_summary,
 )
-from headoff.harness.plugin.options import add_options, add_short_names, settings_from, value_of, was_chosen
-from headoff.harness.plugin.reporter import Reporter, make_way, tests_the_patch
+from headoff.harness.plugin.options import add_options, add_short_names, all_settings, text_of, value_of
+from headoff.harness.plugin.reporter import Reporter, remove_earlier_report
+from headoff.harness.settings import OPTIONS
 
 if TYPE_CHECKING:
     from headoff.harness.plugin.patch import Patch
@@ -46,11 +47,11 @@ def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    report = value_of(config, "report")
-    if report and not is_worker(config):
-        with one_clear_error():
-            make_way(Path(report))
-    reporter = Reporter(config, worker=is_worker(config))
+    with one_clear_error():
+        report = value_of(config, "report")
+        if report and not is_worker(config):
+            remove_earlier_report(report)
+        reporter = Reporter(config, worker=is_worker(config))
     config.stash[REPORTER] = reporter
     config.pluginmanager.register(reporter, "headoff-reporter")
 
@@ -66,54 +67,61 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     if is_worker(config):
         return
-    if any(was_chosen(config, name) for name in ("device", "dtype", "image", "seed", "max-slowdown")):
+    if any(text_of(config, option.name) for option in OPTIONS):
         with one_clear_error():
-            settings_from(config)
-    # With workers this process never sees a test, and a patch that cannot be used is to be refused once, not by each.
-    if config.getoption("numprocesses", None) and was_chosen(config, "attention"):
-        take_off(config)
+            all_settings(config)
+    # With workers this process collects no tests. Each worker would report a patch that cannot be called.
+    if config.getoption("numprocesses", None) and text_of(config, "attention"):
+        check_patch(config)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if (
         not is_worker(session.config)
         and not session.config.option.collectonly
-        and any(map(tests_the_patch, session.items))
+        and any("under_test" in getattr(item, "fixturenames", ()) for item in session.items)
     ):
-        take_off(session.config)
+        check_patch(session.config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if {"scene", "under_test"} <= set(metafunc.fixturenames):
-        from headoff.harness.reference.cases import names
+    if "under_test" not in metafunc.fixturenames:
+        return
+    with one_clear_error():
+        settings = all_settings(metafunc.config)
+        if "scene" in metafunc.fixturenames:
+            from headoff.harness.reference.cases import names
 
-        with one_clear_error():
-            metafunc.parametrize("scene", names(settings_from(metafunc.config)))
+            metafunc.parametrize("scene", names(settings[0]))
+    # Golden files are named by tests, and are of the oracle, whatever the dtype of the patch.
+    if len(settings) > 1 and "snapshot" not in metafunc.fixturenames:
+        metafunc.parametrize("under_test", settings[0].dtypes, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
-def under_test(pytestconfig: pytest.Config) -> Patch:
-    """The attention under test (`.attention`), with the device, dtype and seed to test it with."""
+def under_test(request: pytest.FixtureRequest) -> Patch:
+    """The attention under test (`.attention`), with the device, dtype and seed to test it with.
+
+    With several `--dtype`, tests run once for each.
+    """
     import torch
 
-    from headoff.harness.plugin.patch import Patch
-
-    if is_worker(pytestconfig):
+    config = request.config
+    if is_worker(config):
         # Workers share the cores; threads of several would wait for one another most of the time.
-        workers = pytestconfig.workerinput["workercount"]  # type: ignore[attr-defined]
+        workers = config.workerinput["workercount"]  # type: ignore[attr-defined]
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    patch = Patch.of(settings_from(pytestconfig))
-    pytestconfig.stash[REPORTER].patch = patch
-    return patch
+    settings = {each.dtype: each for each in all_settings(config)}
+    return config.stash[REPORTER].patch_of(settings[getattr(request, "param", next(iter(settings)))])
 
 
-def take_off(config: pytest.Config) -> None:
-    """Refuse, with one sentence, a patch or a setting that nothing can be tested with."""
+def check_patch(config: pytest.Config) -> None:
+    """End the run, with one sentence, for a setting or a patch that nothing can be tested with."""
     from headoff.harness.plugin.preflight import preflight
 
     with one_clear_error():
-        settings = settings_from(config)
-        preflight(settings.attention, settings.device, settings.dtype)
+        for settings in all_settings(config):
+            preflight(settings.attention, settings.device, settings.dtype)
 
 
 @contextmanager

@@ -1,74 +1,22 @@
-"""Options of the pytest plugin: on the command line, or in pytest's configuration file as `headoff_<name>`.
+"""The options of `headoff.harness.settings` as pytest's: on the command line, or in its configuration file.
 
 Every option is `--headoff-<name>`, and `--<name>` as well where no other plugin or conftest file has that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from headoff.harness.settings import OPTIONS, Option, Settings, read_settings
+
 if TYPE_CHECKING:
-    from headoff.harness.settings import Settings
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option: its name, what it means, and how its text is read."""
-
-    name: str
-    help: str
-    default: str | None = None
-    metavar: str | None = None
-    several: bool = False
-
-    @property
-    def key(self) -> str:
-        """Its name in configuration files, and where pytest keeps it."""
-        return "headoff_" + self.name.replace("-", "_")
-
-
-OPTIONS = (
-    Option(
-        "attention",
-        "the attention under test: path/to/file.py:name, package.module:name, sdpa or eager",
-        "sdpa",
-        "PATCH",
-    ),
-    Option(
-        "model",
-        "the detector, as `headoff sweep --model` takes it; the bundled one by default",
-        "scenes",
-        "MODEL",
-    ),
-    Option("image", "an image instead of the bundled scenes; can be repeated", None, "FILE", several=True),
-    Option("device", "cpu, cuda, cuda:1; CUDA where there is one by default", None, "DEVICE"),
-    Option("dtype", "float32 (default), float64, bfloat16 or float16", "float32", "DTYPE"),
-    Option("golden-dir", "a folder with golden files of your own", None, "FOLDER"),
-    Option(
-        "report",
-        "write a report: .html, with the .json it is made of beside it, or .json alone",
-        None,
-        "FILE",
-    ),
-    Option("baseline", "what the benchmarks compare the attention with", "sdpa", "PATCH"),
-    Option("max-slowdown", "a benchmark fails where its ratio is surely above this", "1.10", "RATIO"),
-    Option("bench-size", "sizes of the benchmarks: auto (default), model, r50 or dc5", "auto", "SIZE"),
-    Option("bench-seconds", "about how long each benchmark measures", None, "SECONDS"),
-    Option("failures", "folder for pictures of failures", "headoff-failures", "FOLDER"),
-    Option("seed", "of the random inputs", "0", "N"),
-)
-LONG_ONLY = ("bench-size", "bench-seconds", "failures", "seed")
-SHORT = tuple(option for option in OPTIONS if option.name not in LONG_ONLY)
-"""Those that have a name without `headoff-` as well."""
+    from collections.abc import Sequence
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """Declare all of `OPTIONS` under their long names, and as settings of a configuration file."""
+    """Declare all options under their long names, and as settings of a configuration file."""
     for option in OPTIONS:
         _add(parser, f"--headoff-{option.name}", option)
         kind: Literal["args", "string"] = "args" if option.several else "string"
@@ -78,16 +26,25 @@ def add_options(parser: pytest.Parser) -> None:
 def add_short_names(parser: pytest.Parser) -> None:
     """Add the names without `headoff-` that nobody else has taken.
 
-    To be called when all plugins and conftest files have declared theirs: names like `--device` are common, and taking
-    one that is wanted by somebody else would end every run of their tests.
+    Call it when all plugins and conftest files have declared theirs: names like `--device` are common, and a name that
+    is declared twice would end every run of somebody else's tests.
     """
-    groups = [*getattr(parser, "_groups", ()), getattr(parser, "_anonymous", None)]
-    taken = {
-        name for group in groups if group is not None for option in group.options for name in option.names()
-    }
-    for option in SHORT:
-        if f"--{option.name}" not in taken:
+    for option in OPTIONS:
+        if option.short and _is_free(parser, f"--{option.name}"):
             _add(parser, f"--{option.name}", option)
+
+
+def _is_free(parser: pytest.Parser, name: str) -> bool:
+    """Whether the parser does not know the option.
+
+    pytest has no list of options that is public, and up to version 8 it notices duplicates only when it is too late. So
+    the parser is asked to parse the option.
+    """
+    probe = f"{name}=probe"
+    try:
+        return probe in parser.parse_known_and_unknown_args([probe])[1]
+    except (pytest.UsageError, SystemExit):
+        return False  # it is known, and does not take such a value
 
 
 def _add(parser: pytest.Parser, name: str, option: Option) -> None:
@@ -102,58 +59,27 @@ def _add(parser: pytest.Parser, name: str, option: Option) -> None:
     )
 
 
-def _named(name: str) -> Option:
-    return next(each for each in OPTIONS if each.name == name)
+def text_of(config: pytest.Config, name: str) -> Any:
+    """The text of an option: from the command line, else the configuration file; None where neither has it.
+
+    A list of texts for an option that can be repeated.
+    """
+    key = next(option.key for option in OPTIONS if option.name == name)
+    return config.getoption(key, None) or config.getini(key) or None
 
 
 def value_of(config: pytest.Config, name: str) -> Any:
-    """What was chosen for an option: on the command line, else in the configuration file, else its default."""
-    option = _named(name)
-    given = config.getoption(option.key, None)
-    if given in (None, []):
-        given = config.getini(option.key)
-    return given if given not in (None, "", []) else option.default
+    """The value of an option that can be given once, or its default. Raises SettingError."""
+    option = next(option for option in OPTIONS if option.name == name)
+    text = text_of(config, name)
+    return getattr(Settings, option.field) if text is None else option.value(text)
 
 
-def was_chosen(config: pytest.Config, name: str) -> bool:
-    """Whether the option was given at all, wherever."""
-    option = _named(name)
-    return bool(config.getoption(option.key, None) or config.getini(option.key))
+def all_settings(config: pytest.Config) -> Sequence[Settings]:
+    """The settings of a run, for each dtype asked for. Raises SettingError."""
+    return read_settings({option.name: text_of(config, option.name) for option in OPTIONS})
 
 
 def settings_from(config: pytest.Config) -> Settings:
-    """All that was chosen. Raises SettingError for what cannot be."""
-    from headoff.devices import chosen_device
-    from headoff.harness.settings import Settings
-
-    folder = value_of(config, "golden-dir")
-    return Settings(
-        attention=value_of(config, "attention"),
-        model=value_of(config, "model"),
-        images=tuple(Path(image) for image in value_of(config, "image") or ()),
-        device=str(chosen_device(value_of(config, "device"))),
-        dtype=value_of(config, "dtype"),
-        golden_dir=Path(folder) if folder else None,
-        failures=Path(value_of(config, "failures")),
-        seed=_number(config, "seed", int, 0),
-        baseline=value_of(config, "baseline"),
-        max_slowdown=_number(config, "max-slowdown", float, 0.0),
-    )
-
-
-def seconds_chosen(config: pytest.Config) -> float | None:
-    """How long a benchmark is to measure; None for what suits the device. Raises SettingError."""
-    return _number(config, "bench-seconds", float, 0.0) if was_chosen(config, "bench-seconds") else None
-
-
-def _number(config: pytest.Config, name: str, kind: Callable[[str], Any], least: float) -> Any:
-    from headoff.errors import SettingError
-
-    text = value_of(config, name)
-    try:
-        number = kind(text)
-    except ValueError:
-        number = None
-    if number is None or not number >= least:
-        raise SettingError(f"--{name} cannot be {text!r}: give a number from {least:g}")
-    return number
+    """The settings of a run in its first dtype. Raises SettingError."""
+    return all_settings(config)[0]

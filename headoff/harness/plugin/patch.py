@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from headoff.attention import AdaptedAttention, Attention, resolve_attention
+from headoff.choices import DTYPES
 from headoff.harness.finding import Finding
 from headoff.harness.settings import Settings
 
@@ -52,18 +53,17 @@ class CountedAttention(AdaptedAttention):
             raise
 
 
-@dataclass(frozen=True)
-class Notes:
-    """What the tests of a run say about the patch apart from findings, as it travels with their reports.
-
-    - `unsupported`: what it does not support, and why
-    - `observed`: findings about something that nobody asked for, and where
-    - `cannot_tell`: wrong answers that the tolerances accept in this dtype or for this model
-    """
-
-    unsupported: dict[str, str] = field(default_factory=dict)
-    observed: list[tuple[str, Finding]] = field(default_factory=list)
-    cannot_tell: list[str] = field(default_factory=list)
+NOTHING_NOTED: dict[str, Any] = {
+    "dtype": None,
+    "calls_credited": 0,
+    "calls": {},
+    "unsupported": {},
+    "observed": [],
+    "cannot_tell": [],
+    "findings": [],
+    "message": "",
+}
+"""What the plugin notes with each phase (setup, call, teardown) of a test, as types that JSON knows."""
 
 
 class Patch:
@@ -76,6 +76,7 @@ class Patch:
         label: the attention as it was asked for.
         device: to test it on.
         dtype: to test it in.
+        other_dtypes: names of those that nobody asked for: what is wrong there is a note, see `observed`.
         seed: of random inputs.
         settings: all that was chosen.
         calls: calls in the model by site, added by the suites.
@@ -88,6 +89,7 @@ class Patch:
         self.label = settings.attention
         self.device = torch.device(settings.device)
         self.dtype = settings.torch_dtype
+        self.other_dtypes = tuple(name for name in DTYPES if name not in settings.dtypes)
         self.seed = settings.seed
         self.uncounted = attention
         self.attention: Attention = CountedAttention(attention, self.label, self)
@@ -95,8 +97,9 @@ class Patch:
         self.calls_made = 0
         self.raised: Exception | None = None
         self._credited = 0
+        self._reported = 0
         self._once: dict[tuple[Any, ...], tuple[Any, int]] = {}
-        self._notes = Notes()
+        self._notes = copy.deepcopy(NOTHING_NOTED)
 
     @classmethod
     def of(cls, settings: Settings) -> Patch:
@@ -141,27 +144,27 @@ class Patch:
             what: as the subject of a sentence: `float64`.
             why: what the patch said.
         """
-        self._notes.unsupported[what] = why
+        self._notes["unsupported"][what] = why
 
     def observed(self, findings: Iterable[Finding], where: str) -> None:
         """Note wrong results in something nobody asked for, such as another dtype; they fail nothing."""
-        self._notes.observed.extend((where, finding) for finding in findings)
+        self._notes["observed"] += [[where, finding.as_dict()] for finding in findings]
 
     def cannot_tell(self, what: str) -> None:
         """Note a wrong answer that the tolerance accepts in this dtype or for this model.
 
         The verdict names these in its first lines.
         """
-        self._notes.cannot_tell.append(what)
+        self._notes["cannot_tell"].append(what)
 
     def take_notes(self) -> dict[str, Any]:
-        """What was noted since this was asked last, as types that JSON knows."""
-        notes, self._notes = self._notes, Notes()
-        calls = dict(self.calls)
-        self.calls.clear()
-        return {
-            "unsupported": notes.unsupported,
-            "observed": [[where, finding.as_dict()] for where, finding in notes.observed],
-            "cannot_tell": notes.cannot_tell,
-            "calls": calls,
+        """What was noted since this was asked last; see `NOTHING_NOTED`."""
+        notes, self._notes = self._notes, copy.deepcopy(NOTHING_NOTED)
+        notes |= {
+            "dtype": self.settings.dtype,
+            "calls": dict(self.calls),
+            "calls_credited": self.calls_credited - self._reported,
         }
+        self._reported = self.calls_credited
+        self.calls.clear()
+        return notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,25 +13,15 @@ import pytest
 from headoff.errors import HeadoffError, OutputError
 from headoff.files import written_atomically
 from headoff.harness.finding import Finding, WrongAttention
-from headoff.harness.plugin.options import settings_from, value_of
+from headoff.harness.plugin.options import all_settings, value_of
 from headoff.harness.plugin.run import Run
 
 if TYPE_CHECKING:
     from headoff.harness.plugin.patch import Patch
+    from headoff.harness.settings import Settings
 
 NO_VERDICT = 2
 """Exit code where something failed that is not about the attention."""
-
-NOTHING_NOTED: dict[str, Any] = {
-    "unsupported": {},
-    "observed": [],
-    "cannot_tell": [],
-    "calls": {},
-    "calls_credited": 0,
-    "findings": [],
-    "message": "",
-}
-"""What a phase of a test notes that never had a patch."""
 
 SHOWN = 5
 """Causes that the terminal shows; the report has all of them."""
@@ -43,61 +33,54 @@ class Reporter:
     def __init__(self, config: pytest.Config, *, worker: bool) -> None:
         self.config = config
         self.worker = worker
-        self.patch: Patch | None = None
-        self._calls_before = 0
-        chosen = {
-            name: str(value_of(config, name)) for name in ("attention", "baseline", "model", "dtype", "seed")
-        }
+        self.patches: dict[str, Patch] = {}
+        chosen = {name: str(value_of(config, name)) for name in ("attention", "baseline", "model", "seed")}
         self.run = Run({**chosen, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])})
         self.document: dict[str, Any] | None = None
 
     # In the process that runs tests
+
+    def patch_of(self, settings: Settings) -> Patch:
+        """The one patch of each dtype. Raises AttentionError where there is no such attention."""
+        from headoff.harness.plugin.patch import Patch
+
+        if settings.dtype not in self.patches:
+            self.patches[settings.dtype] = Patch.of(settings)
+        return self.patches[settings.dtype]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        if is_ours(item):
-            # An attribute made of plain types survives the way from a worker to the process that reports.
-            report.headoff = self._noted(call)  # type: ignore[attr-defined]
+        if "under_test" in getattr(item, "fixturenames", ()) or is_suite(item.path):
+            # An attribute made of plain types travels from a worker to the process that reports.
+            report.headoff = self._noted(item, call)  # type: ignore[attr-defined]
         return report
 
-    def _noted(self, call: pytest.CallInfo[None]) -> dict[str, Any]:
-        """What the tests of the patch said in the phase that has just ended."""
-        error = call.excinfo.value if call.excinfo else None
-        findings: tuple[Finding, ...] = ()
-        if isinstance(error, WrongAttention):
-            findings = error.findings
-        elif error is not None and self._comes_from_patch(error):
-            from headoff.harness.exceptions import describe_exception
+    def _noted(self, item: pytest.Item, call: pytest.CallInfo[None]) -> dict[str, Any]:
+        """What the phase of a test that has just ended says of the patch."""
+        dtype = item.callspec.params.get("under_test") if hasattr(item, "callspec") else None
+        patch = self.patches.get(dtype) if dtype else next(iter(self.patches.values()), None)
+        noted = {"dtype": None, "calls_credited": 0} if patch is None else patch.take_notes()
+        if call.excinfo is not None:
+            error = call.excinfo.value
+            findings: Sequence[Finding] = ()
+            if isinstance(error, WrongAttention):
+                findings = error.findings
+            elif patch is not None and patch.raised is not None and patch.raised in _causes(error):
+                from headoff.harness.exceptions import describe_exception
 
-            message = f"it raised {describe_exception(error)}"
-            findings = (Finding("crash", message),)
-        calls = 0 if self.patch is None else self.patch.calls_credited
-        noted = dict(NOTHING_NOTED) if self.patch is None else self.patch.take_notes()
-        noted |= {
-            "calls_credited": calls - self._calls_before,
-            "findings": [each.as_dict() for each in findings],
-            "message": "" if error is None else _first_line(error),
-        }
-        self._calls_before = calls
+                findings = [Finding("crash", f"it raised {describe_exception(error)}")]
+            noted |= {"findings": [finding.as_dict() for finding in findings], "message": _first_line(error)}
         return noted
-
-    def _comes_from_patch(self, error: BaseException) -> bool:
-        """Whether a call of the attention raised `error` or what it was raised from."""
-        raised = None if self.patch is None else self.patch.raised
-        seen: BaseException | None = error
-        while seen is not None and seen is not raised:
-            seen = seen.__cause__ or seen.__context__
-        return seen is not None
 
     # In the process that reports
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         noted = getattr(report, "headoff", None)
-        if noted is None and report.failed and Path(report.fspath).name.startswith("test_heads_off_"):
-            noted = NOTHING_NOTED | {"message": _last_line(report.longreprtext)}  # its worker crashed
+        if noted is None and report.failed and is_suite(Path(report.fspath)):
+            noted = {"message": report.longreprtext.strip()}  # its worker crashed
         if noted is not None and not self.worker:
             self.run.add(report.nodeid, report.when or "call", report.outcome, report.duration, noted)
 
@@ -123,7 +106,7 @@ class Reporter:
         return pytest.ExitCode.NO_TESTS_COLLECTED if self.run.all_skipped else exitstatus
 
     def _look_closer(self) -> None:
-        """Find the root of what failed, and what it was run on."""
+        """Diagnose what failed, and describe what it ran on."""
         import torch
 
         import headoff
@@ -132,18 +115,21 @@ class Reporter:
         from headoff.timing.calls import THREADS
         from headoff.timing.machine import describe_machine
 
-        settings = settings_from(self.config)
+        settings = {each.dtype: each for each in all_settings(self.config)}
+        first = next(iter(settings.values()))
         self.run.benchmarks = self.config.stash.get(RECORDS, [])
-        self.run.machine = describe_machine(settings.device, THREADS if self.run.benchmarks else None)
+        self.run.machine = describe_machine(first.device, THREADS if self.run.benchmarks else None)
         self.run.about |= {
-            "device": settings.device,
+            "dtype": ", ".join(settings),
+            "device": first.device,
             "headoff": headoff.__version__,
             "torch": torch.__version__,
         }
-        if settings.device.startswith("cuda"):
+        if first.device.startswith("cuda"):
             self.run.about["gpu"] = self.run.machine["gpu"]["name"]
         if self.run.verdict == "wrong" and not self.run.interrupted:
-            self.run.diagnosis, notes = roots_of(self.run, settings)
+            wrong = self.run.wrong[0].dtype
+            self.run.diagnosis, notes = roots_of(self.run, settings.get(wrong or first.dtype, first))
             self.run.notes += notes
 
     def _write(self, path: Path) -> None:
@@ -180,7 +166,7 @@ class Reporter:
         """What is said below the headline."""
         assert self.document is not None
         roots = self.document["diagnosis"]
-        lines = [f"  cannot tell: {each}" for each in self.document["cannot_tell"][:SHOWN]]
+        lines = [f"  accepted although wrong: {each}" for each in self.document["cannot_tell"][:SHOWN]]
         lines += [f"  {each['property']}: {each['message']}" for each in roots[:SHOWN]]
         if len(roots) > SHOWN:
             lines.append(f"  and {len(roots) - SHOWN} more causes")
@@ -200,17 +186,12 @@ class Reporter:
         return lines
 
 
-def is_ours(item: pytest.Item) -> bool:
-    """Whether the test belongs to the heads_off suites, here or in a suite of somebody's own."""
-    return tests_the_patch(item) or item.path.name.startswith("test_heads_off_")
+def is_suite(path: Path) -> bool:
+    """Whether the file is a heads_off suite, here or in somebody's own tests: their files have no other name."""
+    return path.name.startswith("test_heads_off_")
 
 
-def tests_the_patch(item: pytest.Item) -> bool:
-    """Whether the test is given the attention under test."""
-    return "under_test" in getattr(item, "fixturenames", ())
-
-
-def make_way(path: Path) -> None:
+def remove_earlier_report(path: Path) -> None:
     """Remove an earlier report, which would be taken for this run's if anything went wrong.
 
     Raises OutputError, before anything runs, for one that could not be written in the end.
@@ -228,8 +209,13 @@ def make_way(path: Path) -> None:
         raise OutputError(f"{path} cannot be replaced ({error.strerror}): name another report") from error
 
 
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else ""
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """The exception, what it was raised from, and so on."""
+    causes: list[BaseException] = []
+    while error is not None and error not in causes:
+        causes.append(error)
+        error = error.__cause__ or error.__context__
+    return causes
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,6 +33,7 @@ class TestRecord:
     """One test: its outcome in all phases together.
 
     Attributes:
+        dtype: of the attention under test; None where the test never had it.
         calls: of the attention under test, those of cached results included.
         findings: what the test said is wrong with the attention, by `fail_on`.
         problem: why it failed otherwise, which is no word about the attention; empty where it did not.
@@ -45,6 +46,7 @@ class TestRecord:
     outcome: str = "passed"
     seconds: float = 0.0
     message: str = ""
+    dtype: str | None = None
     calls: int = 0
     findings: list[Finding] = field(default_factory=list)
     problem: str = ""
@@ -98,20 +100,22 @@ class Run:
         """Take in the report of one phase (setup, call, teardown) of a test, and what the plugin noted with it."""
         record = self.tests.setdefault(id, TestRecord(id, suite_of(id)))
         record.seconds += seconds
-        record.calls += noted["calls_credited"]
-        if outcome == "failed":
-            record.outcome = "failed" if phase == "call" else "error"
-        elif outcome == "skipped" and record.outcome == "passed":
+        message, findings = noted.get("message", ""), noted.get("findings", [])
+        record.calls += noted.get("calls_credited", 0)
+        record.dtype = noted.get("dtype") or record.dtype
+        record.message = record.message or message
+        if outcome == "skipped" and record.outcome == "passed":
             record.outcome = "skipped"
-        record.message = record.message or noted["message"]
-        if phase == "call":
-            record.findings += [Finding.from_dict(each) for each in noted["findings"]]
-        if outcome == "failed" and not (phase == "call" and noted["findings"]):
-            record.problem = record.problem or noted["message"] or "it failed without a message"
-        self.unsupported.update(noted["unsupported"])
-        self.calls.update(noted["calls"])
-        self.cannot_tell += [each for each in noted["cannot_tell"] if each not in self.cannot_tell]
-        for where, finding in noted["observed"]:
+        elif outcome == "failed":
+            record.outcome = "failed" if phase == "call" else "error"
+            if phase == "call" and findings:
+                record.findings += [Finding.from_dict(each) for each in findings]
+            else:
+                record.problem = record.problem or message or "it failed without a message"
+        self.unsupported.update(noted.get("unsupported", {}))
+        self.calls.update(noted.get("calls", {}))
+        self.cannot_tell += [what for what in noted.get("cannot_tell", ()) if what not in self.cannot_tell]
+        for where, finding in noted.get("observed", ()):
             self.observed.setdefault(where, Counter())[f"{finding['property']}: {finding['message']}"] += 1
 
     def failed(self) -> list[TestRecord]:
@@ -165,7 +169,7 @@ class Run:
         """The verdict, and what there is to say for it, in a line."""
         verdict = self.verdict
         if verdict == "right":
-            return f"{self.label} is right: {counted(self.passed, 'check')} passed{self._times()}"
+            return f"{self.label} is right: {counted(self.passed, 'check')} passed{self._limits()}{self._times()}"
         if verdict == "slower":
             return f"{self.label} is right but slower in {len(self.slow)} of its benchmarks{self._times()}"
         if verdict == "wrong":
@@ -194,6 +198,13 @@ class Run:
             return said if root.site is None else f"{said}; in the model first at {place_of(root)}"
         first = self.wrong[0]
         return first.message or first.id
+
+    def _limits(self) -> str:
+        """What the tolerance could not tell apart, which limits what `right` means."""
+        if not self.cannot_tell:
+            return ""
+        number = counted(len(self.cannot_tell), "wrong answer")
+        return f", but its tolerances accept {number}, such as: {self.cannot_tell[0]}"
 
     def _times(self) -> str:
         if not self.benchmarks:
