@@ -46,3 +46,28 @@ def format_bytes(count: int | None, unknown: str = "-") -> str:
 def three_digits(value: float) -> str:
     """`1.23`, `12.3`, `123`, `1235`."""
     return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f}"
+
+
+def format_error(value: float) -> str:
+    """An error or a tolerance with two digits: `3.1e-02`."""
+    return _special(value) or f"{value:.1e}"
+
+
+def format_ratio(value: float) -> str:
+    """`0.834`, `1.000`, `123`."""
+    return _special(value) or (f"{value:.3f}" if abs(value) < 99.5 else f"{value:,.0f}")
+
+
+def format_times(value: float) -> str:
+    """How many times as much, with two or three digits: `2.50 times`, `7,600 times`."""
+    if not math.isfinite(value):
+        return "infinitely many times"
+    if value >= 1e6:
+        return f"{value:.0e} times"
+    if value >= 100:
+        return f"{round(value, 1 - int(math.log10(value))):,.0f} times"
+    return f"{three_digits(value)} times"
+
+
+def _special(value: float) -> str:
+    return "NaN" if math.isnan(value) else "infinite" if math.isinf(value) else ""

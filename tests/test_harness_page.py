@@ -13,11 +13,10 @@ from headoff.errors import OutputError, SettingError
 from headoff.harness.finding import PROPERTIES, Finding
 from headoff.harness.report import render, render_file, summary, validate
 from headoff.harness.report.document import FindingRecord
-from headoff.harness.report.failures import grouped
-from headoff.harness.report.ratios import LEAST_GAP, Scale
-from headoff.harness.report.rendering import MOST_CHARACTERS, MOST_PICTURES
-from headoff.harness.report.words import PROPERTIES as WORDS
-from headoff.harness.report.words import error, excess, memory, places, ratio, seconds, times
+from headoff.harness.report.failures import PROPERTIES as WORDS
+from headoff.harness.report.failures import excess, grouped, places
+from headoff.harness.report.html import LEAST_GAP, MOST_CHARACTERS, MOST_PICTURES, Scale
+from headoff.wording import format_bytes, format_error, format_ratio, format_seconds, format_times
 
 VERDICTS = ("right", "wrong", "slower", "incomplete")
 VOID = {"meta", "img", "input", "link", "br"}
@@ -88,7 +87,7 @@ def test_page_is_one_well_formed_file_that_needs_no_other(verdict):
 def test_the_verdict_comes_first_in_words_and_with_a_symbol(verdict):
     given = document(verdict)
     page = read(render(given))
-    word = {"right": "Right", "wrong": "Wrong", "slower": "slower", "incomplete": "Incomplete"}[verdict]
+    word = {"right": "Right", "wrong": "Wrong", "slower": "slower", "incomplete": "No verdict"}[verdict]
     body = page.visible[page.visible.index("against sdpa") :]
     assert body.index(word) < body.index(given["headline"]) < body.index("tests:")
     assert page.tags.index("svg") < page.tags.index("h2" if "h2" in page.tags else "section")
@@ -125,7 +124,7 @@ def test_failures_of_one_cause_are_one_entry_with_one_example():
     failed = [test["id"] for test in given["tests"] if test["outcome"] == "failed"]
     assert sum(name in page.visible for name in failed) == 3
     assert all(name in page.text for name in failed)
-    assert "layers 0–5" in page.visible and "heads 0–7" in page.visible
+    assert "layers 0-5" in page.visible and "heads 0-7" in page.visible
 
 
 def test_the_example_is_pictured_and_the_order_is_that_of_the_diagnosis():
@@ -235,7 +234,7 @@ def test_nothing_ran():
     )
     page = read(render(given))
     assert "none ran" in page.visible and "No suite ran." in page.text
-    assert "Incomplete" in page.visible
+    assert "No verdict" in page.visible
     assert "table" not in page.tags
     assert "No test ran." in summary(given)
 
@@ -319,6 +318,16 @@ def test_summary_tells_the_causes_and_ratios():
     assert len(summary(document(benchmarks=BENCHMARKS * 30)).splitlines()) < 50
 
 
+def test_wrong_answers_that_tolerances_accept_come_with_the_verdict():
+    accepted = ["none off passes as first 1 off", "scale off by a hundredth"]
+    page = read(render(document("right", cannot_tell=accepted)))
+    place = page.visible.index("Tolerances accept 2 wrong answers here")
+    assert place < page.visible.index(accepted[0]) < page.visible.index("tests:")
+    written = summary(document("right", cannot_tell=[*accepted, *map(str, range(9))]))
+    assert written.index("Tolerances accept 11 wrong answers here") < written.index(accepted[1])
+    assert "- and 6 more" in written
+
+
 def damage(**changes):
     return {**document("wrong"), **changes}
 
@@ -369,19 +378,24 @@ def test_every_property_of_findings_has_its_words():
 
 
 def test_words():
-    assert [seconds(s) for s in (0, 3.1e-8, 4.56e-5, 0.31, 0.9999, 12.34, 59.99, 65.2, 7325)] == [
+    assert [format_seconds(s) for s in (0, 3.1e-8, 4.56e-5, 0.31, 0.9999, 12.34, 59.99, 65.2, 7325)] == [
         *("0 s", "31.0 ns", "45.6 µs", "310 ms", "1.00 s", "12.3 s", "60.0 s", "1 min 5 s", "2 h 2 min")
     ]
-    assert [memory(m) for m in (None, 0, 1023, 2**20, 3 * 2**29)] == [
+    assert [format_bytes(m, unknown="") for m in (None, 0, 1023, 2**20, 3 * 2**29)] == [
         "",
         "0 B",
         "1023 B",
         "1.00 MiB",
         "1.50 GiB",
     ]
-    assert [ratio(r) for r in (0.834, 1.0, 123.4, float("inf"))] == ["0.834", "1.000", "123", "infinite"]
-    assert [error(e) for e in (3.14e-2, float("inf"), float("nan"))] == ["3.1e-02", "infinite", "NaN"]
-    assert [times(t) for t in (2.5, 123.4, 7561, 3e8, float("inf"))] == [
+    assert [format_ratio(r) for r in (0.834, 1.0, 123.4, float("inf"))] == [
+        "0.834",
+        "1.000",
+        "123",
+        "infinite",
+    ]
+    assert [format_error(e) for e in (3.14e-2, float("inf"), float("nan"))] == ["3.1e-02", "infinite", "NaN"]
+    assert [format_times(t) for t in (2.5, 123.4, 7561, 3e8, float("inf"))] == [
         *("2.50 times", "120 times", "7,600 times", "3e+08 times", "infinitely many times")
     ]
     assert excess(finding(error=2.0, budget=0.5)) == 4
@@ -389,7 +403,7 @@ def test_words():
     assert excess(finding(error=None)) is None
     assert places(
         [finding(layer=n, head=h, configuration=f"first {n} off") for n, h in ((10, 1), (2, 5), (3, 1))]
-    ) == ("decoder_cross, layers 2–3 and 10, heads 1 and 5, first 2 off; first 3 off; first 10 off")
+    ) == ("decoder_cross, layers 2-3, 10, heads 1, 5, first 2 off; first 3 off; first 10 off")
 
 
 def test_files(tmp_path):

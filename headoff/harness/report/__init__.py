@@ -1,20 +1,71 @@
 """The report of a verification: its JSON document as one HTML page, or as Markdown for the summary of a CI job.
 
 document.py   the JSON document: its parts, and a sentence for what is not one
-words.py      numbers, counts and places for people
-failures.py   failures by what is wrong: hundreds with one cause are one entry
-ratios.py     benchmark ratios and where they are drawn
-pictures.py   each picture on the page once
-rendering.py  the page, from templates/
+failures.py   failed tests by what is wrong, in words: hundreds with one cause are one entry
+html.py       the page, from templates/
 markdown.py   the summary
-files.py      from a JSON file to a file
 
-Everything is made of the document alone, which may come from another machine: nothing here needs torch or pytest.
+Both are rendered from the document alone, which may come from another machine: nothing here needs torch or pytest.
 """
 
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from headoff.errors import OutputError, SettingError
+from headoff.files import written_atomically
 from headoff.harness.report.document import FORMAT, Document, validate
-from headoff.harness.report.files import render_file
+from headoff.harness.report.html import render
 from headoff.harness.report.markdown import summary
-from headoff.harness.report.rendering import render
 
 __all__ = ["FORMAT", "Document", "render", "render_file", "summary", "validate"]
+
+_RENDERERS = {".html": render, ".htm": render, ".md": summary}
+
+
+def render_file(json_path: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+    """Write the page or the summary of a verification; the file is complete or absent.
+
+    Args:
+        json_path: what `headoff verify --report FILE.json` wrote.
+        path: ends in .html for the page, in .md for the summary.
+
+    Returns:
+        `path`.
+
+    Raises:
+        SettingError: `path` ends otherwise, or `json_path` is not the JSON of a verification.
+        OutputError: `path` cannot be written.
+    """
+    source, target = Path(json_path), Path(path)
+    renderer = _RENDERERS.get(target.suffix.lower())
+    if renderer is None:
+        raise SettingError(
+            f"a report is written as .html or .md, not as {target.name!r}: give it such a name"
+        )
+    try:
+        document = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError(
+            f"{str(source)!r} cannot be read ({error.strerror}): give the JSON of a verification"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingError(
+            f"{str(source)!r} is not JSON ({reason}): give the JSON of a verification"
+        ) from error
+    try:
+        text = renderer(document)
+    except SettingError as error:
+        raise SettingError(f"{str(source)!r}: {error}") from error
+    try:
+        with written_atomically(target) as file:
+            file.write(text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise OutputError(
+            f"the report cannot be written to {str(target)!r} ({error.strerror}): choose another place, or free space "
+            "and permissions there"
+        ) from error
+    return target

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from types import NoneType, UnionType
 from typing import (
     Any,
@@ -27,6 +29,14 @@ Verdict = Literal["right", "wrong", "slower", "incomplete"]
 Outcome = Literal["passed", "failed", "skipped", "error"]
 RatioVerdict = Literal["faster", "slower", "inconclusive", "no slower"]
 
+VERDICTS: dict[Verdict, str] = {
+    "right": "Right",
+    "wrong": "Wrong",
+    "slower": "Right, but slower than allowed",
+    "incomplete": "No verdict",
+}
+"""Verdicts in words."""
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -46,7 +56,7 @@ class FindingRecord(TypedDict):
 
 
 class SuiteRecord(TypedDict):
-    """Counts of a suite's tests by outcome, and how long they took."""
+    """Counts of a suite's tests by outcome, and their time."""
 
     name: str
     passed: int
@@ -126,9 +136,10 @@ class Document(TypedDict):
 
 
 def validate(document: object) -> Document:
-    """`document`, known to be one. Entries that this version does not know of are let be.
+    """`document`, checked. Entries that this version does not know are ignored.
 
-    Raises SettingError that names the first entry that is missing or of another kind.
+    Raises:
+        SettingError: names the first entry that is missing or of another type.
     """
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
@@ -180,7 +191,7 @@ def _check(value: Any, kind: Any, where: str) -> None:
         if value not in inside:
             raise _wrong(where, f"{_short(value)}, not one of {', '.join(inside)}")
     elif not isinstance(value, _classes(kind)) or (isinstance(value, bool) and bool not in _plain(kind)):
-        raise _wrong(where, f"{_short(value)}, not {' or '.join(_NAMES[each] for each in _plain(kind))}")
+        raise _wrong(where, f"{_short(value)}, not {' or '.join(_NAMES[plain] for plain in _plain(kind))}")
 
 
 def _check_kind(value: Any, kind: type, where: str, name: str) -> None:
@@ -212,3 +223,18 @@ def _wrong(where: str, what: str) -> SettingError:
         f"the JSON of the verification is damaged ({where} is {what}): run the verification again, or use the version "
         "of headoff that wrote it"
     )
+
+
+_UNPRINTABLE = re.compile(r"\x1b\[[0-9;]*m|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` without a terminal's colours, control characters and lone surrogates, which a file must not have."""
+    return _UNPRINTABLE.sub("", text)
+
+
+def tally(benchmarks: Iterable[BenchmarkRecord]) -> dict[RatioVerdict, int]:
+    """How many benchmarks have each verdict, the slower ones first; verdicts of none are left out."""
+    counts = Counter(record["verdict"] for record in benchmarks)
+    order: tuple[RatioVerdict, ...] = ("slower", "inconclusive", "no slower", "faster")
+    return {verdict: counts[verdict] for verdict in order if counts[verdict]}

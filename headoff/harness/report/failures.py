@@ -1,23 +1,53 @@
-"""Tests that failed, by what is wrong: one cause often fails hundreds of tests, and is to be read once."""
+"""Failed tests by what is wrong, in words: one cause often fails hundreds of tests, and is one entry of a report."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from headoff.harness.report.document import Document, FindingRecord, TestRecord
-from headoff.harness.report.words import excess, first_line
+from headoff.wording import format_error, format_ratio, number_ranges
+
+PROPERTIES = {
+    "gate": "the head gate, which switches heads off",
+    "mask": "the attention mask",
+    "scale": "the factor 1/√D",
+    "softmax": "the attention weights",
+    "sizes": "ragged sizes: the rest of a block, one query, one key, other numbers of heads or channels",
+    "context": "the forward pass",
+    "dq": "the gradient of the query",
+    "dk": "the gradient of the key",
+    "dv": "the gradient of the value",
+    "softmax backward": "the gradients of query and key together",
+    "precision": "errors much larger than rounding in the dtype",
+    "dtype": "the dtype of the context",
+    "shape": "the shape of the context",
+    "layout": "strides of inputs or of the context",
+    "state": "something kept from call to call",
+    "randomness": "other numbers for the same inputs",
+    "in-place": "inputs that were modified",
+    "crash": "an exception",
+    "calls": "whether the patch was called at all",
+    "detections": "logits, boxes and detections",
+    "relevance": "relevance maps",
+    "gradients": "end-to-end gradients through the model",
+    "time": "time compared with the baseline",
+}
+"""What each property of a finding is about. Properties of later versions are shown by their name alone."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tests with one cause: the same property at the same site, or else messages that differ in numbers only.
+    """Tests with one cause: the same property at the same site, or messages that differ in numbers only.
 
-    - `title`: for people
-    - `wrong`: the property that the findings are about; None where tests failed without any
-    - `broken`: errors in what surrounds a test: it could not be run
-    - `tests`: the most telling one first
+    Attributes:
+        title: for people.
+        wrong: the property that the findings are about; None where tests failed without findings.
+        broken: the tests could not be run: an error in setup or teardown.
+        tests: the most telling one first.
     """
 
     title: str
@@ -32,9 +62,9 @@ class Group:
 
     @property
     def worst(self) -> FindingRecord | None:
-        """The finding that is furthest beyond its budget; None where no budget is known."""
-        measured = [each for each in self.findings if excess(each) is not None]
-        return max(measured, key=lambda each: excess(each) or 0.0, default=None)
+        """The finding furthest beyond what is allowed; None where nothing was measured."""
+        measured = [finding for finding in self.findings if excess(finding) is not None]
+        return max(measured, key=lambda finding: excess(finding) or 0.0, default=None)
 
 
 def grouped(document: Document) -> list[Group]:
@@ -43,7 +73,7 @@ def grouped(document: Document) -> list[Group]:
     for test in document["tests"]:
         if test["outcome"] in ("failed", "error"):
             kinds.setdefault(_kind(test), []).append(test)
-    causes = [(each["property"], each["site"] or "") for each in document["diagnosis"]]
+    causes = [(cause["property"], cause["site"] or "") for cause in document["diagnosis"]]
 
     def place(kind: tuple[bool, str, str]) -> tuple[bool, int, int]:
         cause = kind[1:]
@@ -54,13 +84,51 @@ def grouped(document: Document) -> list[Group]:
 
 def skipped(tests: Iterable[TestRecord]) -> list[tuple[str, int]]:
     """Reasons for which tests were skipped, and how many; the most frequent first."""
-    reasons: dict[str, int] = {}
-    for test in tests:
-        if test["outcome"] == "skipped":
-            # pytest begins every reason so.
-            reason = first_line(test["message"]).removeprefix("Skipped: ") or "no reason given"
-            reasons[reason] = reasons.get(reason, 0) + 1
-    return sorted(reasons.items(), key=lambda each: -each[1])
+    reasons = Counter(
+        first_line(test["message"]).removeprefix("Skipped: ") or "no reason given"
+        for test in tests
+        if test["outcome"] == "skipped"
+    )
+    return reasons.most_common()
+
+
+def measure(property: str) -> tuple[str, Callable[[float], str]]:
+    """What the error of a finding is called, and how it is written."""
+    return ("ratio", format_ratio) if property == "time" else ("error", format_error)
+
+
+def excess(finding: FindingRecord) -> float | None:
+    """How many times what is allowed the error is; None where one of them is not known."""
+    error, allowed = finding["error"], finding["budget"]
+    if error is None or allowed is None:
+        return None
+    return math.inf if math.isnan(error) or allowed == 0 else error / allowed
+
+
+def places(findings: Sequence[FindingRecord]) -> str:
+    """Where all of `findings` are: `decoder_cross, layers 0-5, heads 2, 7, first 1 off`."""
+    sites = sorted({finding["site"] for finding in findings if finding["site"] is not None})
+    layers = {finding["layer"] for finding in findings if finding["layer"] is not None}
+    heads = {finding["head"] for finding in findings if finding["head"] is not None}
+    names = sorted(
+        {finding["configuration"] for finding in findings if finding["configuration"]}, key=_natural
+    )
+    parts = list(sites)
+    for noun, numbers in (("layer", layers), ("head", heads)):
+        if numbers:
+            parts.append(f"{noun}{'s' if len(numbers) > 1 else ''} {number_ranges(sorted(numbers))}")
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        parts.append("; ".join(names[:3]) + more)
+    return ", ".join(parts)
+
+
+def first_line(message: str) -> str:
+    """The last line of a traceback; of any other message, the first line that is not empty."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if not lines:
+        return ""
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
 def _kind(test: TestRecord) -> tuple[bool, str, str]:
@@ -69,25 +137,29 @@ def _kind(test: TestRecord) -> tuple[bool, str, str]:
     if test["findings"]:
         cause = test["findings"][0]
         return broken, cause["property"], cause["site"] or ""
-    # Addresses and numbers are those of the case, not of the cause.
+    # Addresses and numbers belong to the case, not to the cause.
     return broken, "", re.sub(r"0x[0-9a-f]+|\d+(\.\d+)?(e[-+]?\d+)?", "#", first_line(test["message"]))
 
 
 def _group(kind: tuple[bool, str, str], tests: Sequence[TestRecord]) -> Group:
-    broken, property_, where = kind
-    if property_:
-        title = f"{property_} at {where}" if where else property_
+    broken, property, where = kind
+    if property:
+        title = f"{property} at {where}" if where else property
     else:
         title = first_line(tests[0]["message"]) or "no message"
-    return Group(title, property_ or None, broken, tuple(sorted(tests, key=_telling)))
+    return Group(title, property or None, broken, tuple(sorted(tests, key=_telling)))
 
 
 def _telling(test: TestRecord) -> tuple[bool, float, float]:
-    """Sorts a test with a picture before others, then the earliest layer and head: what is wrong there is no
-    consequence of anything before it."""
+    """Sorts a test with a picture before others, then by layer and head: the earliest one is no consequence."""
     if not test["findings"]:
         return True, 0.0, 0.0
     cause = test["findings"][0]
-    pictured = any(each["pictures"] for each in test["findings"])
-    layer, head = (float("inf") if each is None else float(each) for each in (cause["layer"], cause["head"]))
+    pictured = any(finding["pictures"] for finding in test["findings"])
+    layer, head = (math.inf if at is None else float(at) for at in (cause["layer"], cause["head"]))
     return not pictured, layer, head
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sorts `first 2 off` before `first 10 off`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from headoff.harness.report import words
-from headoff.harness.report.document import BenchmarkRecord, Document, validate
-from headoff.harness.report.failures import grouped
-from headoff.harness.report.ratios import tally
+from headoff.harness.report.document import VERDICTS, BenchmarkRecord, Document, printable, tally, validate
+from headoff.harness.report.failures import first_line, grouped, places
+from headoff.wording import counted, format_ratio
 
 MOST_CAUSES = 5
 MOST_RATIOS = 20
@@ -20,35 +19,44 @@ _SYMBOLS = {"right": "✅", "wrong": "❌", "slower": "🐢", "incomplete": "⚠
 def summary(document: Mapping[str, Any]) -> str:
     """Verdict, headline, counts, causes and ratios: what fits a screen. The page has the rest.
 
-    Raises SettingError for a document that is not one.
+    Raises:
+        SettingError: `document` is not one.
     """
     checked = validate(document)
     parts = [
-        f"### {_SYMBOLS[checked['verdict']]} {words.VERDICTS[checked['verdict']]}",
+        f"### {_SYMBOLS[checked['verdict']]} {VERDICTS[checked['verdict']]}",
         _text(checked["headline"]),
         _tests(checked),
-        *(f"- {_text(words.first_line(note))}" for note in checked["notes"]),
+        _accepted(checked["cannot_tell"]),
+        *(f"- {_text(first_line(note))}" for note in checked["notes"]),
         _causes(checked),
         _ratios(checked["benchmarks"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _accepted(answers: list[str]) -> str:
+    if not answers:
+        return ""
+    lines = [f"- {_text(answer)}" for answer in answers[:MOST_CAUSES]]
+    more = [f"- and {len(answers) - MOST_CAUSES} more"] if len(answers) > MOST_CAUSES else []
+    return "\n".join([f"Tolerances accept {counted(len(answers), 'wrong answer')} here:", "", *lines, *more])
+
+
 def _tests(document: Document) -> str:
     outcomes = [test["outcome"] for test in document["tests"]]
     names = {"failed": "failed", "error": "errors", "passed": "passed", "skipped": "skipped"}
     counts = [f"{outcomes.count(key):,} {name}" for key, name in names.items() if key in outcomes]
-    return f"{words.counted(len(outcomes), 'test')}: {', '.join(counts)}" if counts else "No test ran."
+    return f"{counted(len(outcomes), 'test')}: {', '.join(counts)}" if counts else "No test ran."
 
 
 def _causes(document: Document) -> str:
     groups = grouped(document)
     lines = []
     for group in groups[:MOST_CAUSES]:
-        places = words.places(group.findings)
-        where = f" ({_text(places)})" if places else ""
+        where = f" ({_text(places(group.findings))})" if group.findings else ""
         error = " (could not be run)" if group.broken else ""
-        lines.append(f"- **{_text(group.title)}**{error}: {words.counted(len(group.tests), 'test')}{where}")
+        lines.append(f"- **{_text(group.title)}**{error}: {counted(len(group.tests), 'test')}{where}")
     if len(groups) > MOST_CAUSES:
         lines.append(f"- and {len(groups) - MOST_CAUSES} more")
     return "\n".join(lines)
@@ -59,17 +67,17 @@ def _ratios(benchmarks: list[BenchmarkRecord]) -> str:
         return ""
     # The slower ones are what a reader must not miss.
     ranks = list(tally(benchmarks))
-    ordered = sorted(benchmarks, key=lambda each: ranks.index(each["verdict"]))
+    ordered = sorted(benchmarks, key=lambda record: ranks.index(record["verdict"]))
     lines = [
         "| benchmark | heads off | patch / baseline | interval | verdict |",
         "| --- | ---: | ---: | --- | --- |",
     ]
-    for each in ordered[:MOST_RATIOS]:
-        interval = f"{words.ratio(each['low'])} to {words.ratio(each['high'])}"
-        verdict = each["verdict"] + (", and wrong" if each.get("outputs") == "wrong" else "")
-        off = "" if each["heads_off"] is None else each["heads_off"]
+    for record in ordered[:MOST_RATIOS]:
+        interval = f"{format_ratio(record['low'])} to {format_ratio(record['high'])}"
+        verdict = record["verdict"] + (", and wrong" if record.get("outputs") == "wrong" else "")
+        off = "" if record["heads_off"] is None else record["heads_off"]
         lines.append(
-            f"| {_text(each['name'])} | {off} | {words.ratio(each['ratio'])} | {interval} | {verdict} |"
+            f"| {_text(record['name'])} | {off} | {format_ratio(record['ratio'])} | {interval} | {verdict} |"
         )
     if len(ordered) > MOST_RATIOS:
         lines.append(f"\n{len(ordered) - MOST_RATIOS} more are in the report.")
@@ -78,6 +86,6 @@ def _ratios(benchmarks: list[BenchmarkRecord]) -> str:
 
 def _text(text: str) -> str:
     """One line that Markdown takes as it stands, whatever is in it."""
-    line = " ".join(words.printable(text).split())
+    line = " ".join(printable(text).split())
     # An @ would notify people where this is posted as a comment.
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", line).replace("@", "@\u200b")
