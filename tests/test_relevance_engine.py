@@ -24,8 +24,8 @@ from headoff.errors import AttentionError, NonFiniteError, SettingError
 from headoff.gates import SITES, Gates, cumulative, first_off, layers_off, none_off, stack
 from headoff.relevance import RelevanceEngine, class_logit
 from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
-from headoff.relevance.capture import AttentionRecord
-from headoff.relevance.traces import EncoderTrace
+from headoff.relevance.records import AttentionRecord
+from headoff.relevance.trace import EncoderTrace
 
 DEVICES = [
     "cpu",

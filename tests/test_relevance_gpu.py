@@ -37,13 +37,13 @@ from headoff.detr.detector import Features
 from headoff.errors import SettingError
 from headoff.gates import first_off, none_off, stack
 from headoff.relevance import MEMORY_BUDGET, RelevanceEngine, class_logit, fused_vjp, method_names
-from headoff.relevance import engine as engine_module
+from headoff.relevance import kernels as kernels_module
 from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
-from headoff.relevance.batched_vjp import BatchedVjp
-from headoff.relevance.capture import AttentionRecord
-from headoff.relevance.engine import _Pair, default_memory_budget
+from headoff.relevance.engine import _Pair
+from headoff.relevance.memory import default_memory_budget
 from headoff.relevance.methods import resolve_method
-from headoff.relevance.traces import DecoderTrace
+from headoff.relevance.records import AttentionRecord
+from headoff.relevance.trace import DecoderTrace
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
@@ -130,7 +130,9 @@ def test_all_pairs_at_once_is_one_by_one(rule, runs, runs_of_keys, masked):
         if kept:
             record.keep_weights()
         for tile in (37, 37 * 70, 37 * 70 * 4, 2**26):
-            found = everything(BatchedVjp(record, rule, tile=tile), gradient, of_pairs, vectors, rows)
+            found = everything(
+                AttentionVjp(record, rule, tile=tile, batched=True), gradient, of_pairs, vectors, rows
+            )
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
@@ -149,7 +151,7 @@ def test_a_small_budget_divides_the_work_and_keeps_nothing():
     detector = tiny_detector(0)
     features = features_of(detector)
     small, large = (
-        RelevanceEngine(detector, features, kernels="torch", memory_budget=budget)._budget
+        RelevanceEngine(detector, features, kernels="torch", memory_budget=budget).memory
         for budget in (1, 2**30)
     )
     assert large.keep_cams and large.keep_weights and large.pairs_at_once == 256
@@ -165,15 +167,15 @@ def test_nothing_is_read_between_gradient_and_map():
     for method in ("chefer", "chefer_centred", "rollout", "attention_gradcam"):
         for keep in (False, True):
             engine = RelevanceEngine(detector, features, method=method, kernels="torch")
-            engine._budget.keep_cams = engine._budget.keep_weights = keep
+            engine.memory.keep_cams = engine.memory.keep_weights = keep
             encoder = engine.encode()
-            decoder = DecoderTrace.of(detector, encoder.memory, gates, engine._make)
+            decoder = DecoderTrace.of(detector, encoder.memory, gates, engine._make_vjp)
             with fake.FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 on_gpu = elsewhere((encoder, decoder, features), mode, torch.device("cuda", 0))
                 engine.features = on_gpu[2]
                 seed = torch.empty(4, QUERIES, detector.config.width, dtype=torch.float64, device="cuda:0")
                 some = torch.empty(4, dtype=torch.long, device="cuda:0")
-                rows, differs = engine._flow(
+                rows, differs = engine._backward(
                     on_gpu[0], on_gpu[1], seed if engine.method.needs_gradient else None, some, some, some[:2]
                 )
                 assert rows.rows.shape == (4, 2, 15) and differs.device.type == "cuda"
@@ -213,7 +215,7 @@ def test_the_device_chooses():
             {"kernels": "fused"},
             "kernels cannot be 'fused': use one of auto, tiles, torch, triton",
         ),
-        (torch.float32, {"precision": "tf32"}, "precision 'tf32' is of the Triton kernels.*'tiles'"),
+        (torch.float32, {"precision": "tf32"}, "precision 'tf32' is for the Triton kernels.*'tiles'"),
         (torch.float32, {"precision": "half"}, "precision cannot be 'half'"),
     ],
 )
@@ -236,9 +238,9 @@ def test_kernels_are_refused_where_there_are_none():
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_triton_has_to_be_asked_for(monkeypatch, kernels):
     """On a device that only claims to be CUDA: nothing is computed."""
-    monkeypatch.setattr(engine_module, "unsupported", lambda *_: None)
+    monkeypatch.setattr(kernels_module, "unsupported", lambda *_: None)
     detector = SimpleNamespace(device=torch.device("cuda", 0), config=tiny_detector(0).config)
-    chosen = partial(engine_module._chosen_kernels, detector=detector, compute=torch.float32)
+    chosen = partial(kernels_module.chosen_kernels, detector=detector, compute=torch.float32)
     assert chosen(kernels, method=resolve_method("chefer")) == "torch"
     assert chosen("triton", method=resolve_method("chefer")) == "triton"
 
@@ -511,9 +513,9 @@ def waits(device: str = "cpu") -> None:
     for method, kernels in cases if device != "cpu" else cases[:1]:
         for keep in (False, True):
             engine = RelevanceEngine(detector, features, method=method, kernels=kernels)
-            engine._budget.keep_cams = keep
+            engine.memory.keep_cams = keep
             encoder = engine.encode()
-            decoder = DecoderTrace.of(detector, encoder.memory, gates, engine._make)
+            decoder = DecoderTrace.of(detector, encoder.memory, gates, engine._make_vjp)
             pairs = [_Pair(run, 0, class_logit(query, 1)) for run, query in ((0, 1), (1, 2))]
             runs, queries, layers = (torch.tensor(each, device=device) for each in ([0, 1], [1, 2], [0, 1]))
             maps = []
@@ -521,7 +523,7 @@ def waits(device: str = "cpu") -> None:
                 with guard:
                     _, seed = engine._seed(decoder, pairs)
                     seed = seed if engine.method.needs_gradient else None
-                    found, _ = engine._flow(encoder, decoder, seed, runs, queries, layers)
+                    found, _ = engine._backward(encoder, decoder, seed, runs, queries, layers)
                 maps.append(found.rows.cpu())
             assert maps[0].equal(maps[1]) and maps[0].isfinite().all() and maps[0].any()
 

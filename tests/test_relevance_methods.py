@@ -33,7 +33,7 @@ from headoff.relevance import (
 from headoff.relevance.attention_vjp import AttentionVjp
 from headoff.relevance.oracle import dense_evidence
 from headoff.relevance.rules import centred_cam, gradient_cam
-from headoff.relevance.traces import DecoderTrace, EncoderTrace
+from headoff.relevance.trace import DecoderTrace, EncoderTrace
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_centred_gives_nothing_to_attention_that_cannot_matter(dtype):
             decoder = DecoderTrace.of(detector, memory, gates, make)
             gradient = torch.randn(2, QUERIES, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
             flow = decoder.backward(gradient, torch.tensor([0, 1]), memory=False)
-        return flow.own
+        return flow.self_cams
 
     centred, plain = first_cams("centred"), first_cams("gradient")
     assert plain[0].gt(0).any() and centred[0].eq(0).all()

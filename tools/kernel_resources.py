@@ -42,7 +42,7 @@ from torch import Tensor
 from headoff.attention import fused
 from headoff.detr.transformer import AttentionAddress
 from headoff.relevance import fused_vjp
-from headoff.relevance.capture import AttentionRecord
+from headoff.relevance.records import AttentionRecord
 
 AnyTiling = TypeVar("AnyTiling", fused.Tiling, fused_vjp.Tiling)
 

@@ -42,9 +42,8 @@ from headoff.errors import HeadoffError
 from headoff.gates import HeadLayout, cumulative, stack
 from headoff.relevance import fused_vjp
 from headoff.relevance.attention_vjp import AttentionVjp
-from headoff.relevance.batched_vjp import BatchedVjp
-from headoff.relevance.capture import AttentionRecord
 from headoff.relevance.fused_vjp import FusedVjp
+from headoff.relevance.records import AttentionRecord
 from headoff.timing.calls import TimedCall
 from headoff.timing.clocks import Clock, CudaClock
 
@@ -314,8 +313,8 @@ def relevance_tasks(sizes: Sizes, device: torch.device, only: Wanted) -> Iterato
             name,
             make,
             Choice(present, enough_programs=fused_vjp.ENOUGH_PROGRAMS if divided else None),
-            results(BatchedVjp(double, "gradient"), torch.float64),
-            results(BatchedVjp(single, "gradient"), torch.float32),
+            results(AttentionVjp(double, "gradient", batched=True), torch.float64),
+            results(AttentionVjp(single, "gradient", batched=True), torch.float32),
             [of_tilings, *([of_programs] if divided else [])],
         )
 

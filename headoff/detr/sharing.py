@@ -82,6 +82,26 @@ def sharing_plan(self_gate: Tensor | None, cross_gate: Tensor | None, layers: in
     return SharingPlan(tuple(self_steps), tuple(cross_steps), member, tuple(runs))
 
 
+def separate_runs(
+    self_gate: Tensor | None, cross_gate: Tensor | None, layers: int, count: int
+) -> SharingPlan:
+    """A plan that shares nothing: each of `count` configurations is a run of its own from the first layer on.
+
+    Each run's gradients are then those of one configuration. Arguments as of `sharing_plan`.
+    """
+
+    def steps(gate: Tensor | None, split: bool) -> tuple[LayerGates, ...]:
+        parent = torch.zeros(count, dtype=torch.long)
+        return tuple(
+            LayerGates(parent if split and layer == 0 else None, None if gate is None else gate[:, layer])
+            for layer in range(layers)
+        )
+
+    return SharingPlan(
+        steps(self_gate, True), steps(cross_gate, False), torch.arange(count), (count,) * layers
+    )
+
+
 def _split(member: Tensor, gate: Tensor | None) -> tuple[Tensor, LayerGates]:
     """Split runs whose configurations differ in this call's `gate` (C, queries or 1, heads)."""
     if gate is None:

@@ -4,12 +4,12 @@
 """
 
 from headoff.relevance.engine import (
-    MEMORY_BUDGET,
     ConfigurationRelevance,
     PairRelevance,
     RelevanceEngine,
 )
 from headoff.relevance.explanations import Explanation, ExplanationStatus, explain, load_explanation
+from headoff.relevance.memory import MEMORY_BUDGET
 from headoff.relevance.methods import Method, method_names, register_method, resolve_method
 from headoff.relevance.targets import BOX_COORDINATES, Target, box_coordinate, class_logit, make_target
 

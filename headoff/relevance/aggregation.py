@@ -1,6 +1,6 @@
-"""Equations 6 to 11 for a few rows at a time: vectors times cams, never a cam times a cam of N x N.
+"""Equations 6 to 11 for single rows: only products of cams with vectors, never of two N x N matrices.
 
-What is wanted of R_qi is one row per target and decoder layer. With E_l, D_m, X_m the cams of encoder layer l, decoder
+Of R_qi only one row per target and decoder layer is needed. With E_l, D_m, X_m the cams of encoder layer l, decoder
 self-attention m and cross-attention m, S_m = R_qq - I after layer m, and t the target's query:
 
 - Decoder. Unrolled, equations 7 and 10 give row t after layer M as the sum over m <= M of
@@ -16,42 +16,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from headoff.relevance.encoder_cams import EncoderCams
 from headoff.relevance.rules import ZeroRows
-
-
-class EncoderCams(Protocol):
-    """The cams of all encoder layers, as what they do to vectors."""
-
-    def __len__(self) -> int: ...
-
-    def right(self, layer: int, vectors: Tensor) -> Tensor:
-        """E_l times vectors (P, N): (P, N)."""
-        ...
-
-    def left(self, layer: int, rows: Tensor) -> Tensor:
-        """rows (P, M, N) times E_l: (P, M, N)."""
-        ...
 
 
 @dataclass(frozen=True)
 class DecoderCams:
-    """`own`: D_m (P, Q, Q), and `cross`: X_m (P, Q, N), per layer; `queries` (P,) int64: t."""
+    """The decoder's cams.
 
-    own: Sequence[Tensor]
-    cross: Sequence[Tensor]
+    Attributes:
+        self_attention: D_m (P, Q, Q) per layer.
+        cross_attention: X_m (P, Q, N) per layer.
+        queries: (P,) int64, the target's query t.
+    """
+
+    self_attention: Sequence[Tensor]
+    cross_attention: Sequence[Tensor]
     queries: Tensor
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the relevance (P, M, N), and how many identity rows its normalisation took.
+    """Rows of the relevance, and the number of identity rows that normalisation put in for rows that sum to zero.
 
-    `decoder_identity_rows` (P, M), `encoder_identity_rows` (P,), int64.
+    Attributes:
+        rows: (P, M, N).
+        decoder_identity_rows: (P, M) int64.
+        encoder_identity_rows: (P,) int64.
     """
 
     rows: Tensor
@@ -59,25 +54,25 @@ class Rows:
     encoder_identity_rows: Tensor
 
     def of(self, pairs: slice) -> Rows:
-        """Those of some pairs."""
+        """The rows of some pairs."""
         return Rows(self.rows[pairs], self.decoder_identity_rows[pairs], self.encoder_identity_rows[pairs])
 
 
-def _none(rows: Tensor) -> Rows:
+def _without_normalisation(rows: Tensor) -> Rows:
     pairs, layers, _ = rows.shape
     zeros = torch.zeros(pairs, layers, dtype=torch.long, device=rows.device)
     return Rows(rows, zeros, zeros[:, 0])
 
 
 def _over_sums(excess: Tensor, sums: Tensor) -> Tensor:
-    """Equations 8 and 9 without their I: rows over their sums, zero where the sum is."""
+    """Equations 8 and 9 without their I: rows divided by their sums, zero where the sum is zero."""
     return excess / sums.masked_fill(sums == 0, 1)
 
 
 def _unit_rows(cams: DecoderCams) -> Tensor:
     """e_t (P, Q)."""
-    places = torch.arange(cams.own[0].shape[-1], device=cams.queries.device)
-    return (cams.queries[:, None] == places).to(cams.own[0])
+    places = torch.arange(cams.self_attention[0].shape[-1], device=cams.queries.device)
+    return (cams.queries[:, None] == places).to(cams.self_attention[0])
 
 
 def chefer_decoder(
@@ -87,31 +82,31 @@ def chefer_decoder(
     self_in_rule_10: bool = True,
     zero_rows: ZeroRows = "identity",
 ) -> Rows:
-    """The decoder's share of equations 5 to 11, for every layer."""
+    """The decoder's part of equations 6 to 11, for every layer: `rows` before the factor Rbar_ii."""
     excess: list[Tensor] = []
-    for own in cams.own:
-        excess.append(own if not excess else excess[-1] + own + own @ excess[-1])
-    sums = [each.sum(-1, keepdim=True) for each in excess]
-    identity_rows = torch.stack([(each == 0).sum((1, 2)) for each in sums], dim=1)
+    for cam in cams.self_attention:
+        excess.append(cam if not excess else excess[-1] + cam + cam @ excess[-1])
+    sums = [matrix.sum(-1, keepdim=True) for matrix in excess]
+    identity_rows = torch.stack([(row_sums == 0).sum((1, 2)) for row_sums in sums], dim=1)
 
-    layers, tokens = len(cams.own), cams.cross[0].shape[-1]
+    layers, tokens = len(cams.self_attention), cams.cross_attention[0].shape[-1]
     unit = _unit_rows(cams)
     rows = unit.new_zeros(len(unit), layers, tokens)
     path = unit.new_empty(len(unit), 0, unit.shape[1])  # p_m of the maps after layers m, ..., M
     for layer in reversed(range(layers)):
         if path.shape[1]:
-            path = path + path @ cams.own[layer + 1]
+            path = path + path @ cams.self_attention[layer + 1]
         path = torch.cat((unit[:, None], path), dim=1)
         through = path
         if self_in_rule_10:
             back = _over_sums(excess[layer], sums[layer]) if normalised else excess[layer]
             through = path + path @ back.transpose(1, 2)
-        update = through @ cams.cross[layer]
+        update = through @ cams.cross_attention[layer]
         if zero_rows == "reference" and normalised and self_in_rule_10:
             update = update.masked_fill((identity_rows[:, layer] > 0)[:, None, None], 0)
         rows[:, layer:] += update
     if not (normalised and self_in_rule_10):
-        return _none(rows)
+        return _without_normalisation(rows)
     return Rows(rows, identity_rows, identity_rows.new_zeros(len(unit)))
 
 
@@ -123,7 +118,7 @@ def chefer_encoder(
     normalised: bool = True,
     zero_rows: ZeroRows = "identity",
 ) -> Rows:
-    """The factor Rbar_ii; `tokens` (N,) bool, True = image, or None."""
+    """The factor Rbar_ii; `tokens` (N,) bool, True = image, False = padding; None if there is no padding."""
     rows, weights, zeros = found.rows, found.rows, found.encoder_identity_rows
     if normalised:
         sums = rows.new_zeros(len(rows), rows.shape[-1])
@@ -145,11 +140,11 @@ def no_aggregation_decoder(cams: DecoderCams, *, residual: bool = False) -> Rows
     """Column t of D_m ... D_1, times X_m; with `residual`, of the (D + I) whose rows are normalised (rollout)."""
     column = _unit_rows(cams)[:, :, None]
     rows = []
-    for own, cross in zip(cams.own, cams.cross, strict=True):
-        after = own @ column
-        column = (after + column) / (1 + own.sum(-1, keepdim=True)) if residual else after
+    for cam, cross in zip(cams.self_attention, cams.cross_attention, strict=True):
+        after = cam @ column
+        column = (after + column) / (1 + cam.sum(-1, keepdim=True)) if residual else after
         rows.append(column.transpose(1, 2) @ cross)
-    return _none(torch.cat(rows, dim=1))
+    return _without_normalisation(torch.cat(rows, dim=1))
 
 
 def no_aggregation_encoder(
@@ -170,6 +165,8 @@ def no_aggregation_encoder(
 def cross_only(cams: DecoderCams) -> Rows:
     """Row t of X_m."""
     index = cams.queries[:, None, None]
-    return _none(
-        torch.cat([cross.gather(1, index.expand(-1, 1, cross.shape[-1])) for cross in cams.cross], dim=1)
+    return _without_normalisation(
+        torch.cat(
+            [cross.gather(1, index.expand(-1, 1, cross.shape[-1])) for cross in cams.cross_attention], dim=1
+        )
     )

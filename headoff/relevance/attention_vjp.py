@@ -1,10 +1,9 @@
-"""From the gradient of an attention's context to its cam (equation 5), and to the gradients of its inputs.
+"""The backward pass of an attention call, with its cam (equation 5), tile by tile.
 
-Two identities make it cheap. The gradient with respect to the gated weights A is dA = dO V^T, dO the gradient of the
-gated context: nothing but query, key, value, gate and dO is needed, whatever kernel computed the context. And a
-gate is a factor of the context, so the gated attention is an ungated one of weights P whose context has the gradient
-dO' = gate * dO: A * dA = P * (dO' V^T), and of the gate nothing but dO' is left. With O the gated context and
-W = P * (dO' V^T):
+Two identities make it cheap. First, the gradient with respect to the gated weights A is dA = dO V^T, with dO the
+gradient of the gated context: query, key, value, gate and dO are enough, whatever kernel computed the context. Second,
+a gate is a factor of the context, so a gated attention is an ungated one with weights P whose context has the gradient
+dO' = gate * dO: A * dA = P * (dO' V^T). With O the gated context and W = P * (dO' V^T):
 
     scores    dS = W - P * rowsum(dO * O)
     inputs    dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D),  dV = P^T dO'
@@ -12,8 +11,10 @@ W = P * (dO' V^T):
               mean over heads of relu(dS)       (`centred`)
               relu of the mean of P * gate * c  (`attention` with c = 1, `gradcam` with c the mean of dA per head)
 
-All of it is done tile by tile: T x S matrices need not exist for more than a few rows of one head. Here pairs go one
-by one, for the caches of a CPU; `headoff.relevance.batched_vjp` and `fused_vjp` are for accelerators.
+A tile is a few rows of a few heads of one or more pairs: no T x S matrix of all heads has to exist.
+
+Shapes: P pairs of (configuration, target), each of which continues one of the G runs of the forward pass; H heads,
+T queries or tokens, S keys, D channels of a head.
 """
 
 from __future__ import annotations
@@ -27,25 +28,34 @@ from torch import Tensor
 from headoff.attention.contract import AdaptedAttention
 from headoff.detr.transformer import Attend
 from headoff.relevance.callable_vjp import gradients_by_callable
-from headoff.relevance.capture import AttentionRecord
+from headoff.relevance.records import AttentionRecord, of_runs
 from headoff.relevance.rules import CENTRED_RESOLUTION
-from headoff.relevance.vjp import of_runs
 
 CamRule = Literal["gradient", "centred", "attention", "gradcam"]
+InputGradients = tuple[Tensor, Tensor, Tensor]
+"""Of query (P, H, T, D), key and value (P, H, S, D)."""
 
 CPU_TILE = 2**17
-"""Numbers in a tile on the CPU: a tile, its weights and their gradient are to fit into the second-level cache."""
+"""Numbers in a tile of one pair: a tile, its weights and their gradient fit into the second-level cache of a CPU."""
+
+BATCHED_TILE = 2**26
+"""Numbers in a tile of many pairs: so many that the time to launch a kernel does not matter."""
+
+TEMPORARIES = 4
+"""Tensors of a tile's size that exist at once: weights, their gradient, and intermediate results of both."""
 
 
 class AttentionVjp:
-    """The backward pass of one attention call, for many targets, with cams.
+    """The backward pass of one attention call for many targets, with cams.
 
     Args:
         record: the call.
-        rule: of the cam.
-        attend: where given, gradients of the inputs are those of this attention's own backward pass; the detector's
-            dtype, `dtype`, is the one it is called in.
-        tile: numbers in a tile; `CPU_TILE` where None.
+        rule: how a cam is computed.
+        attend: if given, the gradients of query, key and value are those of this attention's own backward pass.
+        dtype: the dtype in which `attend` is called; the record's by default.
+        tile: numbers in a tile; `CPU_TILE` or `BATCHED_TILE` by default. `TEMPORARIES` such tensors exist at once.
+        batched: False, for CPUs: tiles of one pair, and heads without a gradient are skipped. True, for accelerators:
+            tiles of as many pairs as fit, and the host reads no value of a tensor, so it never waits.
     """
 
     def __init__(
@@ -55,172 +65,223 @@ class AttentionVjp:
         attend: Attend | None = None,
         dtype: torch.dtype | None = None,
         tile: int | None = None,
+        *,
+        batched: bool = False,
     ) -> None:
         self.record = record
         self.rule = rule
         self._attend = attend
         self._dtype = dtype or record.query.dtype
-        self._tile = tile or CPU_TILE
+        self._tile = tile or (BATCHED_TILE if batched else CPU_TILE)
+        self._batched = batched
         self._value = record.value.transpose(-2, -1)
-        self._longest = record.value.norm(dim=-1, keepdim=True).amax(2, keepdim=True)
+        self._largest_value = record.value.norm(dim=-1, keepdim=True).amax(2, keepdim=True)
 
     def __call__(
-        self, gradient: Tensor | None, runs: Tensor, *, cam: bool = True, inputs: bool = True
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
-        """Cams (P, T, S), and gradients of query, key and value (P, H, T or S, D); None where not asked for.
+        self, grad_context: Tensor | None, runs: Tensor, *, cam: bool = True, inputs: bool = True
+    ) -> tuple[Tensor | None, InputGradients | None]:
+        """Send a gradient back through the call.
 
-        `gradient` (P, H, T, D): of the context as the model uses it, gated. None where the cam needs none.
+        Args:
+            grad_context: (P, H, T, D), of the gated context; None if the cam does not depend on it.
+            runs: (P,) int64, the run of each pair.
+            cam, inputs: what is wanted.
+
+        Returns:
+            Cams (P, T, S), and the gradients of the inputs; None for what is not wanted.
         """
-        own = None
+        input_gradients = None
         if inputs and self._attend is not None:
-            assert gradient is not None
-            own = gradients_by_callable(self.record, self._attend, self._dtype, gradient, runs)
+            assert grad_context is not None
+            input_gradients = gradients_by_callable(
+                self.record, self._attend, self._dtype, grad_context, runs
+            )
             inputs = False
-        cams, by_formula = self._formula(gradient, runs, cam, inputs) if cam or inputs else (None, None)
-        return cams, by_formula if own is None else own
+        if not (cam or inputs):
+            return None, input_gradients
+        cams, analytic = self._analytic(grad_context, runs, cam, inputs)
+        return cams, input_gradients or analytic
 
-    def right(self, gradient: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
-        """Cams times vectors (P, S): (P, T). No cam is kept."""
+    def right(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
+        """Cams times vectors (P, S): (P, T). The cams are not kept."""
         result = vectors.new_empty(len(runs), self.record.query.shape[2])
-        for pairs, rows, tile in self._tiles(gradient, runs, None):
+        for pairs, rows, tile in self._tiles(grad_context, runs, None):
             result[pairs, rows] = (tile @ vectors[pairs, :, None])[:, :, 0]
         return result
 
-    def left(self, gradient: Tensor | None, runs: Tensor, rows: Tensor) -> Tensor:
-        """rows (P, M, T) times cams: (P, M, S). No cam is kept."""
-        result = rows.new_zeros(*rows.shape[:2], self.record.key.shape[2])
-        for pairs, part, tile in self._tiles(gradient, runs, None):
-            result[pairs].baddbmm_(rows[pairs, :, part], tile)
+    def left(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
+        """Row vectors (P, M, T) times cams: (P, M, S). The cams are not kept."""
+        result = vectors.new_zeros(*vectors.shape[:2], self.record.key.shape[2])
+        for pairs, rows, tile in self._tiles(grad_context, runs, None):
+            result[pairs].baddbmm_(vectors[pairs, :, rows], tile)
         return result
 
-    def _formula(
-        self, gradient: Tensor | None, runs: Tensor, cam: bool, inputs: bool
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
-        """Cams, and gradients of query, key and value by the formula."""
+    def _analytic(
+        self, grad_context: Tensor | None, runs: Tensor, cam: bool, inputs: bool
+    ) -> tuple[Tensor | None, InputGradients | None]:
+        """Cams, and gradients of the inputs, by the formulas above."""
         query, key = self.record.query, self.record.key
         pairs, heads, queries, channels = len(runs), *query.shape[1:]
         keys = key.shape[2]
         cams = query.new_empty(pairs, queries, keys) if cam else None
-        own: tuple[Tensor, Tensor, Tensor] | None = None
+        input_gradients: InputGradients | None = None
         if inputs:
-            # The rows of key and value are added up over tiles, those of the query are written once.
-            own = (
+            # Rows of key and value accumulate over tiles, rows of the query are written once.
+            input_gradients = (
                 query.new_zeros(pairs, heads, queries, channels),
                 query.new_zeros(pairs, heads, keys, channels),
                 query.new_zeros(pairs, heads, keys, channels),
             )
-        for which, rows, tile in self._tiles(gradient, runs, own):
+        for some, rows, tile in self._tiles(grad_context, runs, input_gradients):
             if cams is not None:
-                cams[which, rows] = tile
-        return cams, own
+                cams[some, rows] = tile
+        return cams, input_gradients
 
     def _tiles(
-        self, gradient: Tensor | None, runs: Tensor, into: tuple[Tensor, ...] | None
+        self, grad_context: Tensor | None, runs: Tensor, input_gradients: InputGradients | None
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Cam tiles (pairs, rows, S); gradients of query, key and value are added to `into` on the way."""
-        record = self.record
-        pairs, (_, heads, queries, _), keys = len(runs), record.query.shape, record.key.shape[2]
-        rows_at_once = max(1, min(queries, self._tile // keys))
-        heads_at_once = max(1, min(heads, self._tile // (keys * rows_at_once)))
-        head_slices = [slice(start, start + heads_at_once) for start in range(0, heads, heads_at_once)]
-        row_slices = [slice(start, start + rows_at_once) for start in range(0, queries, rows_at_once)]
-        which = [0] * pairs if len(record.query) == 1 else runs.tolist()
+        """Slices of pairs and rows with their cams (pairs, rows, S); adds to `input_gradients` on the way."""
+        record, heads = self.record, self.record.query.shape[1]
         weighted = self.rule in ("attention", "gradcam")
-        factor = self._factors(gradient, runs) if weighted else None
-        gated, centre = self._gated(gradient, runs) if not weighted or into is not None else (None, None)
-        on = self._on(factor if weighted and into is None else gated, head_slices)
-        for pair, run in enumerate(which):
-            shared = 0 if len(record.key) == 1 else run
+        factor = self._factors(grad_context, runs) if weighted else None
+        gated, centre = None, None
+        if not weighted or input_gradients is not None:
+            gated, centre = self._gated(grad_context, runs)
+        pair_slices, row_slices, head_slices = self._slices(len(runs))
+        active = self._active(factor if gated is None else gated, head_slices)
+        # A run's number, rather than a tensor of numbers, makes views in place of copies.
+        numbers = None if self._batched else runs.tolist()
+        for pairs in pair_slices:
+            runs_here = (
+                runs[pairs] if numbers is None else slice(numbers[pairs.start], numbers[pairs.start] + 1)
+            )
             for rows in row_slices:
-                cam = record.query.new_zeros(len(range(*rows.indices(queries))), keys)
-                for heads_now, is_on in zip(head_slices, on[pair], strict=True):
-                    if not is_on:
+                cam: Tensor | None = None
+                for index, some_heads in enumerate(head_slices):
+                    if active is not None and not active[pairs.start][index]:
                         continue
-                    weights = record.weights(run, heads_now, rows)
+                    weights = record.weights(runs_here, some_heads, rows)
                     if factor is not None:
-                        _add_heads(cam, weights * factor[pair, heads_now, rows])
+                        cam = _add_heads(cam, weights * factor[pairs, some_heads, rows])
                     if gated is None or centre is None:
                         continue
-                    of_context = gated[pair, heads_now, rows]
-                    scores = torch.bmm(of_context, self._value[shared, heads_now])
+                    gated_here, centre_here = gated[pairs, some_heads, rows], centre[pairs, some_heads, rows]
+                    scores = gated_here @ of_runs(self._value[:, some_heads], runs_here)
                     if self.rule == "centred":
-                        middle = centre[pair, heads_now, rows]
-                        longest = self._longest[shared, heads_now]
-                        _add_heads(cam, centred(scores, middle, of_context, longest).mul_(weights))
+                        largest = of_runs(self._largest_value[:, some_heads], runs_here)
+                        cam = _add_heads(cam, centred(scores, centre_here, gated_here, largest).mul_(weights))
                     scores.mul_(weights)
                     if self.rule == "gradient":
-                        _add_heads(cam, scores.clamp_min(0))
-                    if into is None:
+                        cam = _add_heads(cam, scores.clamp_min(0))
+                    if input_gradients is None:
                         continue
-                    scores.addcmul_(weights, centre[pair, heads_now, rows], value=-1)
-                    into[0][pair, heads_now, rows] = torch.bmm(scores, record.scaled_key[shared, heads_now])
-                    into[1][pair, heads_now].baddbmm_(
-                        scores.transpose(1, 2), record.scaled_query[run, heads_now, rows]
+                    scores.addcmul_(weights, centre_here, value=-1)
+                    of_query, of_key, of_value = input_gradients
+                    of_query[pairs, some_heads, rows] = scores @ of_runs(
+                        record.scaled_key[:, some_heads], runs_here
                     )
-                    into[2][pair, heads_now].baddbmm_(weights.transpose(1, 2), of_context)
+                    query = of_runs(record.scaled_query[:, some_heads, rows], runs_here)
+                    _add_product(of_key[pairs, some_heads], scores.mT, query)
+                    _add_product(of_value[pairs, some_heads], weights.mT, gated_here)
+                if cam is None:
+                    shape = pairs.stop - pairs.start, rows.stop - rows.start, record.key.shape[2]
+                    cam = record.query.new_zeros(shape)
                 cam.mul_(1 / heads)
-                if self.rule == "gradcam":
-                    cam.clamp_min_(0)
-                yield slice(pair, pair + 1), rows, cam[None]
+                yield pairs, rows, cam.clamp_min_(0) if self.rule == "gradcam" else cam
 
-    def _gated(self, gradient: Tensor | None, runs: Tensor) -> tuple[Tensor, Tensor]:
+    def _slices(self, pairs: int) -> tuple[list[slice], list[slice], list[slice]]:
+        """Pairs, rows and heads of the tiles: heads are divided first, then pairs, and rows last."""
+        _, heads, queries, _ = self.record.query.shape
+        keys = self.record.key.shape[2]
+        rows_at_once = max(1, min(queries, self._tile // keys))
+        pairs_at_once = max(1, min(pairs, self._tile // (keys * rows_at_once))) if self._batched else 1
+        heads_at_once = max(1, min(heads, self._tile // (keys * rows_at_once * pairs_at_once)))
+        return _cut(pairs, pairs_at_once), _cut(queries, rows_at_once), _cut(heads, heads_at_once)
+
+    def _gated(self, grad_context: Tensor | None, runs: Tensor) -> tuple[Tensor, Tensor]:
         """dO' (P, H, T, D), and rowsum(dO * O) (P, H, T, 1)."""
-        assert gradient is not None
+        assert grad_context is not None
         gate, context = self.record.gate, of_runs(self.record.context, runs)
-        centre = (gradient * context).sum(-1, keepdim=True)
-        gated = gradient if gate is None else gradient * of_runs(gate, runs)
+        centre = (grad_context * context).sum(-1, keepdim=True)
+        gated = grad_context if gate is None else grad_context * of_runs(gate, runs)
         return gated.contiguous(), centre
 
-    def _factors(self, gradient: Tensor | None, runs: Tensor) -> Tensor:
-        """What each row of weights is multiplied by, (P, H, T, 1), under the rules that take no product with dA."""
+    def _factors(self, grad_context: Tensor | None, runs: Tensor) -> Tensor:
+        """The factor of each row of weights, (P, H, T, 1), under the rules `attention` and `gradcam`."""
         record = self.record
         _, heads, queries, _ = record.query.shape
         factor = record.query.new_ones(len(runs), heads, queries, 1)
         if record.gate is not None:
             factor = factor * of_runs(record.gate, runs)
         if self.rule == "gradcam":
-            assert gradient is not None
-            # The mean of dO V^T over all rows and columns, without the matrix. Padding is masked, not left out: how
-            # many tokens are no padding is nothing to wait for.
+            assert grad_context is not None
+            # The mean of dO V^T over all rows and columns, without the matrix. Padding is masked rather than left out,
+            # because the host would have to wait for the number of tokens.
             if record.keys is None:
                 mean = record.value.mean(2, keepdim=True)
             else:
                 attended = record.keys[:, None]
                 mean = torch.where(attended, record.value, 0).sum(2, keepdim=True) / attended.sum()
             values = of_runs(mean, runs)
-            factor = factor * (gradient.mean(2, keepdim=True) * values).sum(-1, keepdim=True)
+            factor = factor * (grad_context.mean(2, keepdim=True) * values).sum(-1, keepdim=True)
         return factor
 
-    def _on(self, factor: Tensor | None, head_slices: list[slice]) -> list[list[bool]]:
-        """For each pair and slice of heads, whether there is anything to do: heads that are off have no gradient."""
+    def _active(self, factor: Tensor | None, head_slices: list[slice]) -> list[list[bool]] | None:
+        """Whether each pair has anything to compute in each slice of heads; None if batched: nothing is skipped.
+
+        Heads that are off have a factor (P, H, T, n) of zero.
+        """
+        if self._batched:
+            return None
         assert factor is not None
-        # Not zero, rather than positive: NaN has to come through.
-        some = (factor != 0).flatten(2).any(-1)
-        return [[bool(row[heads].any()) for heads in head_slices] for row in some]
+        # Different from zero, rather than positive: NaN has to come through.
+        nonzero = (factor != 0).flatten(2).any(-1)
+        return [[bool(row[heads].any()) for heads in head_slices] for row in nonzero]
 
 
-def centred(of_weights: Tensor, centre: Tensor, of_context: Tensor, longest: Tensor) -> Tensor:
-    """relu of dO' V^T (..., rows, S) less rowsum(dO * O), `centre` (..., rows, 1); rounding errors are zero.
+def centred(grad_weights: Tensor, centre: Tensor, gated: Tensor, largest_value: Tensor) -> Tensor:
+    """relu(dO' V^T - rowsum(dO * O)), with differences that may be rounding errors set to zero.
 
-    `of_context` (..., rows, D) is dO', `longest` (..., 1, 1) the norm of the longest value.
+    Args:
+        grad_weights: dO' V^T (..., rows, S).
+        centre: rowsum(dO * O) (..., rows, 1).
+        gated: dO' (..., rows, D).
+        largest_value: the largest norm of a row of V (..., 1, 1).
     """
-    excess = of_weights - centre
-    # Of no interest below zero, so one comparison will do.
-    return torch.where(excess > centred_threshold(of_context, longest), excess, 0)
+    excess = grad_weights - centre
+    return torch.where(excess > centred_threshold(gated, largest_value), excess, 0)
 
 
-def centred_threshold(of_context: Tensor, longest: Tensor) -> Tensor:
-    """What is rounding of dO' V^T, (..., rows, 1)."""
-    scale = of_context.norm(dim=-1, keepdim=True) * longest
+def centred_threshold(gated: Tensor, largest_value: Tensor) -> Tensor:
+    """The size of rounding errors of dO' V^T, (..., rows, 1); arguments as of `centred`."""
+    scale = gated.norm(dim=-1, keepdim=True) * largest_value
     return CENTRED_RESOLUTION * torch.finfo(scale.dtype).eps * scale
 
 
-def _add_heads(cam: Tensor, tile: Tensor) -> None:
-    """Add a tile (heads, rows, S) to a cam (rows, S)."""
-    cam.add_(tile[0] if len(tile) == 1 else tile.sum(0))
+def _cut(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _add_heads(cam: Tensor | None, tile: Tensor) -> Tensor:
+    """A cam (P, rows, S), or None for zero, plus a tile (P, heads, rows, S)."""
+    total = tile[:, 0] if tile.shape[1] == 1 else tile.sum(1)
+    return total if cam is None else cam.add_(total)
+
+
+def _add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left (P or 1, H, S, rows) times right (P or 1, H, rows, D) to the result (P, H, S, D)."""
+    if len(result) == len(left) == len(right) == 1:
+        result[0].baddbmm_(left[0], right[0])
+    elif len(left) == len(right):
+        result += left @ right
+    elif len(left) == 1:
+        # matmul would copy the weights for each pair.
+        result += torch.einsum("hts,phsd->phtd", left[0], right)
+    else:
+        result += left @ right
 
 
 def is_builtin(attention: Callable[..., Tensor]) -> bool:
-    """Whether the analytic backward pass is this attention's own: it is one of this package's."""
+    """Whether the analytic backward pass is this attention's own: whether it is one of this package's."""
     call = attention.call if isinstance(attention, AdaptedAttention) else attention
     return (getattr(call, "__module__", None) or "").startswith("headoff.attention.")

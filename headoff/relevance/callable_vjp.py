@@ -1,4 +1,4 @@
-"""Gradients through an attention by its own backward pass: what a patch under test is judged by."""
+"""Gradients through an attention by its own backward pass, which is what tests of a patch have to use."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from torch import Tensor
 
 from headoff.detr.transformer import Attend, AttentionCall
 from headoff.errors import AttentionError
-from headoff.relevance.capture import AttentionRecord
-from headoff.relevance.vjp import of_runs
+from headoff.relevance.records import AttentionRecord, of_runs
 
 
 def gradients_by_callable(
-    record: AttentionRecord, attend: Attend, dtype: torch.dtype, gradient: Tensor, runs: Tensor
+    record: AttentionRecord, attend: Attend, dtype: torch.dtype, grad_context: Tensor, runs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value (P, H, T or S, D) from that of the context, all P pairs in one call.
 
@@ -30,18 +29,18 @@ def gradients_by_callable(
     query, key, value = leaf(record.query), leaf(record.key), leaf(record.value)
     mask = None if record.keys is None else record.keys[None, None, None]
     gate = None if record.gate is None else of_runs(record.gate, runs).to(dtype)
-    lent = _lent(gradient) if dtype == torch.float16 else 1.0
+    loss_scale = _loss_scale(grad_context) if dtype == torch.float16 else 1.0
     try:
         with torch.enable_grad():
             context = attend(AttentionCall(record.address, query, key, value, mask, gate))
             if not context.requires_grad:
                 raise RuntimeError("its context has no gradient")
-            found = torch.autograd.grad(
-                context, (query, key, value), (gradient * lent).to(dtype), allow_unused=True
+            gradients = torch.autograd.grad(
+                context, (query, key, value), (grad_context * loss_scale).to(dtype), allow_unused=True
             )
     except AttentionError:
         raise
-    except Exception as error:  # a patch's own, whatever its kind: Triton's errors are no RuntimeErrors
+    except Exception as error:  # of any kind: not all errors of Triton are RuntimeErrors
         raise AttentionError(
             f"the backward pass of the attention failed at {record.address.site}, layer "
             f"{record.address.layer} ({' '.join(str(error).split())}): give it one, or explain with "
@@ -49,16 +48,16 @@ def gradients_by_callable(
         ) from error
     compute = record.query.dtype
     dq, dk, dv = (
-        torch.zeros_like(leaf_, dtype=compute) if gradient_ is None else gradient_.to(compute) / lent
-        for leaf_, gradient_ in zip((query, key, value), found, strict=True)
+        torch.zeros_like(x, dtype=compute) if gradient is None else gradient.to(compute) / loss_scale
+        for x, gradient in zip((query, key, value), gradients, strict=True)
     )
     return dq, dk, dv
 
 
-def _lent(gradient: Tensor) -> Tensor:
-    """The power of two that brings the largest gradient near 1: half precision cannot hold the smallest of them.
+def _loss_scale(gradient: Tensor) -> Tensor:
+    """The power of two that scales the largest gradient to about 1, because half precision cannot hold tiny ones.
 
-    A tensor of no dimensions: a number would have to be waited for.
+    A tensor without dimensions, rather than a number: the host does not wait for it.
     """
-    lent = torch.exp2(-gradient.abs().max().log2().ceil())
-    return torch.where(lent.isfinite() & (lent > 0), lent, 1)
+    scale = torch.exp2(-gradient.abs().max().log2().ceil())
+    return torch.where(scale.isfinite() & (scale > 0), scale, 1)

@@ -1,18 +1,17 @@
-"""The engine: one encode, all configurations decoded together, all targets' gradients sent back in batches.
+"""The engine: encode once, decode all configurations together, send the gradients of all targets back in batches.
 
-Only what relevance is made of is computed: contexts' gradients at each attention, no gradients of weights, nothing of
-the backbone. A pair of (configuration, target) costs the VJPs of decoder and encoder and a few products of cams with
-vectors (`headoff.relevance.aggregation`). Memory is bounded by a budget, which decides
+Only what relevance needs is computed: the gradient of the context at each attention, no gradients of weights, and
+nothing of the backbone. A pair of (configuration, target) costs the backward passes of decoder and encoder, and a few
+products of cams with vectors (`headoff.relevance.aggregation`). A memory budget decides
 
-- how many configurations are decoded, and how many pairs sent back, at once;
-- whether attention weights and encoder cams (N x N per layer) are kept, or made anew tile by tile. Without them the
+- how many configurations are decoded, and how many pairs are sent back, at once;
+- whether attention weights and encoder cams (N x N per layer) are kept or recomputed tile by tile. Without them the
   memory of a pair is O(N).
 
-Three ways through an attention lead to the same numbers (`Kernels`): pair by pair in tiles that fit a CPU's caches, all
-pairs at once in plain PyTorch, and all pairs at once in Triton. Off the CPU the host reads no value of a tensor between
-a target's gradient and the finished maps, which are copied back together.
+The implementations of an attention's backward pass (`Kernels`) give the same numbers. On accelerators the host reads no
+value of a tensor between a target's gradient and the finished maps, which are copied back together.
 
-Results come one configuration at a time, in the order of the gates where the encoder is not gated.
+Results come one configuration at a time, in the order of the gates if the encoder is not gated.
 """
 
 from __future__ import annotations
@@ -28,42 +27,36 @@ from headoff.detr.detector import Detector, Features
 from headoff.detr.transfers import sent
 from headoff.errors import NonFiniteError, SettingError
 from headoff.gates import Gates
-from headoff.relevance.aggregation import DecoderCams, EncoderCams, Rows
+from headoff.relevance.aggregation import DecoderCams, Rows
 from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
-from headoff.relevance.batched_vjp import TEMPORARIES, BatchedVjp
-from headoff.relevance.capture import AttentionRecord
-from headoff.relevance.fused_vjp import FusedVjp, Precision, unsupported
+from headoff.relevance.encoder_cams import EncoderCams, KeptCams, RecomputedCams
+from headoff.relevance.fused_vjp import FusedVjp, Precision
+from headoff.relevance.kernels import Kernels, chosen_kernels
+from headoff.relevance.memory import MemoryPlan, default_memory_budget
 from headoff.relevance.methods import Method, resolve_method
+from headoff.relevance.records import AttentionRecord
 from headoff.relevance.rules import ZeroRows
 from headoff.relevance.targets import Target
-from headoff.relevance.traces import DecoderTrace, EncoderTrace
+from headoff.relevance.trace import DecoderTrace, EncoderTrace
 from headoff.sweeps import by_encoder_gate
 
 Backward = Literal["auto", "analytic", "callable"]
 
-Kernels = Literal["auto", "tiles", "torch", "triton"]
-"""How an attention is gone back through: `tiles`, pair by pair (`attention_vjp`); `torch`, all pairs at once in plain
-PyTorch (`batched_vjp`); `triton`, all pairs at once in fused kernels (`fused_vjp`); `auto`, `tiles` on the CPU and
-`torch` on other devices."""
-
-MEMORY_BUDGET = 2**30
-"""Bytes that the engine may use beside the model, by default, where the device does not say what it has."""
-
 TargetsOf = Callable[[int, Tensor, Tensor], Sequence[Target | None]]
-"""(index of a configuration, its logits (Q, K + 1), its boxes (Q, 4), both on the CPU) to what is to be explained of
-it."""
+"""From the index of a configuration, its logits (Q, K + 1) and boxes (Q, 4), both on the CPU, to its targets."""
 
 
 @dataclass(frozen=True)
 class PairRelevance:
     """The relevance of one target under one configuration, on the CPU.
 
-    - `rows` (M, N): after each decoder layer, float32 or float64
-    - `value`: the target's
-    - `decoder_identity_rows` (M,) int64 and `encoder_identity_rows`: identity rows that normalisation took; 0 where
-      there was nothing to normalise
-    - `reference_differs` (M,) bool: whether the paper's published code drops a contribution to that map, for a row
-      that normalisation could not divide
+    Attributes:
+        rows: (M, N) float32 or float64, after each decoder layer.
+        value: of the target.
+        decoder_identity_rows: (M,) int64, identity rows that normalisation put in; 0 if nothing was normalised.
+        encoder_identity_rows: the same for the encoder.
+        reference_differs: (M,) bool, whether the paper's published code drops a contribution to that map, because of a
+            row that sums to zero.
     """
 
     rows: Tensor
@@ -75,8 +68,14 @@ class PairRelevance:
 
 @dataclass(frozen=True)
 class ConfigurationRelevance:
-    """One configuration: its index in the gates, logits (Q, K + 1), boxes (Q, 4), and one result per target asked for
-    (None for None). `heads` (targets, M, H, N): cross-attention weights after the gate, where they were asked for.
+    """The results of one configuration.
+
+    Attributes:
+        index: of the configuration in the gates.
+        logits: (Q, K + 1).
+        boxes: (Q, 4).
+        pairs: one result for each target; None for a target of None.
+        heads: (targets, M, H, N), cross-attention weights after the gate; None unless asked for.
     """
 
     index: int
@@ -88,47 +87,11 @@ class ConfigurationRelevance:
 
 @dataclass(frozen=True)
 class _Pair:
+    """A target of the configuration that is run number `run`; `slot` is its place among that one's targets."""
+
     run: int
     slot: int
     target: Target
-
-
-class KeptCams:
-    """Encoder cams as matrices (P or 1, N, N)."""
-
-    def __init__(self, cams: list[Tensor]) -> None:
-        self._cams = cams
-
-    def __len__(self) -> int:
-        return len(self._cams)
-
-    def right(self, layer: int, vectors: Tensor) -> Tensor:
-        return (self._cams[layer] @ vectors[:, :, None])[:, :, 0]
-
-    def left(self, layer: int, rows: Tensor) -> Tensor:
-        return rows @ self._cams[layer]
-
-
-class RecomputedCams:
-    """Encoder cams that are made anew, tile by tile, each time they are multiplied by: dO is all that is kept."""
-
-    def __init__(self, attention: list[AttentionVjp], gradients: list[Tensor] | None) -> None:
-        self._attention = attention
-        self._gradients = gradients
-
-    def __len__(self) -> int:
-        return len(self._attention)
-
-    def right(self, layer: int, vectors: Tensor) -> Tensor:
-        return self._attention[layer].right(*self._of(layer, vectors), vectors)
-
-    def left(self, layer: int, rows: Tensor) -> Tensor:
-        return self._attention[layer].left(*self._of(layer, rows), rows)
-
-    def _of(self, layer: int, like: Tensor) -> tuple[Tensor | None, Tensor]:
-        """dO of the layer, and the runs: the encoder has one."""
-        gradient = None if self._gradients is None else self._gradients[layer]
-        return gradient, torch.zeros(len(like), dtype=torch.long, device=like.device)
 
 
 class RelevanceEngine:
@@ -139,17 +102,18 @@ class RelevanceEngine:
         features: of one image (`Detector.features`), padded or not.
         method: a name or a `Method`.
         zero_rows: see `headoff.relevance.rules`.
-        backward: how gradients pass an attention: by its own backward pass (`callable`), which a patch under test is
-            to be judged by, or by the formula (`analytic`), which is faster. `auto` is analytic for this package's
-            attentions and callable for any other. Cams are made of the captured tensors either way.
-        kernels: see `Kernels`. `auto` is `tiles` on the CPU and `torch` on any other device. `triton` has to be asked
-            for; it needs CUDA, relevance in float32, and a method whose cams are products with a gradient.
-        precision: of the products in `triton`'s kernels: `ieee` keeps all bits of float32. `tf32` is faster, and its
+        backward: how gradients pass an attention: by its own backward pass (`callable`), which tests of a patch need,
+            or by a formula (`analytic`), which is faster. `auto` is `analytic` for this package's attentions and
+            `callable` for any other. Cams are computed from the recorded tensors in both cases.
+        kernels: see `Kernels`. `triton` has to be asked for; it needs CUDA, relevance in float32, and a method whose
+            cams are products with a gradient.
+        precision: of the products in the Triton kernels: `ieee` keeps all bits of float32; `tf32` is faster, and its
             maps differ by up to 1e-2 of their maximum.
-        memory_budget: bytes; what cannot be made smaller is taken regardless. None is half of the free memory of a
-            CUDA device, `MEMORY_BUDGET` on any other.
+        memory_budget: bytes; the minimum that is needed is used regardless. By default half of the free memory of a
+            CUDA device, and `MEMORY_BUDGET` on other devices.
 
-    Raises SettingError for options that cannot be; see `run` for the rest.
+    Raises:
+        SettingError: an option is unknown, or cannot be combined with the others.
     """
 
     def __init__(
@@ -165,7 +129,9 @@ class RelevanceEngine:
         memory_budget: int | None = None,
     ) -> None:
         if len(features) != 1:
-            raise SettingError(f"relevance is of one image at a time: give one, not {len(features)}")
+            raise SettingError(
+                f"relevance is computed for one image at a time: give one, not {len(features)}"
+            )
         if memory_budget is None:
             memory_budget = default_memory_budget(detector.device)
         if memory_budget <= 0:
@@ -186,33 +152,33 @@ class RelevanceEngine:
             backward == "auto" and not detector.is_intercepted and is_builtin(detector.attention)
         )
         self._compute = torch.promote_types(detector.dtype, torch.float32)
-        self.kernels = _chosen_kernels(kernels, detector, self._compute, self.method)
+        self.kernels = chosen_kernels(kernels, detector, self._compute, self.method)
         if precision != "ieee" and self.kernels != "triton":
             raise SettingError(
-                f"precision {precision!r} is of the Triton kernels, and these are of {self.kernels!r}: leave it out, "
+                f"precision {precision!r} is for the Triton kernels, and these are {self.kernels!r}: leave it out, "
                 "or use kernels='triton'"
             )
         self._precision: Precision = precision
-        self._budget = _Budget(detector, features, self.method, self.kernels, memory_budget)
+        self.memory = MemoryPlan(detector, features, self.method, self.kernels, memory_budget)
         self._encoded: tuple[Tensor | None, EncoderTrace] | None = None
 
     @property
     def keeps_cams(self) -> bool:
-        """Whether the memory budget holds the encoder's cams of a pair; else they are made anew, tile by tile."""
-        return self._budget.keep_cams
+        """Whether the memory budget holds the encoder's cams of a pair; else they are recomputed tile by tile."""
+        return self.memory.keep_cams
 
     @torch.no_grad()
     def encode(self, gate: Tensor | None = None) -> EncoderTrace:
-        """The image through the encoder under `gate` (layers, N or 1, H); the last one is remembered."""
+        """Encode the image under `gate` (layers, N or 1, H). The latest result is cached."""
         if self._encoded is not None:
-            known, trace = self._encoded
-            if known is gate or (known is not None and gate is not None and torch.equal(known, gate)):
+            cached, trace = self._encoded
+            if cached is gate or (cached is not None and gate is not None and torch.equal(cached, gate)):
                 return trace
         self._encoded = None
-        trace = EncoderTrace.of(self.detector, self.features, gate, self._make)
-        if self._budget.keep_weights:
+        trace = EncoderTrace.of(self.detector, self.features, gate, self._make_vjp)
+        if self.memory.keep_weights:
             for layer in trace.layers:
-                layer.attention.record.keep_weights()
+                layer.attention.vjp.record.keep_weights()
         self._encoded = (gate, trace)
         return trace
 
@@ -223,28 +189,30 @@ class RelevanceEngine:
         """Decode and explain every configuration.
 
         Args:
-            gates: all sites, the encoder's included.
-            targets: called for each configuration once it is decoded.
-            layers: decoder layers after which maps are wanted; None = all.
+            gates: of all sites, the encoder's included.
+            targets: called for each configuration after it is decoded.
+            layers: decoder layers after which maps are wanted; all of them by default.
             heads: whether to add per-head cross-attention weights.
 
-        Raises NonFiniteError where NaN or infinity appears, AttentionError where a patched attention has no backward
-        pass, SettingError for a target that is no differentiable number.
+        Raises:
+            NonFiniteError: NaN or infinity appears.
+            AttentionError: a patched attention has no backward pass.
+            SettingError: a target is not a differentiable number.
         """
         chosen = list(range(self.detector.config.decoder_layers)) if layers is None else list(layers)
         for encoder_gate, members in by_encoder_gate(gates):
             encoder = self.encode(encoder_gate)
-            for batch in members.split(self._budget.configurations_at_once):
+            for batch in members.split(self.memory.configurations_at_once):
                 yield from self._batch(encoder, gates[batch], batch.tolist(), targets, chosen, heads)
 
-    def _make(self, record: AttentionRecord) -> AttentionVjp:
+    def _make_vjp(self, record: AttentionRecord) -> AttentionVjp:
         attend = None if self.analytic else self.detector.attend
-        given = record, self.method.rule, attend, self.detector.dtype
+        arguments = record, self.method.rule, attend, self.detector.dtype
         if self.kernels == "tiles":
-            return AttentionVjp(*given)
+            return AttentionVjp(*arguments)
         if self.kernels == "torch":
-            return BatchedVjp(*given, self._budget.tile)
-        return FusedVjp(*given, self._budget.tile, precision=self._precision)
+            return AttentionVjp(*arguments, self.memory.tile, batched=True)
+        return FusedVjp(*arguments, self.memory.tile, precision=self._precision)
 
     def _batch(
         self,
@@ -255,31 +223,31 @@ class RelevanceEngine:
         layers: list[int],
         heads: bool,
     ) -> Iterator[ConfigurationRelevance]:
-        decoder = DecoderTrace.of(self.detector, encoder.memory, gates, self._make)
+        decoder = DecoderTrace.of(self.detector, encoder.memory, gates, self._make_vjp)
         if self.kernels != "triton":
             for layer in decoder.layers:
-                layer.own.record.keep_weights()
-                layer.cross.record.keep_weights()
+                layer.self_attention.vjp.record.keep_weights()
+                layer.cross_attention.vjp.record.keep_weights()
         logits, boxes = decoder.output.logits[:, 0].cpu(), decoder.output.boxes[:, 0].cpu()
-        asked = [targets(index, logits[run], boxes[run]) for run, index in enumerate(indices)]
+        targets_of_runs = [targets(index, logits[run], boxes[run]) for run, index in enumerate(indices)]
         pairs = [
             _Pair(run, slot, target)
-            for run, wanted in enumerate(asked)
-            for slot, target in enumerate(wanted)
+            for run, targets_of_run in enumerate(targets_of_runs)
+            for slot, target in enumerate(targets_of_run)
             if target is not None
         ]
-        found: dict[tuple[int, int], PairRelevance] = {}
-        for start in range(0, len(pairs), self._budget.pairs_at_once):
-            chunk = pairs[start : start + self._budget.pairs_at_once]
-            results = self._pairs(encoder, decoder, gates, chunk, layers)
-            found.update({(pair.run, pair.slot): each for pair, each in zip(chunk, results, strict=True)})
-        for run, (index, wanted) in enumerate(zip(indices, asked, strict=True)):
+        results: dict[tuple[int, int], PairRelevance] = {}
+        for start in range(0, len(pairs), self.memory.pairs_at_once):
+            chunk = pairs[start : start + self.memory.pairs_at_once]
+            for pair, result in zip(chunk, self._pairs(encoder, decoder, gates, chunk, layers), strict=True):
+                results[pair.run, pair.slot] = result
+        for run, (index, targets_of_run) in enumerate(zip(indices, targets_of_runs, strict=True)):
             yield ConfigurationRelevance(
                 index,
                 logits[run],
                 boxes[run],
-                [found.get((run, slot)) for slot in range(len(wanted))],
-                _head_weights(decoder, run, wanted, layers) if heads else None,
+                [results.get((run, slot)) for slot in range(len(targets_of_run))],
+                _head_weights(decoder, run, targets_of_run, layers) if heads else None,
             )
 
     def _pairs(
@@ -290,114 +258,116 @@ class RelevanceEngine:
         pairs: list[_Pair],
         layers: list[int],
     ) -> list[PairRelevance]:
-        values, gradient = self._seed(decoder, pairs)
+        values, gradient = self._target_gradients(decoder, pairs)
         shape = len(pairs), len(layers)
         rows = torch.zeros(*shape, self.features.tokens.shape[1], dtype=self._compute)
         decoder_zeros = torch.zeros(shape, dtype=torch.long)
         encoder_zeros = torch.zeros(len(pairs), dtype=torch.long)
         differs = torch.zeros(shape, dtype=torch.bool)
-        # With all cross-attention off no evidence comes from the image: the map is zero, and known without computing.
-        seeing = _seeing(gates)
-        live = [index for index, pair in enumerate(pairs) if seeing[pair.run]]
+        # With all cross-attention off, no evidence comes from the image: the map is zero and need not be computed.
+        sees_image = _sees_image(gates)
+        live = [index for index, pair in enumerate(pairs) if sees_image[pair.run]]
         if live:
             numbers = [
-                torch.tensor(each, dtype=torch.long)
-                for each in (
+                torch.tensor(indices, dtype=torch.long)
+                for indices in (
                     live,
                     [pairs[index].run for index in live],
                     [pairs[index].target.query for index in live],
                     layers,
                 )
             ]
-            there, runs, queries, wanted = sent(numbers, gradient.device)
-            seed = gradient.index_select(0, there) if self.method.needs_gradient else None
-            found, differing = self._flow(encoder, decoder, seed, runs, queries, wanted)
+            live_there, runs, queries, layers_there = sent(numbers, gradient.device)
+            grad_states = gradient.index_select(0, live_there) if self.method.needs_gradient else None
+            found, differing = self._backward(encoder, decoder, grad_states, runs, queries, layers_there)
             rows[live], decoder_zeros[live] = found.rows.cpu(), found.decoder_identity_rows.cpu()
             encoder_zeros[live], differs[live] = found.encoder_identity_rows.cpu(), differing.cpu()
         if not bool(rows.isfinite().all()):
             raise _non_finite(rows, pairs, gates, layers)
         return [
-            PairRelevance(*each)
-            for each in zip(
+            PairRelevance(*fields)
+            for fields in zip(
                 rows, values.tolist(), decoder_zeros, encoder_zeros.tolist(), differs, strict=True
             )
         ]
 
-    def _flow(
+    def _backward(
         self,
         encoder: EncoderTrace,
         decoder: DecoderTrace,
-        seed: Tensor | None,
+        grad_states: Tensor | None,
         runs: Tensor,
         queries: Tensor,
         layers: Tensor,
     ) -> tuple[Rows, Tensor]:
-        """From gradients of the decoder's states to rows after `layers`, and `reference_differs` (P, M).
+        """From gradients of the decoder's states (P, Q, d) to rows after `layers`, and `reference_differs` (P, M).
 
-        All on the device of the detector. Off the CPU no value of a tensor is read on the way.
+        Everything stays on the detector's device. On accelerators the host reads no value of a tensor.
         """
-        flow = decoder.backward(
-            seed, runs, memory=self.method.encoder is not None and self.method.needs_gradient
+        gradients = decoder.backward(
+            grad_states, runs, memory=self.method.encoder is not None and self.method.needs_gradient
         )
         options = self.method.options(self.zero_rows)
-        below = self.method.decoder(DecoderCams(flow.own, flow.cross, queries), **options)
-        # What is dropped at a layer is missing from every map after it, whichever of them are asked for.
-        differs = (below.decoder_identity_rows.cumsum(1) > 0).index_select(1, layers)
-        below = Rows(
-            below.rows.index_select(1, layers),
-            below.decoder_identity_rows.index_select(1, layers),
-            below.encoder_identity_rows,
+        cams = DecoderCams(gradients.self_cams, gradients.cross_cams, queries)
+        in_decoder = self.method.decoder(cams, **options)
+        # A contribution dropped at a layer is missing from the maps after all later layers.
+        differs = (in_decoder.decoder_identity_rows.cumsum(1) > 0).index_select(1, layers)
+        in_decoder = Rows(
+            in_decoder.rows.index_select(1, layers),
+            in_decoder.decoder_identity_rows.index_select(1, layers),
+            in_decoder.encoder_identity_rows,
         )
-        of_memory = flow.memory
-        del flow
+        grad_memory = gradients.memory
+        del gradients, cams  # the encoder needs the memory
         parts = []
-        for start in range(0, len(runs), self._budget.encoder_pairs_at_once):
-            some = slice(start, start + self._budget.encoder_pairs_at_once)
-            gradient = None if of_memory is None else of_memory[some]
-            parts.append(self._encoder_part(encoder, below.of(some), gradient, options))
-        above = Rows(
+        for start in range(0, len(runs), self.memory.encoder_pairs_at_once):
+            some = slice(start, start + self.memory.encoder_pairs_at_once)
+            gradient = None if grad_memory is None else grad_memory[some]
+            parts.append(self._through_encoder(encoder, in_decoder.of(some), gradient, options))
+        rows = Rows(
             torch.cat([part.rows for part in parts]),
             torch.cat([part.decoder_identity_rows for part in parts]),
             torch.cat([part.encoder_identity_rows for part in parts]),
         )
-        return above, differs | (above.encoder_identity_rows > 0)[:, None]
+        return rows, differs | (rows.encoder_identity_rows > 0)[:, None]
 
-    def _encoder_part(
-        self, encoder: EncoderTrace, rows: Rows, of_memory: Tensor | None, options: dict[str, object]
+    def _through_encoder(
+        self, encoder: EncoderTrace, rows: Rows, grad_memory: Tensor | None, options: dict[str, object]
     ) -> Rows:
+        """Rows of the decoder times the encoder's factor; `grad_memory` (P, N, d)."""
         if self.method.encoder is None:
             return rows
-        evident = rows.rows.flatten(1).any(1)
-        # Not worth waiting for, elsewhere.
-        if evident.device.type == "cpu" and not evident.any():
+        has_evidence = rows.rows.flatten(1).any(1)
+        # An accelerator would have to be waited for, which costs more than it saves.
+        if has_evidence.device.type == "cpu" and not has_evidence.any():
             return rows
         mask = self.features.attn_mask
         tokens = None if mask is None else mask.flatten()
-        found = self.method.encoder(rows, self._encoder_cams(encoder, of_memory), tokens, **options)
-        # Where no evidence comes from the decoder there was nothing to normalise.
-        return replace(found, encoder_identity_rows=found.encoder_identity_rows * evident)
+        result = self.method.encoder(rows, self._encoder_cams(encoder, grad_memory), tokens, **options)
+        # Without evidence from the decoder, nothing was normalised.
+        return replace(result, encoder_identity_rows=result.encoder_identity_rows * has_evidence)
 
-    def _encoder_cams(self, encoder: EncoderTrace, of_memory: Tensor | None) -> EncoderCams:
-        """Of all pairs that the gradient of the memory (P, N, d) is of; without one, the same for all."""
-        attention = [layer.attention for layer in encoder.layers]
-        keep = self._budget.keep_cams
-        if of_memory is None:
+    def _encoder_cams(self, encoder: EncoderTrace, grad_memory: Tensor | None) -> EncoderCams:
+        """The cams of all pairs of `grad_memory` (P, N, d); without gradients, they are the same for all pairs."""
+        attention = [layer.attention.vjp for layer in encoder.layers]
+        keep = self.memory.keep_cams
+        if grad_memory is None:
             if not keep:
                 return RecomputedCams(attention, None)
-            one = torch.zeros(1, dtype=torch.long, device=self.features.tokens.device)
-            kept = [each(None, one, inputs=False)[0] for each in attention]
+            run = torch.zeros(1, dtype=torch.long, device=self.features.tokens.device)
+            kept = [vjp(None, run, inputs=False)[0] for vjp in attention]
         else:
-            flow = encoder.backward(of_memory, keep)
+            layers = encoder.backward(grad_memory, keep)
             if not keep:
-                return RecomputedCams(attention, [gradient for _, gradient in flow])
-            kept = [cams for cams, _ in flow]
+                return RecomputedCams(attention, [grad_context for _, grad_context in layers])
+            kept = [cams for cams, _ in layers]
         return KeptCams([cams for cams in kept if cams is not None])
 
-    def _seed(self, decoder: DecoderTrace, pairs: list[_Pair]) -> tuple[Tensor, Tensor]:
-        """The targets' values (P,), and their gradients with respect to the decoder's states, (P, Q, d)."""
+    def _target_gradients(self, decoder: DecoderTrace, pairs: list[_Pair]) -> tuple[Tensor, Tensor]:
+        """The targets' values (P,), and their gradients with respect to the decoder's states (P, Q, d)."""
         (runs,) = sent([torch.tensor([pair.run for pair in pairs])], decoder.states.device)
         with torch.enable_grad():
-            # The heads are small and no part of what may be patched: autograd will do.
+            # Autograd is good enough here: class and box heads are small and contain no attention.
             states = decoder.states.index_select(0, runs).detach().requires_grad_()
             output = self.detector.heads(states[None])
             values = torch.stack(
@@ -420,85 +390,27 @@ def _non_finite(rows: Tensor, pairs: list[_Pair], gates: Gates, layers: list[int
     )
 
 
-def default_memory_budget(device: torch.device) -> int:
-    """Bytes: half of what is free on a CUDA device, torch's own reserve included, `MEMORY_BUDGET` on any other."""
-    if device.type != "cuda":
-        return MEMORY_BUDGET
-    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (torch.cuda.mem_get_info(device)[0] + reserve) // 2
-
-
-def _chosen_kernels(kernels: Kernels, detector: Detector, compute: torch.dtype, method: Method) -> Kernels:
-    """The implementation that `kernels` stands for. Raises SettingError if `triton` is asked for and cannot run."""
-    if kernels == "auto":
-        return "tiles" if detector.device.type == "cpu" else "torch"
-    if kernels == "triton":
-        channels = detector.config.width // detector.config.heads
-        reason = unsupported(detector.device, compute, method.rule, channels)
-        if reason is not None:
-            raise SettingError(f"{reason}: use kernels='auto', or leave it out")
-    return kernels
-
-
-class _Budget:
-    """How a number of bytes is spent. `tile`: see `BatchedVjp` and `FusedVjp`."""
-
-    def __init__(
-        self, detector: Detector, features: Features, method: Method, kernels: Kernels, memory_budget: int
-    ) -> None:
-        config = detector.config
-        size = torch.promote_types(detector.dtype, torch.float32).itemsize
-        tokens, queries, heads = features.tokens.shape[1], config.queries, config.heads
-        one_by_one = kernels == "tiles"
-        # The encoder's activations, and one layer's gradients of one pair, are needed whatever the budget.
-        left = memory_budget - size * tokens * config.encoder_layers * (config.feedforward + 8 * config.width)
-        self.tile = int(max(1, left // 4 // (TEMPORARIES * size)))
-        if not one_by_one:
-            left -= self.tile * TEMPORARIES * size
-        weights = size * heads * tokens**2 * config.encoder_layers
-        self.keep_weights = kernels != "triton" and method.encoder is not None and weights <= left / 2
-        if self.keep_weights:
-            left -= weights
-        states = size * queries * (2 * config.feedforward + 20 * config.width)
-        configuration = config.decoder_layers * (states + size * queries * heads * (tokens + queries))
-        self.configurations_at_once = int(max(1, min(64, left / 2 // configuration)))
-        left -= self.configurations_at_once * configuration
-
-        below = size * (config.decoder_layers * queries * (tokens + queries) + tokens * (6 * config.width))
-        # Enough rows for a matrix product to be worth it; on a GPU, as many as there are.
-        enough = max(1, 1024 // queries) if one_by_one else 256
-        self.pairs_at_once = int(max(1, min(enough, left / 2 // below)))
-        left -= self.pairs_at_once * below
-
-        flow = size * tokens * (config.feedforward + 10 * config.width)
-        cams = size * tokens**2 * config.encoder_layers
-        self.keep_cams = cams + flow <= left
-        above = flow + (cams if self.keep_cams else size * tokens * config.width * config.encoder_layers)
-        enough = max(1, 1024 // tokens) if one_by_one else 64
-        self.encoder_pairs_at_once = int(max(1, min(enough, left // above)))
-
-
-def _seeing(gates: Gates) -> list[bool]:
+def _sees_image(gates: Gates) -> list[bool]:
     """Whether each configuration leaves any head of the cross-attention on."""
     if gates.decoder_cross is None:
         return [True] * len(gates)
-    return [bool(each.any()) for each in gates.decoder_cross]
+    return [bool(gate.any()) for gate in gates.decoder_cross]
 
 
 def _head_weights(
-    decoder: DecoderTrace, run: int, wanted: Sequence[Target | None], layers: list[int]
+    decoder: DecoderTrace, run: int, targets: Sequence[Target | None], layers: list[int]
 ) -> Tensor:
-    """Cross-attention weights after the gate, of the targets' queries: (targets, M, H, N); zero where there is None."""
-    queries = [0 if target is None else target.query for target in wanted]
+    """Cross-attention weights after the gate at the targets' queries: (targets, M, H, N); zero for a target of None."""
+    queries = [0 if target is None else target.query for target in targets]
     (there,) = sent([torch.tensor(queries, dtype=torch.long)], decoder.states.device)
-    found = []
+    per_layer = []
     for layer in layers:
-        record = decoder.layers[layer].cross.record
-        weights = record.weights(run).index_select(1, there)
+        record = decoder.layers[layer].cross_attention.vjp.record
+        weights = record.weights(slice(run, run + 1))[0].index_select(1, there)
         if record.gate is not None:
             gate = record.gate[run]
             weights = weights * (gate if gate.shape[1] == 1 else gate.index_select(1, there))
-        found.append(weights.transpose(0, 1))
-    result = torch.stack(found, dim=1).cpu()
-    result[torch.tensor([target is None for target in wanted], dtype=torch.bool)] = 0
+        per_layer.append(weights.transpose(0, 1))
+    result = torch.stack(per_layer, dim=1).cpu()
+    result[torch.tensor([target is None for target in targets], dtype=torch.bool)] = 0
     return result

@@ -23,7 +23,8 @@ from headoff.files import written_atomically
 from headoff.gates import Configuration, cumulative, none_off, parse_configuration, stack
 from headoff.images import ImageSource, load_image
 from headoff.outcomes import outcomes_of
-from headoff.relevance.engine import Backward, Kernels, RelevanceEngine
+from headoff.relevance.engine import Backward, RelevanceEngine
+from headoff.relevance.kernels import Kernels
 from headoff.relevance.methods import Method, resolve_method
 from headoff.relevance.rules import ZeroRows
 from headoff.relevance.targets import Target, TargetSpec, make_target

@@ -20,8 +20,7 @@ from headoff.attention.fused import on_device_of, said_by, too_old
 from headoff.detr.transformer import Attend
 from headoff.errors import SettingError
 from headoff.relevance.attention_vjp import AttentionVjp, CamRule, centred_threshold
-from headoff.relevance.capture import AttentionRecord
-from headoff.relevance.vjp import of_runs
+from headoff.relevance.records import AttentionRecord, of_runs
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
@@ -87,8 +86,8 @@ class FusedVjp(AttentionVjp):
         self._tiling = tiling(record.query.shape[3])
         self._mask = None if record.keys is None else record.keys.contiguous()
 
-    def right(self, gradient: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
-        given, (key_blocks, row_blocks) = self._inputs(gradient, runs), self._blocks()
+    def right(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
+        given, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
         result = vectors.new_empty(len(runs), self.record.query.shape[2])
         for some in self._launches(len(runs), key_blocks * result.shape[1]):
             part = given.of(some)
@@ -99,22 +98,22 @@ class FusedVjp(AttentionVjp):
             torch.sum(partial, 0, out=result[some])
         return result
 
-    def left(self, gradient: Tensor | None, runs: Tensor, rows: Tensor) -> Tensor:
-        given, (key_blocks, row_blocks) = self._inputs(gradient, runs), self._blocks()
-        pairs, layers, queries = rows.shape
+    def left(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
+        given, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
+        pairs, layers, queries = vectors.shape
         # As many shares as make enough programs: each is a partial result.
         blocks_of_share = -(-row_blocks // max(1, -(-ENOUGH_PROGRAMS // (key_blocks * pairs))))
         shares = -(-row_blocks // blocks_of_share)
-        result = rows.new_empty(pairs, layers, self.record.key.shape[2])
+        result = vectors.new_empty(pairs, layers, self.record.key.shape[2])
         for some in self._launches(pairs, shares * result[0].numel()):
             part = given.of(some)
-            partial = rows.new_empty(shares, *result[some].shape)
+            partial = vectors.new_empty(shares, *result[some].shape)
             self._launch(
                 "left_kernel",
                 key_blocks * shares,
                 part,
                 part.least,
-                rows[some].contiguous(),
+                vectors[some].contiguous(),
                 partial,
                 layers,
                 blocks_of_share * self._tiling.rows,
@@ -123,21 +122,21 @@ class FusedVjp(AttentionVjp):
             torch.sum(partial, 0, out=result[some])
         return result
 
-    def _formula(
-        self, gradient: Tensor | None, runs: Tensor, cam: bool, inputs: bool
+    def _analytic(
+        self, grad_context: Tensor | None, runs: Tensor, cam: bool, inputs: bool
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
-        given, (key_blocks, row_blocks) = self._inputs(gradient, runs), self._blocks()
+        given, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
         query, key = self.record.query, self.record.key
         _, heads, queries, channels = query.shape
         cams = query.new_empty(len(runs), queries, key.shape[2]) if cam else None
-        own = None
+        input_gradients = None
         if inputs:
             of_query, of_key, of_value = (query.new_empty(len(runs), *x.shape[1:]) for x in (query, key, key))
-            own = of_query, of_key, of_value
+            input_gradients = of_query, of_key, of_value
         scale = 1 / math.sqrt(channels)
         for some in self._launches(len(runs), key_blocks * query[0].numel() if inputs else 0):
             part = given.of(some)
-            partial = None if own is None else query.new_empty(key_blocks, *own[0][some].shape)
+            partial = None if input_gradients is None else query.new_empty(key_blocks, *of_query[some].shape)
             self._launch(
                 "cam_kernel",
                 key_blocks * row_blocks,
@@ -147,18 +146,18 @@ class FusedVjp(AttentionVjp):
                 partial,
                 scale,
             )
-            if own is not None and partial is not None:
-                torch.sum(partial, 0, out=own[0][some])
+            if partial is not None:
+                torch.sum(partial, 0, out=of_query[some])
                 self._launch(
-                    "key_value_gradient_kernel", key_blocks * heads, part, own[1][some], own[2][some]
+                    "key_value_gradient_kernel", key_blocks * heads, part, of_key[some], of_value[some]
                 )
-        return cams, own
+        return cams, input_gradients
 
-    def _inputs(self, gradient: Tensor | None, runs: Tensor) -> _Inputs:
-        gated, centre = self._gated(gradient, runs)
+    def _inputs(self, grad_context: Tensor | None, runs: Tensor) -> _Inputs:
+        gated, centre = self._gated(grad_context, runs)
         least = None
         if self.rule == "centred":
-            least = centred_threshold(gated, of_runs(self._longest, runs)).contiguous()
+            least = centred_threshold(gated, of_runs(self._largest_value, runs)).contiguous()
         return _Inputs(runs, gated, centre.contiguous(), least)
 
     def _blocks(self) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """Vector-Jacobian products of the transformer's blocks, written out.
 
 Relevance needs the gradient of the context at every attention, for many targets of the same forward pass. Autograd
-would repeat the forward pass for each, or go one by one, and would compute gradients of weights as well. Written out,
-a block's VJP is a few matrix products on a whole batch of targets: P pairs of (configuration, target), each of which
-continues one of the forward pass's G runs; `runs` (P,) int64 says which.
+would repeat the forward pass for each target, or go through them one by one, and would compute gradients of weights as
+well. Written out, a block's VJP is a few matrix products for a whole batch of targets: P pairs of (configuration,
+target), each of which continues one of the G runs of the forward pass; `runs` (P,) int64 says which.
 
 A layer is `x + block(norm(x))` where `pre_norm`, else `norm(x + block(x))`.
 """
@@ -16,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from headoff.detr.transformer import FeedForward, MultiHeadAttention, Residual
-
-
-def of_runs(x: Tensor, runs: Tensor) -> Tensor:
-    """Rows `runs` (P,) of x (G, ...); x itself where G = 1, for it broadcasts."""
-    return x if len(x) == 1 else x.index_select(0, runs)
+from headoff.relevance.records import of_runs
 
 
 @dataclass
 class NormVjp:
-    """Layer norm: `normal` (G, T, d) is the input with mean 0 and variance 1, `scale` (G, T, 1) what it took."""
+    """Layer norm.
+
+    Attributes:
+        normal: (G, T, d), the input with mean 0 and variance 1.
+        scale: (G, T, 1), the reciprocal standard deviation of the input.
+        weight: (d,).
+    """
 
     normal: Tensor
     scale: Tensor
@@ -40,7 +42,7 @@ class NormVjp:
         return cls((x - mean).mul_(scale), scale, norm.weight.detach().to(compute))
 
     def __call__(self, gradient: Tensor, runs: Tensor) -> Tensor:
-        """(P, T, d) to (P, T, d)."""
+        """The gradient of the input from that of the output, both (P, T, d)."""
         normal, scale = of_runs(self.normal, runs), of_runs(self.scale, runs)
         weighted = gradient * self.weight
         along = (weighted * normal).mean(-1, keepdim=True)
@@ -50,7 +52,12 @@ class NormVjp:
 
 @dataclass
 class FeedForwardVjp:
-    """Two linear layers around a ReLU: `active` (G, T, hidden) is 1 where the ReLU passed, in the compute dtype."""
+    """Two linear layers around a ReLU.
+
+    Attributes:
+        active: (G, T, hidden), the ReLU's activation mask, 1 or 0.
+        expand, contract: the layers' weights.
+    """
 
     active: Tensor
     expand: Tensor
@@ -63,7 +70,7 @@ class FeedForwardVjp:
         return cls((hidden > 0).to(compute), *weights)
 
     def __call__(self, gradient: Tensor, runs: Tensor) -> Tensor:
-        """(P, T, d) to (P, T, d)."""
+        """The gradient of the input from that of the output, both (P, T, d)."""
         return (gradient @ self.contract).mul_(of_runs(self.active, runs)) @ self.expand
 
 
@@ -78,13 +85,13 @@ class ResidualVjp:
     def of(cls, residual: Residual, x: Tensor, compute: torch.dtype) -> ResidualVjp:
         return cls(NormVjp.of(residual.norm, x, compute), residual.pre_norm)
 
-    def leave(self, gradient: Tensor, runs: Tensor) -> Tensor:
-        """The gradient of the sum, which is that of the block's output as well."""
+    def grad_sum(self, gradient: Tensor, runs: Tensor) -> Tensor:
+        """The gradient of the sum, and so of the block's output, from that of the whole output."""
         return gradient if self.pre_norm else self.norm(gradient, runs)
 
-    def enter(self, of_sum: Tensor, of_block: Tensor, runs: Tensor) -> Tensor:
-        """The gradient of x, of those of the sum and of the block's input."""
-        return of_sum + (self.norm(of_block, runs) if self.pre_norm else of_block)
+    def grad_input(self, grad_sum: Tensor, grad_block: Tensor, runs: Tensor) -> Tensor:
+        """The gradient of x from those of the sum and of the block's input."""
+        return grad_sum + (self.norm(grad_block, runs) if self.pre_norm else grad_block)
 
 
 class ProjectionVjp:
@@ -96,14 +103,14 @@ class ProjectionVjp:
             layer.weight.detach().to(compute)
             for layer in (attention.query, attention.key, attention.value, attention.output)
         )
-        self.of_self_attention = torch.cat((self.query, self.key, self.value))
-        self.of_memory = torch.cat((self.key, self.value))
+        self.query_key_value = torch.cat((self.query, self.key, self.value))
+        self.key_value = torch.cat((self.key, self.value))
 
-    def context(self, gradient: Tensor) -> Tensor:
-        """The gradient of the context (P, H, T, D), of that of the block's output (P, T, d)."""
+    def grad_context(self, gradient: Tensor) -> Tensor:
+        """The gradient of the context (P, H, T, D) from that of the block's output (P, T, d)."""
         return (gradient @ self.output).unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     @staticmethod
     def merge(*gradients: Tensor) -> Tensor:
-        """Gradients (P, H, T, D) of projections, side by side: (P, T, n * d)."""
+        """Gradients (P, H, T, D) of n projections, concatenated: (P, T, n * d)."""
         return torch.cat([gradient.transpose(1, 2).flatten(2) for gradient in gradients], dim=-1)

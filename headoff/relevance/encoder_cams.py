@@ -1,0 +1,65 @@
+"""The encoder's cams, as what they do to vectors.
+
+Shapes: P pairs of (configuration, target), M decoder layers, N image tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from headoff.relevance.attention_vjp import AttentionVjp
+
+
+class EncoderCams(Protocol):
+    """The cams E_l of all encoder layers."""
+
+    def __len__(self) -> int: ...
+
+    def right(self, layer: int, vectors: Tensor) -> Tensor:
+        """E_l times vectors (P, N): (P, N)."""
+        ...
+
+    def left(self, layer: int, rows: Tensor) -> Tensor:
+        """Row vectors (P, M, N) times E_l: (P, M, N)."""
+        ...
+
+
+class KeptCams:
+    """Encoder cams as matrices (P or 1, N, N) per layer."""
+
+    def __init__(self, cams: list[Tensor]) -> None:
+        self._cams = cams
+
+    def __len__(self) -> int:
+        return len(self._cams)
+
+    def right(self, layer: int, vectors: Tensor) -> Tensor:
+        return (self._cams[layer] @ vectors[:, :, None])[:, :, 0]
+
+    def left(self, layer: int, rows: Tensor) -> Tensor:
+        return rows @ self._cams[layer]
+
+
+class RecomputedCams:
+    """Encoder cams that are recomputed, tile by tile, for each product: only gradients of contexts are kept."""
+
+    def __init__(self, attention: list[AttentionVjp], grad_contexts: list[Tensor] | None) -> None:
+        self._attention = attention
+        self._grad_contexts = grad_contexts
+
+    def __len__(self) -> int:
+        return len(self._attention)
+
+    def right(self, layer: int, vectors: Tensor) -> Tensor:
+        return self._attention[layer].right(*self._arguments(layer, vectors), vectors)
+
+    def left(self, layer: int, rows: Tensor) -> Tensor:
+        return self._attention[layer].left(*self._arguments(layer, rows), rows)
+
+    def _arguments(self, layer: int, like: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The gradient of the layer's context, and the run of each pair: the encoder has only one."""
+        grad_context = None if self._grad_contexts is None else self._grad_contexts[layer]
+        return grad_context, torch.zeros(len(like), dtype=torch.long, device=like.device)

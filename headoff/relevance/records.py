@@ -1,0 +1,116 @@
+"""Recorded attention calls: what their backward pass and their weights are computed from.
+
+Shapes: G runs (configurations in the decoder, 1 in the encoder), T tokens or queries, S keys, H heads, D channels of
+a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from headoff.detr.transformer import AttentionAddress
+
+LOG_SUM_TILE = 2**17
+"""Scores held at once while log-sum-exps are computed: as many as a CPU's cache holds."""
+
+ACCELERATOR_LOG_SUM_TILE = 2**25
+"""The same on accelerators: so many that the time to launch a kernel does not matter."""
+
+
+@dataclass
+class AttentionRecord:
+    """One attention call, in the dtype that relevance is computed in.
+
+    Attributes:
+        address: site and layer.
+        query: (G, H, T, D).
+        key, value: (G or 1, H, S, D).
+        gate: (G or 1, H, T or 1, 1), or None if every head is on.
+        keys: (S,) bool, True = attended; None if all keys are.
+        context: (G, H, T, D), gated, as the attention callable returned it.
+    """
+
+    address: AttentionAddress
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gate: Tensor | None
+    keys: Tensor | None
+    context: Tensor
+    _log_sum: Tensor | None = field(default=None, repr=False)
+    _weights: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.query, self.key, self.value = (x.contiguous() for x in (self.query, self.key, self.value))
+        self.scaled_query = self.query / math.sqrt(self.query.shape[-1])
+        self.scaled_key = self.key / math.sqrt(self.query.shape[-1])
+
+    def keep_weights(self) -> None:
+        """Keep the weights (G, H, T, S) in memory, rather than recompute each tile of them."""
+        if self._weights is None:
+            self._weights = self._scores(slice(None), slice(None), slice(None)).softmax(-1)
+            if self.keys is not None:
+                self._weights.nan_to_num_(nan=0.0)  # the weights of fully masked rows are zero
+
+    def weights(self, runs: Tensor | slice, heads: slice = slice(None), rows: slice = slice(None)) -> Tensor:
+        """Weights after softmax, before the gate: (P, heads, rows, S), or (1, ...) if G = 1. Not to be written to.
+
+        Args:
+            runs: (P,) int64, or a slice.
+            heads, rows: which of them.
+        """
+        if self._weights is not None:
+            return of_runs(self._weights[:, heads, rows], runs)
+        scores = self._scores(runs, heads, rows)
+        return scores.sub_(of_runs(self.log_sum[:, heads, rows], runs)).exp_()
+
+    @property
+    def log_sum(self) -> Tensor:
+        """Log-sum-exp of each row of scores, (G, H, T, 1); 0 for fully masked rows. Computed once."""
+        if self._log_sum is None:
+            self._log_sum = self._log_sums()
+        return self._log_sum
+
+    def _log_sums(self) -> Tensor:
+        runs, heads, queries, _ = self.query.shape
+        result = self.query.new_empty(runs, heads, queries, 1)
+        tile = LOG_SUM_TILE if self.query.device.type == "cpu" else ACCELERATOR_LOG_SUM_TILE
+        at_once = max(1, tile // (heads * self.key.shape[2]))
+        for run in range(runs):
+            for start in range(0, queries, at_once):
+                part = slice(run, run + 1), slice(None), slice(start, start + at_once)
+                result[part] = self._scores(*part).logsumexp(-1, keepdim=True)
+        # In fully masked rows all scores are -inf, and so is this; exp(-inf - 0) is the weight 0.
+        return result.masked_fill_(result == -math.inf, 0)
+
+    def _scores(self, runs: Tensor | slice, heads: slice, rows: slice) -> Tensor:
+        query = of_runs(self.scaled_query[:, heads, rows], runs)
+        scores = query @ of_runs(self.key[:, heads], runs).transpose(-2, -1)
+        return scores if self.keys is None else scores.masked_fill_(~self.keys, -math.inf)
+
+
+def of_runs(x: Tensor, runs: Tensor | slice) -> Tensor:
+    """The runs (P,) of x (G, ...): (P, ...); x itself if G = 1, because it broadcasts. A slice gives a view."""
+    if len(x) == 1:
+        return x
+    return x[runs] if isinstance(runs, slice) else x.index_select(0, runs)
+
+
+def unfold_runs(record: AttentionRecord, runs: int) -> AttentionRecord:
+    """A cross-attention call (1, H, G * Q, D), whose runs lie end to end, as (G, H, Q, D)."""
+
+    def unfold(x: Tensor) -> Tensor:
+        return x.unflatten(2, (runs, -1))[0].transpose(0, 1)
+
+    return AttentionRecord(
+        record.address,
+        unfold(record.query),
+        record.key,
+        record.value,
+        None if record.gate is None else unfold(record.gate),
+        record.keys,
+        unfold(record.context),
+    )
