@@ -1,0 +1,124 @@
+"""The maintainers' tools for Triton kernels: how a tiling is chosen, and what is reported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton_interpreter
+
+import headoff
+from headoff.attention.fused import Tiling
+from headoff.timing import TimedCall
+
+TUNING = Path(__file__).parents[1] / "tools" / "kernel_tuning.py"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def tuning():
+    spec = importlib.util.spec_from_file_location("kernel_tuning", TUNING)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernel_tuning"] = module  # dataclasses look their module up by its name
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["kernel_tuning"]
+
+
+class SimulatedClock:
+    """Time passes only in the calls that `spends` makes."""
+
+    time = 0.0
+
+    def now(self):
+        return self.time
+
+    def prepare(self):
+        pass
+
+    def spends(self, seconds, result):
+        def run():
+            self.time += seconds
+            return result
+
+        return TimedCall(run)
+
+
+@pytest.fixture
+def clock():
+    return SimulatedClock()
+
+
+def a_task(tuning, clock, seconds):
+    """Choices of 16 x 16 with some warps and stages; 2 warps are wrong, and 16 do not fit."""
+
+    def choice(warps, stages):
+        return tuning.Choice(Tiling(16, 16, warps, stages))
+
+    def make(one):
+        if one.tiling.warps == 16:
+            return TimedCall(lambda: (_ for _ in ()).throw(headoff.AttentionError("it does not fit.")))
+        return clock.spends(seconds(one.tiling), [torch.tensor([1.0 + (one.tiling.warps == 2)])])
+
+    return tuning.Task(
+        "a kernel",
+        make,
+        choice(4, 2),
+        [torch.tensor([1.0]).double()],
+        [torch.tensor([1.0])],
+        [
+            lambda best: [choice(warps, best.tiling.stages) for warps in (2, 4, 8, 16)],
+            lambda best: [choice(best.tiling.warps, stages) for stages in (1, 2, 3)],
+        ],
+    )
+
+
+def test_tuning_goes_on_from_the_best_and_times_nothing_that_is_wrong(tuning, clock):
+    task = a_task(tuning, clock, lambda tiling: 1e-3 / tiling.warps + (tiling.stages == 3) * -5e-5)
+    findings = tuning.tuned(task, clock, 3)
+    timed = {(choice.tiling.warps, choice.tiling.stages) for choice in findings.seconds}
+    assert timed == {(4, 2), (8, 2), (8, 1), (8, 3)}
+    assert findings.wrong
+    text = tuning.report(task, findings, 0.03, False)
+    assert "-> write 16x16, 8 warps, 3 stages, 70% less time" in text
+    assert "not timed: 16x16, 2 warps, 2 stages: WRONG: result 0 is off by 1.0e+00" in text
+    assert "not timed: 16x16, 16 warps, 2 stages: it does not fit." in text
+    assert "250.0 us  1.000 x the present  16x16, 4 warps, 2 stages" in text
+
+
+def test_tuning_keeps_what_nothing_beats(tuning, clock):
+    task = a_task(tuning, clock, lambda tiling: 1e-3 if tiling == (16, 16, 4, 2) else 0.99e-3)
+    assert "-> leave it as it is" in tuning.report(task, tuning.tuned(task, clock, 3), 0.03, False)
+
+
+@needs_triton
+def test_tuning_needs_a_gpu_or_the_interpreter(tuning, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tuning.main([]) == 2 and "need" in capsys.readouterr().err
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        assert tuning.main(["--dry-run"]) == 2 and "set TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(triton_interpreter.problem() is not None, reason=str(triton_interpreter.problem()))
+def test_every_choice_of_one_kernel_is_right():
+    """Tiles, stages and shares; the other kernels are checked by hand, because they take a minute."""
+    done = subprocess.run(
+        [sys.executable, str(TUNING), "--dry-run", "--dtype", "bfloat16", "--only", "relevance.left"],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(TUNING.parents[1]), *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("choices are right") == 1 and "not timed" not in done.stdout
