@@ -129,11 +129,6 @@ def listed(words: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 object`, `2 objects`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _first_off(name: str) -> tuple[str, int] | None:
     match = _FIRST_OFF.fullmatch(name)
     return (match[1] or DEFAULT_SITE, int(match[2])) if match else None

@@ -20,11 +20,12 @@ from headoff.figures.canvas import (
     legend_height,
     width_of,
 )
-from headoff.figures.captions import counted, one_line, shorten
+from headoff.figures.captions import one_line, shorten
 from headoff.figures.marks import Line, Mark, Marks
 from headoff.figures.palette import GRID, INK, MUTED, NOTHING_COLOUR, OBJECT_COLOURS
 from headoff.images import ImageSource, load_image
 from headoff.outcomes import ConfigurationOutcome, Status
+from headoff.wording import counted
 
 LONGEST_SIDE = 1600
 """Pixels of an image in a figure: more would only slow the drawing, no figure shows them."""

@@ -1,6 +1,6 @@
 """Where each detection draws its evidence from: relevance maps of any target under any head gates.
 
-`explain` is the way in; `RelevanceEngine` is what it runs, `rules` and `oracle` say what is right.
+`explain` is the entry point and `RelevanceEngine` does the work; `rules` and `oracle` are the dense float64 reference.
 """
 
 from headoff.relevance.engine import (
@@ -8,7 +8,8 @@ from headoff.relevance.engine import (
     PairRelevance,
     RelevanceEngine,
 )
-from headoff.relevance.explanations import Explanation, ExplanationStatus, explain, load_explanation
+from headoff.relevance.explainer import explain
+from headoff.relevance.explanations import Explanation, ExplanationStatus, load_explanation
 from headoff.relevance.memory import MEMORY_BUDGET
 from headoff.relevance.methods import Method, method_names, register_method, resolve_method
 from headoff.relevance.targets import BOX_COORDINATES, Target, box_coordinate, class_logit, make_target

@@ -1,10 +1,8 @@
-"""`explain`: one image in, a relevance map per configuration, object and decoder layer out, with numbers beside it."""
+"""Explanations: relevance maps of an image's objects under several configurations, and the files they are kept in."""
 
 from __future__ import annotations
 
 import json
-import operator
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -15,31 +13,24 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from headoff.choices import PICKS, Pick
-from headoff.detections import Detections, class_probabilities, detections_from
-from headoff.detr.detector import Detector
+from headoff.choices import Pick
+from headoff.detections import Detections, class_probabilities
 from headoff.errors import OutputError, SettingError
 from headoff.files import written_atomically
-from headoff.gates import Configuration, cumulative, none_off, parse_configuration, stack
-from headoff.images import ImageSource, load_image
-from headoff.outcomes import outcomes_of
-from headoff.relevance.engine import Backward, RelevanceEngine
-from headoff.relevance.kernels import Kernels
-from headoff.relevance.methods import Method, resolve_method
+from headoff.gates import Configuration, parse_configuration
 from headoff.relevance.rules import ZeroRows
-from headoff.relevance.targets import Target, TargetSpec, make_target
 
 FORMAT = "headoff explanation 1"
 
 
 class ExplanationStatus(StrEnum):
-    """What can be said of a map."""
+    """Whether a map shows anything."""
 
     OK = "ok"
     NO_EVIDENCE = "no image evidence"
-    """The map is exactly zero: nothing of the image reaches the target through what is on."""
+    """The map is exactly zero: through the heads that are on, no evidence of the image reaches the target."""
     NOT_FOUND = "not found"
-    """With `pick="object"`: no query finds the object under this configuration, so there is nothing to explain."""
+    """With `pick="object"`: no query detects the object under this configuration, so nothing is explained."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +158,14 @@ class Explanation:
         return peaks.masked_fill((self.masses == 0)[..., None], torch.nan)
 
     def scaled(self, per: Literal["map", "object", "sweep"] = "sweep") -> Tensor:
-        """`maps` in 0..1, to be drawn.
+        """`maps` scaled to 0..1 for drawing.
 
-        One scale for the whole `sweep` (or for each `object`, over configurations and layers): from 0 to the greatest
-        relevance there is, so that a dying map looks dying. Per `map`, as the paper's notebook draws: from its own
-        least to its own greatest relevance. What is constant becomes 0, never a picture of rounding errors.
+        Args:
+            per: `sweep`: one scale from 0 to the greatest relevance, so that maps can be compared. `object`: one such
+                scale for each object, over configurations and layers. `map`: each map from its least to its greatest
+                relevance, as in the notebook of the paper.
+
+        Maps that are constant up to rounding become 0.
         """
         if per not in ("map", "object", "sweep"):
             raise SettingError(f"maps cannot be scaled per {per!r}: use map, object or sweep")
@@ -189,7 +183,7 @@ class Explanation:
         return ((maps - least) / span.masked_fill(constant, 1)).masked_fill(constant, 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers beside the maps, of types that JSON knows; NaN is None."""
+        """Everything but the maps, in types that JSON knows; NaN becomes None."""
 
         def plain(values: Tensor) -> Any:
             return _without_nan(values.tolist())
@@ -219,11 +213,14 @@ class Explanation:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write to `path`, ending in .npz or .safetensors: every tensor, and labels of every axis as JSON.
+        """Write all tensors, and the labels of their axes as JSON, to a .npz or .safetensors file.
 
-        Arrays are named as the attributes. The JSON is the array `metadata` of an npz and the metadata entry
-        `headoff` of a safetensors file. The file is whole or absent. Raises SettingError for
-        another ending, OutputError where it cannot be written.
+        Arrays have the names of the attributes. The JSON is the array `metadata` of a .npz file, and the metadata
+        entry `headoff` of a .safetensors file. The file is written completely or not at all.
+
+        Raises:
+            SettingError: `path` has another suffix.
+            OutputError: the file cannot be written.
         """
         path = Path(path)
         tensors = {
@@ -288,7 +285,7 @@ _PLAIN = ("layers", "stride", "resized", "method", "target", "pick", "zero_rows"
 
 
 def load_explanation(path: str | Path) -> Explanation:
-    """What `Explanation.save` wrote. Raises SettingError where `path` cannot be read as that."""
+    """Read a file written by `Explanation.save`. Raises SettingError if `path` is not such a file."""
     path = Path(path)
     try:
         if path.suffix == ".npz":
@@ -326,234 +323,6 @@ def load_explanation(path: str | Path) -> Explanation:
         raise SettingError(
             f"{path} cannot be read as an explanation ({reason}): give a file that Explanation.save wrote"
         ) from error
-
-
-def explain(
-    detector: Detector,
-    image: ImageSource,
-    configurations: Iterable[Configuration | str] | None = None,
-    queries: Iterable[int] | None = None,
-    method: Method | str = "chefer",
-    layers: Literal["all", "last"] | int | Iterable[int] = "all",
-    *,
-    target: TargetSpec | Sequence[TargetSpec] = "class",
-    pick: Pick = "baseline",
-    confidence: float = 0.5,
-    heads: bool = False,
-    zero_rows: ZeroRows = "identity",
-    backward: Backward = "auto",
-    kernels: Kernels = "auto",
-    memory_budget: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Explanation:
-    """Relevance maps of one image's objects under every configuration, after every decoder layer.
-
-    Args:
-        detector: see `headoff.load`.
-        image: a path, a `PIL.Image` or an array; see `headoff.images.load_image`.
-        configurations: any number of them, or their text. By default the cumulative sweep: nothing off, first 1 off,
-            ..., all heads off, in every decoder layer.
-        queries: the object queries to explain; by default those that find something with nothing off.
-        method: `headoff.relevance.method_names()` says which there are.
-        layers: decoder layers after which a map is wanted, from 0: `all`, `last`, a number or numbers.
-        target: what is explained of a query: its `class` logit, a coordinate of its box (`cx`, `cy`, `w`, `h`), or a
-            function of (logits, boxes); or one of these for each of the objects.
-        pick: which query and class. `baseline`: those of the run with nothing off, for a sweep is to compare the same
-            thing. `class`: the same query, its own likeliest class under each configuration. `object`: the query that
-            finds the object under each configuration (`headoff.outcomes`), and its class.
-        confidence: score above which a query's answer is a detection.
-        heads: add the cross-attention weights of every head.
-        zero_rows, backward, kernels, memory_budget: see `headoff.relevance.rules` and `RelevanceEngine`.
-        progress: called with (configurations done, configurations in all).
-
-    Under `with detector.autocasting(dtype):` the forward passes are in mixed precision, relevance in float32 all the
-    same.
-
-    Returns:
-        An `Explanation`; one without objects where nothing is detected.
-
-    Raises:
-        ImageError, GateError, SettingError: for an image, a configuration, or anything else, that cannot be.
-        NonFiniteError: where NaN or infinity appears; it says in which layer first.
-        AttentionError: where a patched attention has no backward pass.
-    """
-    method = resolve_method(method)
-    if pick not in PICKS:
-        raise SettingError(f"pick cannot be {pick!r}: use one of {', '.join(PICKS)}")
-    layout = detector.head_layout
-    chosen_layers = _layers(layers, layout.decoder_layers)
-    chosen = (
-        cumulative(layout.heads)
-        if configurations is None
-        else tuple(c if isinstance(c, Configuration) else parse_configuration(c) for c in configurations)
-    )
-    gates = stack(chosen, layout)
-    wanted = None if queries is None else _queries(queries, layout.queries)
-    picture = load_image(image)
-    image_size = (picture.height, picture.width)
-    with torch.no_grad():
-        pixels, _ = detector.preprocess([picture])
-        features = detector.features(pixels)
-    engine = RelevanceEngine(
-        detector,
-        features,
-        method=method,
-        zero_rows=zero_rows,
-        backward=backward,
-        kernels=kernels,
-        memory_budget=memory_budget,
-    )
-    (baseline,) = engine.run(stack((none_off(),), layout), lambda *_: ())
-    objects = _objects(baseline.logits, baseline.boxes, image_size, detector.class_names, confidence, wanted)
-    specs = _specs(target, len(objects))
-    picked_queries = torch.full((len(chosen), len(objects)), -1)
-    picked_labels = picked_queries.clone()
-
-    def targets(index: int, logits: Tensor, boxes: Tensor) -> list[Target | None]:
-        picked = _pick(pick, objects, logits, boxes, confidence)
-        for slot, one in enumerate(picked):
-            if one is not None:
-                picked_queries[index, slot], picked_labels[index, slot] = one
-        return [
-            None if one is None else make_target(spec, *one) for one, spec in zip(picked, specs, strict=True)
-        ]
-
-    count = len(chosen), len(objects), len(chosen_layers)
-    dtype = torch.promote_types(detector.dtype, torch.float32)
-    maps = torch.zeros(*count, *features.grid, dtype=dtype)
-    values = torch.full(count[:2], torch.nan, dtype=torch.float64)
-    decoder_zeros = torch.zeros(count, dtype=torch.long)
-    encoder_zeros = torch.zeros(count[:2], dtype=torch.long)
-    differs = torch.zeros(count, dtype=torch.bool)
-    head_maps = torch.zeros(*count, layout.heads, *features.grid, dtype=dtype) if heads else None
-    logits = baseline.logits.new_empty(len(chosen), *baseline.logits.shape)
-    boxes = baseline.boxes.new_empty(len(chosen), *baseline.boxes.shape)
-    for done, found in enumerate(engine.run(gates, targets, layers=chosen_layers, heads=heads), start=1):
-        logits[found.index], boxes[found.index] = found.logits, found.boxes
-        for slot, pair in enumerate(found.pairs):
-            if pair is not None:
-                maps[found.index, slot] = pair.rows.unflatten(-1, features.grid)
-                values[found.index, slot] = pair.value
-                decoder_zeros[found.index, slot] = pair.decoder_identity_rows
-                encoder_zeros[found.index, slot] = pair.encoder_identity_rows
-                differs[found.index, slot] = pair.reference_differs
-        if head_maps is not None and found.heads is not None:
-            head_maps[found.index] = found.heads.unflatten(-1, features.grid)
-        if progress is not None:
-            progress(done, len(chosen))
-    return Explanation(
-        configurations=chosen,
-        objects=objects,
-        layers=tuple(chosen_layers),
-        maps=maps,
-        queries=picked_queries,
-        labels=picked_labels,
-        values=values,
-        decoder_identity_rows=decoder_zeros,
-        encoder_identity_rows=encoder_zeros,
-        reference_differs=differs,
-        logits=logits,
-        boxes=boxes,
-        heads=head_maps,
-        stride=detector.config.backbone.stride,
-        resized=(pixels.shape[-2], pixels.shape[-1]),
-        method=method.name,
-        target=tuple(make_target(spec, 0, 0).name if callable(spec) else spec for spec in specs),
-        pick=pick,
-        zero_rows=zero_rows,
-    )
-
-
-def _layers(layers: Any, count: int) -> list[int]:
-    if layers == "all":
-        return list(range(count))
-    if layers == "last":
-        return [count - 1]
-    try:
-        chosen = [operator.index(each) for each in ([layers] if isinstance(layers, int) else layers)]
-    except TypeError:
-        chosen = []
-    if not chosen or isinstance(layers, str):
-        raise SettingError(f"layers cannot be {layers!r}: use 'all', 'last', a number or a list of numbers")
-    for each in chosen:
-        if not 0 <= each < count:
-            raise SettingError(
-                f"there is no decoder layer {each}: this detector's go from 0 to {count - 1}, use one of those"
-            )
-    if len(set(chosen)) < len(chosen):
-        raise SettingError(f"the decoder layers {chosen} are not all different: name each once")
-    return chosen
-
-
-def _queries(queries: Iterable[int], count: int) -> list[int]:
-    try:
-        chosen = [operator.index(each) for each in queries]
-    except TypeError:
-        raise SettingError(f"queries cannot be {queries!r}: give a list of whole numbers") from None
-    for each in chosen:
-        if not 0 <= each < count:
-            raise SettingError(
-                f"there is no query {each}: this detector's go from 0 to {count - 1}, use one of those"
-            )
-    if len(set(chosen)) < len(chosen):
-        raise SettingError(f"the queries {chosen} are not all different: name each once")
-    return chosen
-
-
-def _objects(
-    logits: Tensor,
-    boxes: Tensor,
-    image_size: tuple[int, int],
-    class_names: tuple[str, ...],
-    confidence: float,
-    queries: list[int] | None,
-) -> Detections:
-    """The baseline's detections, or, in the order asked for, what `queries` say, however unsure they are."""
-    if queries is None:
-        return detections_from(logits, boxes, image_size, class_names, confidence)
-    everything = detections_from(logits, boxes, image_size, class_names, 0.0)
-    places = [everything.queries.tolist().index(query) for query in queries]
-    return Detections(
-        everything.queries[places],
-        everything.labels[places],
-        everything.scores[places],
-        everything.boxes[places],
-        image_size,
-        class_names,
-    )
-
-
-def _specs(target: TargetSpec | Sequence[TargetSpec], count: int) -> list[TargetSpec]:
-    specs: list[TargetSpec] = (
-        [target] * count if isinstance(target, str) or callable(target) else list(target)
-    )
-    if isinstance(target, str) or callable(target):
-        make_target(target, 0, 0)  # a wrong name is one with no objects as well
-    if len(specs) != count:
-        raise SettingError(f"{len(specs)} targets were given for {count} objects: give one, or one for each")
-    for spec in specs:
-        make_target(spec, 0, 0)
-    return specs
-
-
-def _pick(
-    pick: Pick, objects: Detections, logits: Tensor, boxes: Tensor, confidence: float
-) -> list[tuple[int, int] | None]:
-    """(query, class) of each object under the configuration that gave `logits` and `boxes`."""
-    frozen = list(zip(objects.queries.tolist(), objects.labels.tolist(), strict=True))
-    if pick == "baseline":
-        return list(frozen)
-    if pick == "class":
-        likeliest = class_probabilities(logits)[:, :-1].argmax(-1).tolist()
-        return [(query, likeliest[query]) for query, _ in frozen]
-    detections = detections_from(logits, boxes, objects.image_size, objects.class_names, confidence)
-    outcomes = outcomes_of(objects, detections, logits).outcomes
-    return [
-        (int(detections.queries[first]), int(detections.labels[first]))
-        if (first := next(iter(outcome.detections), None)) is not None
-        else None
-        for outcome in outcomes
-    ]
 
 
 def _without_nan(values: Any) -> Any:

@@ -2,10 +2,11 @@
 
 import math
 
-from headoff.figures.captions import counted, title_of
+from headoff.figures.captions import title_of
 from headoff.relevance.explanations import Explanation, ExplanationStatus
 from headoff.report.story import verdict
 from headoff.sweeps import SweepResult
+from headoff.wording import counted
 
 _NAMED = 4
 """Configurations named in a sentence; of more their number is enough."""

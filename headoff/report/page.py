@@ -25,7 +25,7 @@ from PIL import Image
 
 from headoff.figures import plot_detections, plot_survival
 from headoff.figures.canvas import figure_of
-from headoff.figures.captions import View, counted, heads_off_counts, object_name, views
+from headoff.figures.captions import View, heads_off_counts, object_name, views
 from headoff.figures.colouring import MapStyle
 from headoff.figures.palette import GRID, INK, MUTED, STATUS_STYLES, object_colour
 from headoff.figures.pictures import small_picture
@@ -38,6 +38,7 @@ from headoff.report.maps import as_script, page_maps
 from headoff.report.story import sentences
 from headoff.report.tables import belongings
 from headoff.sweeps import SweepResult
+from headoff.wording import counted
 
 MOST_PICTURES = 256
 """Configurations with a picture on the page: all subsets of eight heads. Beyond, there are numbers only."""

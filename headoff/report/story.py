@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from headoff.detections import Detections
-from headoff.figures.captions import counted, heads_off_counts, listed, object_name, title_of
+from headoff.figures.captions import heads_off_counts, listed, object_name, title_of
 from headoff.outcomes import ConfigurationOutcome, Outcome, Status
 from headoff.sweeps import SweepResult
+from headoff.wording import counted
 
 _AT_MOST = 6
 """Objects named in a sentence; of more their number is enough, the tables name them."""

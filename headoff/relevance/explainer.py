@@ -1,0 +1,257 @@
+"""`explain`: a relevance map for each configuration, object and decoder layer of one image."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from headoff.choices import PICKS, Pick
+from headoff.detections import Detections, class_probabilities, detections_from
+from headoff.detr.detector import Detector
+from headoff.errors import SettingError
+from headoff.gates import Configuration, cumulative, none_off, parse_configuration, stack
+from headoff.images import ImageSource, load_image
+from headoff.outcomes import outcomes_of
+from headoff.relevance.engine import Backward, RelevanceEngine
+from headoff.relevance.explanations import Explanation
+from headoff.relevance.kernels import Kernels
+from headoff.relevance.methods import Method, resolve_method
+from headoff.relevance.rules import ZeroRows
+from headoff.relevance.targets import Target, TargetSpec, make_target
+
+
+def explain(
+    detector: Detector,
+    image: ImageSource,
+    configurations: Iterable[Configuration | str] | None = None,
+    queries: Iterable[int] | None = None,
+    method: Method | str = "chefer",
+    layers: Literal["all", "last"] | int | Iterable[int] = "all",
+    *,
+    target: TargetSpec | Sequence[TargetSpec] = "class",
+    pick: Pick = "baseline",
+    confidence: float = 0.5,
+    heads: bool = False,
+    zero_rows: ZeroRows = "identity",
+    backward: Backward = "auto",
+    kernels: Kernels = "auto",
+    memory_budget: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Explanation:
+    """Relevance maps of one image's objects under every configuration, after every decoder layer.
+
+    Args:
+        detector: see `headoff.load`.
+        image: a path, a `PIL.Image` or an array; see `headoff.images.load_image`.
+        configurations: any number of them, or their text. By default the cumulative sweep: nothing off, first 1 off,
+            ..., all heads off, in every decoder layer.
+        queries: the object queries to explain; by default those that detect something with nothing off.
+        method: one of `headoff.relevance.method_names()`, or a `Method`.
+        layers: decoder layers after which maps are wanted, counted from 0: `all`, `last`, a number or several.
+        target: the scalar that is explained: the `class` logit of the query, a coordinate of its box (`cx`, `cy`, `w`,
+            `h`), or a function of (logits, boxes); or a list with one of these for each object.
+        pick: the query and class that are explained under each configuration. `baseline`: those of the run with
+            nothing off, so that a sweep compares the same scalar. `class`: the same query, and its most likely class.
+            `object`: the query that detects the object (`headoff.outcomes`), and its class.
+        confidence: a query counts as a detection if its score exceeds this.
+        heads: whether to add the cross-attention weights of every head.
+        zero_rows, backward, kernels, memory_budget: see `headoff.relevance.rules` and `RelevanceEngine`.
+        progress: called with (configurations done, configurations in all).
+
+    Under `with detector.autocasting(dtype):` only the forward passes run in mixed precision; relevance is float32.
+
+    Returns:
+        An `Explanation`, which has no objects if nothing is detected.
+
+    Raises:
+        ImageError: the image cannot be read.
+        GateError: a configuration does not fit the detector.
+        SettingError: another argument is invalid.
+        NonFiniteError: NaN or infinity appears; the message names the first layer.
+        AttentionError: a patched attention has no backward pass.
+
+    Example:
+        >>> explanation = explain(load("scenes"), sample_image(0), ["none", "first 4"])
+        >>> explanation.maps.shape  # configurations, objects, decoder layers, rows and columns of tokens
+    """
+    method = resolve_method(method)
+    if pick not in PICKS:
+        raise SettingError(f"pick cannot be {pick!r}: use one of {', '.join(PICKS)}")
+    layout = detector.head_layout
+    chosen_layers = _layers(layers, layout.decoder_layers)
+    chosen = (
+        cumulative(layout.heads)
+        if configurations is None
+        else tuple(c if isinstance(c, Configuration) else parse_configuration(c) for c in configurations)
+    )
+    gates = stack(chosen, layout)
+    wanted = None if queries is None else _queries(queries, layout.queries)
+    picture = load_image(image)
+    image_size = (picture.height, picture.width)
+    with torch.no_grad():
+        pixels, _ = detector.preprocess([picture])
+        features = detector.features(pixels)
+    engine = RelevanceEngine(
+        detector,
+        features,
+        method=method,
+        zero_rows=zero_rows,
+        backward=backward,
+        kernels=kernels,
+        memory_budget=memory_budget,
+    )
+    (baseline,) = engine.run(stack((none_off(),), layout), lambda *_: ())
+    objects = _objects(baseline.logits, baseline.boxes, image_size, detector.class_names, confidence, wanted)
+    specs = _specs(target, len(objects))
+    picked_queries = torch.full((len(chosen), len(objects)), -1)
+    picked_labels = picked_queries.clone()
+
+    def targets(index: int, logits: Tensor, boxes: Tensor) -> list[Target | None]:
+        picked = _pick(pick, objects, logits, boxes, confidence)
+        for slot, one in enumerate(picked):
+            if one is not None:
+                picked_queries[index, slot], picked_labels[index, slot] = one
+        return [
+            None if one is None else make_target(spec, *one) for one, spec in zip(picked, specs, strict=True)
+        ]
+
+    count = len(chosen), len(objects), len(chosen_layers)
+    dtype = torch.promote_types(detector.dtype, torch.float32)
+    maps = torch.zeros(*count, *features.grid, dtype=dtype)
+    values = torch.full(count[:2], torch.nan, dtype=torch.float64)
+    decoder_zeros = torch.zeros(count, dtype=torch.long)
+    encoder_zeros = torch.zeros(count[:2], dtype=torch.long)
+    differs = torch.zeros(count, dtype=torch.bool)
+    head_maps = torch.zeros(*count, layout.heads, *features.grid, dtype=dtype) if heads else None
+    logits = baseline.logits.new_empty(len(chosen), *baseline.logits.shape)
+    boxes = baseline.boxes.new_empty(len(chosen), *baseline.boxes.shape)
+    for done, found in enumerate(engine.run(gates, targets, layers=chosen_layers, heads=heads), start=1):
+        logits[found.index], boxes[found.index] = found.logits, found.boxes
+        for slot, pair in enumerate(found.pairs):
+            if pair is not None:
+                maps[found.index, slot] = pair.rows.unflatten(-1, features.grid)
+                values[found.index, slot] = pair.value
+                decoder_zeros[found.index, slot] = pair.decoder_identity_rows
+                encoder_zeros[found.index, slot] = pair.encoder_identity_rows
+                differs[found.index, slot] = pair.reference_differs
+        if head_maps is not None and found.heads is not None:
+            head_maps[found.index] = found.heads.unflatten(-1, features.grid)
+        if progress is not None:
+            progress(done, len(chosen))
+    return Explanation(
+        configurations=chosen,
+        objects=objects,
+        layers=tuple(chosen_layers),
+        maps=maps,
+        queries=picked_queries,
+        labels=picked_labels,
+        values=values,
+        decoder_identity_rows=decoder_zeros,
+        encoder_identity_rows=encoder_zeros,
+        reference_differs=differs,
+        logits=logits,
+        boxes=boxes,
+        heads=head_maps,
+        stride=detector.config.backbone.stride,
+        resized=(pixels.shape[-2], pixels.shape[-1]),
+        method=method.name,
+        target=tuple(make_target(spec, 0, 0).name if callable(spec) else spec for spec in specs),
+        pick=pick,
+        zero_rows=zero_rows,
+    )
+
+
+def _layers(layers: Any, count: int) -> list[int]:
+    if layers == "all":
+        return list(range(count))
+    if layers == "last":
+        return [count - 1]
+    try:
+        chosen = [operator.index(layer) for layer in ([layers] if isinstance(layers, int) else layers)]
+    except TypeError:
+        chosen = []
+    if not chosen or isinstance(layers, str):
+        raise SettingError(f"layers cannot be {layers!r}: use 'all', 'last', a number or a list of numbers")
+    for layer in chosen:
+        if not 0 <= layer < count:
+            raise SettingError(
+                f"there is no decoder layer {layer}: this detector's go from 0 to {count - 1}, use one of those"
+            )
+    if len(set(chosen)) < len(chosen):
+        raise SettingError(f"the decoder layers {chosen} are not all different: name each only once")
+    return chosen
+
+
+def _queries(queries: Iterable[int], count: int) -> list[int]:
+    try:
+        chosen = [operator.index(query) for query in queries]
+    except TypeError:
+        raise SettingError(f"queries cannot be {queries!r}: give a list of whole numbers") from None
+    for query in chosen:
+        if not 0 <= query < count:
+            raise SettingError(
+                f"there is no query {query}: this detector's go from 0 to {count - 1}, use one of those"
+            )
+    if len(set(chosen)) < len(chosen):
+        raise SettingError(f"the queries {chosen} are not all different: name each only once")
+    return chosen
+
+
+def _objects(
+    logits: Tensor,
+    boxes: Tensor,
+    image_size: tuple[int, int],
+    class_names: tuple[str, ...],
+    confidence: float,
+    queries: list[int] | None,
+) -> Detections:
+    """The baseline's detections; or the answers of `queries`, in that order, whatever their confidence."""
+    if queries is None:
+        return detections_from(logits, boxes, image_size, class_names, confidence)
+    everything = detections_from(logits, boxes, image_size, class_names, 0.0)
+    places = [everything.queries.tolist().index(query) for query in queries]
+    return Detections(
+        everything.queries[places],
+        everything.labels[places],
+        everything.scores[places],
+        everything.boxes[places],
+        image_size,
+        class_names,
+    )
+
+
+def _specs(target: TargetSpec | Sequence[TargetSpec], count: int) -> list[TargetSpec]:
+    specs: list[TargetSpec] = (
+        [target] * count if isinstance(target, str) or callable(target) else list(target)
+    )
+    if isinstance(target, str) or callable(target):
+        make_target(target, 0, 0)  # a wrong name is an error even if there are no objects
+    if len(specs) != count:
+        raise SettingError(f"{len(specs)} targets were given for {count} objects: give one, or one for each")
+    for spec in specs:
+        make_target(spec, 0, 0)
+    return specs
+
+
+def _pick(
+    pick: Pick, objects: Detections, logits: Tensor, boxes: Tensor, confidence: float
+) -> list[tuple[int, int] | None]:
+    """(query, class) of each object under the configuration that gave `logits` and `boxes`."""
+    frozen = list(zip(objects.queries.tolist(), objects.labels.tolist(), strict=True))
+    if pick == "baseline":
+        return list(frozen)
+    if pick == "class":
+        likeliest = class_probabilities(logits)[:, :-1].argmax(-1).tolist()
+        return [(query, likeliest[query]) for query, _ in frozen]
+    detections = detections_from(logits, boxes, objects.image_size, objects.class_names, confidence)
+    outcomes = outcomes_of(objects, detections, logits).outcomes
+    return [
+        (int(detections.queries[first]), int(detections.labels[first]))
+        if (first := next(iter(outcome.detections), None)) is not None
+        else None
+        for outcome in outcomes
+    ]
