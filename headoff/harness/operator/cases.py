@@ -8,9 +8,10 @@ another seed, for faults that need two difficulties at once.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -20,18 +21,9 @@ from headoff.harness.operator.inputs import CALL_LAYOUTS, INPUT_KINDS
 from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE
 
 Wanted = Literal[
-    "all",
-    "query",
-    "key",
-    "value",
-    "query and key",
-    "query and value",
-    "key and value",
-    "query is key",
-    "query is value",
-    "key is value",
-    "all are one",
-]
+    "all", "query", "key", "value", "query and key", "query and value", "key and value",
+    "query is key", "query is value", "key is value", "all are one",
+]  # fmt: skip
 """Which gradients are computed. `query is key`: all, and one tensor is both, as in self-attention without positions;
 `key is value`: the same in cross-attention."""
 
@@ -55,24 +47,14 @@ WANTED: dict[Wanted, tuple[str, ...]] = {
 """Inputs that require a gradient."""
 
 GRAD_CONTEXT_KINDS = (
-    "random",
-    "ones",
-    "heads last",
-    "every second",
-    "one row",
-    "expanded",
-    "expanded over heads",
-    "expanded over queries",
-    "expanded over channels",
-)
+    "random", "ones", "heads last", "every second", "one row",
+    "expanded", "expanded over heads", "expanded over queries", "expanded over channels",
+)  # fmt: skip
 """Kinds of gradients of the context: `ones` is that of a sum, of stride 0, the expanded ones are those of sums over one
 dimension (`expanded` alone is over batch items); `one row` is zero except for one query."""
 
-EQUAL_SIZES = (5, 5, 5, 5, 8)
-"""(B, H, Q, S, D) where one dimension read as another still has the right size."""
-
-DIFFERENT_SIZES = (2, 3, 4, 7, 8)
-"""The same where every dimension has a size of its own."""
+EQUAL_AND_DIFFERENT = (("equal", (5, 5, 5, 5, 8)), ("different", (2, 3, 4, 7, 8)))
+"""Sizes where one dimension read as another still has the right size, and where every dimension has its own."""
 
 DRAWN = 24
 """Number of random combinations."""
@@ -143,227 +125,157 @@ class OperatorCase:
         return {name: GRADIENTS[shared[0] if name in shared else name] for name in INPUTS}
 
 
-def _sized(batch: int, heads: int, queries: int, keys: int, channels: int, **fields: object) -> OperatorCase:
+Sizes = tuple[int, int, int, int, int]
+"""(B, H, Q, S, D)"""
+
+
+def _case(name: str, sizes: Sizes, **fields: Any) -> OperatorCase:
+    """A case called `name`, with dashes for spaces."""
+    batch, heads, queries, keys, channels = sizes
     return OperatorCase(
+        name=name.replace(" ", "-"),
         batch=batch,
         heads=heads,
         queries=queries,
         keys=keys,
         channels=channels,
-        **fields,  # type: ignore[arg-type]
+        **fields,
     )
 
 
 def _detr() -> list[OperatorCase]:
     """DETR's sizes at 800 x 1066 pixels, in part with fewer heads, and nine configurations of a sweep end to end."""
+    cross = {"layout": "heads last", "site": "decoder_cross"}
     return [
-        _sized(
-            1,
-            4,
-            100,
-            850,
-            32,
-            name="decoder_cross",
-            gate="first-3",
-            layout="heads last",
-            site="decoder_cross",
-        ),
-        _sized(
-            1, 2, 850, 850, 32, name="encoder_self", mask="padding", layout="heads last", site="encoder_self"
-        ),
-        _sized(
-            3,
-            8,
-            100,
-            100,
-            32,
-            name="decoder_self",
+        _case("decoder_cross", (1, 4, 100, 850, 32), gate="first-3", **cross),
+        _case("sweep", (1, 8, 225, 850, 32), gate="configurations", mask="padding", **cross),
+        _case("encoder_self", (1, 2, 850, 850, 32), mask="padding", layout="heads last", site="encoder_self"),
+        _case(
+            "decoder_self",
+            (3, 8, 100, 100, 32),
             gate="per item",
             layout="sequence first",
             site="decoder_self",
         ),
-        _sized(
-            1,
-            8,
-            225,
-            850,
-            32,
-            name="sweep",
-            gate="configurations",
-            mask="padding",
-            layout="heads last",
-            site="decoder_cross",
-        ),
-        _sized(1, 8, 7, 3350, 32, name="dilated", gate="full", mask="holes", site="decoder_cross"),
+        _case("dilated", (1, 8, 7, 3350, 32), gate="full", mask="holes", site="decoder_cross"),
     ]
+
+
+RAGGED = (
+    ((1, 1), (1, 850), (100, 1), (2, 3), (17, 33), (31, 63), (65, 129), (127, 257), (33, 1023), (129, 40)),
+    ((16, 16), (64, 64), (128, 256), (64, 520)),
+)
+"""Queries and keys: multiples of nothing, and multiples of block sizes."""
 
 
 def _sizes() -> list[OperatorCase]:
-    """Sizes that are multiples of nothing, multiples of all block sizes, or equal to one another."""
-    ragged = [
-        (1, 1),
-        (1, 850),
-        (100, 1),
-        (2, 3),
-        (17, 33),
-        (31, 63),
-        (65, 129),
-        (127, 257),
-        (33, 1023),
-        (129, 40),
+    cases = [
+        _case(
+            f"sizes {queries}x{keys}",
+            (1 + number % 2, 2, queries, keys, 32),
+            gate=("none", "full")[number % 2],
+            inputs=("normal", "spotlight")[number // 2 % 2],
+        )
+        for number, (queries, keys) in enumerate(itertools.chain(*RAGGED))
     ]
-    even = [(16, 16), (64, 64), (128, 256), (64, 520)]
-    cases = []
-    for number, (queries, keys) in enumerate(ragged + even):
-        cases.append(
-            _sized(
-                1 + number % 2,
-                2,
-                queries,
-                keys,
-                32,
-                name=f"sizes-{queries}x{keys}",
-                gate=("none", "full")[number % 2],
-                inputs=("normal", "spotlight")[number // 2 % 2],
-            )
-        )
-    for channels, heads in ((16, 3), (32, 1), (40, 2), (64, 3), (128, 2), (20, 12), (8, 5)):
-        cases.append(
-            _sized(
-                2,
-                heads,
-                37,
-                45,
-                channels,
-                name=f"channels-{channels}-heads-{heads}",
-                gate="full",
-                mask="padding",
-            )
-        )
-    cases += [
-        _sized(2, 3, 1, 50, 32, name="one-query-masked", gate="full", mask="padding"),
-        _sized(2, 3, 1, 50, 32, name="one-query-keyless", mask="fully masked item"),
-        _sized(2, 3, 20, 1, 32, name="one-key-keyless", gate="full", mask="fully masked item"),
-        _sized(2, 3, 20, 1, 32, name="one-key-additive", mask="additive fully masked rows"),
-        _sized(1, 1, 1100, 9, 16, name="many-queries", gate="full", mask="rows"),
-        _sized(2, 8, 8, 8, 8, name="all-sizes-equal", gate="full", mask="full"),
-        _sized(8, 8, 8, 8, 16, name="batch-as-heads", gate="per item", mask="padding"),
-        _sized(2, 8, 8, 50, 32, name="queries-as-heads", gate="per query", layout="heads last"),
-        _sized(2, 3, 32, 32, 32, name="square", gate="full", mask="rows per item", layout="channels first"),
-        _sized(3, 4, 24, 4, 16, name="keys-as-heads", gate="per item", mask="bias of keys"),
-        _sized(5, 3, 9, 21, 32, name="odd-batch", gate="full", mask="full"),
-        _sized(2, 12, 20, 300, 32, name="many-heads", gate="first-9", inputs="spotlight"),
+    for heads, channels in ((3, 16), (1, 32), (2, 40), (3, 64), (2, 128), (12, 20), (5, 8)):
+        name = f"channels {channels} heads {heads}"
+        cases.append(_case(name, (2, heads, 37, 45, channels), gate="full", mask="padding"))
+    for channels in (1, 10, 33, 96, 256):
+        cases.append(_case(f"channels {channels}", (1, 2, 9, 13, channels), gate="full", mask="padding"))
+    return cases + [
+        _case("one query masked", (2, 3, 1, 50, 32), gate="full", mask="padding"),
+        _case("one query fully masked", (2, 3, 1, 50, 32), mask="fully masked item"),
+        _case("one key fully masked", (2, 3, 20, 1, 32), gate="full", mask="fully masked item"),
+        _case("one key additive", (2, 3, 20, 1, 32), mask="additive fully masked rows"),
+        _case("many queries", (1, 1, 1100, 9, 16), gate="full", mask="rows"),
+        # Sizes that are equal, so that one may be mistaken for another.
+        _case("all sizes equal", (2, 8, 8, 8, 8), gate="full", mask="full"),
+        _case("batch as heads", (8, 8, 8, 8, 16), gate="per item", mask="padding"),
+        _case("queries as heads", (2, 8, 8, 50, 32), gate="per query", layout="heads last"),
+        _case("square", (2, 3, 32, 32, 32), gate="full", mask="rows per item", layout="channels first"),
+        _case("keys as heads", (3, 4, 24, 4, 16), gate="per item", mask="bias of keys"),
         # One large size and small others, which is cheap: more heads or items than a word has bits, partial last
         # blocks, grids that are too small.
-        _sized(1, 17, 4, 6, 8, name="heads-17", gate="first-1"),
-        _sized(1, 33, 4, 6, 8, name="heads-33", gate="first-3"),
-        _sized(40, 2, 5, 6, 8, name="many-items", gate="per item", mask="padding"),
-        _sized(1, 1, 5, 2000, 16, name="long-keys", gate="full"),
-        _sized(1, 1, 2000, 6, 16, name="long-queries"),
-        _sized(1, 1, 3, 4200, 8, name="keys-4200", inputs="spotlight"),
-        _sized(1, 1, 33_000, 3, 8, name="queries-33000"),
-        _sized(8200, 8, 1, 2, 8, name="streams-65600"),
+        _case("odd batch", (5, 3, 9, 21, 32), gate="full", mask="full"),
+        _case("many heads", (2, 12, 20, 300, 32), gate="first-9", inputs="spotlight"),
+        _case("heads 17", (1, 17, 4, 6, 8), gate="first-1"),
+        _case("heads 33", (1, 33, 4, 6, 8), gate="first-3"),
+        _case("many items", (40, 2, 5, 6, 8), gate="per item", mask="padding"),
+        _case("long keys", (1, 1, 5, 2000, 16), gate="full"),
+        _case("long queries", (1, 1, 2000, 6, 16)),
+        _case("keys 4200", (1, 1, 3, 4200, 8), inputs="spotlight"),
+        _case("queries 33000", (1, 1, 33_000, 3, 8)),
+        _case("heads of all items 65600", (8200, 8, 1, 2, 8)),
         # Gradients of query and key are differences of large numbers here: they are not compared.
-        _sized(1, 1, 11, 2000, 16, name="sums-over-many-keys", inputs="heavy-values", wanted="value"),
+        _case("sums over many keys", (1, 1, 11, 2000, 16), inputs="heavy-values", wanted="value"),
     ]
-    for channels in (1, 10, 33, 96, 256):
-        cases.append(_sized(1, 2, 9, 13, channels, name=f"channels-{channels}", gate="full", mask="padding"))
-    return cases
 
 
 def _gates() -> list[OperatorCase]:
     kinds = [f"first-{k}" for k in range(9)] + ["only-0", "only-7", "without-5", *GATE_KINDS]
     cases = [
-        _sized(
-            2,
-            8,
-            26,
-            41,
-            16,
-            name=f"gate-{kind.replace(' ', '-')}",
+        _case(
+            f"gate {kind}",
+            (2, 8, 26, 41, 16),
             gate=kind,
             inputs=("spotlight", "normal")[number % 2],
             mask=("none", "padding", "bias")[number % 3],
         )
         for number, kind in enumerate(kinds)
     ]
-    for kind in GATES_BY_SHAPE:
-        for sizes, which in ((EQUAL_SIZES, "equal"), (DIFFERENT_SIZES, "different")):
-            name = f"gate-{kind.replace(' ', '-')}-{which}"
-            cases.append(_sized(*sizes, name=name, gate=kind, inputs="positive"))
+    for kind, (which, sizes) in itertools.product(GATES_BY_SHAPE, EQUAL_AND_DIFFERENT):
+        cases.append(_case(f"gate {kind} {which}", sizes, gate=kind, inputs="positive"))
     return cases
 
 
 def _masks() -> list[OperatorCase]:
-    cases = []
-    for number, kind in enumerate(MASK_KINDS):
-        cases.append(
-            _sized(
-                *((4, 3, 24, 24, 16) if MASK_KINDS[kind].square else (3, 4, 34, 150, 16)),
-                name=f"mask-{kind.replace(' ', '-')}",
-                mask=kind,
-                gate=("none", "full", "per item")[number % 3],
-                inputs=("normal", "positive")[number % 2],
-            )
+    cases = [
+        _case(
+            f"mask {name}",
+            (4, 3, 24, 24, 16) if kind.square else (3, 4, 34, 150, 16),
+            mask=name,
+            gate=("none", "full", "per item")[number % 3],
+            inputs=("normal", "positive")[number % 2],
         )
-    for kind in MASKS_BY_SHAPE:
-        for sizes, which in ((EQUAL_SIZES, "equal"), (DIFFERENT_SIZES, "different")):
-            cases.append(_sized(*sizes, name=f"mask-{kind.replace(' ', '-')}-{which}", mask=kind))
+        for number, (name, kind) in enumerate(MASK_KINDS.items())
+    ]
+    for name, (which, sizes) in itertools.product(MASKS_BY_SHAPE, EQUAL_AND_DIFFERENT):
+        cases.append(_case(f"mask {name} {which}", sizes, mask=name))
     return cases
 
 
 def _inputs() -> list[OperatorCase]:
-    cases = []
-    for number, kind in enumerate(INPUT_KINDS):
-        cases.append(
-            _sized(
-                2,
-                4,
-                70,
-                139,
-                32,
-                name=f"inputs-{kind}",
-                inputs=kind,
-                gate=("full", "none")[number % 2],
-                mask=("none", "padding")[number // 2 % 2],
-            )
+    cases = [
+        _case(
+            f"inputs {kind}",
+            (2, 4, 70, 139, 32),
+            inputs=kind,
+            gate=("full", "none")[number % 2],
+            mask=("none", "padding")[number // 2 % 2],
         )
-    cases += [
-        _sized(1, 2, 64, 128, 64, name="spotlight-even", inputs="spotlight", gate="fractions"),
-        _sized(
-            2, 2, 75, 150, 40, name="spotlight-padding", inputs="spotlight", mask="holes", gate="per item"
-        ),
+        for number, kind in enumerate(INPUT_KINDS)
     ]
-    return cases
+    return cases + [
+        _case("spotlight even", (1, 2, 64, 128, 64), inputs="spotlight", gate="fractions"),
+        _case("spotlight padding", (2, 2, 75, 150, 40), inputs="spotlight", mask="holes", gate="per item"),
+    ]
 
 
 def _layouts() -> list[OperatorCase]:
-    cases = [
-        _sized(3, 4, 25, 47, 32, name=f"layout-{kind.replace(' ', '-')}", layout=kind, gate="full", mask=mask)
-        for kind in CALL_LAYOUTS
-        for mask in (("padding",) if kind != "contiguous" else ("none",))
-    ]
+    cases = []
+    for kind in CALL_LAYOUTS:
+        mask = "none" if kind == "contiguous" else "padding"
+        cases.append(_case(f"layout {kind}", (3, 4, 25, 47, 32), layout=kind, gate="full", mask=mask))
+    usual = {"gate": "full", "layout": "heads last", "inputs": "positive"}
     for kind in GRAD_CONTEXT_KINDS:
-        cases.append(
-            _sized(
-                2,
-                3,
-                40,
-                50,
-                32,
-                name=f"grad-context-{kind.replace(' ', '-')}",
-                grad_context=kind,
-                gate="full",
-                layout="heads last",
-                inputs="positive",
-            )
-        )
+        cases.append(_case(f"grad-context {kind}", (2, 3, 40, 50, 32), grad_context=kind, **usual))
     for wanted in WANTED:
-        name = f"wanted-{wanted.replace(' ', '-')}"
+        name = f"wanted {wanted}"
         if wanted != "all":
-            cases.append(_sized(2, 3, 35, 35, 32, name=name, wanted=wanted, gate="full", mask="padding"))
+            cases.append(_case(name, (2, 3, 35, 35, 32), wanted=wanted, gate="full", mask="padding"))
         if wanted not in SHARED:
-            cases.append(_sized(1, 2, 19, 70, 32, name=f"{name}-of-70-keys", wanted=wanted, gate="first-1"))
+            cases.append(_case(f"{name} of 70 keys", (1, 2, 19, 70, 32), wanted=wanted, gate="first-1"))
     return cases
 
 
@@ -400,13 +312,9 @@ def drawn(number: int, seed: int) -> OperatorCase:
     sizes = {"B": batch, "H": heads, "Q": queries, "S": keys}
     if alike:
         sizes |= dict.fromkeys(alike, heads if "H" in alike or "B" in alike else queries)
-    return _sized(
-        sizes["B"],
-        sizes["H"],
-        sizes["Q"],
-        sizes["S"],
-        choose((10, 16, 32, 32, 33, 40, 64)),
-        name=f"drawn-{number}",
+    return _case(
+        f"drawn {number}",
+        (*sizes.values(), choose((10, 16, 32, 32, 33, 40, 64))),  # type: ignore[arg-type]
         gate=choose(["none", *choose((gates, gates, list(GATES_BY_SHAPE)))]),
         mask=choose(["none", *choose((masks, masks, list(MASKS_BY_SHAPE)))]),
         inputs=choose(("normal", "normal", "positive", "spotlight", "large", "zero-rows", "great-values")),
