@@ -539,3 +539,44 @@ def test_drawn_cases_of_any_seed_can_be_made(dtype):
         for case in operator_cases(dtype, seed)[-DRAWN:]:
             made = tensors_of(case, torch.device("cpu"))
             assert all(bool(each.isfinite().all()) for each in (made.query, made.key, made.value)), str(case)
+
+
+def softmax_by_hand(query, key, value, attn_mask=None, *, head_gate=None):
+    """In the dtype of the query throughout, and with a maximum that is not detached."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if masked else scores + attn_mask
+    largest = scores.amax(-1, keepdim=True)
+    exponentials = (scores - largest.masked_fill(largest == -math.inf, 0)).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    weights = exponentials / torch.where(total > 0, total, 1)
+    return (weights if head_gate is None else weights * head_gate) @ value
+
+
+def weights_from_logsumexp(query, key, value, attn_mask=None, *, head_gate=None):
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if masked else scores + attn_mask
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0)
+    weights = (scores - scores.logsumexp(-1, keepdim=True)).exp().masked_fill(empty, 0)
+    return (weights if head_gate is None else weights * head_gate) @ value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attention", [softmax_by_hand, weights_from_logsumexp], ids=lambda a: a.__name__)
+def test_plain_formulations_raise_no_false_alarm(attention, dtype):
+    names = (
+        "long-keys",
+        "drawn-5",
+        "mask-bias-of-rows-of--12000",
+        "mask-padding",
+        "gate-full",
+        "sizes-1x850",
+    )
+    for seed in range(3):
+        for case in operator_cases(dtype, seed):
+            if case.name in names:
+                assert not operator_findings(attention, case, "cpu")

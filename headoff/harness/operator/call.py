@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ from headoff.harness.operator.inputs import (
     input_values,
     layouts_of,
 )
-from headoff.harness.operator.masks import mask_kind
+from headoff.harness.operator.masks import NEARLY_MASKED, mask_kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,8 @@ def _values_of(case: OperatorCase) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
     if case.dtype == torch.float16:
         value = value * (LARGEST_OF_HALF / max(LARGEST_OF_HALF, float(value.abs().max())))
     mask = None if case.mask == "none" else mask_kind(case.mask).build(generator, *sizes[:4])
+    if mask is not None and mask.dtype != torch.bool:
+        mask = _with_strides(mask, lambda memory: _resolved(memory, case.dtype))
     gate = gate_values(case.gate, generator, case.batch, case.heads, case.queries)
     grad_context = _grad_context(case, generator)
     if mask is not None and len(set(case.gradient_names.values())) == 3:
@@ -98,8 +101,18 @@ def _copy(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Ten
 
 def moved(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """In `dtype` on `device`, with the same strides, offset and memory between the elements."""
+    return _with_strides(tensor, lambda memory: _copy(memory, dtype, device))
+
+
+def _with_strides(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`change` of all of a tensor's memory, seen with the same shape, strides and offset."""
     memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-    return _copy(memory, dtype, device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return change(memory).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _resolved(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Biases no deeper than `dtype` resolves to a fraction of 1; those that stand for -inf stay."""
+    return torch.where(bias > NEARLY_MASKED, bias.clamp(min=-0.25 / torch.finfo(dtype).eps), bias)
 
 
 def _grad_context(case: OperatorCase, generator: torch.Generator) -> Tensor:
@@ -129,7 +142,10 @@ def _fill_masked(
         return key, torch.where(unseen, value * 30, value)
     room = (2e4, 1e3) if case.dtype == torch.float16 else (1e6, 1e6)
     factor = max(1.0, min(room[0] / largest, room[1] / float(key.abs().max())))
-    return torch.where(unseen, key * factor, key), torch.where(unseen, value * 30, value)
+    large = value * 30
+    if case.dtype == torch.float16:
+        large = large.clamp(-LARGEST_OF_HALF, LARGEST_OF_HALF)
+    return torch.where(unseen, key * factor, key), torch.where(unseen, large, value)
 
 
 Results = dict[str, Tensor]

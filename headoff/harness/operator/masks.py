@@ -24,6 +24,9 @@ PATTERNS: tuple[str, ...] = tuple(
 SLOPE = 0.5
 """Of a bias by distance (ALiBi): what each place of distance takes off a score."""
 
+NEARLY_MASKED = -1e30
+"""A bias as good as -inf, but finite (-inf in float16)."""
+
 WINDOW = 4
 """Keys in a sliding window, and in a block of a block-diagonal mask."""
 
@@ -178,7 +181,7 @@ def _bias_of_low_rows(generator: Generator, depth: float, *shape: int) -> Tensor
 
 def _bias_nearly_masked(generator: Generator, *shape: int) -> Tensor:
     """-1e30 for some keys of each row: as good as -inf, but finite (-inf in float16)."""
-    return _bias(generator, *shape).masked_fill(~_random(generator, *shape), -1e30)
+    return _bias(generator, *shape).masked_fill(~_random(generator, *shape), NEARLY_MASKED)
 
 
 def _sliced(mask: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class Formulation:
         key_block: keys per block of an online softmax, as in FlashAttention; None for all keys at once.
         powers_of_2: whether exp2 is used, with log2(e) multiplied into the scores, as in many Triton kernels.
         gate: whether the head gate multiplies the weights or the context.
+        by_hand: whether every step is in the dtype of the query and differentiated, as in a few lines of PyTorch: even
+            the maximum, whose gradients cancel except for roundings.
     """
 
     scale: Literal["query", "scores", "both"] = "query"
@@ -44,6 +46,7 @@ class Formulation:
     key_block: int | None = None
     powers_of_2: bool = False
     gate: Literal["weights", "context"] = "weights"
+    by_hand: bool = False
 
     def __call__(
         self,
@@ -54,7 +57,8 @@ class Formulation:
         *,
         head_gate: Tensor | None = None,
     ) -> Tensor:
-        dtype, compute = query.dtype, torch.promote_types(query.dtype, torch.float32)
+        dtype = query.dtype
+        compute = dtype if self.by_hand else torch.promote_types(dtype, torch.float32)
         exp, log = (torch.exp2, torch.log2) if self.powers_of_2 else (torch.exp, torch.log)
         base = math.log2(math.e) if self.powers_of_2 else 1.0
         factor = base / math.sqrt(query.shape[-1])
@@ -65,15 +69,14 @@ class Formulation:
         gate = 1.0 if head_gate is None else head_gate.to(compute)
         gate_of_weights, gate_of_context = (gate, 1.0) if self.gate == "weights" else (1.0, gate)
 
-        # The statistics of the online softmax: a running maximum, which is a constant for autograd, and the sum of
-        # exponentials relative to it.
+        # The statistics of the online softmax: a running maximum and the sum of exponentials relative to it.
         maximum: Any = -math.inf
         total: Any = 0.0
         context: Any = 0.0
         blocks = []
         for scores, values in _blocks(query.to(compute), key, value, attn_mask, self.key_block, factor, base):
             blocks.append((scores, values))
-            largest = scores.detach().amax(-1, keepdim=True).clamp(min=maximum)
+            largest = (scores if self.by_hand else scores.detach()).amax(-1, keepdim=True).clamp(min=maximum)
             # A row without any key so far has the maximum -inf: 0 in its place gives exponentials of 0, and no NaN.
             finite = largest.masked_fill(largest == -math.inf, 0.0)
             rescale, exponentials = exp(maximum - finite), exp(scores - finite)
@@ -178,7 +181,7 @@ class ExtraRounding:
 
 STANDARD: dict[str, Attention] = {
     "eager": eager,
-    "scaled query, division last": Formulation(scale="query", normalize="last", gate="context"),
+    "softmax by hand": Formulation(normalize="first", gate="context", by_hand=True),
     "exp(scores - logsumexp(scores))": Formulation(scale="scores", normalize="logsumexp"),
     "online softmax in powers of 2": Formulation(key_block=KEY_BLOCK, powers_of_2=True),
     "FlashAttention": flash,
