@@ -131,9 +131,8 @@ def test_the_example_of_the_readme_is_right(tmp_path):
     from headoff.harness.operator import SIDE_EFFECTS, operator_findings, reduced_cases, side_effect_findings
 
     readme = (Path(headoff.__file__).parents[1] / "README.md").read_text()
-    section = readme[readme.index("## Check your attention patch") :]
+    section = readme[readme.index("## For kernel engineers") :]
     code = section.split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) == 15
     file = tmp_path / "my_kernel.py"
     file.write_text(code)
     attention = resolve_attention(f"{file}:attention")

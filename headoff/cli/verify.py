@@ -108,8 +108,8 @@ def run(settings: argparse.Namespace) -> int:
     arguments = _pytest_arguments(settings)
     if chosen[0].report:
         remove_earlier_report(chosen[0].report)
-    for each in chosen:
-        preflight(each.attention, each.device, each.dtype)
+    for one in chosen:
+        preflight(one.attention, one.device, one.dtype)
     # pytest's options of somebody's own project are not meant for these suites.
     os.environ.pop("PYTEST_ADDOPTS", None)
     watcher = _Watcher()

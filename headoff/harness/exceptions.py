@@ -18,9 +18,9 @@ def describe_exception(error: BaseException) -> str:
     """`ValueError: its text (/home/me/kernel.py, line 7)`: the innermost line that is neither torch's nor headoff's."""
     text = " ".join(str(error).split())
     short = text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
-    said = f"{type(error).__name__}: {short}" if short else type(error).__name__
+    message = f"{type(error).__name__}: {short}" if short else type(error).__name__
     frame = _frame_of_patch(traceback.extract_tb(error.__traceback__))
-    return said if frame is None else f"{said} ({frame.filename}, line {frame.lineno})"
+    return message if frame is None else f"{message} ({frame.filename}, line {frame.lineno})"
 
 
 def _frame_of_patch(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary | None:

@@ -83,7 +83,9 @@ class WrongAttention(pytest.fail.Exception):  # type: ignore[name-defined]
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         self.findings = tuple(findings)
-        super().__init__("\n".join(f"{each.property}: {each.message}" for each in findings), pytrace=False)
+        super().__init__(
+            "\n".join(f"{finding.property}: {finding.message}" for finding in findings), pytrace=False
+        )
 
 
 def fail_on(findings: Sequence[Finding]) -> None:

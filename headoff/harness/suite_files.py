@@ -1,4 +1,4 @@
-"""Where the heads_off suites are: beside the package in a checkout, within it where it is installed."""
+"""Where the heads_off suites are: next to the package in a checkout, inside it where it is installed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Hooks of pytest and pytest-benchmark, as functions for the plugin to export.
 
-They act in runs of the benchmark suite alone: the plugin is loaded wherever headoff is installed, and whoever
-benchmarks something else is not to find headoff in his results.
+They act in runs of the benchmark suite alone: the plugin is loaded wherever headoff is installed, and and
+other benchmarks must not find headoff in their results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
             "baseline": settings.baseline,
             "dtype": settings.dtype,
             "max_slowdown": settings.max_slowdown,
-            "verdicts": dict(Counter(each["verdict"] for each in records)),
+            "verdicts": dict(Counter(record["verdict"] for record in records)),
         }
 
 
@@ -45,7 +45,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 def pytest_benchmark_compare_machine_info(
     config: pytest.Config, benchmarksession: Any, compared_benchmark: Mapping[str, Any]
 ) -> None:
-    """Say where a saved run (`--benchmark-compare`) was made on another GPU or CPU; refuse to judge by it."""
+    """Say where a saved run (`--benchmark-compare`) was made on another GPU or CPU; do not judge by it."""
     if not any(SUITE in bench["fullname"] for bench in compared_benchmark["benchmarks"]):
         return
     from headoff.timing.calls import THREADS

@@ -1,4 +1,4 @@
-"""The pytest plugin: options, the fixture `under_test`, and what is said at the end of a run.
+"""The pytest plugin: options, the fixture `under_test`, and the verdict at the end of a run.
 
 pytest loads it wherever headoff is installed, so it imports torch only when a test asks for it.
 """
@@ -111,7 +111,7 @@ def under_test(request: pytest.FixtureRequest) -> Patch:
         # Workers share the cores; threads of several would wait for one another most of the time.
         workers = config.workerinput["workercount"]  # type: ignore[attr-defined]
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
-    settings = {each.dtype: each for each in all_settings(config)}
+    settings = {one.dtype: one for one in all_settings(config)}
     return config.stash[REPORTER].patch_of(settings[getattr(request, "param", next(iter(settings)))])
 
 

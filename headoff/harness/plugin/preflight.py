@@ -30,9 +30,7 @@ SHAPES = {"encoder_self": (144, 144), "decoder_self": (100, 100), "decoder_cross
 @functools.cache
 def preflight(attention: str, device: str, dtype: str) -> None:
     """Raise AttentionError, one sentence, where the attention cannot be tested at all."""
-    known = resolve_attention(
-        attention
-    )  # what is wrong with a name or an import is said here, without a process
+    known = resolve_attention(attention)  # a wrong name or import needs no other process
     if attention in attention_names():
         first_calls(known, attention, torch.device(device), torch_dtype(dtype))  # headoff's own do no harm
         return

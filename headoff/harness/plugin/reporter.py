@@ -115,7 +115,7 @@ class Reporter:
         from headoff.timing.calls import THREADS
         from headoff.timing.machine import describe_machine
 
-        settings = {each.dtype: each for each in all_settings(self.config)}
+        settings = {one.dtype: one for one in all_settings(self.config)}
         first = next(iter(settings.values()))
         self.run.benchmarks = self.config.stash.get(RECORDS, [])
         self.run.machine = describe_machine(first.device, THREADS if self.run.benchmarks else None)
@@ -163,17 +163,17 @@ class Reporter:
         return result
 
     def lines(self) -> list[str]:
-        """What is said below the headline."""
+        """What stands below the headline."""
         assert self.document is not None
-        roots = self.document["diagnosis"]
-        lines = [f"  accepted although wrong: {each}" for each in self.document["cannot_tell"][:SHOWN]]
-        lines += [f"  {each['property']}: {each['message']}" for each in roots[:SHOWN]]
-        if len(roots) > SHOWN:
-            lines.append(f"  and {len(roots) - SHOWN} more causes")
-        failed = [each for each in self.document["suites"] if each["failed"] or each["errors"]]
-        for each in failed:
-            total = each["passed"] + each["failed"] + each["errors"]
-            lines.append(f"  {each['name']}: {each['failed'] + each['errors']} of {total} checks failed")
+        causes = self.document["diagnosis"]
+        lines = [f"  accepted although wrong: {answer}" for answer in self.document["cannot_tell"][:SHOWN]]
+        lines += [f"  {cause['property']}: {cause['message']}" for cause in causes[:SHOWN]]
+        if len(causes) > SHOWN:
+            lines.append(f"  and {len(causes) - SHOWN} more causes")
+        failed = [suite for suite in self.document["suites"] if suite["failed"] or suite["errors"]]
+        for suite in failed:
+            total = suite["passed"] + suite["failed"] + suite["errors"]
+            lines.append(f"  {suite['name']}: {suite['failed'] + suite['errors']} of {total} checks failed")
         lines += [f"  {note}" for note in self.document["notes"]]
         if calls := self.document["calls"]:
             lines.append(

@@ -1,6 +1,6 @@
 """What happened in a run, and the document that reports are made of.
 
-Tests may run in several processes. What each finds out travels with its report, as types that JSON knows, to the
+Tests may run in several processes. What test finds out travels with its report, as types that JSON knows, to the
 process that reports.
 """
 
@@ -71,7 +71,7 @@ class TestRecord:
             "seconds": round(self.seconds, 4),
             "message": self.message,
             "problem": self.harness_problem,
-            "findings": [each.as_dict() for each in self.findings],
+            "findings": [finding.as_dict() for finding in self.findings],
         }
 
 
@@ -109,7 +109,7 @@ class Run:
         elif outcome == "failed":
             record.outcome = "failed" if phase == "call" else "error"
             if phase == "call" and findings:
-                record.findings += [Finding.from_dict(each) for each in findings]
+                record.findings += [Finding.from_dict(finding) for finding in findings]
             else:
                 record.problem = record.problem or message or "it failed without a message"
         self.unsupported.update(noted.get("unsupported", {}))
@@ -120,36 +120,36 @@ class Run:
 
     def failed(self) -> list[TestRecord]:
         """Tests that failed or could not be run."""
-        return [each for each in self.tests.values() if each.outcome in ("failed", "error")]
+        return [test for test in self.tests.values() if test.outcome in ("failed", "error")]
 
     @property
     def wrong(self) -> list[TestRecord]:
         """Tests that found the attention wrong; not those that found it slow alone."""
         return [
-            each
-            for each in self.tests.values()
-            if each.is_verdict and any(finding.property != "time" for finding in each.findings)
+            test
+            for test in self.tests.values()
+            if test.is_verdict and any(finding.property != "time" for finding in test.findings)
         ]
 
     @property
     def slow(self) -> list[TestRecord]:
         """Tests that found the attention slow alone."""
         wrong = self.wrong
-        return [each for each in self.tests.values() if each.is_verdict and each not in wrong]
+        return [test for test in self.tests.values() if test.is_verdict and test not in wrong]
 
     @property
     def problems(self) -> list[TestRecord]:
         """Tests that failed for a reason that is not the attention."""
-        return [each for each in self.tests.values() if each.harness_problem]
+        return [test for test in self.tests.values() if test.harness_problem]
 
     @property
     def passed(self) -> int:
         """Checks: tests that called the attention and passed."""
-        return sum(each.outcome == "passed" and each.calls > 0 for each in self.tests.values())
+        return sum(test.outcome == "passed" and test.calls > 0 for test in self.tests.values())
 
     @property
     def all_skipped(self) -> bool:
-        return all(each.outcome == "skipped" for each in self.tests.values())
+        return all(test.outcome == "skipped" for test in self.tests.values())
 
     @property
     def verdict(self) -> Verdict:
@@ -162,8 +162,8 @@ class Run:
     @property
     def findings(self) -> list[Finding]:
         """Of all tests, those of the properties that explain most first."""
-        found = [each for test in self.tests.values() for each in test.findings]
-        return sorted(found, key=lambda each: PROPERTIES.index(each.property))
+        found = [finding for test in self.tests.values() for finding in test.findings]
+        return sorted(found, key=lambda finding: PROPERTIES.index(finding.property))
 
     def headline(self) -> str:
         """The verdict, and what there is to say for it, in a line."""
@@ -190,14 +190,13 @@ class Run:
         )
 
     def _cause(self) -> str:
-        roots = self.diagnosis or self.findings
-        if roots:
-            root = roots[0]
+        causes = self.diagnosis or self.findings
+        if causes:
+            first = causes[0]
             # The first clause says what is wrong; numbers and case follow below.
-            said = f"{root.property}: {root.message.split('; ')[0]}"
-            return said if root.site is None else f"{said}; in the model first at {place_of(root)}"
-        first = self.wrong[0]
-        return first.message or first.id
+            message = f"{first.property}: {first.message.split('; ')[0]}"
+            return message if first.site is None else f"{message}; in the model first at {place_of(first)}"
+        return self.wrong[0].message or self.wrong[0].id
 
     def _limits(self) -> str:
         """What the tolerance could not tell apart, which limits what `right` means."""
@@ -209,7 +208,7 @@ class Run:
     def _times(self) -> str:
         if not self.benchmarks:
             return ""
-        ratios = sorted(each["ratio"] for each in self.benchmarks)
+        ratios = sorted(record["ratio"] for record in self.benchmarks)
         return f"; {ratios[0]:.2f} to {ratios[-1]:.2f} times the time of {self.about['baseline']}"
 
     def document(self) -> dict[str, Any]:
@@ -239,17 +238,17 @@ class Run:
             "calls": dict(self.calls),
             "cannot_tell": self.cannot_tell,
             "notes": [*self.notes, *notes],
-            "diagnosis": [each.as_dict() for each in self.diagnosis],
+            "diagnosis": [finding.as_dict() for finding in self.diagnosis],
             "suites": self.suites(),
-            "tests": [each.as_dict() for each in self.tests.values()],
+            "tests": [test.as_dict() for test in self.tests.values()],
             "benchmarks": self.benchmarks,
             "pictures": _pictures([*self.diagnosis, *self.findings]),
         }
 
     def suites(self) -> list[dict[str, Any]]:
         """Counts and seconds of each suite, in the order they are best read in."""
-        names = sorted({each.suite for each in self.tests.values()}, key=_place)
-        return [_count(name, [each for each in self.tests.values() if each.suite == name]) for name in names]
+        names = sorted({test.suite for test in self.tests.values()}, key=_place)
+        return [_count(name, [test for test in self.tests.values() if test.suite == name]) for name in names]
 
 
 def place_of(finding: Finding) -> str:
@@ -271,14 +270,14 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def _count(name: str, tests: list[TestRecord]) -> dict[str, Any]:
-    outcomes = Counter(each.outcome for each in tests)
+    outcomes = Counter(test.outcome for test in tests)
     return {
         "name": name,
         "passed": outcomes["passed"],
         "failed": outcomes["failed"],
         "skipped": outcomes["skipped"],
         "errors": outcomes["error"],
-        "seconds": round(sum(each.seconds for each in tests), 2),
+        "seconds": round(sum(test.seconds for test in tests), 2),
     }
 
 
