@@ -33,7 +33,8 @@ class DetectionEffect:
     def sentence(self, name: str) -> str:
         """For people; `name` is what was changed."""
         return (
-            f"{name} beside full precision: scores differ by at most {self.score:.2g}, boxes by {self.box:.2g} pixels; "
+            f"{name} compared with full precision: scores differ by at most {self.score:.2g}, boxes by "
+            f"{self.box:.2g} pixels; "
             f"of {self.detections} detections in the sweep {self.lost} are lost, and {self.gained} gained"
         )
 
@@ -58,9 +59,10 @@ class MapEffect:
             f"; {self.other_targets} explain another class and are left out" if self.other_targets else ""
         )
         if not self.compared:
-            return f"{name} beside full precision: there are no maps to compare{left_out}"
+            return f"{name} compared with full precision: there are no maps to compare{left_out}"
         return (
-            f"{name} beside full precision: {self.compared} maps differ by at most {self.error:.2g} of their peak"
+            f"{name} compared with full precision: {self.compared} maps differ by at most {self.error:.2g} of "
+            f"their peak"
             f"{left_out}"
         )
 

@@ -197,7 +197,7 @@ def preprocess(
 def _put(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
     target = torch.device("cpu") if device is None else torch.device(device)
     if target.type == "cuda":
-        # From pinned memory the copy runs beside whatever the GPU is doing; torch keeps the pages until then.
+        # From pinned memory the copy overlaps with the GPU's other work; torch keeps the pages until then.
         return tensor.pin_memory().to(target, non_blocking=True)
     return tensor.to(target)
 

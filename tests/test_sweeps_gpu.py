@@ -555,7 +555,7 @@ def test_a_sweep_of_a_folder_says_it_of_every_image(images, capsys):
     assert main(["sweep", str(images[0].parent), *arguments]) == 0
     shown = capsys.readouterr().out
     for image in images:
-        assert f"{image}: autocast to bfloat16 beside full precision: scores differ" in shown
+        assert f"{image}: autocast to bfloat16 compared with full precision: scores differ" in shown
     # Finished is what was finished with the same options: autocast is one of them.
     assert main(["sweep", str(images[0].parent), *arguments]) == 0
     assert "autocast to" not in capsys.readouterr().out

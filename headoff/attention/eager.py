@@ -37,8 +37,8 @@ def eager(
         # The softmax of a row of -inf is 0/0. Such a row gets finite scores before it and zero weights after
         # it, so that no NaN arises, not in the gradient either, where a later zero would not undo it (0 * NaN
         # is NaN).
-        keyless = (scores == -math.inf).all(-1, keepdim=True)
-        weights = scores.masked_fill(keyless, 0.0).softmax(-1).masked_fill(keyless, 0.0)
+        fully_masked = (scores == -math.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(fully_masked, 0.0).softmax(-1).masked_fill(fully_masked, 0.0)
     if head_gate is not None:
         weights = weights * head_gate.to(weights)
     return weights @ value

@@ -90,7 +90,7 @@ def triton_attention(
 
 
 class _Call(NamedTuple):
-    """What a call is made with beside query, key and value; strides are those of the broadcast tensors."""
+    """The arguments of a call other than query, key and value; strides are those of the broadcast tensors."""
 
     mask: Tensor | None
     mask_strides: tuple[int, ...] | None
@@ -130,15 +130,15 @@ class _Attention(torch.autograd.Function):
         return context
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_context: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, attn_mask, head_gate, context, logsumexp = ctx.saved_tensors
         call = ctx.call._replace(mask=attn_mask, gate=head_gate)
         gradients: tuple[Tensor | None, ...] = _backward(
-            query, key, value, context, logsumexp, upstream, call, ctx.needs_input_grad
+            query, key, value, context, logsumexp, grad_context, call, ctx.needs_input_grad
         )
         if torch.is_grad_enabled():  # create_graph=True
             gradients = tuple(
-                None if gradient is None else _Once.apply(gradient, upstream, query, key, value)
+                None if gradient is None else _Once.apply(gradient, grad_context, query, key, value)
                 for gradient in gradients
             )
         return *gradients, None, None, None
@@ -147,7 +147,7 @@ class _Attention(torch.autograd.Function):
 class _Once(torch.autograd.Function):
     """A gradient as it is, except that it refuses to be differentiated.
 
-    torch's ``once_differentiable`` would not: where the upstream gradient is a constant, it hands out gradients
+    torch's ``once_differentiable`` would not: where the gradient of the context is a constant, it hands out gradients
     that pass for constants, too, and second derivatives would be wrong without a word.
     """
 
@@ -196,7 +196,7 @@ def _backward(
     value: Tensor,
     context: Tensor,
     logsumexp: Tensor,
-    upstream: Tensor,
+    grad_context: Tensor,
     call: _Call,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -213,7 +213,7 @@ def _backward(
         programs,
         *_with_strides(query, key, value),
         *call.arguments(),
-        *_with_strides(context, upstream),
+        *_with_strides(context, grad_context),
         logsumexp,
         delta,
         *((None, None) if of_query is None else _with_strides(of_query)),
@@ -235,7 +235,7 @@ def _backward(
         shares * batch * heads * -(-length // tiling.key_value_gradient.keys),
         *_with_strides(query, key, value),
         *call.arguments(),
-        *_with_strides(upstream),
+        *_with_strides(grad_context),
         logsumexp,
         delta,
         *_with_strides(of_key, of_value),

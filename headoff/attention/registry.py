@@ -35,8 +35,8 @@ FORMS = "'package.module:name' or 'path/to/file.py:name'"
 
 _registered: dict[str, Attention] = {}
 
-# By identity, because a callable need not be hashable. It is kept beside its label, for an identity may be
-# given to another object once its own is gone.
+# By identity, because a callable need not be hashable. The callable is kept with its label: the identity of an
+# object that no longer exists may be that of a new one.
 _labels: dict[int, tuple[Any, str]] = {}
 
 # The modules made of files: time of modification and size when the file was executed, path as it was written.
@@ -66,7 +66,7 @@ def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
 
     ``spec`` is a callable, a registered name, ``"package.module:name"`` or ``"path/to/file.py:name"`` with a
     path relative to the current directory; ``name`` may have dots. While it is imported, the folder of the
-    file (for a module, the current directory) comes first on ``sys.path``, so that what lies beside it can be
+    file (for a module, the current directory) comes first on ``sys.path``, so that other modules in that folder can be
     imported; afterwards last, for what a function imports when it is called. A file is executed once, and
     again when it has changed since. Raises :class:`AttentionError`.
     """
@@ -202,7 +202,7 @@ def _failure(source: str, error: BaseException, path: Path | None = None) -> str
     message = " ".join(str(error).split())
     remedy = "correct the file"
     if isinstance(error, ModuleNotFoundError):
-        remedy = f"install {error.name}, or put it beside the file"
+        remedy = f"install {error.name}, or put it next to the file"
     elif isinstance(error, ImportError) and "relative import" in message:
         remedy = "name a file that belongs to a package as 'package.module:name'"
     what = f"{kind}: {message}" if message else kind

@@ -46,10 +46,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None)
     # from one to the next. Such a row is allowed all keys and its context then cut off, in both directions:
     # with no NaN anywhere, its gradients are 0 and not 0 * NaN.
     if attn_mask.dtype == torch.bool:
-        keyless = ~attn_mask.any(-1, keepdim=True)
-        attn_mask = attn_mask | keyless
+        fully_masked = ~attn_mask.any(-1, keepdim=True)
+        attn_mask = attn_mask | fully_masked
     else:
         attn_mask = attn_mask.to(query)
-        keyless = (attn_mask == -math.inf).all(-1, keepdim=True)
-        attn_mask = attn_mask.masked_fill(keyless, 0.0)
-    return scaled_dot_product_attention(query, key, value, attn_mask).masked_fill(keyless, 0.0)
+        fully_masked = (attn_mask == -math.inf).all(-1, keepdim=True)
+        attn_mask = attn_mask.masked_fill(fully_masked, 0.0)
+    return scaled_dot_product_attention(query, key, value, attn_mask).masked_fill(fully_masked, 0.0)

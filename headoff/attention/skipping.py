@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# What skipping costs beside the attention it does, in units of the attention of one row to one key. Measured
-# on one thread, forward, with 32 channels (where the unit is 1.4 ns); the backward pass keeps the ratios.
+# What skipping costs in addition to the attention that is computed, in units of the attention of one row to one key.
+# Measured on one thread, forward, with 32 channels (where the unit is 1.4 ns); the backward pass keeps the ratios.
 ROW_COST = 125  # to gather one row of the query and to put its context back
 KEY_COST = 25  # to copy one key and its value
 FIXED_COST = 60_000  # to find the groups and to make the calls

@@ -233,7 +233,7 @@ def forward_kernel(
 
 @triton.jit
 def _query_gradient(
-    start, gradient, query, sums, deltas, upstream, key, key_strides, value, value_strides,
+    start, gradient, query, sums, deltas, grad_context, key, key_strides, value, value_strides,
     mask, mask_strides, rows, channels, queries, length, scale,
     CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -249,7 +249,7 @@ def _query_gradient(
     )  # fmt: skip
     weights = tl.exp2(scores - sums[:, None])
     value_tile = tl.load(_tile(value, value_strides, keys, channels), mask=inside, other=0)
-    of_weights = _dot(upstream, tl.trans(value_tile), PRECISION)
+    of_weights = _dot(grad_context, tl.trans(value_tile), PRECISION)
     of_scores = weights * (of_weights - deltas[:, None])
     return gradient + _dot(of_scores.to(key_tile.dtype), key_tile, PRECISION)
 
@@ -257,14 +257,14 @@ def _query_gradient(
 @triton.jit(do_not_specialize=["heads", "queries", "length"])
 def query_gradient_kernel(
     query, query_strides, key, key_strides, value, value_strides, mask, mask_strides, gate, gate_strides,
-    context, context_strides, upstream, upstream_strides, logsumexp, delta, gradient, gradient_strides,
+    context, context_strides, grad_context, grad_context_strides, logsumexp, delta, gradient, gradient_strides,
     heads, queries, length, scale,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """delta, and dQ where ``gradient`` is not None. One program for each block of rows of a head.
 
-    ``upstream`` is dO. ``delta`` (B, H, Q) is for :func:`key_value_gradient_kernel`.
+    ``grad_context`` is dO. ``delta`` (B, H, Q) is for :func:`key_value_gradient_kernel`.
     """
     stream, batch, head, rows, channels = _place(heads, queries, BLOCK_Q, BLOCK_D)
     query = _stream(query, query_strides, batch, head)
@@ -276,16 +276,16 @@ def query_gradient_kernel(
         gate = _stream(gate, gate_strides, batch, head)
     gates = _gates(gate, gate_strides, rows, queries)
     on = gates != 0
-    upstream = _stream(upstream, upstream_strides, batch, head)
+    grad_context = _stream(grad_context, grad_context_strides, batch, head)
     context = _stream(context, context_strides, batch, head)
 
     deltas = tl.zeros([BLOCK_Q], tl.float32)
     summed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if tl.max(on.to(tl.int32), 0) > 0:
         inside = on[:, None] & (channels < CHANNELS)[None, :]
-        upstream_tile = tl.load(_tile(upstream, upstream_strides, rows, channels), mask=inside, other=0)
+        grad_tile = tl.load(_tile(grad_context, grad_context_strides, rows, channels), mask=inside, other=0)
         context_tile = tl.load(_tile(context, context_strides, rows, channels), mask=inside, other=0)
-        deltas = tl.sum(upstream_tile.to(tl.float32) * context_tile.to(tl.float32), 1)
+        deltas = tl.sum(grad_tile.to(tl.float32) * context_tile.to(tl.float32), 1)
         deltas = deltas / tl.where(on, gates, 1.0)
         if gradient is not None:
             query_tile = tl.load(_tile(query, query_strides, rows, channels), mask=inside, other=0)
@@ -299,7 +299,7 @@ def query_gradient_kernel(
                         start = group + _lowest(bits) * BLOCK_K
                         bits = bits & (bits - 1)
                         summed = _query_gradient(
-                            start, summed, query_tile, sums, deltas, upstream_tile,
+                            start, summed, query_tile, sums, deltas, grad_tile,
                             key, key_strides, value, value_strides, mask, mask_strides,
                             rows, channels, queries, length, scale,
                             CHANNELS, BLOCK_K, BY_KEY, PRECISION,
@@ -307,7 +307,7 @@ def query_gradient_kernel(
             else:
                 for start in range(0, length, BLOCK_K):
                     summed = _query_gradient(
-                        start, summed, query_tile, sums, deltas, upstream_tile,
+                        start, summed, query_tile, sums, deltas, grad_tile,
                         key, key_strides, value, value_strides, mask, mask_strides,
                         rows, channels, queries, length, scale,
                         CHANNELS, BLOCK_K, BY_KEY, PRECISION,
@@ -329,7 +329,7 @@ def query_gradient_kernel(
 @triton.jit
 def _key_value_gradient(
     start, end, of_key, of_value, query, query_strides, key, value, mask, mask_strides, gate, gate_strides,
-    upstream, upstream_strides, logsumexp, delta, keys, attended, term, channels, queries, length, scale,
+    grad_context, grad_context_strides, logsumexp, delta, keys, attended, term, channels, queries, length, scale,
     CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``of_key`` and ``of_value`` plus the shares of the block of rows from ``start`` on; all transposed."""
@@ -344,11 +344,11 @@ def _key_value_gradient(
         mask, mask_strides, rows[None, :], keys[:, None], queries, length, BY_KEY,
     )  # fmt: skip
     weights = tl.exp2(scores - tl.load(logsumexp + rows, mask=on, other=float("inf"))[None, :])
-    upstream_tile = tl.load(_tile(upstream, upstream_strides, rows, channels), mask=inside, other=0)
+    grad_tile = tl.load(_tile(grad_context, grad_context_strides, rows, channels), mask=inside, other=0)
     if gate is not None:
         weights = weights * gates[None, :]
-    of_value += _dot(weights.to(upstream_tile.dtype), upstream_tile, PRECISION)
-    of_weights = _dot(value, tl.trans(upstream_tile), PRECISION)
+    of_value += _dot(weights.to(grad_tile.dtype), grad_tile, PRECISION)
+    of_weights = _dot(value, tl.trans(grad_tile), PRECISION)
     of_scores = weights * (of_weights - tl.load(delta + rows, mask=on, other=0.0)[None, :])
     of_key += _dot(of_scores.to(query_tile.dtype), query_tile, PRECISION)
     return of_key, of_value
@@ -357,7 +357,7 @@ def _key_value_gradient(
 @triton.jit(do_not_specialize=["heads", "queries", "length", "share", "batches"])
 def key_value_gradient_kernel(
     query, query_strides, key, key_strides, value, value_strides, mask, mask_strides, gate, gate_strides,
-    upstream, upstream_strides, logsumexp, delta, of_key, of_key_strides, of_value, of_value_strides,
+    grad_context, grad_context_strides, logsumexp, delta, of_key, of_key_strides, of_value, of_value_strides,
     batches, heads, queries, length, scale, share,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_KEY: tl.constexpr, BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
@@ -376,7 +376,7 @@ def key_value_gradient_kernel(
     end = tl.minimum(first + share, queries)
     inside = (keys < length)[:, None] & (channels < CHANNELS)[None, :]
     query = _stream(query, query_strides, batch, head)
-    upstream = _stream(upstream, upstream_strides, batch, head)
+    grad_context = _stream(grad_context, grad_context_strides, batch, head)
     key = _tile(_stream(key, key_strides, batch, head), key_strides, keys, channels)
     value = _tile(_stream(value, value_strides, batch, head), value_strides, keys, channels)
     logsumexp += (batch.to(tl.int64) * heads + head) * queries
@@ -406,7 +406,7 @@ def key_value_gradient_kernel(
                         bits = bits & (bits - 1)
                         key_sum, value_sum = _key_value_gradient(
                             start, end, key_sum, value_sum, query, query_strides, key_tile, value_tile,
-                            mask, mask_strides, gate, gate_strides, upstream, upstream_strides, logsumexp,
+                            mask, mask_strides, gate, gate_strides, grad_context, grad_context_strides, logsumexp,
                             delta, keys, attended, term, channels, queries, length, scale,
                             CHANNELS, BLOCK_Q, BY_KEY, PRECISION,
                         )  # fmt: skip
@@ -416,7 +416,7 @@ def key_value_gradient_kernel(
             for start in range(first, end, BLOCK_Q):
                 key_sum, value_sum = _key_value_gradient(
                     start, end, key_sum, value_sum, query, query_strides, key_tile, value_tile,
-                    mask, mask_strides, gate, gate_strides, upstream, upstream_strides, logsumexp, delta,
+                    mask, mask_strides, gate, gate_strides, grad_context, grad_context_strides, logsumexp, delta,
                     keys, attended, term, channels, queries, length, scale,
                     CHANNELS, BLOCK_Q, BY_KEY, PRECISION,
                 )  # fmt: skip

@@ -32,8 +32,8 @@ MOST_GRAPHS = 4
 """Each keeps the memory of one decode's activations."""
 
 CAPTURED = (eager, sdpa, triton_attention)
-"""Attentions that do the same work whatever the numbers. What a patch does besides in Python (counting its calls,
-looking at its inputs) would be done once, at the capture."""
+"""Attentions that launch the same kernels whatever the numbers are. Python code of a patch (which may count calls, or
+read its inputs) would only run once, at the capture."""
 
 
 class GraphedDecode:
@@ -73,7 +73,7 @@ class DecodeGraphs:
     `CAPTURED`, for a detector whose attention calls are intercepted, and where a capture fails, it is ordinary.
 
     - `replays`: how many decodes came from a graph
-    - `failures`: what was said where a capture failed
+    - `failures`: the messages of captures that failed
     """
 
     def __init__(self, cuda: Any = torch.cuda, device_type: str = "cuda") -> None:

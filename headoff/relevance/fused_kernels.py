@@ -71,7 +71,7 @@ def _any(tile):
 
 @triton.jit
 def _cam_tile(
-    runs, query, key, value, mask, log_sum, upstream, centre, least, of_query,
+    runs, query, key, value, mask, log_sum, gated, centre, least, of_query,
     pair, share, rows, keys, heads, queries, length, scale,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     KEYS_BY_RUN: tl.constexpr, PRECISION: tl.constexpr,
@@ -85,9 +85,9 @@ def _cam_tile(
     cam = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     for head in range(heads):
         stream = pair * heads + head
-        upstream_tile = _rows_of(upstream, stream, queries, rows, channels, CHANNELS)
+        gated_tile = _rows_of(gated, stream, queries, rows, channels, CHANNELS)
         gradient = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        if _any(upstream_tile) & some_keys:
+        if _any(gated_tile) & some_keys:
             of_run = run * heads + head
             of_keys = run_of_keys * heads + head
             key_tile = _rows_of(key, of_keys, length, keys, channels, CHANNELS)
@@ -96,7 +96,7 @@ def _cam_tile(
             sums = _numbers_of(log_sum, of_run, queries, rows)
             weights = tl.where(attended[None, :], tl.exp(scores - sums[:, None]), 0.0)
             value_tile = _rows_of(value, of_keys, length, keys, channels, CHANNELS)
-            of_weights = tl.dot(upstream_tile, tl.trans(value_tile), input_precision=PRECISION)
+            of_weights = tl.dot(gated_tile, tl.trans(value_tile), input_precision=PRECISION)
             centred = of_weights - _numbers_of(centre, stream, queries, rows)[:, None]
             if least is None:
                 weighted = weights * of_weights
@@ -116,7 +116,7 @@ def _cam_tile(
 
 @triton.jit(do_not_specialize=["heads", "queries", "length"], do_not_specialize_on_alignment=UNALIGNED)
 def cam_kernel(
-    runs, query, key, value, mask, log_sum, upstream, centre, least, cam, of_query, scale,
+    runs, query, key, value, mask, log_sum, gated, centre, least, cam, of_query, scale,
     heads, queries, length,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     KEYS_BY_RUN: tl.constexpr, PRECISION: tl.constexpr,
@@ -132,7 +132,7 @@ def cam_kernel(
     keys = share.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     pair = tl.program_id(1).to(tl.int64)
     tile = _cam_tile(
-        runs, query, key, value, mask, log_sum, upstream, centre, least, of_query,
+        runs, query, key, value, mask, log_sum, gated, centre, least, of_query,
         pair, share, rows, keys, heads, queries, length, scale,
         CHANNELS, BLOCK_D, BLOCK_Q, BLOCK_K, KEYS_BY_RUN, PRECISION,
     )  # fmt: skip
@@ -143,7 +143,7 @@ def cam_kernel(
 
 @triton.jit(do_not_specialize=["heads", "queries", "length"], do_not_specialize_on_alignment=UNALIGNED)
 def key_value_gradient_kernel(
-    runs, query, key, value, mask, log_sum, upstream, centre, of_key, of_value, heads, queries, length,
+    runs, query, key, value, mask, log_sum, gated, centre, of_key, of_value, heads, queries, length,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     KEYS_BY_RUN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -164,14 +164,14 @@ def key_value_gradient_kernel(
         value_tile = _rows_of(value, of_keys, length, keys, channels, CHANNELS)
         for start in range(0, queries, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
-            upstream_tile = _rows_of(upstream, stream, queries, rows, channels, CHANNELS)
-            if _any(upstream_tile):
+            gated_tile = _rows_of(gated, stream, queries, rows, channels, CHANNELS)
+            if _any(gated_tile):
                 query_tile = _rows_of(query, of_run, queries, rows, channels, CHANNELS)
                 scores = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)
                 sums = _numbers_of(log_sum, of_run, queries, rows)
                 weights = tl.where(attended[:, None], tl.exp(scores - sums[None, :]), 0.0)
-                value_sum += tl.dot(weights, upstream_tile, input_precision=PRECISION)
-                of_weights = tl.dot(value_tile, tl.trans(upstream_tile), input_precision=PRECISION)
+                value_sum += tl.dot(weights, gated_tile, input_precision=PRECISION)
+                of_weights = tl.dot(value_tile, tl.trans(gated_tile), input_precision=PRECISION)
                 of_scores = weights * (of_weights - _numbers_of(centre, stream, queries, rows)[None, :])
                 key_sum += tl.dot(of_scores, query_tile, input_precision=PRECISION)
     places = (stream * length + keys)[:, None] * CHANNELS + channels[None, :]
@@ -182,7 +182,7 @@ def key_value_gradient_kernel(
 
 @triton.jit(do_not_specialize=["heads", "queries", "length"], do_not_specialize_on_alignment=UNALIGNED)
 def right_kernel(
-    runs, query, key, value, mask, log_sum, upstream, centre, least, vectors, result, heads, queries, length,
+    runs, query, key, value, mask, log_sum, gated, centre, least, vectors, result, heads, queries, length,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     KEYS_BY_RUN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +193,7 @@ def right_kernel(
     keys = share.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     pair = tl.program_id(1).to(tl.int64)
     tile = _cam_tile(
-        runs, query, key, value, mask, log_sum, upstream, centre, least, None,
+        runs, query, key, value, mask, log_sum, gated, centre, least, None,
         pair, share, rows, keys, heads, queries, length, 1.0,
         CHANNELS, BLOCK_D, BLOCK_Q, BLOCK_K, KEYS_BY_RUN, PRECISION,
     )  # fmt: skip
@@ -207,7 +207,7 @@ def right_kernel(
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def left_kernel(
-    runs, query, key, value, mask, log_sum, upstream, centre, least, vectors, result,
+    runs, query, key, value, mask, log_sum, gated, centre, least, vectors, result,
     layers, share, heads, queries, length,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, KEYS_BY_RUN: tl.constexpr, PRECISION: tl.constexpr,
@@ -225,7 +225,7 @@ def left_kernel(
     for start in range(part * share, tl.minimum((part + 1) * share, queries), BLOCK_Q):
         rows = start + tl.arange(0, BLOCK_Q).to(tl.int64)
         tile = _cam_tile(
-            runs, query, key, value, mask, log_sum, upstream, centre, least, None,
+            runs, query, key, value, mask, log_sum, gated, centre, least, None,
             pair, part, rows, keys, heads, queries, length, 1.0,
             CHANNELS, BLOCK_D, BLOCK_Q, BLOCK_K, KEYS_BY_RUN, PRECISION,
         )  # fmt: skip

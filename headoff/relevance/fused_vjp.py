@@ -1,8 +1,8 @@
 """The attention's backward pass in Triton: cams and gradients with no T x S matrix of a head ever written.
 
 For float32 on CUDA, and for cams that are made of products with the gradient (rules `gradient` and `centred`). What the
-kernels do, and why they are cut as they are, is said in `headoff.relevance.fused_kernels`, which is imported by the
-first launch. Apart from the kernels' products in `precision`, all is float32.
+kernels compute, and why the work is divided as it is, is documented in `headoff.relevance.fused_kernels`, which the
+first launch imports. Apart from the kernels' products in `precision`, all is float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RULES: tuple[CamRule, ...] = ("gradient", "centred")
 MAX_CHANNELS = 128
 
 PARTIAL = 2**26
-"""Numbers in the partial results of one launch where nothing is said."""
+"""Numbers in the partial results of one launch, by default."""
 
 MOST_PAIRS = 65535
 """Programs along the second dimension of a grid in CUDA."""
@@ -207,8 +207,13 @@ class FusedVjp(AttentionVjp):
 
 
 class _Inputs(NamedTuple):
-    """What kernels take beside the record: `runs` (P,) int64, dO' `gated` (P, H, T, D), rowsum(dO * O) `centre`, and
-    what is rounding of a centred gradient, `least`, both (P, H, T, 1). All contiguous.
+    """The kernels' arguments in addition to the record, all contiguous.
+
+    Attributes:
+        runs: (P,) int64.
+        gated: dO' (P, H, T, D).
+        centre: rowsum(dO * O) (P, H, T, 1).
+        least: the size of rounding errors of a centred gradient (P, H, T, 1), or None.
     """
 
     runs: Tensor

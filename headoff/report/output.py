@@ -56,7 +56,7 @@ def write_report(
 ) -> Path:
     """Write everything about a sweep into `folder`, which is made if need be, and return its index.html.
 
-    Besides: detections.csv, objects.csv, figures/*.png (not if `figures` is False), a thumbnail, and
+    Also: detections.csv, objects.csv, figures/*.png (not if `figures` is False), a thumbnail, and
     sweep.json, which comes last. Files of an earlier report in the same folder are replaced or removed, other
     files stay.
 

@@ -109,7 +109,7 @@ class ScenePlan:
 def draw_scene(seed: int, size: int = 192, split: str = "train") -> Scene:
     """The scene of a seed (>= 0), `size` x `size` pixels.
 
-    The same arguments give the same scene for ever (the shades of antialiased pixels can differ by a little
+    The same arguments always give the same scene (the shades of antialiased pixels can differ by a little
     between versions of Pillow). Raises ValueError for an unknown split, a negative seed or a size under 16.
     """
     return render_scene(plan_scene(seed, split), size)

@@ -6,7 +6,7 @@ What makes a small DETR learn in about an hour on two cores, where plain DETR tr
   is not run), then as an auxiliary loss that fades out;
 - queries that start from noisy true boxes (Li et al., DN-DETR, CVPR 2022), with far-off ones that must answer "no
   object" (Zhang et al., DINO, ICLR 2023), and a second group of ordinary queries (Chen et al., Group DETR, ICCV
-  2023). Both are extra runs of the decoder beside the real one and are dropped afterwards;
+  2023). Both are extra runs of the decoder, next to the real one, and are dropped afterwards;
 - cross-attention keys that start equal to the queries, so that attention begins by comparing positions;
 - small images first; an exponential moving average of the weights; bfloat16 where it is autocast.
 

@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> TensorFile:
     What it is, is told by the content; suffixes lie. Raises CheckpointError for whatever cannot be read,
     holds no named tensors, or asks for code to be run.
     """
-    if not path.is_file():  # a pipe would block for ever
+    if not path.is_file():  # reading a pipe could block permanently
         raise CheckpointError(f"{str(path)!r} is not a regular file; give a checkpoint")
     try:
         with path.open("rb") as file:
