@@ -1,13 +1,11 @@
 """For every cumulative configuration, relevance maps made with the attention under test are those of the golden files.
 
 `test_heads_off_truth` runs the dense float64 oracle and is the only test that writes golden files, by
-`pytest -k heads_off --snapshot-update`. All others are candidates: they read, under any option. For a model or an image
-without golden files the oracle's maps are made on the spot, and kept in the cache.
+`pytest -k heads_off --snapshot-update`. All others only read them. For a model or an image without golden files the
+oracle's maps are computed when they are needed, and cached.
 """
 
 from __future__ import annotations
-
-import functools
 
 import numpy as np
 import pytest
@@ -18,230 +16,212 @@ from headoff.detr.detector import Detector, Features
 from headoff.detr.transformer import MultiHeadAttention
 from headoff.gates import stack
 from headoff.harness.finding import Finding, fail_on
-from headoff.harness.model.detections import answer_budget
-from headoff.harness.model.mutations import accepted_wrongly, share_of_heads, with_wrong_heads
-from headoff.harness.model.patched import features_on, width_of
-from headoff.harness.model.precision import InDtype
+from headoff.harness.model.detections import output_tolerance
+from headoff.harness.model.mutations import accepted_wrongly, require_rejected, some_heads, with_wrong_heads
+from headoff.harness.model.patched import features_on, findings_about, model_dtype, own_detector
 from headoff.harness.model.relevance import (
-    case_of,
-    found_maps,
+    case_maps,
     map_findings,
     maps_by,
-    relevance_budget,
+    maps_with,
     relevance_findings,
+    relevance_tolerance,
     roundings,
 )
-from headoff.harness.model.relu_masks import Decisions
+from headoff.harness.model.relu_masks import ReluMasks
 from headoff.harness.plugin.options import settings_from
-from headoff.harness.reference import cases as subjects
-from headoff.harness.reference.cases import METHOD, cumulative_names
-from headoff.harness.reference.golden import GoldenMaps, kept_in
-from headoff.harness.reference.maps import UPDATE, Budget, CaseMaps, map_errors, stale
+from headoff.harness.reference.cases import (
+    MANY_TOKENS,
+    METHOD,
+    case_names,
+    cumulative_names,
+    reference_case,
+)
+from headoff.harness.reference.golden import GoldenMaps, in_folder
+from headoff.harness.reference.maps import UPDATE, CaseMaps, map_errors, map_tolerance, stale
 from headoff.harness.reference.oracle import dense_maps
 
 MAPPED = 3
-"""Bundled scenes whose maps are looked at, each under all configurations; of images of a user's own, all are."""
+"""Bundled scenes whose maps are compared, each under all configurations; of a user's own images, all are."""
 SOME = 1
 """Images that invariances are tried on: they hold for any image or for none."""
-ANALYTIC = 2
-"""Images that the analytic backward pass is tried on."""
 WRONG_HEADS = 2
 """One-head errors tried for a configuration of an image; other images and seeds try others."""
 
 
 def pytest_generate_tests(metafunc):
     settings = settings_from(metafunc.config)
+    names = case_names(settings)
     mapped = None if settings.images else MAPPED
-    for name, count in (("mapped_scene", mapped), ("some_scene", SOME), ("analytic_scene", ANALYTIC)):
+    for name, count in (("mapped_scene", mapped), ("some_scene", SOME), ("oracle_scene", None)):
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, subjects.names(settings)[:count])
+            metafunc.parametrize(name, names[:count])
 
 
 every_configuration = pytest.mark.parametrize("configuration", cumulative_names())
 
 
 @pytest.fixture
-def subject(mapped_scene, under_test):
-    return subjects.subject(under_test.settings, mapped_scene)
+def case(mapped_scene, under_test):
+    return reference_case(under_test.settings, mapped_scene)
 
 
 @pytest.fixture
-def some_subject(some_scene, under_test):
-    return subjects.subject(under_test.settings, some_scene)
+def some_case(some_scene, under_test):
+    return reference_case(under_test.settings, some_scene)
 
 
-@pytest.fixture(scope="module")
-def findings_of(under_test):
-    """All that is wrong on a subject, found once."""
-
-    @functools.cache
-    def find(subject):
-        return relevance_findings(
-            under_test.attention,
-            subject,
-            under_test.device,
-            under_test.dtype,
-            pictures=under_test.settings.failures,
-            calls=under_test.calls,
-        )
-
-    return find
-
-
-# The truth, and the candidate for it
-
-
-@every_configuration
-def test_heads_off_truth(request, snapshot, under_test, scene, configuration):
-    """The dense float64 oracle gives the golden file, and writes it under --snapshot-update.
-
-    It takes its time, so a plain run makes one configuration of every second image anew, and others for another seed;
-    of the others it is seen that the golden file is of this model, image and configuration. What the truth may be off
-    by is the float32 error scaled to float64: as much as another machine would make of it.
-    """
-    subject = subjects.subject(under_test.settings, scene)
-    chosen = subject.configuration(configuration)
-    anew = is_its_turn(subject, configuration, under_test) or request.config.option.update_snapshots
-    if subject.golden is None:
-        # Made on the spot, or kept from another day: then it is to be what would be made today.
-        known = subject.maps([chosen])[0]
-        assert np.isfinite(known).all()
-        if anew and subject.features.tokens.shape[1] <= subjects.MANY_TOKENS:
-            errors = map_errors(known, subject.make_maps(chosen))
-            assert errors.max() <= Budget.measured(errors, roundings(subject), dtype=torch.float64).floor
-        return
-    golden = snapshot.use_extension(kept_in(subject.golden, GoldenMaps))
-    path = subject.golden_file(chosen)
-    if anew:
-        assert golden == truth_of(subject, chosen)
-        return
-    if not path.is_file():
-        pytest.fail(f"there is no golden file for {scene}, {configuration}: run `{UPDATE}`")
-    kept = CaseMaps.from_bytes(path.read_bytes())
-    problems = stale(kept, subject.inputs(chosen), subject.object_names)
-    assert not problems, "\n".join(problems)
-    assert golden == kept
-
-
-@every_configuration
-def test_expected_maps(subject, configuration, findings_of):
-    """Maps made with the attention's own backward pass are the oracle's."""
-    fail_on(
-        [
-            each
-            for each in findings_of(subject)
-            if each.configuration == configuration
-            or (each.configuration is None and each.property != "calls")
-        ]
+def findings_of(under_test, case):
+    return relevance_findings(
+        under_test.attention,
+        case,
+        under_test.device,
+        under_test.dtype,
+        pictures=under_test.settings.failures,
+        calls=under_test.calls,
     )
 
 
-def test_attention_is_called_at_every_site(subject, findings_of):
+# The oracle, and the patch compared with it
+
+
+@every_configuration
+def test_heads_off_truth(snapshot, pytestconfig, oracle_scene, configuration):
+    """The dense float64 oracle gives the golden file, and writes it under --snapshot-update.
+
+    It takes its time, so a plain run computes one configuration of every second image, and others for another seed; of
+    the others it is checked that the golden file is about this model, image and configuration. The tolerance is eager's
+    float32 error scaled to float64: as much as another machine's float64 may be off by.
+    """
+    settings = settings_from(pytestconfig)
+    case = reference_case(settings, oracle_scene)
+    chosen = case.configuration(configuration)
+    turn = case_names(settings).index(case.name) + settings.seed
+    its_turn = turn % 2 == 0 and cumulative_names()[turn % len(cumulative_names())] == configuration
+    recompute = its_turn or pytestconfig.option.update_snapshots
+    if case.golden is None:
+        known = case.maps([chosen])[0]
+        assert np.isfinite(known).all()
+        if recompute and case.features.tokens.shape[1] <= MANY_TOKENS:
+            errors = map_errors(known, case.compute_maps(chosen))
+            assert errors.max() <= map_tolerance(errors, roundings(case), torch.float64).floor
+        return
+    golden = snapshot.use_extension(in_folder(case.golden, GoldenMaps))
+    path = case.golden_file(chosen)
+    if recompute:
+        assert golden == oracle_maps(case, chosen)
+        return
+    assert path.is_file(), f"there is no golden file for {case.name}, {configuration}: run `{UPDATE}`"
+    stored = CaseMaps.from_bytes(path.read_bytes())
+    problems = stale(stored, case.inputs(chosen), case.object_names)
+    assert not problems, "\n".join(problems)
+    assert golden == stored
+
+
+@every_configuration
+def test_expected_maps(case, under_test, configuration):
+    """Maps made with the attention's own backward pass are the oracle's."""
+    fail_on(findings_about(under_test.once(findings_of, under_test, case), configuration))
+
+
+def test_attention_is_called_at_every_site(case, under_test):
     """In every layer at least once for encoding, and for decoding."""
-    fail_on([each for each in findings_of(subject) if each.configuration is None])
+    fail_on(findings_about(under_test.once(findings_of, under_test, case), None))
 
 
-def test_analytic_maps(analytic_scene, under_test):
-    """headoff's own attentions are differentiated by formula as well: the same maps."""
-    subject = subjects.subject(under_test.settings, analytic_scene)
-    device, dtype = under_test.device, width_of(under_test.dtype)
-    for name in ("eager", "sdpa"):
-        attention = headoff.attention.resolve_attention(name)
-        found = found_maps(attention, subject, device, dtype, subject.cumulative, backward="analytic")
-        fail_on(map_findings(subject, subject.cumulative, found.maps, device, dtype, f"{name}, analytic"))
-
-
-def test_the_tolerance_refuses_wrong_maps(subject, under_test):
+def test_the_tolerance_rejects_wrong_maps(case, under_test):
     """Under the tolerance used above, no map of zeros, no other query's map and no one-head error passes.
 
-    Not even where a second look has raised it as far as it can.
-    One-head errors are shared out over images and seeds: each run tries some under every configuration.
+    Not even where a second look has raised it as far as it can. One-head errors are shared out over images and seeds:
+    each run tries some under every configuration.
     """
-    assert len(subject.objects) > 1, "with one object queries cannot be told apart"
+    assert len(case.objects) > 1, "with one object queries cannot be told apart"
     device, dtype = under_test.device, under_test.dtype
-    budget = relevance_budget(subject, device, dtype)
-    truth = subject.maps(subject.cumulative)
-    problems = []
-    turn = subjects.names(under_test.settings).index(subject.name) + under_test.seed * 10
-    for index, configuration in enumerate(subject.cumulative):
-        case = case_of(subject, configuration, truth[index], budget, "the float64 oracle")
-        problems += accepted_wrongly(case, budget.limit)
-    gated = [configuration for configuration in subject.cumulative for _ in range(WRONG_HEADS)]
+    tolerance = relevance_tolerance(case, device, dtype)
+    expected = case.maps(case.cumulative)
+    accepted = []
+    for configuration, maps in zip(case.cumulative, expected, strict=True):
+        accepted += accepted_wrongly(case_maps(case, configuration, maps, tolerance), tolerance.limit)
+    turn = case_names(under_test.settings).index(case.name) + under_test.seed * 10
+    gated = [configuration for configuration in case.cumulative for _ in range(WRONG_HEADS)]
     heads = [
         pair
-        for index in range(len(subject.cumulative))
-        for pair in share_of_heads(subject.layout, turn + index, WRONG_HEADS)
+        for index in range(len(case.cumulative))
+        for pair in some_heads(case.layout, turn + index, WRONG_HEADS)
     ]
-    names = [
-        each.named(f"{each.name}, L{layer}H{head} wrong")
-        for each, (layer, head) in zip(gated, heads, strict=True)
+    named = [
+        configuration.named(f"{configuration.name}, L{layer}H{head} wrong")
+        for configuration, (layer, head) in zip(gated, heads, strict=True)
     ]
-    gates = with_wrong_heads(stack(names, subject.layout), subject.layout, heads)
+    gates = with_wrong_heads(stack(named, case.layout), case.layout, heads)
     # One object's maps mostly give an error away, and more of them can only do so better.
-    found = found_maps(
-        subject.detector.attention, subject, device, width_of(dtype), gated, backward="analytic",
-        gates=gates, objects=[0],
-    )  # fmt: skip
+    found = maps_with(
+        case.detector.attention,
+        case,
+        device,
+        model_dtype(dtype),
+        gated,
+        backward="analytic",
+        gates=gates,
+        objects=[0],
+    )
     for place, (configuration, (layer, head)) in enumerate(zip(gated, heads, strict=True)):
-        true = truth[subject.cumulative.index(configuration)][:1]
+        true = expected[case.cumulative.index(configuration)][:1]
         error = map_errors(true, found.maps[place]).max()
-        if error <= budget.limit:
-            problems.append(
-                f"{subject.name}, {configuration.name}: with the gate of head {head} in layer {layer} wrong, maps pass "
-                f"(off by {error:.1e}, allowed {budget.limit:.1e})"
+        if error <= tolerance.limit:
+            accepted.append(
+                f"maps under '{configuration.name}' with the gate of head {head} in layer {layer} wrong "
+                f"(off by {error:.1e}, allowed {tolerance.limit:.1e})"
             )
-    if problems and (subject.model != subjects.BUNDLED or torch.finfo(dtype).bits < 32):
-        pytest.skip(f"the tolerance cannot tell {len(problems)} wrong maps from rounding: {problems[0]}")
-    assert not problems, "\n".join(problems)
+    tested = int(np.prod(expected.shape[:3])) * len(case.objects) + len(heads)
+    require_rejected(under_test, case, "wrong maps", accepted, tested)
 
 
 # What must hold whatever the weights are
 
 
-def test_everything_off_leaves_no_image_evidence(some_subject, under_test):
+def test_everything_off_leaves_no_image_evidence(some_case, under_test):
     """All cross-attention off: maps are exactly zero, the oracle's as well; with a head left there is evidence."""
-    subject = some_subject
-    chosen = subject.cumulative[-2:]
-    found = found_maps(under_test.attention, subject, under_test.device, under_test.dtype, chosen)
-    truth = subject.maps(chosen)
-    assert not truth[1].any(), "the oracle, which takes no short cut"
-    assert truth[0].any(), "one head sees the image"
-    fail_on(
-        [
-            Finding(property, message, subject.name, configuration=configuration.name)
-            for property, message, configuration, is_wrong in (
-                ("gate", "there is evidence from heads that are off", chosen[1], found.maps[1].any()),
-                ("relevance", "there is no evidence from the last head", chosen[0], not found.maps[0].any()),
-            )
-            if is_wrong
-        ]
-    )
+    case = some_case
+    one_left, all_off = case.cumulative[-2:]
+    expected = case.maps([one_left, all_off])
+    assert not expected[1].any(), "the oracle, which takes no short cut"
+    assert expected[0].any(), "one head sees the image"
+    found = maps_with(
+        under_test.attention, case, under_test.device, under_test.dtype, [one_left, all_off]
+    ).maps
+    if not found[0].any():
+        message = "there is no evidence from the last head"
+        fail_on([Finding("relevance", message, case.name, configuration=one_left.name)])
+    if found[1].any():
+        message = "there is evidence from heads that are off"
+        fail_on([Finding("gate", message, case.name, configuration=all_off.name)])
 
 
-def test_padding_changes_nothing(some_subject, under_test):
+def test_padding_changes_nothing(some_case, under_test):
     """Whatever stands in the padding, the image's tokens get the expected maps, and the padding gets none.
 
     From the encoder on: at the image's border a convolution does see the padding.
     """
-    subject = some_subject
-    height, width = subject.features.grid
-    features = padded(features_on(subject, under_test.device, under_test.dtype), bottom=2, right=3)
-    chosen = some_configurations(subject)
-    decisions = {
-        name: embedded(on, subject.features.grid, features.grid) if name.startswith("encoder") else on
-        for name, on in decisions_of(subject, chosen).on.items()
+    case = some_case
+    height, width = case.features.grid
+    features = padded(features_on(case, under_test.device, under_test.dtype), bottom=2, right=3)
+    chosen = some_configurations(case)
+    masks = {
+        name: embedded(mask, case.features.grid, features.grid) if name.startswith("encoder") else mask
+        for name, mask in case.masks_of(chosen).masks.items()
     }
-    detector = own_detector(subject, under_test)
-    found = maps_by(detector, features, stack(chosen, subject.layout), subject.targets, Decisions(decisions))
+    detector = own_detector(case, under_test.attention, under_test.device, under_test.dtype)
+    found = maps_by(detector, features, stack(chosen, case.layout), case.targets, ReluMasks(masks))
     if found.maps[..., height:, :].any() or found.maps[..., width:].any():
-        fail_on([Finding("mask", "there is evidence in the padding", subject.name)])
-    refuse_wrong(subject, under_test, chosen, found.maps[..., :height, :width], "padded")
+        fail_on([Finding("mask", "there is evidence in the padding", case.name)])
+    fail_on_maps(under_test, case, chosen, found.maps[..., :height, :width], "padded")
 
 
-def test_permuting_heads_changes_nothing(some_subject, under_test):
+def test_permuting_heads_changes_nothing(some_case, under_test):
     """Heads in another order, at every site and in every layer, and gates with them: the expected maps."""
-    subject = some_subject
-    detector = own_detector(subject, under_test)
+    case = some_case
+    detector = own_detector(case, under_test.attention, under_test.device, under_test.dtype)
     generator = torch.Generator().manual_seed(under_test.seed)
     heads = detector.config.heads
     order = []
@@ -250,21 +230,21 @@ def test_permuting_heads_changes_nothing(some_subject, under_test):
         permute_heads(layer, permutation.to(under_test.device))
         if layer.address.site == "decoder_cross":
             order.append(permutation.argsort().tolist())
-    chosen = some_configurations(subject)
+    chosen = some_configurations(case)
     permuted = headoff.cumulative(heads, order)
-    gates = stack([permuted[subject.cumulative.index(each)] for each in chosen], subject.layout)
-    features = features_on(subject, under_test.device, under_test.dtype)
-    found = maps_by(detector, features, gates, subject.targets, decisions_of(subject, chosen))
-    refuse_wrong(subject, under_test, chosen, found.maps, "heads permuted")
+    gates = stack([permuted[case.cumulative.index(configuration)] for configuration in chosen], case.layout)
+    features = features_on(case, under_test.device, under_test.dtype)
+    found = maps_by(detector, features, gates, case.targets, case.masks_of(chosen))
+    fail_on_maps(under_test, case, chosen, found.maps, "heads permuted")
 
 
-def test_switching_off_a_head_without_output_changes_nothing(some_subject, under_test):
-    """A head whose output projection is zero, at any site: on or off, the same maps and answers.
+def test_switching_off_a_head_without_output_changes_nothing(some_case, under_test):
+    """A head whose output projection is zero, at any site: on or off, the same maps and outputs.
 
-    But for rounding: a right attention may take another way where a gate is.
+    But for rounding: a right attention may take another path where there is a gate.
     """
-    subject = some_subject
-    detector = own_detector(subject, under_test)
+    case = some_case
+    detector = own_detector(case, under_test.attention, under_test.device, under_test.dtype)
     generator = torch.Generator().manual_seed(under_test.seed)
     heads = detector.config.heads
     silent = headoff.none_off()
@@ -272,34 +252,31 @@ def test_switching_off_a_head_without_output_changes_nothing(some_subject, under
         head = int(torch.randint(heads, (), generator=generator))
         layer.output.weight.unflatten(1, (heads, -1))[:, head] = 0
         silent &= headoff.heads_off(head, layers=[layer.address.layer], site=layer.address.site)
-    chosen = some_configurations(subject)
-    features = features_on(subject, under_test.device, under_test.dtype)
+    chosen = some_configurations(case)
+    features = features_on(case, under_test.device, under_test.dtype)
     on, off = (
-        maps_by(
-            detector,
-            features,
-            stack(configurations, subject.layout),
-            subject.targets,
-            decisions_of(subject, chosen),
-        )
-        for configurations in (chosen, [each & silent for each in chosen])
+        maps_by(detector, features, stack(some, case.layout), case.targets, case.masks_of(chosen))
+        for some in (chosen, [configuration & silent for configuration in chosen])
     )
     if not on.maps.any():
-        fail_on([Finding("relevance", "there is no evidence with heads without output", subject.name)])
-    # The model is another than the one that budgets were measured on: up to their limit, which still tells heads apart.
-    budget = relevance_budget(subject, under_test.device, under_test.dtype)
-    answers = answer_budget(subject, under_test.device, under_test.dtype)
-    apart = map_errors(on.maps, off.maps).max(), budget.limit
-    logits = (on.logits - off.logits).abs().max().item(), 2 * answers.logits
-    boxes = (on.boxes - off.boxes).abs().max().item(), 2 * answers.boxes
+        fail_on([Finding("relevance", "there is no evidence with heads without output", case.name)])
+    # This is not the model that tolerances were measured on: up to their limit, which still tells heads apart.
+    maps = relevance_tolerance(case, under_test.device, under_test.dtype)
+    output = output_tolerance(case, under_test.device, under_test.dtype)
+    differences = {
+        "maps": (map_errors(on.maps, off.maps).max(), maps.limit),
+        "logits": ((on.logits - off.logits).abs().max().item(), 2 * output.logits.allowed),
+        "boxes": ((on.boxes - off.boxes).abs().max().item(), 2 * output.boxes.allowed),
+    }
     fail_on(
         [
             Finding(
                 "gate",
-                f"switching off a head without output changes {what} by {by:.1e} (allowed {allowed:.1e})",
+                f"switching off a head without output changes {what} by {difference:.1e} (allowed {allowed:.1e})",
+                case=case.name,
             )
-            for what, (by, allowed) in {"maps": apart, "logits": logits, "boxes": boxes}.items()
-            if not by <= allowed
+            for what, (difference, allowed) in differences.items()
+            if not difference <= allowed
         ]
     )
 
@@ -307,55 +284,31 @@ def test_switching_off_a_head_without_output_changes_nothing(some_subject, under
 # What the tests are made of
 
 
-def is_its_turn(subject, configuration: str, under_test) -> bool:
-    names = cumulative_names()
-    scene = subjects.names(under_test.settings).index(subject.name)
-    turn = scene + under_test.seed
-    return turn % 2 == 0 and names[turn % len(names)] == configuration
-
-
-def truth_of(subject, configuration) -> CaseMaps:
-    """The oracle's maps, with eager's float32 errors beside them."""
-    maps = subject.make_maps(configuration)
-    detector = headoff.load(subject.model, attention="eager", dtype=torch.float32)
+def oracle_maps(case, configuration) -> CaseMaps:
+    """The oracle's maps, with a tolerance made of eager's float32 errors."""
+    maps = case.compute_maps(configuration)
     single = dense_maps(
-        detector,
-        features_on(subject, torch.device("cpu"), torch.float32),
+        headoff.load(case.model, attention="eager", dtype=torch.float32),
+        features_on(case, torch.device("cpu"), torch.float32),
         configuration,
-        subject.targets,
+        case.targets,
         METHOD,
     )
-    budget = Budget.measured(
-        map_errors(maps, single.numpy()), roundings(subject), dtype=torch.float64, measured_in=torch.float32
-    )
-    return case_of(subject, configuration, maps, budget, "the float64 oracle")
+    errors = map_errors(maps, single.numpy())
+    tolerance = map_tolerance(errors, roundings(case), torch.float64, measured_in=torch.float32)
+    return case_maps(case, configuration, maps, tolerance)
 
 
-def refuse_wrong(subject, under_test, configurations, maps, how: str) -> None:
-    settings = under_test.settings
+def fail_on_maps(under_test, case, configurations, maps, how: str) -> None:
+    __tracebackhide__ = True
     label = f"{under_test.label}, {how},"
-    fail_on(
-        map_findings(
-            subject, configurations, maps, under_test.device, under_test.dtype, label, settings.failures
-        )
-    )
+    pictures = under_test.settings.failures
+    fail_on(map_findings(case, configurations, maps, under_test.device, under_test.dtype, label, pictures))
 
 
-def some_configurations(subject):
+def some_configurations(case):
     """Nothing off, some heads off, all but one off."""
-    return tuple(subject.cumulative[index] for index in (0, len(subject.cumulative) // 3, -2))
-
-
-def decisions_of(subject, configurations) -> Decisions:
-    return subject.decisions[[subject.configurations.index(each) for each in configurations]]
-
-
-def own_detector(subject, under_test) -> Detector:
-    """One whose weights may be changed."""
-    attention = InDtype(under_test.attention, under_test.dtype)
-    return headoff.load(
-        subject.model, attention=attention, device=under_test.device, dtype=width_of(under_test.dtype)
-    )
+    return tuple(case.cumulative[index] for index in (0, len(case.cumulative) // 3, -2))
 
 
 def padded(features: Features, bottom: int, right: int) -> Features:

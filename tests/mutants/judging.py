@@ -14,7 +14,7 @@ from headoff.harness.model.detections import detection_findings
 from headoff.harness.model.gradients import gradient_findings
 from headoff.harness.model.relevance import relevance_findings
 from headoff.harness.operator import SIDE_EFFECTS, operator_cases, operator_findings, side_effect_findings
-from headoff.harness.reference.cases import Subject, names, subject
+from headoff.harness.reference.cases import ReferenceCase, case_names, reference_case
 from headoff.harness.settings import Settings
 from headoff.harness.torch_settings import watched_settings
 
@@ -64,12 +64,12 @@ class Judge:
         with watched_settings():
             yield from fallback_findings(attention, model_calls(attention, CPU, self.dtype, self.seed))
 
-    def subjects(self) -> list[Subject]:
+    def cases(self) -> list[ReferenceCase]:
         settings = Settings(seed=self.seed)
-        return [subject(settings, name) for name in names(settings)[: self.scenes]]
+        return [reference_case(settings, name) for name in case_names(settings)[: self.scenes]]
 
     def _in_model(self, check: Callable[..., list[Finding]], attention: Attention) -> Iterator[Finding]:
-        for case in self.subjects():
+        for case in self.cases():
             with watched_settings():
                 found = check(attention, case, CPU, self.dtype)
             yield from found

@@ -1,10 +1,10 @@
-"""The relevance level: maps made through the backward pass of the attention under test, against those of the oracle."""
+"""Relevance maps that pass through the backward pass of the attention under test, compared with the oracle's."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,14 +16,14 @@ from headoff.attention import Attention, attention_label
 from headoff.detr.detector import Detector, Features
 from headoff.gates import Configuration, Gates, stack
 from headoff.harness.finding import Finding
-from headoff.harness.model.call_count import CallCount
-from headoff.harness.model.patched import failures_as, features_on, patched
-from headoff.harness.model.relu_masks import Decisions
-from headoff.harness.reference.cache import Arrays, kept
-from headoff.harness.reference.cases import METHOD, Subject
+from headoff.harness.model.patched import CallCount, counting_calls, features_on, findings_of_run, patched
+from headoff.harness.model.relu_masks import ReluMasks
+from headoff.harness.reference.cache import Arrays, cached
+from headoff.harness.reference.cases import METHOD, ReferenceCase
 from headoff.harness.reference.implementations import machine, more_implementations, right_implementations
-from headoff.harness.reference.map_pictures import write_triptych
-from headoff.harness.reference.maps import Budget, CaseMaps, map_errors, mismatches
+from headoff.harness.reference.maps import CaseMaps, map_errors, map_tolerance, mismatches
+from headoff.harness.reference.pictures import draw_maps
+from headoff.harness.tolerance import Tolerance
 from headoff.relevance import RelevanceEngine, Target
 from headoff.relevance.engine import Backward
 
@@ -31,10 +31,10 @@ MEMORY = 2**32
 """Bytes for the engine: enough that all configurations of a cumulative sweep are decoded together."""
 
 MORE_DRAWS = 6
-"""Right implementations that the map with the largest rounding errors is made by, beside those that make all."""
+"""Further implementations that compute the map with the largest rounding errors."""
 
 SECOND_LOOKS = 24
-"""Right implementations that a map is made by again where a candidate's is off by more than is allowed, but not far."""
+"""Further implementations that compute a map where a candidate's is off by more than is allowed, but not by far."""
 
 DRAWN = 2
 """Findings of one image that get a picture: the others look alike."""
@@ -42,7 +42,7 @@ DRAWN = 2
 
 @dataclass(frozen=True, eq=False)
 class FoundMaps:
-    """Maps (C, O, M, h, w) in float64, logits (C, Q, K + 1) and boxes (C, Q, 4), and the calls that they took."""
+    """Maps (C, O, M, h, w) in float64, logits (C, Q, K + 1) and boxes (C, Q, 4), and the attention calls they took."""
 
     maps: NDArray[np.float64]
     logits: torch.Tensor
@@ -52,7 +52,7 @@ class FoundMaps:
 
 def relevance_findings(
     attention: Attention,
-    subject: Subject,
+    case: ReferenceCase,
     device: torch.device,
     dtype: torch.dtype,
     configurations: Sequence[Configuration] | None = None,
@@ -61,27 +61,27 @@ def relevance_findings(
 ) -> list[Finding]:
     """Where relevance maps made with `attention` are wrong: at most one finding for each configuration, and calls.
 
-    Of the cumulative `configurations` unless told. Gradients pass the attention by its own backward pass. `pictures`: a
-    folder, None to draw none. The calls at each site are added to `calls`.
+    Gradients pass the attention by its own backward pass.
+
+    Args:
+        configurations: by default the cumulative ones.
+        pictures: a folder for pictures; None draws none.
+        calls: the calls at each site are added to these.
     """
-    chosen = tuple(subject.cumulative if configurations is None else configurations)
-    label = f"{attention_label(attention)} in {_name(dtype)} on {device}"
-    findings: list[Finding] = []
-    found = None
-    with failures_as(findings, "relevance", f"relevance of {subject.name}"):
-        found = found_maps(attention, subject, device, dtype, chosen)
-    if found is None:
-        return findings
-    # Once for encoding and for decoding, and again for backward passes, which repeat the forward pass.
-    findings += found.calls.findings(f"relevance of {subject.name}", 1, 1, at_least=True)
-    if calls is not None:
-        calls.update(found.calls.by_site)
-    return findings + map_findings(subject, chosen, found.maps, device, dtype, label, pictures)
+    chosen = tuple(case.cumulative if configurations is None else configurations)
+    label = f"{attention_label(attention)} in {str(dtype).removeprefix('torch.')} on {device}"
+    return findings_of_run(
+        "relevance",
+        f"relevance of {case.name}",
+        lambda: maps_with(attention, case, device, dtype, chosen),
+        lambda found: map_findings(case, chosen, found.maps, device, dtype, label, pictures),
+        calls,
+    )
 
 
-def found_maps(
+def maps_with(
     attention: Attention,
-    subject: Subject,
+    case: ReferenceCase,
     device: torch.device,
     dtype: torch.dtype,
     configurations: Sequence[Configuration],
@@ -90,18 +90,17 @@ def found_maps(
     gates: Gates | None = None,
     objects: Sequence[int] | None = None,
 ) -> FoundMaps:
-    """With `attention` in the subject's model, from the oracle's features and its ReLUs' decisions on.
+    """With `attention` in the case's model, from the oracle's features on and with its ReLU masks.
 
     Args:
         gates: others than those of the configurations, as many.
-        objects: indices of the subject's objects that are explained; all of them where None.
+        objects: indices of the case's objects that are explained; all of them where None.
     """
-    at = [subject.configurations.index(each) for each in configurations]
-    gates = stack(configurations, subject.layout) if gates is None else gates
-    targets = subject.targets if objects is None else [subject.targets[index] for index in objects]
-    features = features_on(subject, device, dtype)
-    with patched(subject, attention, device, dtype) as detector:
-        return maps_by(detector, features, gates, targets, subject.decisions[at], backward)
+    gates = stack(configurations, case.layout) if gates is None else gates
+    targets = case.targets if objects is None else [case.targets[index] for index in objects]
+    with patched(case, attention, device, dtype) as detector:
+        features = features_on(case, device, dtype)
+        return maps_by(detector, features, gates, targets, case.masks_of(configurations), backward)
 
 
 def maps_by(
@@ -109,46 +108,54 @@ def maps_by(
     features: Features,
     gates: Gates,
     targets: Sequence[Target],
-    decisions: Decisions,
+    masks: ReluMasks,
     backward: Backward = "callable",
 ) -> FoundMaps:
-    """By `RelevanceEngine`, under all `gates` and with the ReLUs' `decisions` under each of them."""
-    with decisions.imposed_on(detector), CallCount(detector) as calls:
+    """By `RelevanceEngine`, under all `gates` and with the ReLU masks of each of them."""
+    # Encoding and decoding once, and again for backward passes, which repeat the forward pass.
+    with (
+        masks.pinned(detector, box_head=False),
+        counting_calls(detector, encodes=1, decodes=1, at_least=True) as calls,
+    ):
         engine = RelevanceEngine(
             detector,
             features,
             method=METHOD,
             backward=backward,
-            # Not by headoff's own fused kernels, where there are: they are no part of what is judged.
+            # Not by headoff's own fused kernels, where there are: they are no part of what is tested.
             kernels="tiles" if features.tokens.device.type == "cpu" else "torch",
             memory_budget=MEMORY,
         )
-        results = sorted(engine.run(gates, lambda *_: targets), key=lambda each: each.index)
-    maps = [torch.stack([pair.rows for pair in each.pairs if pair is not None]) for each in results]
+        results = sorted(engine.run(gates, lambda *_: targets), key=lambda result: result.index)
+    maps = [torch.stack([pair.rows for pair in result.pairs if pair is not None]) for result in results]
     return FoundMaps(
         torch.stack(maps).unflatten(-1, features.grid).double().numpy(),
-        torch.stack([each.logits for each in results]),
-        torch.stack([each.boxes for each in results]),
+        torch.stack([result.logits for result in results]),
+        torch.stack([result.boxes for result in results]),
         calls,
     )
 
 
-def case_of(
-    subject: Subject, configuration: Configuration, maps: NDArray[np.float64], budget: Budget, found_by: str
+def case_maps(
+    case: ReferenceCase,
+    configuration: Configuration,
+    maps: NDArray[np.float64],
+    tolerance: Tolerance,
+    found_by: str = "the float64 oracle",
 ) -> CaseMaps:
     """The maps of one configuration (O, M, h, w), with all that they are to be compared by."""
     return CaseMaps(
-        case=f"{subject.name}, {configuration.name}",
+        case=f"{case.name}, {configuration.name}",
         maps=maps,
-        objects=subject.object_names,
-        inputs=subject.inputs(configuration),
-        budget=budget,
+        objects=case.object_names,
+        inputs=case.inputs(configuration),
+        tolerance=tolerance,
         found_by=found_by,
     )
 
 
 def map_findings(
-    subject: Subject,
+    case: ReferenceCase,
     configurations: Sequence[Configuration],
     maps: NDArray[np.float64],
     device: torch.device,
@@ -156,130 +163,113 @@ def map_findings(
     found_by: str,
     pictures: Path | None = None,
 ) -> list[Finding]:
-    """Where `maps` (C, O, M, h, w), made in `dtype` on `device`, are wrong: at most one finding a configuration."""
-    budget = relevance_budget(subject, device, dtype)
-    truth = subject.maps(configurations)
+    """Where `maps` (C, O, M, h, w), computed in `dtype` on `device`, are wrong: at most one finding a configuration."""
+    tolerance = relevance_tolerance(case, device, dtype)
+    expected_maps = case.maps(configurations)
     findings: list[Finding] = []
     for index, configuration in enumerate(configurations):
-        case = case_of(subject, configuration, maps[index], budget, found_by)
-        # Looking again takes seconds. An attention with a map that stays wrong is wrong.
-        if not findings and (doubtful := _doubtful(truth[index], case)):
-            reached = error_reached(subject, configuration, doubtful, device, dtype)
-            case = replace(case, budget=budget.raised(reached))
-        draw = pictures if len(findings) < DRAWN else None
-        if (finding := _judge(subject, configuration, truth[index], case, draw)) is not None:
-            findings.append(finding)
+        found = case_maps(case, configuration, maps[index], tolerance, found_by)
+        errors = map_errors(expected_maps[index], found.maps)
+        # A second look takes seconds. An attention with a map that stays wrong is wrong.
+        if not findings and tolerance.allowed < errors.max() <= tolerance.limit:
+            objects = tuple(np.flatnonzero(errors.max(1) > tolerance.allowed).tolist())
+            largest = largest_error(case, configuration, objects, device, dtype)
+            found = replace(found, tolerance=tolerance.raised(largest))
+        expected = case_maps(case, configuration, expected_maps[index], found.tolerance)
+        if problems := mismatches(expected, found):
+            draw = pictures is not None and len(findings) < DRAWN
+            error = float(errors.max())
+            findings.append(
+                Finding(
+                    "relevance",
+                    "\n".join(problems),
+                    case=found.case,
+                    error=error if np.isfinite(error) else None,
+                    budget=found.tolerance.allowed,
+                    configuration=configuration.name,
+                    pictures=(str(draw_maps(expected, found, pictures)),) if draw and pictures else (),
+                )
+            )
     return findings
 
 
-def _doubtful(truth: NDArray[np.float64], found: CaseMaps) -> tuple[int, ...]:
-    """Objects with a map that is off by more than is allowed, if none is by more than could be."""
-    errors = map_errors(truth, found.maps).max(1)
-    if errors.max() > found.budget.limit:
-        return ()
-    return tuple(np.flatnonzero(errors > found.budget.allowed).tolist())
-
-
-def _judge(
-    subject: Subject,
-    configuration: Configuration,
-    truth: NDArray[np.float64],
-    found: CaseMaps,
-    pictures: Path | None = None,
-) -> Finding | None:
-    """A finding where the maps of one configuration are wrong."""
-    expected = case_of(subject, configuration, truth, found.budget, "the float64 oracle")
-    problems = mismatches(expected, found)
-    if not problems:
-        return None
-    drawn = () if pictures is None else (str(write_triptych(expected, found, pictures)),)
-    error = float(map_errors(expected.maps, found.maps).max())
-    return Finding(
-        "relevance",
-        "\n".join(problems),
-        case=found.case,
-        error=error if np.isfinite(error) else None,
-        budget=found.budget.allowed,
-        configuration=configuration.name,
-        pictures=drawn,
-    )
-
-
 @functools.cache
-def relevance_budget(subject: Subject, device: torch.device, dtype: torch.dtype) -> Budget:
-    """What a candidate may be off by on this image: by the largest error of right implementations on any of its maps.
+def relevance_tolerance(case: ReferenceCase, device: torch.device, dtype: torch.dtype) -> Tolerance:
+    """By the largest error of right implementations in any map of this image.
 
-    Measured once on a machine, and kept.
+    Measured once on a machine, and cached.
     """
 
     def measure() -> Arrays:
-        chosen = subject.cumulative
-        truth = subject.maps(chosen)
-        errors = np.max(
-            [
-                map_errors(truth, found_maps(each, subject, device, dtype, chosen).maps)
-                for each in right_implementations()
-            ],
-            axis=0,
-        )
-        # Where a map hangs on a difference of large numbers its errors are large, and spread widely. A few more draws
-        # of the worst say how far they reach.
+        chosen = case.cumulative
+        errors = _errors(right_implementations(), case, device, dtype, chosen)
+        # Where a map depends on a difference of large numbers its errors are large, and spread widely. A few more draws
+        # of the worst one say how far they reach.
         worst, one = np.unravel_index(errors.max(-1).argmax(), errors.shape[:2])
-        for each in more_implementations(MORE_DRAWS, first_seed=2):
-            again = found_maps(each, subject, device, dtype, [chosen[worst]], objects=[int(one)]).maps[0, 0]
-            errors[worst, one] = np.maximum(errors[worst, one], map_errors(truth[worst, one], again))
+        more = more_implementations(MORE_DRAWS, first_seed=2)
+        again = _errors(more, case, device, dtype, [chosen[worst]], [int(one)])
+        errors[worst, one] = np.maximum(errors[worst, one], again[0, 0])
         return {"errors": errors.max(0)}
 
-    about = {**subject.inputs(subject.cumulative[-1]), **machine(device, dtype)}
-    errors = kept("relevance-rounding", about, measure)["errors"]
-    return Budget.measured(errors, roundings(subject), dtype=dtype, measured_in=dtype)
+    errors = cached("relevance-rounding", {**case.inputs_of_all(), **machine(device, dtype)}, measure)[
+        "errors"
+    ]
+    return map_tolerance(errors, roundings(case), dtype)
 
 
 @functools.cache
-def error_reached(
-    subject: Subject,
+def largest_error(
+    case: ReferenceCase,
     configuration: Configuration,
     objects: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """The largest error of many right implementations in the maps of these objects under the configuration.
+    """Of many right implementations, in the maps of these objects under the configuration.
 
-    Some maps hang on a single difference of large numbers, often a row of R - I that nearly sums to zero and is then
-    divided by its sum. The error of such a map is one random number times a large factor, and of the few
-    implementations that `relevance_budget` asks all may have come out near the truth. Measured once on a machine, and
-    kept.
+    Some maps depend on a single difference of large numbers, often a row of R - I that nearly sums to zero and is then
+    divided by its sum. The error of such a map is one random number times a large factor, and the few implementations
+    that `relevance_tolerance` is measured on may all be close by luck. Measured once on a machine, and cached.
     """
 
     def measure() -> Arrays:
-        truth = subject.maps([configuration])[:, list(objects)]
-        return {
-            "errors": np.array(
-                [
-                    map_errors(
-                        truth, found_maps(each, subject, device, dtype, [configuration], objects=objects).maps
-                    ).max()
-                    for each in more_implementations(SECOND_LOOKS, first_seed=2 + MORE_DRAWS)
-                ]
-            )
-        }
+        many = more_implementations(SECOND_LOOKS, first_seed=2 + MORE_DRAWS)
+        return {"errors": _errors(many, case, device, dtype, [configuration], objects)}
 
-    about = {
-        **subject.inputs(configuration),
+    key = {
+        **case.inputs(configuration),
         **machine(device, dtype),
         "objects": str(objects),
-        "implementations": str(SECOND_LOOKS),
+        "draws": str(SECOND_LOOKS),
     }
-    return float(kept("relevance-second-look", about, measure)["errors"].max())
+    return float(cached("relevance-second-look", key, measure)["errors"].max())
 
 
-def roundings(subject: Subject) -> float:
-    """Rounding errors of all attention layers (one in an encoder layer, two in a decoder layer), in units of one.
+def roundings(case: ReferenceCase) -> float:
+    """Rounding errors of all attention layers (one in an encoder layer, two in a decoder layer), in units of eps.
 
-    They add up as a random walk does. Nobody can be asked to be closer than that.
+    They add up as a random walk does. No implementation can be closer than that.
     """
-    return (subject.layout.encoder_layers + 2 * subject.layout.decoder_layers) ** 0.5
+    return (case.layout.encoder_layers + 2 * case.layout.decoder_layers) ** 0.5
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _errors(
+    implementations: Iterable[Attention],
+    case: ReferenceCase,
+    device: torch.device,
+    dtype: torch.dtype,
+    configurations: Sequence[Configuration],
+    objects: Sequence[int] | None = None,
+) -> NDArray[np.float64]:
+    """The largest error of the implementations in each map: (C, O, M)."""
+    expected = case.maps(configurations)
+    expected = expected if objects is None else expected[:, list(objects)]
+    return np.max(
+        [
+            map_errors(
+                expected, maps_with(attention, case, device, dtype, configurations, objects=objects).maps
+            )
+            for attention in implementations
+        ],
+        axis=0,
+    )

@@ -1,10 +1,10 @@
-"""Where gradients jump: hidden units that a ReLU lets through or not, by the last digit of a sum.
+"""ReLU activation masks: which hidden units the ReLUs of encoder, decoder and box head let through.
 
-Relevance is made of gradients, and the gradient of a ReLU jumps where its input crosses zero. Where a hidden unit comes
-nearer to zero than a dtype resolves, implementations that are equally right switch it on or off by their rounding, and
-their maps differ by as much as maps of different heads do: in float32 in 4 of the 90 cases of the bundled scenes, in
-bfloat16 in all of them. To allow for that would be to allow for anything. So candidate and truth are made to decide
-alike, and then only what is smooth is left to compare.
+Relevance is made of gradients, and the gradient of a ReLU jumps where its input crosses zero. Where a hidden unit is
+nearer to zero than a dtype resolves, right implementations switch it on or off by their rounding, and their maps differ
+as much as maps of different heads do: in float32 in 4 of the 90 cases of the bundled scenes, in bfloat16 in all of
+them. A tolerance that admits this admits anything. So two runs are compared with one and the same mask, and what is
+left to compare is smooth.
 """
 
 from __future__ import annotations
@@ -16,139 +16,92 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from headoff.detr.detector import Detector, Features
-from headoff.detr.sharing import LayerGates, SharingPlan
+from headoff.detr.detector import Detector
 from headoff.detr.transformer import FeedForward
-from headoff.gates import Configuration, Gates, stack
-from headoff.sweeps import by_encoder_gate
 
 
-class Decisions:
-    """Which hidden units the ReLUs of encoder and decoder let through, for several configurations of one image.
+class ReluMasks:
+    """Masks of one run of a detector, ReLU by ReLU, in the order of the calls.
 
-    A right implementation may decide otherwise where a unit is zero but for rounding, and then its gradients jump. To
-    be compared, gradients are to be those of one and the same piece of a piecewise smooth function: that of the truth.
+    A "copy" is the (rows, units) of one image in one run of the decoder: a call has as many as its leading dimensions
+    make together. Masks recorded on a batch of configurations can be pinned on runs that batch them differently, as
+    long as the order of the copies is the same.
 
-    - `on`: per ReLU (by the name of the linear layer in front of it), bool (C, rows, units)
+    Args:
+        masks: by the name of the linear layer in front of the ReLU, bool (copies, rows, units).
     """
 
-    def __init__(self, on: dict[str, Tensor]) -> None:
-        self.on = on
+    def __init__(self, masks: dict[str, Tensor] | None = None) -> None:
+        self.masks = {} if masks is None else masks
 
-    def __getitem__(self, chosen: slice | list[int]) -> Decisions:
-        """Those of some of the configurations."""
-        return Decisions({name: each[chosen] for name, each in self.on.items()})
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, detector: Detector, features: Features, configurations: Sequence[Configuration]) -> Decisions:
-        """As `detector` decides; `features` of one image."""
-        gates = stack(configurations, detector.head_layout)
-        found: dict[str, list[Tensor]] = {}
-        order: list[Tensor] = []
-        positions = detector.query_embedding.weight
-        for encoder_gate, members in by_encoder_gate(gates):
-            with _watched(detector) as seen:
-                memory = detector.encode_features(features, encoder_gate)
-                states = detector.decoder(
-                    positions.new_zeros(1, 1, *positions.shape),
-                    positions,
-                    memory.tokens,
-                    memory.positions,
-                    detector.attend,
-                    memory.attn_mask,
-                    _apart(gates[members], detector.config.decoder_layers),
-                    every_layer=False,
-                )
-                detector.heads(states[-1])
-            for name, hidden in seen.items():
-                on = hidden.flatten(0, -3) > 0
-                found.setdefault(name, []).append(on.expand(len(members), -1, -1).cpu())
-            order.append(members)
-        back = torch.cat(order).argsort()
-        return cls({name: torch.cat(each)[back] for name, each in found.items()})
+    def __getitem__(self, copies: Sequence[int]) -> ReluMasks:
+        """The masks of some of the copies, of the configurations for instance."""
+        return ReluMasks({name: mask[list(copies)] for name, mask in self.masks.items()})
 
     @contextmanager
-    def imposed_on(self, detector: Detector, *, boxes: bool = False) -> Iterator[None]:
-        """Let the ReLUs of `detector` decide as these do, and change nothing else.
+    def recording(self, detector: Detector) -> Iterator[None]:
+        """Append the masks of all calls in this context. What is computed does not change."""
+        recorded: dict[str, list[Tensor]] = {name: [mask] for name, mask in self.masks.items()}
 
-        Configurations are taken in order, as many in a call as it has copies of the rows, each once in every layer.
-        ReLUs of the box head are let alone unless `boxes`.
-        """
-        handles = []
-        for name, layer in _before_relus(detector).items():
-            if boxes or not name.startswith("box_head"):
-                hook = _Side(self.on[name].to(detector.device))
-                handles.append(layer.register_forward_hook(hook))
-        try:
+        def record(name: str, hidden: Tensor) -> None:
+            recorded.setdefault(name, []).append(hidden.detach().flatten(0, -3) > 0)
+
+        with _hooked(detector, record):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.masks = {name: torch.cat(masks) for name, masks in recorded.items()}
 
+    @contextmanager
+    def pinned(
+        self, detector: Detector, *, resolution: float | None = None, box_head: bool = True
+    ) -> Iterator[None]:
+        """Make the ReLUs of `detector` use these masks, from the first copy on; nothing else changes.
 
-class _Side:
-    """A forward hook that moves hidden units to the side of zero where they are to be; gradients pass unchanged."""
+        Args:
+            detector: of the same sizes as the recorded one, in any dtype on any device.
+            resolution: align only units that are below so many times the root mean square of their row, as rounding
+                decides those; the others keep their own side of zero. None pins every unit.
+            box_head: whether the ReLUs of the box head are pinned as well.
+        """
+        position = dict.fromkeys(self.masks, 0)
 
-    def __init__(self, on: Tensor) -> None:
-        self._on = on
-        self._next = 0
+        def pin(name: str, hidden: Tensor) -> Tensor:
+            if name.startswith("box_head") and not box_head:
+                return hidden
+            copies = hidden[..., 0, 0].numel()
+            mask = self.masks[name][position[name] : position[name] + copies]
+            position[name] += copies
+            mask = mask.to(hidden.device).reshape(hidden.shape)
+            values = hidden.detach()
+            least = torch.finfo(hidden.dtype).tiny
+            if resolution is None:
+                pinned = torch.where(mask, values.clamp(min=least), values.clamp(max=0))
+            else:
+                mirrored = torch.where(mask, values.abs().clamp(min=least), -values.abs())
+                root_mean_square = values.square().mean(-1, keepdim=True).sqrt()
+                pinned = torch.where(values.abs() < resolution * root_mean_square, mirrored, values)
+            return pinned + (hidden - values)  # the second term is 0, and carries the gradient
 
-    def __call__(self, _module: nn.Module, _inputs: object, hidden: Tensor) -> Tensor:
-        copies = hidden[..., 0, 0].numel()
-        on = self._on[self._next : self._next + copies].reshape(hidden.shape)
-        self._next += copies
-        least = torch.finfo(hidden.dtype).tiny
-        sided = torch.where(on, hidden.clamp(min=least), hidden.clamp(max=0))
-        return sided.detach() + (hidden - hidden.detach())  # sided's value, which the second term adds 0 to
+        with _hooked(detector, pin):
+            yield
 
 
 @contextmanager
-def _watched(detector: Detector) -> Iterator[dict[str, Tensor]]:
-    """What comes into each ReLU, by the name of the layer that it comes from."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: object, hidden: Tensor) -> None:
-            seen[name] = hidden
-
-        return hook
-
-    handles = [layer.register_forward_hook(keep(name)) for name, layer in _before_relus(detector).items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _before_relus(detector: Detector) -> dict[str, nn.Module]:
-    """The linear layers that ReLUs come after, but for the backbone's."""
-    found: dict[str, nn.Module] = {
+def _hooked(detector: Detector, act: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `act(name, output)` after each layer in front of a ReLU; the output is what it returns, unless None."""
+    layers: dict[str, nn.Module] = {
         f"{name}.expand": module.expand
         for name, module in detector.named_modules()
         if isinstance(module, FeedForward)
     }
     for index, (layer, after) in enumerate(pairwise(detector.box_head)):
         if isinstance(after, nn.ReLU):
-            found[f"box_head.{index}"] = layer
-    return found
-
-
-def _apart(gates: Gates, layers: int) -> SharingPlan:
-    """A plan under which every configuration is a run of its own from the start, in order."""
-    count = len(gates)
-
-    def steps(gate: Tensor | None, first: Tensor | None) -> tuple[LayerGates, ...]:
-        return tuple(
-            LayerGates(first if layer == 0 else None, None if gate is None else gate[:, layer])
-            for layer in range(layers)
-        )
-
-    from_one = torch.zeros(count, dtype=torch.long)
-    return SharingPlan(
-        steps(gates.decoder_self, from_one),
-        steps(gates.decoder_cross, None),
-        torch.arange(count),
-        (count,) * layers,
-    )
+            layers[f"box_head.{index}"] = layer
+    handles = [
+        layer.register_forward_hook(lambda _module, _inputs, output, name=name: act(name, output))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -66,9 +66,9 @@ def places_in_model(attention: Attention, settings: Settings) -> list[Finding]:
     import torch
 
     from headoff.harness.model.attention_calls import faulty_layers
-    from headoff.harness.reference.cases import names, subject
+    from headoff.harness.reference.cases import case_names, reference_case
 
-    one = subject(settings, names(settings)[0])
+    one = reference_case(settings, case_names(settings)[0])
     return faulty_layers(attention, one, one.cumulative, torch.device(settings.device), settings.torch_dtype)
 
 

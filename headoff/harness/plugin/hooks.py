@@ -90,9 +90,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     with one_clear_error():
         settings = all_settings(metafunc.config)
         if "scene" in metafunc.fixturenames:
-            from headoff.harness.reference.cases import names
+            from headoff.harness.reference.cases import case_names
 
-            metafunc.parametrize("scene", names(settings[0]))
+            metafunc.parametrize("scene", case_names(settings[0]))
     # Golden files are named by tests, and are of the oracle, whatever the dtype of the patch.
     if len(settings) > 1 and "snapshot" not in metafunc.fixturenames:
         metafunc.parametrize("under_test", settings[0].dtypes, indirect=True, scope="session")

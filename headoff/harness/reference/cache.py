@@ -1,7 +1,7 @@
-"""Truth that takes minutes to make, kept on disk: of whatever model and image somebody brings.
+"""Oracle results that take minutes, cached on disk: for whatever model and image the user brings.
 
-A file is found by a hash of all that it was made of: weights, image, configuration, method, and the code of the oracle.
-So there is nothing to clear by hand, and a file that cannot be read, or is about something else, is made again.
+A file is found by a hash of all that its content depends on: weights, image, configuration, method, and the source code
+of the oracle. So nothing has to be cleared by hand, and a file that is damaged or about something else is made again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from headoff.detr.checkpoints.published import cache_folder
 from headoff.files import written_atomically
 
-FORMAT = "headoff truth 1"
-FOLDER = "headoff-truths"
+FORMAT = "headoff oracle 1"
+FOLDER = "headoff-oracle"
 """In the folder of downloads."""
 
 SOURCES = (
@@ -42,29 +42,33 @@ SOURCES = (
 Arrays = dict[str, NDArray[np.float64]]
 
 
-def kept(kind: str, about: Mapping[str, str], make: Callable[[], Arrays]) -> Arrays:
-    """What `make` gives, made once for all processes and days; `about` is everything that it depends on.
+def cached(kind: str, key: Mapping[str, str], compute: Callable[[], Arrays]) -> Arrays:
+    """`compute()`, computed once for all processes and days.
 
-    Where the folder cannot be written the truth is made and used all the same. Says on stderr when it makes something.
+    Where the folder cannot be written, the result is used all the same.
+
+    Args:
+        kind: the beginning of the file's name.
+        key: all that the result depends on, apart from the package's code.
     """
-    full = {"format": FORMAT, "code": code_hash(), "kind": kind, **about}
+    full = {"format": FORMAT, "code": code_hash(), "kind": kind, **key}
     text = json.dumps(full, sort_keys=True)
     path = cache_folder() / FOLDER / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.npz"
-    found = _read(path, text)
-    if found is None:
-        found = make()
-        _write(path, text, found)
-    return found
+    result = _read(path, text)
+    if result is None:
+        result = compute()
+        _write(path, text, result)
+    return result
 
 
-def say(message: str) -> None:
+def print_progress(message: str) -> None:
     """A line on stderr about something that takes time, past pytest's capture."""
     print(f"headoff: {message}", file=sys.__stderr__ or sys.stderr, flush=True)
 
 
 @functools.cache
 def code_hash() -> str:
-    """SHA-256 of the source of all that the truth comes out of: another version may have another truth."""
+    """SHA-256 of all source code that cached results depend on: another version may have other results."""
     package = Path(str(importlib.resources.files("headoff")))
     total = hashlib.sha256()
     for name in SOURCES:
@@ -74,22 +78,24 @@ def code_hash() -> str:
     return total.hexdigest()
 
 
-def _read(path: Path, about: str) -> Arrays | None:
+def _read(path: Path, key: str) -> Arrays | None:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            if str(archive["about"]) == about:
-                return {name: archive[name] for name in archive.files if name != "about"}
+            if str(archive["key"]) == key:
+                return {name: archive[name] for name in archive.files if name != "key"}
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever numpy and zipfile make of a damaged file
-        say(f"{path} cannot be read ({type(error).__name__}) and is made again")
+        print_progress(f"{path} cannot be read ({type(error).__name__}) and is made again")
     return None
 
 
-def _write(path: Path, about: str, arrays: Arrays) -> None:
+def _write(path: Path, key: str, arrays: Arrays) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_atomically(path) as file:
-            np.savez_compressed(file, allow_pickle=False, about=np.array(about), **arrays)
+            np.savez_compressed(file, allow_pickle=False, key=np.array(key), **arrays)
     except OSError as error:
-        say(f"{path} cannot be written ({error.strerror or error}): the truth will be made again next time")
+        print_progress(
+            f"{path} cannot be written ({error.strerror or error}): it will be made again next time"
+        )

@@ -1,6 +1,6 @@
-"""What an attention is judged on: an image for a model, with all that the float64 oracle finds there.
+"""Reference cases: an image for a model, with everything that the float64 oracle computes there.
 
-Everything here is independent of the attention under test, of its dtype and of its device, and made once a process.
+Nothing here depends on the attention under test, its dtype or its device; everything is computed once per process.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from headoff.gates import (
     only_heads_on,
     stack,
 )
-from headoff.harness.model.relu_masks import Decisions
-from headoff.harness.reference.cache import Arrays, kept, say
+from headoff.harness.model.relu_masks import ReluMasks
+from headoff.harness.reference.cache import Arrays, cached, print_progress
 from headoff.harness.reference.golden import golden_root
 from headoff.harness.reference.maps import CaseMaps, stale
-from headoff.harness.reference.oracle import dense_maps, features_of, sha256_of
+from headoff.harness.reference.oracle import batches, dense_maps, features_of, forward_batch, sha256_of
 from headoff.harness.settings import Settings
 from headoff.images import load_image
 from headoff.relevance import Target, class_logit
@@ -44,51 +44,53 @@ from headoff.sweeps import decode_all
 
 METHOD = "chefer"
 CONFIDENCE = 0.5
-OBJECTS = 3
-"""Objects explained in an image, the surest ones: more of them test little more, and take room in the repository."""
+MOST_OBJECTS = 3
+"""Objects explained in an image, those with the highest scores: more of them test little more."""
 LEAST_OBJECTS = 2
 """However little is detected: with one object alone, a map could not be told from that of another query."""
 MANY_TOKENS = 400
 """The dense oracle's time grows with the third power of the tokens: above so many it explains `LEAST_OBJECTS`."""
-BORROWED_SCENES = 2
-"""Bundled scenes that a model of somebody's own is tried on where no image is given."""
+SCENES_FOR_OTHER_MODELS = 2
+"""Bundled scenes that another model than the bundled one is tried on where no image is given."""
 
 
-def names(settings: Settings) -> list[str]:
-    """Names of the images to be tried: the bundled scenes, or those of the user's own. Nothing is opened for it."""
+def case_names(settings: Settings) -> list[str]:
+    """Names of the images: the bundled scenes, or the user's own. No file is opened."""
     return list(_images(settings))
 
 
-def subject(settings: Settings, name: str) -> Subject:
-    """The subject called `name`, one of `names`; the same object for the same settings.
+def reference_case(settings: Settings, name: str) -> ReferenceCase:
+    """The case called `name`, one of `case_names`; the same object for the same settings.
 
-    Raises SettingError for another name. That a model or an image cannot be read shows when it is needed, as a
-    HeadoffError.
+    Raises:
+        SettingError: for another name. A model or image that cannot be read raises a HeadoffError when it is needed.
     """
     images = _images(settings)
     if name not in images:
         raise SettingError(f"there is no image {name!r} here: use one of {', '.join(images)}")
-    return _subject(
-        settings.model, name, images[name], golden_root(settings) if _has_golden(settings) else None
-    )
+    has_golden = settings.golden_dir is not None or (settings.model == BUNDLED and not settings.images)
+    return _reference_case(settings.model, name, images[name], golden_root(settings) if has_golden else None)
 
 
 def cumulative_names() -> list[str]:
     """Names of the cumulative configurations of a model of 8 heads, which all DETRs are."""
-    return [each.name for each in cumulative()]
+    return [configuration.name for configuration in cumulative()]
 
 
 def configuration_names() -> list[str]:
-    """Names of all configurations of a model of 8 heads; of the last ones any model has its own."""
-    return [*cumulative_names(), *(each.name for each in _others(HeadLayout(), 0))]
+    """Names of all configurations of a model of 8 heads; every model has the last ones."""
+    return [*cumulative_names(), *(configuration.name for configuration in _others(HeadLayout(), 0))]
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class ReferenceCase:
     """One image for one model.
 
-    - `model`: as `headoff.load` takes it
-    - `golden`: the folder of golden files, or None where there are none to be expected
+    Attributes:
+        name: of the image.
+        model: as `headoff.load` takes it.
+        image: a path.
+        golden: the folder of golden files, or None where there are none to be expected.
     """
 
     name: str
@@ -107,7 +109,7 @@ class Subject:
 
     @functools.cached_property
     def features(self) -> Features:
-        """What encoders start from, the oracle's as well as those under test: the backbone has no attention."""
+        """The encoder's input, for the oracle and the detectors under test alike: the backbone has no attention."""
         return features_of(self.detector, load_image(self.image))
 
     @functools.cached_property
@@ -118,11 +120,11 @@ class Subject:
 
     @functools.cached_property
     def objects(self) -> Detections:
-        """What is explained: the surest detections with nothing off, or the surest queries where there are few."""
+        """What is explained: the detections with the highest scores with nothing off, or such queries if too few."""
         with torch.no_grad():
             output = decode_all(self.detector, self.features, stack([none_off()], self.layout))
         found = self.detections(output.logits[0, 0], output.boxes[0, 0], confidence=0.0)
-        most = LEAST_OBJECTS if self.features.tokens.shape[1] > MANY_TOKENS else OBJECTS
+        most = LEAST_OBJECTS if self.features.tokens.shape[1] > MANY_TOKENS else MOST_OBJECTS
         count = min(most, max(LEAST_OBJECTS, int((found.scores > CONFIDENCE).sum())))
         return Detections(
             found.queries[:count],
@@ -135,11 +137,11 @@ class Subject:
 
     @property
     def object_names(self) -> tuple[str, ...]:
-        return tuple(f"query {each.query} ({each.class_name})" for each in self.objects)
+        return tuple(f"query {detection.query} ({detection.class_name})" for detection in self.objects)
 
     @property
     def targets(self) -> list[Target]:
-        return [class_logit(each.query, each.label) for each in self.objects]
+        return [class_logit(detection.query, detection.label) for detection in self.objects]
 
     @functools.cached_property
     def cumulative(self) -> tuple[Configuration, ...]:
@@ -153,32 +155,45 @@ class Subject:
 
     def configuration(self, name: str) -> Configuration:
         """Raises SettingError for one that this model does not have."""
-        for each in self.configurations:
-            if each.name == name:
-                return each
-        raise SettingError(
-            f"there is no configuration {name!r} for a model of {self.layout.heads} heads: use one of "
-            f"{', '.join(each.name for each in self.configurations)}"
-        )
+        by_name = {configuration.name: configuration for configuration in self.configurations}
+        if name not in by_name:
+            raise SettingError(
+                f"there is no configuration {name!r} for a model of {self.layout.heads} heads: use one of "
+                f"{', '.join(by_name)}"
+            )
+        return by_name[name]
+
+    def indices(self, configurations: Sequence[Configuration]) -> list[int]:
+        """Where they are in `configurations`."""
+        return [self.configurations.index(configuration) for configuration in configurations]
 
     @functools.cached_property
-    def answers(self) -> DetectorOutput:
+    def output(self) -> DetectorOutput:
         """The oracle's logits (C, Q, K + 1) and boxes (C, Q, 4) under all `configurations`."""
         with torch.no_grad():
             output = decode_all(self.detector, self.features, stack(self.configurations, self.layout))
         return DetectorOutput(output.logits[:, 0], output.boxes[:, 0])
 
     @functools.cached_property
-    def decisions(self) -> Decisions:
-        """Of the oracle's ReLUs under all `configurations`."""
-        return Decisions.of(self.detector, self.features, self.configurations)
+    def relu_masks(self) -> ReluMasks:
+        """The oracle's under all `configurations`, which are the copies."""
+        masks = ReluMasks()
+        gates = stack(self.configurations, self.layout)
+        with torch.no_grad(), masks.recording(self.detector):
+            for members in batches(self.detector, self.features, len(gates)):
+                forward_batch(self.detector, self.features, gates[torch.tensor(members)])
+        return masks
+
+    def masks_of(self, configurations: Sequence[Configuration]) -> ReluMasks:
+        """`relu_masks` under some of the configurations."""
+        return self.relu_masks[self.indices(configurations)]
 
     def detections(self, logits: Tensor, boxes: Tensor, confidence: float = CONFIDENCE) -> Detections:
         """What logits (Q, K + 1) and boxes (Q, 4) find in this image."""
         return detections_from(logits, boxes, self.image_size, self.detector.class_names, confidence)
 
     def inputs(self, configuration: Configuration) -> dict[str, str]:
-        """What maps under `configuration` are made of, each by a text that changes with it."""
+        """What maps under `configuration` depend on: each entry is a text that changes with it."""
         return {
             "configuration": configuration.text,
             "image": _hash_of_file(self.image),
@@ -186,15 +201,26 @@ class Subject:
             "weights": _weights_hash(self.model),
         }
 
+    def inputs_of_all(self) -> dict[str, str]:
+        """The same for results under all `configurations`."""
+        return {
+            **self.inputs(self.configurations[0]),
+            "configuration": "; ".join(configuration.text for configuration in self.configurations),
+            "objects": ", ".join(self.object_names),
+        }
+
     def golden_file(self, configuration: Configuration) -> Path | None:
-        """The golden file of relevance maps, whether it is there or not; None where none is to be expected."""
+        """The golden file of relevance maps, named by the test that writes it; None where none is to be expected.
+
+        It may not exist.
+        """
         if self.golden is None:
             return None
-        name = truth_name(self.name, configuration.name)
-        return self.golden / "test_heads_off_relevance" / f"{name}.npz"
+        name = f"test_heads_off_truth[{self.name}-{configuration.name}].npz"
+        return self.golden / "test_heads_off_relevance" / name
 
     def golden_maps(self, configuration: Configuration) -> CaseMaps | None:
-        """What the golden file holds; None where there is none about just this."""
+        """What the golden file holds; None where there is none about this model, image and configuration."""
         path = self.golden_file(configuration)
         if path is None or not path.is_file():
             return None
@@ -202,24 +228,19 @@ class Subject:
         return None if stale(golden, self.inputs(configuration), self.object_names) else golden
 
     def maps(self, configurations: Sequence[Configuration]) -> NDArray[np.float64]:
-        """The true relevance maps, (configurations, objects, layers, h, w): of golden files, or made and kept."""
-        return np.stack([_maps(self, each) for each in configurations])
+        """The oracle's relevance maps (configurations, objects, layers, h, w): from golden files, or cached."""
+        return np.stack([_maps(self, configuration) for configuration in configurations])
 
-    def make_maps(self, configuration: Configuration) -> NDArray[np.float64]:
-        """By the dense oracle, here and now: (objects, layers, h, w)."""
+    def compute_maps(self, configuration: Configuration) -> NDArray[np.float64]:
+        """The oracle's maps (objects, layers, h, w), computed now."""
         return dense_maps(self.detector, self.features, configuration, self.targets, METHOD).numpy()
-
-
-def truth_name(scene: str, configuration: str) -> str:
-    """The name of a golden file of relevance maps: that of the test that writes it."""
-    return f"test_heads_off_truth[{scene}-{configuration}]"
 
 
 def _images(settings: Settings) -> dict[str, Path]:
     if not settings.images:
         bundled = {path.stem: path for path in sample_images()}
-        few = BORROWED_SCENES if settings.model != BUNDLED else len(bundled)
-        return dict(list(bundled.items())[:few])
+        count = len(bundled) if settings.model == BUNDLED else SCENES_FOR_OTHER_MODELS
+        return dict(list(bundled.items())[:count])
     found: dict[str, Path] = {}
     seen: Counter[str] = Counter()
     for image in settings.images:
@@ -229,13 +250,9 @@ def _images(settings: Settings) -> dict[str, Path]:
     return found
 
 
-def _has_golden(settings: Settings) -> bool:
-    return settings.golden_dir is not None or (settings.model == BUNDLED and not settings.images)
-
-
 @functools.cache
-def _subject(model: str, name: str, image: Path, golden: Path | None) -> Subject:
-    return Subject(name, model, image, golden)
+def _reference_case(model: str, name: str, image: Path, golden: Path | None) -> ReferenceCase:
+    return ReferenceCase(name, model, image, golden)
 
 
 @functools.cache
@@ -260,17 +277,17 @@ def _weights_hash(model: str) -> str:
 
 
 @functools.cache
-def _maps(subject: Subject, configuration: Configuration) -> NDArray[np.float64]:
-    if (golden := subject.golden_maps(configuration)) is not None:
+def _maps(case: ReferenceCase, configuration: Configuration) -> NDArray[np.float64]:
+    if (golden := case.golden_maps(configuration)) is not None:
         return golden.maps
 
-    def make() -> Arrays:
-        count = len(subject.objects)
-        say(f"making the truth for {subject.name}, {configuration.name}: {count} maps in float64")
-        return {"maps": subject.make_maps(configuration)}
+    def compute() -> Arrays:
+        count = len(case.objects)
+        print_progress(f"computing {count} expected maps of {case.name}, {configuration.name} in float64")
+        return {"maps": case.compute_maps(configuration)}
 
-    about = {**subject.inputs(configuration), "objects": ", ".join(subject.object_names)}
-    return kept("maps", about, make)["maps"]
+    key = {**case.inputs(configuration), "objects": ", ".join(case.object_names)}
+    return cached("maps", key, compute)["maps"]
 
 
 def _others(layout: HeadLayout, query: int) -> tuple[Configuration, ...]:

@@ -1,12 +1,8 @@
-"""Relevance maps of one case, how far two implementations of it are apart, and how far apart they may be.
+"""Relevance maps of one case: how far two implementations' maps are apart, and the golden file that holds them.
 
-A case is one image under one configuration. Its truth is what the dense float64 oracle finds; a candidate is anything
-else that claims to find the same. A map's error is its largest difference from the true map, relative to the true
-map's peak: maps die by orders of magnitude as heads go off, and a dying map is to be right as well.
-
-What is allowed is measured, never chosen: a small factor of the error that the oracle's own code makes on the same
-case, in the candidate's dtype, on the candidate's device.
-`headoff.harness.model.mutations` proves that to be little enough.
+A case is one image under one configuration. The expected maps are those of the dense float64 oracle. A map's error is
+its largest difference from the expected map, relative to that map's peak: maps fade by orders of magnitude as heads go
+off, and a faint map has to be right as well.
 """
 
 from __future__ import annotations
@@ -14,129 +10,62 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from headoff.errors import SettingError
+from headoff.harness.tolerance import Tolerance, peak_error
 
 FORMAT = "headoff relevance maps 1"
 UPDATE = "pytest -k heads_off --snapshot-update"
 
-ERROR_FACTOR = 4.0
-"""A candidate's rounding errors may be this much larger than eager's: another order of the same sums."""
-
-MOST_RAISED = 16.0
-"""A second look at a map may raise what is allowed by this factor at most: to where known wrong maps still fail."""
-
 SHOWN = 6
-"""Maps that a message speaks of; what else is wrong is counted."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How far a candidate may be from the truth.
-
-    - `eager_errors` (O, M): what eager attention is off by on this case, map by map
-    - `eager_error`: by how much it may be off, in the candidate's dtype on the candidate's device
-    - `floor`: what is allowed even where eager is exact by luck
-    """
-
-    eager_errors: NDArray[np.float64]
-    eager_error: float
-    floor: float
-
-    @classmethod
-    def measured(
-        cls,
-        eager_errors: NDArray[np.float64],
-        roundings: float,
-        *,
-        among: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-        measured_in: torch.dtype = torch.float32,
-    ) -> Budget:
-        """For a candidate in `dtype`, of errors that eager makes in `measured_in`.
-
-        Rounding errors are proportional to the unit that is rounded to. That carries errors measured in float32 over to
-        float64, where two machines' truths differ and nothing finer is there to measure it with.
-
-        Args:
-            eager_errors: (O, M), as `map_errors` gives them.
-            roundings: attention layers that a map comes through. Each rounds at least once, so that nobody can be
-                asked to be closer than that many units.
-            among: the largest error of eager in cases like this one. That of one case may be small by luck.
-        """
-        unit = torch.finfo(dtype).eps
-        largest = max(among, float(eager_errors.max(initial=0.0)))
-        return cls(eager_errors, largest * unit / torch.finfo(measured_in).eps, roundings * unit)
-
-    @property
-    def allowed(self) -> float:
-        return ERROR_FACTOR * self.eager_error + self.floor
-
-    @property
-    def limit(self) -> float:
-        """What `allowed` is never raised beyond."""
-        return MOST_RAISED * self.allowed
-
-    def raised(self, eager_error: float) -> Budget:
-        """For a map that eager was found to be off by so much."""
-        within = min(eager_error, (self.limit - self.floor) / ERROR_FACTOR)
-        return replace(self, eager_error=max(self.eager_error, within))
+"""Maps that a message describes; how many more are wrong is counted."""
 
 
 @dataclass(frozen=True, eq=False)
 class CaseMaps:
-    """Relevance maps of one case, as one implementation found them.
+    """Relevance maps of one case, as one implementation computed them.
 
-    - `case`: for people, as `scene-003, first 3 off`
-    - `maps` (O, M, h, w): of O objects, after each of M decoder layers
-    - `objects`: O names of what is explained, for people and to be compared
-    - `inputs`: what the maps were made of, each by a text that changes with it (a hash of a file, a setting)
-    - `budget`: how far others may be from these where they are the candidate's, what eager is off by where the truth's
-    - `found_by`: the implementation, for people
+    Args:
+        case: for people, as `scene-003, first 3 off`.
+        maps: (O, M, h, w), of O objects after each of M decoder layers.
+        objects: O names of what is explained, to be shown and compared.
+        inputs: what the maps depend on; each entry is a text that changes with it (a hash of a file, a setting).
+        tolerance: what these may be off by when they are the candidate's.
+        found_by: the implementation, for people.
     """
 
     case: str
     maps: NDArray[np.float64]
     objects: tuple[str, ...]
     inputs: Mapping[str, str]
-    budget: Budget
-    found_by: str = field(default="the float64 oracle")
+    tolerance: Tolerance
+    found_by: str = "the float64 oracle"
 
     def __post_init__(self) -> None:
-        objects, layers = len(self.objects), self.maps.shape[1:2]
-        if (
-            self.maps.ndim != 4
-            or len(self.maps) != objects
-            or self.budget.eager_errors.shape != (objects, *layers)
-        ):
+        if self.maps.ndim != 4 or len(self.maps) != len(self.objects):
             raise SettingError(
-                f"maps of shape {self.maps.shape} do not go with {objects} objects and errors of shape "
-                f"{self.budget.eager_errors.shape}: give (objects, layers, h, w) and (objects, layers)"
+                f"maps of shape {self.maps.shape} do not fit {len(self.objects)} objects: "
+                "give (objects, layers, h, w)"
             )
 
     def to_bytes(self) -> bytes:
-        """A compressed npz. Nothing is rounded: truth is to be finer than all that is compared with it."""
+        """A compressed npz. Nothing is rounded: expected maps are finer than all that is compared with them."""
         about = {
             "format": FORMAT,
             "case": self.case,
             "found_by": self.found_by,
             "objects": list(self.objects),
             "inputs": dict(self.inputs),
-            "axes": {"maps": ["object", "layer", "row", "column"], "eager_errors": ["object", "layer"]},
-            "budget": {"eager_error": self.budget.eager_error, "floor": self.budget.floor},
+            "axes": {"maps": ["object", "layer", "row", "column"]},
+            "budget": {"eager_error": self.tolerance.measured, "floor": self.tolerance.floor},
         }
         file = io.BytesIO()
-        np.savez_compressed(
-            file,
-            about=np.array(json.dumps(about)),
-            maps=np.asarray(self.maps, np.float64),
-            eager_errors=np.asarray(self.budget.eager_errors, np.float64),
-        )
+        np.savez_compressed(file, about=np.array(json.dumps(about)), maps=np.asarray(self.maps, np.float64))
         return file.getvalue()
 
     @classmethod
@@ -152,7 +81,7 @@ class CaseMaps:
                     maps=archive["maps"],
                     objects=tuple(about["objects"]),
                     inputs=about["inputs"],
-                    budget=Budget(archive["eager_errors"], **about["budget"]),
+                    tolerance=Tolerance(about["budget"]["eager_error"], about["budget"]["floor"]),
                     found_by=about["found_by"],
                 )
         except Exception as error:
@@ -161,21 +90,31 @@ class CaseMaps:
             ) from error
 
 
-def map_errors(truth: NDArray[np.float64], found: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Largest difference in each map, relative to the true map's peak: (...) of maps (..., h, w).
+def map_errors(expected: NDArray[np.float64], found: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The largest difference in each map, relative to the expected map's peak: (...) of maps (..., h, w)."""
+    return peak_error(torch.from_numpy(found), torch.from_numpy(expected), (-2, -1)).numpy()
 
-    A map that is truly zero must be found exactly zero: its error is infinite otherwise. So is that of a map that
-    is not finite.
+
+def map_tolerance(
+    errors: NDArray[np.float64], roundings: float, dtype: torch.dtype, measured_in: torch.dtype | None = None
+) -> Tolerance:
+    """For candidates in `dtype`.
+
+    Args:
+        errors: of right implementations, as `map_errors` gives them.
+        roundings: rounding errors of all attention layers that a map passes through, in units of eps: no implementation
+            can be closer than that.
+        measured_in: the dtype that `errors` were measured in, if another. Rounding errors are proportional to eps, so
+            errors in float32 say what another machine's float64 may be off by, where nothing finer can measure it.
     """
-    difference = np.abs(np.asarray(found, np.float64) - truth).max((-2, -1))
-    peak = np.abs(truth).max((-2, -1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        errors = np.where(difference == 0, 0.0, difference / peak)
-    return np.where(np.isfinite(errors), errors, np.inf)
+    unit = torch.finfo(dtype).eps
+    return Tolerance(
+        float(errors.max(initial=0.0)) * unit / torch.finfo(measured_in or dtype).eps, roundings * unit
+    )
 
 
 def stale(expected: CaseMaps, inputs: Mapping[str, str], objects: tuple[str, ...]) -> list[str]:
-    """Where `expected` is about something else than these, a sentence each: maps cannot be compared then."""
+    """Where `expected` is about something other than these, a sentence each: maps cannot be compared then."""
     problems = []
     for name in sorted(expected.inputs.keys() | inputs.keys()):
         then, now = expected.inputs.get(name, "none"), inputs.get(name, "none")
@@ -185,7 +124,8 @@ def stale(expected: CaseMaps, inputs: Mapping[str, str], objects: tuple[str, ...
             )
     if not problems and expected.objects != objects:
         problems.append(
-            f"{expected.case}: explained are {', '.join(objects)}, expected {', '.join(expected.objects)}"
+            f"{expected.case}: explained are {', '.join(objects)}, expected {', '.join(expected.objects)}: "
+            f"run `{UPDATE}`"
         )
     return problems
 
@@ -202,9 +142,8 @@ def mismatches(expected: CaseMaps, found: CaseMaps) -> list[str]:
     """What differs by more than `found` may, a sentence each; none where the maps are right."""
     if problems := incomparable(expected, found):
         return problems
-    allowed = found.budget.allowed
     errors = map_errors(expected.maps, found.maps)
-    wrong = [(o, m) for o, m in zip(*np.nonzero(errors > allowed), strict=True)]
+    wrong = list(zip(*np.nonzero(errors > found.tolerance.allowed), strict=True))
     if not wrong:
         return []
     wrong.sort(key=lambda at: -errors[at])
@@ -214,12 +153,7 @@ def mismatches(expected: CaseMaps, found: CaseMaps) -> list[str]:
     ]
     if len(wrong) > SHOWN:
         problems.append(f"  and {len(wrong) - SHOWN} more")
-    budget = found.budget
-    problems.append(
-        f"allowed are {allowed:.1e} of a map's peak: {ERROR_FACTOR:g} times the {budget.eager_error:.1e} that eager "
-        f"attention is off by, plus {budget.floor:.1e}"
-    )
-    return problems
+    return [*problems, f"allowed of a map's peak are {found.tolerance}"]
 
 
 def worst_map(expected: CaseMaps, found: CaseMaps) -> tuple[int, int]:
@@ -230,17 +164,17 @@ def worst_map(expected: CaseMaps, found: CaseMaps) -> tuple[int, int]:
 
 
 def _describe(expected: CaseMaps, found: CaseMaps, errors: NDArray[np.float64], at: tuple[int, int]) -> str:
-    truth, got = expected.maps[at], found.maps[at]
+    true, got = expected.maps[at], found.maps[at]
     where = f"  {expected.objects[at[0]]}, after layer {at[1]}:"
     if not np.isfinite(got).all():
         return f"{where} {int((~np.isfinite(got)).sum())} of {got.size} numbers are NaN or infinite"
-    row, column = np.unravel_index(np.abs(got - truth).argmax(), truth.shape)
-    masses = f"mass {got.sum():.6g}, expected {truth.sum():.6g}"
-    if not truth.any():
+    row, column = np.unravel_index(np.abs(got - true).argmax(), true.shape)
+    masses = f"mass {got.sum():.6g}, expected {true.sum():.6g}"
+    if not true.any():
         return f"{where} not zero, {got[row, column]:.3e} at token ({row}, {column}); {masses}"
     return (
         f"{where} off by {errors[at]:.1e} of the peak, at token ({row}, {column}) {got[row, column]:.6e}, "
-        f"expected {truth[row, column]:.6e}; {masses}"
+        f"expected {true[row, column]:.6e}; {masses}"
     )
 
 

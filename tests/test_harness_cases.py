@@ -1,4 +1,4 @@
-"""Subjects of a user's own model and image, their truth on disk, and what the checks say of wrong attentions."""
+"""Reference cases of a user's own model and image, the cache, and what is found wrong with wrong attentions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from headoff.detr.transformer import AttentionAddress
 from headoff.errors import HeadoffError, SettingError
 from headoff.gates import first_off, none_off, stack
 from headoff.harness.model.attention_calls import faulty_layers
-from headoff.harness.model.call_count import CallCount
 from headoff.harness.model.detections import detection_findings
-from headoff.harness.model.gradients import backward, forward, gradient_findings, target_of, true_gradients
-from headoff.harness.model.precision import InDtype
+from headoff.harness.model.gradients import expected_gradients, gradient_findings, sum_of_targets
+from headoff.harness.model.patched import InDtype, counting_calls
 from headoff.harness.model.relevance import maps_by, relevance_findings
-from headoff.harness.model.relu_masks import Decisions
-from headoff.harness.reference.cache import FOLDER, kept
-from headoff.harness.reference.cases import METHOD, names, subject
+from headoff.harness.model.relu_masks import ReluMasks
+from headoff.harness.reference.cache import FOLDER, cached
+from headoff.harness.reference.cases import METHOD, case_names, reference_case
 from headoff.harness.reference.maps import map_errors
-from headoff.harness.reference.oracle import dense_maps
+from headoff.harness.reference.oracle import dense_maps, forward_batch
 from headoff.harness.settings import Settings
 from headoff.relevance import class_logit
 from headoff.sweeps import decode_all
@@ -50,7 +49,7 @@ def own(tmp_path):
 
 def test_a_model_and_an_image_of_a_users_own_are_judged_as_the_bundled_ones(own):
     """With a right attention nothing is found on any level, with a wrong one something is on each."""
-    mine = subject(own, "street")
+    mine = reference_case(own, "street")
     assert len(mine.objects) >= 2, "random weights detect nothing, and are explained all the same"
     for dtype in (torch.float32, torch.bfloat16):
         for check in (detection_findings, relevance_findings, gradient_findings):
@@ -62,49 +61,49 @@ def test_a_model_and_an_image_of_a_users_own_are_judged_as_the_bundled_ones(own)
         assert all(each.error > each.budget for each in found if each.error is not None)
 
 
-def test_truth_is_made_once_and_again_where_its_file_is_damaged(cache, capfd):
-    made = []
+def test_results_are_computed_once_and_again_where_the_file_is_damaged(cache, capfd):
+    computed = []
 
-    def make():
-        made.append(1)
+    def compute():
+        computed.append(1)
         return {"maps": np.arange(6.0).reshape(2, 3)}
 
-    first = kept("example", {"image": "a"}, make)
-    assert np.array_equal(kept("example", {"image": "a"}, make)["maps"], first["maps"])
-    assert len(made) == 1
-    kept("example", {"image": "b"}, make)
-    assert len(made) == 2, "another image has another truth"
+    first = cached("example", {"image": "a"}, compute)
+    assert np.array_equal(cached("example", {"image": "a"}, compute)["maps"], first["maps"])
+    assert len(computed) == 1
+    cached("example", {"image": "b"}, compute)
+    assert len(computed) == 2, "another image has other results"
     for path in cache.iterdir():
         path.write_bytes(path.read_bytes()[:50])
-    assert np.array_equal(kept("example", {"image": "a"}, make)["maps"], first["maps"])
-    assert len(made) == 3
+    assert np.array_equal(cached("example", {"image": "a"}, compute)["maps"], first["maps"])
+    assert len(computed) == 3
 
 
-def test_truth_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch):
+def test_results_that_cannot_be_written_are_used_all_the_same(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("HEADOFF_CACHE", str(tmp_path / "file"))
-    assert kept("example", {}, lambda: {"maps": np.ones(2)})["maps"].sum() == 2
+    assert cached("example", {}, lambda: {"maps": np.ones(2)})["maps"].sum() == 2
 
 
 def test_names_are_those_of_the_images(tmp_path):
-    assert names(Settings())[:2] == ["scene-000", "scene-001"]
+    assert case_names(Settings())[:2] == ["scene-000", "scene-001"]
     twice = Settings(images=(tmp_path / "a" / "cup.png", tmp_path / "b" / "cup.jpg"))
-    assert names(twice) == ["cup", "cup (2)"]
-    assert 0 < len(names(Settings(model="detr-resnet-50"))) < len(names(Settings()))
+    assert case_names(twice) == ["cup", "cup (2)"]
+    assert 0 < len(case_names(Settings(model="detr-resnet-50"))) < len(case_names(Settings()))
     with pytest.raises(SettingError, match="there is no image 'tree' here: use one of cup"):
-        subject(twice, "tree")
+        reference_case(twice, "tree")
 
 
 def test_what_cannot_be_read_is_said(own, tmp_path):
     with pytest.raises(HeadoffError, match="gone.png"):
-        subject(Settings(images=(tmp_path / "gone.png",)), "gone").features  # noqa: B018
+        reference_case(Settings(images=(tmp_path / "gone.png",)), "gone").features  # noqa: B018
     broken = Settings(model=str(tmp_path / "gone.safetensors"), images=own.images)
     with pytest.raises(HeadoffError, match="gone.safetensors"):
-        subject(broken, "street").detector  # noqa: B018
+        reference_case(broken, "street").detector  # noqa: B018
 
 
 def test_exceptions_of_an_attention_are_findings(own):
-    mine = subject(own, "street")
+    mine = reference_case(own, "street")
 
     def fails(query, key, value, attn_mask=None, *, head_gate=None):
         raise ValueError("no kernel\nfor this size")
@@ -119,13 +118,13 @@ def test_nan_is_a_finding(own):
     def nan(query, key, value, attn_mask=None, *, head_gate=None):
         return query * torch.nan
 
-    mine = subject(own, "street")
+    mine = reference_case(own, "street")
     for check in (detection_findings, relevance_findings, gradient_findings):
         assert check(nan, mine, CPU, torch.float32)
 
 
 def test_one_wrong_layer_does_not_blame_its_successors(own):
-    mine = subject(own, "street")
+    mine = reference_case(own, "street")
     calls = []
 
     def third_call_wrong(query, key, value, attn_mask=None, *, head_gate=None):
@@ -140,7 +139,7 @@ def test_one_wrong_layer_does_not_blame_its_successors(own):
 
 @pytest.mark.parametrize("wrong", ["dq", "dk", "dv"])
 def test_the_wrong_gradient_is_named(own, wrong):
-    mine = subject(own, "street")
+    mine = reference_case(own, "street")
 
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
         inputs = {"dq": query, "dk": key, "dv": value}
@@ -159,7 +158,7 @@ def test_a_head_is_blamed_from_the_configuration_on_where_it_is_off(own):
             head_gate[:, 1] = 1
         return eager(query, key, value, attn_mask, head_gate=head_gate)
 
-    mine = subject(own, "street")
+    mine = reference_case(own, "street")
     (found,) = faulty_layers(second_head_stays_on, mine, mine.cumulative, CPU, torch.float32)
     assert (found.site, found.head, found.configuration) == ("decoder_cross", 1, "first 2 off")
 
@@ -169,19 +168,19 @@ def test_calls_are_counted_site_by_site():
     from relevance_examples import features_of
 
     features = features_of(detector)
-    with CallCount(detector) as count:
+    with counting_calls(detector, 1, 1) as count:
         decode_all(detector, features, stack([none_off(), first_off(2)], detector.head_layout))
-    assert "attend" not in vars(detector)
+    assert not detector.is_intercepted
     assert count.by_site == {"encoder_self": 2, "decoder_self": 3, "decoder_cross": 3}
-    assert count.findings("a case", 1, 1) == []
+    assert count.findings("a case") == []
     count.of[AttentionAddress("decoder_cross", 1)] = 0
-    (found,) = count.findings("a case", 1, 1)
+    (found,) = count.findings("a case")
     assert (found.property, found.site, found.layer) == ("calls", "decoder_cross", 1)
     assert "never" in found.message
 
 
-def test_imposed_decisions_carry_maps_over_a_kink():
-    """A hidden unit that is zero but for rounding: float32 decides by luck, and as the oracle when made to."""
+def test_pinned_masks_carry_maps_over_a_jump_of_the_gradient():
+    """A hidden unit that is zero but for rounding: float32 decides by luck, and as the oracle when it is pinned."""
     from relevance_examples import features_of
 
     exact = tiny_detector()
@@ -189,40 +188,71 @@ def test_imposed_decisions_carry_maps_over_a_kink():
     expand = exact.decoder.layers[0].feedforward.expand
     seen = []
     handle = expand.register_forward_hook(lambda module, inputs, hidden: seen.append(hidden))
-    decode_all(exact, features, stack([none_off()], exact.head_layout))
+    gates = stack([none_off()], exact.head_layout)
+    decode_all(exact, features, gates)
     handle.remove()
     expand.bias[3] -= seen[0][0, 0, 0, 3] - 1e-12
-    truth = dense_maps(exact, features, none_off(), [class_logit(0, 1)], METHOD).numpy()
-    decisions = Decisions.of(exact, features, [none_off()])
-
+    expected = dense_maps(exact, features, none_off(), [class_logit(0, 1)], METHOD).numpy()
     below = tiny_detector()
     below.decoder.layers[0].feedforward.expand.bias[3] = expand.bias[3] - 2e-12
-    gates = stack([none_off()], exact.head_layout)
-    anything = Decisions({name: on for name, on in Decisions.of(below, features, [none_off()]).on.items()})
-    found, jumped = (
-        maps_by(below, features, gates, [class_logit(0, 1)], each).maps[0] for each in (decisions, anything)
+    masks, own_masks = ReluMasks(), ReluMasks()
+    for recorded, detector in ((masks, exact), (own_masks, below)):
+        with recorded.recording(detector), torch.no_grad():
+            forward_batch(detector, features, gates)
+    pinned, jumped = (
+        maps_by(below, features, gates, [class_logit(0, 1)], some).maps[0] for some in (masks, own_masks)
     )
-    assert map_errors(truth, found).max() < 1e-9
-    assert map_errors(truth, jumped).max() > 1e-5
+    assert map_errors(expected, pinned).max() < 1e-9
+    assert map_errors(expected, jumped).max() > 1e-5
+
+
+@pytest.mark.parametrize(("resolution", "follows"), [(1e-9, True), (1e-15, False)])
+def test_masks_are_aligned_where_rounding_decides_and_nowhere_else(resolution, follows):
+    """A unit at 1e-12 follows the other run's mask if that is below the resolution; all others keep their own."""
+    from relevance_examples import features_of
+
+    detector = tiny_detector()
+    features, layer = features_of(detector), detector.encoder.layers[0].feedforward
+    gates, masks, name = (
+        stack([none_off()], detector.head_layout),
+        ReluMasks(),
+        "encoder.layers.0.feedforward.expand",
+    )
+    seen = []
+    handle = layer.expand.register_forward_hook(lambda module, inputs, hidden: seen.append(hidden))
+    with torch.no_grad():
+        forward_batch(detector, features, gates)
+        layer.expand.bias[3] -= seen[0][0, 0, 3] - 1e-12
+    handle.remove()
+    with masks.recording(detector), torch.no_grad():
+        forward_batch(detector, features, gates)
+    before = masks.masks[name]
+    flipped = ReluMasks({**masks.masks, name: ~before})
+    handle = layer.contract.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with flipped.pinned(detector, resolution=resolution), torch.no_grad():
+        forward_batch(detector, features, gates)
+    handle.remove()
+    changed = (seen[-1].flatten(0, -3) > 0) != before
+    assert changed.nonzero().tolist() == ([[0, 0, 3]] if follows else [])
 
 
 def test_gradients_are_the_slopes_of_their_targets(own):
     """Central differences along a random direction, in float64."""
-    mine = subject(own, "street")
+    mine = reference_case(own, "street")
     chosen = mine.configurations[:3]
-    gates, targets = stack(chosen, mine.layout), [target_of(mine, each) for each in chosen]
-    _, of_tokens = backward(mine.detector, mine.features, gates, targets)
-    assert torch.allclose(of_tokens, true_gradients(mine)["tokens"][:3], rtol=1e-10)
+    gates = stack(chosen, mine.layout)
+    grad_tokens = expected_gradients(mine)["tokens"][:3]
     direction = torch.randn(mine.features.tokens.shape, generator=torch.Generator().manual_seed(0)).double()
     step = 1e-6
 
     def value(sign: int) -> torch.Tensor:
         moved = mine.features.tokens + sign * step * direction
         features = type(mine.features)(moved, mine.features.positions, None, mine.features.grid)
-        return forward(mine.detector, features, gates, targets)[0]
+        with torch.no_grad():
+            return sum_of_targets(mine, chosen, forward_batch(mine.detector, features, gates)[0])
 
     slope = (value(1) - value(-1)) / (2 * step)
-    assert slope.item() == pytest.approx((of_tokens * direction).sum().item(), rel=1e-6)
+    assert slope.item() == pytest.approx((grad_tokens * direction).sum().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
