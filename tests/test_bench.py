@@ -26,7 +26,6 @@ from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, with_at
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs, row_errors, run_recording_relus, truth_of
 from headoff.bench.plots import plots_of
-from headoff.bench.relus import ReluSides
 from headoff.bench.results import Measurement, Report, by_case
 from headoff.bench.roofline import Peaks, RooflinePoint, Work, attention_work
 from headoff.bench.runner import Plan, Provider, Runner
@@ -45,6 +44,7 @@ from headoff.detr import Detector, DetrConfig
 from headoff.detr.config import BackboneConfig
 from headoff.detr.graphs import CAPTURED
 from headoff.errors import OutputError, SettingError
+from headoff.harness.model.relu_masks import ReluMasks
 from headoff.images import Preprocessing
 from headoff.relevance import RelevanceEngine
 from headoff.timing import TimedCall, describe_machine
@@ -187,11 +187,10 @@ def test_the_oracle_follows_a_relu_that_rounding_decides(workloads, model):
     workload = workloads["memory"]
     _, masks = run_recording_relus(workload, eager)
     plain = truth_of(workload, masks)["gradient of the memory"].rows
-    opposite = ReluSides()
-    opposite._on = {name: [~mask for mask in calls] for name, calls in masks._on.items()}
+    opposite = ReluMasks({name: ~mask for name, mask in masks.masks.items()})
     assert row_errors(plain, truth_of(workload, opposite)["gradient of the memory"].rows) < 1e-2
     exact = workload.in_dtype(torch.float64)
-    with opposite.followed(exact.model.detector, resolution=math.inf):
+    with opposite.pinned(exact.model.detector, resolution=math.inf):
         turned = exact.outputs(exact.timed_call(eager)())["gradient of the memory"].rows
     assert row_errors(plain, turned) > 0.1
 

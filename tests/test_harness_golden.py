@@ -157,7 +157,7 @@ def test_other_objects_are_reported(run):
     other = run(oracle().replace("case(got)", 'case(got, objects=("query 3 (cup)", "query 6 (ring)"))'))
     other.assert_outcomes(failed=1)
     other.stdout.fnmatch_lines(
-        ["*explained are query 3 (cup), query 6 (ring), expected query 3 (cup), query 5 (star)"]
+        ["*explained are query 3 (cup), query 6 (ring), expected query 3 (cup), query 5 (star): run *"]
     )
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention, eager
-from headoff.bench.relus import ReluSides
 from headoff.bench.workloads import Output, Workload
 from headoff.harness.finding import Finding
+from headoff.harness.model.relu_masks import ReluMasks
 from headoff.harness.reference.implementations import right_implementations
 from headoff.harness.tolerance import ERROR_FACTOR, allowed_error, relative_error
 
@@ -53,15 +53,15 @@ class ExpectedOutputs:
         """The largest error of an output, relative to each row's peak."""
         return allowed_error(self.measured_errors[name], self.floor)
 
-    def truth(self, masks: ReluSides, rounded: Workload | None = None) -> dict[str, Output]:
-        """The oracle's outputs; its ReLUs follow `masks` where rounding decides (see `headoff.bench.relus`)."""
+    def truth(self, masks: ReluMasks, rounded: Workload | None = None) -> dict[str, Output]:
+        """The oracle's outputs; its ReLUs follow `masks` where rounding decides (see `ReluMasks.pinned`)."""
         if self._truth is None or self.workload.relu_detector is not None:
             self._truth = truth_of(rounded or self.workload, masks)
         return self._truth
 
     def findings(self, result: Any, attention: Attention) -> list[Finding]:
         """What is wrong with the result of the timed call of `attention`: the worst row of each wrong output."""
-        masks = ReluSides()
+        masks = ReluMasks()
         if self.workload.relu_detector is not None:
             masks = run_recording_relus(self.workload, attention)[1]
         found = self.workload.outputs(result)
@@ -88,7 +88,7 @@ class ExpectedOutputs:
         return Finding(truth.property, message, case, error, allowed)
 
 
-def truth_of(workload: Workload, masks: ReluSides) -> dict[str, Output]:
+def truth_of(workload: Workload, masks: ReluMasks) -> dict[str, Output]:
     """The oracle's outputs in float64; see `ExpectedOutputs.truth`."""
     exact = workload.in_dtype(torch.float64)
     call, detector = exact.timed_call(eager), exact.relu_detector
@@ -96,14 +96,14 @@ def truth_of(workload: Workload, masks: ReluSides) -> dict[str, Output]:
         return exact.outputs(call())
     # A hidden unit is a sum of `width` products, whose errors add up like a random walk, after those of all layers.
     resolution = workload.roundings * torch.finfo(workload.dtype).eps * detector.config.width**0.5
-    with masks.followed(detector, resolution):
+    with masks.pinned(detector, resolution=resolution):
         return exact.outputs(call())
 
 
-def run_recording_relus(workload: Workload, attention: Attention) -> tuple[Any, ReluSides]:
+def run_recording_relus(workload: Workload, attention: Attention) -> tuple[Any, ReluMasks]:
     """The result of one call, and the ReLU activation masks of it, where gradients depend on them."""
-    masks, call = ReluSides(), workload.timed_call(attention)
+    masks, call = ReluMasks(), workload.timed_call(attention)
     if workload.relu_detector is None:
         return call(), masks
-    with masks.noted(workload.relu_detector):
+    with masks.recording(workload.relu_detector):
         return call(), masks

@@ -23,7 +23,6 @@ from headoff.bench.attentions import (
 from headoff.bench.models import BenchmarkModel, Size, with_attention
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs, row_errors, truth_of
-from headoff.bench.relus import ReluSides
 from headoff.bench.results import Measurement
 from headoff.bench.roofline import attention_work
 from headoff.bench.runner import Case, Provider, Runner
@@ -49,6 +48,7 @@ from headoff.gates import (
     single_heads,
     stack,
 )
+from headoff.harness.model.relu_masks import ReluMasks
 from headoff.relevance import RelevanceEngine
 from headoff.timing import TimedCall
 from headoff.wording import format_bytes
@@ -354,8 +354,8 @@ def _notebook(model: BenchmarkModel, workload: RelevanceWorkload) -> Provider:
 
     def check() -> str | None:
         one = replace(workload, configurations=(none_off(),), queries=(query,))
-        masks = ReluSides()
-        with masks.noted(notebook.detector):
+        masks = ReluMasks()
+        with masks.recording(notebook.detector):
             for _ in range(3):  # as often as the oracle's `explain` calls the decoder
                 found = explain()
         truth, allowed = truth_of(one, masks)["maps"].rows, ExpectedOutputs(one).allowed("maps")
