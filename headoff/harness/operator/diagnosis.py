@@ -1,307 +1,715 @@
-"""Which property a wrong attention lacks: controlled experiments, from a case that fails to the simplest that does.
+"""Why single calls are wrong, as far as experiments show it: a named cause is a reproduced cause.
 
-A failing case has several difficulties at once. They are taken away one at a time, and whatever still fails without one
-goes on without it: what remains is what it takes to fail. Then the wrong answer of that simplest case is held against
-those of known faults (`hypotheses`).
+What numbers cannot explain is looked for first: results that differ from call to call, inputs that are written into.
+Then a failing case is simplified, varied, and the patch is tried on the variants and on the suite's own small cases.
+A fault is named if its reference (`known_faults`) gives the patch's wrong numbers, to its rounding, in every case that
+fails, and is as right as the patch where the patch is right. Without a cause only that is said which holds in all cases
+tried: what a case must have to fail, and which results are wrong.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from headoff.attention.contract import Attention
-from headoff.attention.eager import eager
 from headoff.harness.finding import Finding, Property
-from headoff.harness.operator.call import Results, call, tensors_of
-from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.call import CallTensors, Results, call, context_alone, moved, tensors_of
+from headoff.harness.operator.cases import OperatorCase, operator_cases
 from headoff.harness.operator.compare import (
     NAMES,
     WITHOUT_GRADIENTS,
-    Comparison,
     allowed_for,
     compare,
-    comparisons,
     describe,
     operator_findings,
 )
-from headoff.harness.operator.known_faults import explanation_of, factor_of
-from headoff.harness.operator.reference import truth_of
+from headoff.harness.operator.known_faults import Fault, backward_faults, fitted_faults, forward_faults
+from headoff.harness.operator.reference import truth_for, truth_of
+from headoff.harness.torch_settings import watched_settings
 
-SIMPLER: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("dtype", {"dtype": torch.float32}),
-    ("gradient of the context", {"grad_context": "random"}),
-    ("wanted", {"wanted": "all"}),
-    ("layout", {"layout": "contiguous"}),
-    ("inputs", {"inputs": "normal"}),
-    ("sizes", {"queries": 64, "keys": 64}),
-    ("queries", {"queries": 64}),
-    ("keys", {"keys": 64}),
-    ("channels", {"channels": 32}),
-    ("mask", {"mask": "none"}),
-    ("mask", {"mask": "padding"}),
-    ("mask", {"mask": "bias"}),
-    ("gate", {"gate": "none"}),
-    ("gate", {"gate": "first-1"}),
-    ("gate", {"gate": "fractions"}),
-    ("batch", {"batch": 1}),
-    ("heads", {"heads": 4}),
+SIMPLER: tuple[dict[str, Any], ...] = (
+    {"dtype": torch.float32},
+    {"grad_context": "random"},
+    {"wanted": "all"},
+    {"layout": "contiguous"},
+    {"inputs": "normal"},
+    {"queries": 64, "keys": 64},
+    *({"queries": size} for size in (64, 100, 200, 600)),
+    *({"keys": size} for size in (64, 100, 200, 600)),
+    {"channels": 32},
+    {"mask": "none"},
+    {"mask": "padding"},
+    {"mask": "bias"},
+    {"gate": "none"},
+    {"gate": "first-1"},
+    {"gate": "fractions"},
+    {"batch": 1},
+    {"heads": 4},
+    {"heads": 2},
 )
-"""Difficulties and what a case is without them, in the order in which they are taken away."""
+"""What a case is without one of its difficulties, in the order in which they are taken away."""
+
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"seed": 1},
+    {"seed": 2, "inputs": "positive"},
+    {"batch": 3, "heads": 5},
+    {"queries": 37, "keys": 53},
+    {"queries": 50, "keys": 90},
+    {"queries": 33, "keys": 33},
+    {"queries": 8, "keys": 150},
+    {"channels": 48},
+    {"channels": 16},
+    {"heads": 8, "queries": 8},
+    {"gate": "none"},
+    *({"gate": kind, "batch": 3, "heads": 5}
+      for kind in ("first-1", "binary heads", "full", "per item", "per query", "beyond", "small", "all off")),
+    {"mask": "none"},
+    *({"mask": kind, "batch": 3, "heads": 5}
+      for kind in ("padding", "holes", "rows per item", "full", "bias", "bias and padding", "fully masked rows")),
+    {"layout": "heads last"},
+)  # fmt: skip
+"""Cases beside the simplest one that fails: faults that agree on one of them differ on another."""
 
 TRIED = 5
 """Failing cases, the smallest first, that are looked at in search of one whose context is wrong."""
 
-NEW = 192
-"""Rows and keys more than a case has: a number that divides as most blocks do, for the tail is to stay the same."""
+SMALL = 8_000
+"""Weights of the suite's own cases on which an explanation is tried."""
 
-KINDS: dict[str, Property] = {"context": "context", "dq": "dq", "dk": "dk", "dv": "dv"}
+EXCESS = 8.0
+RESIDUAL = 0.02
+RESIDUAL_OF_ROUNDINGS = 0.2
+"""A fault is reproduced where the patch is within the tolerance around its answer; or within so many times the
+tolerance, if so little of the error is left (root mean squares). Roundings are reproduced by what is left alone."""
+
+PAIRS = 3
+"""Failing cases that must be right without something before it is said that only with it they fail."""
 
 CALLS = 4
 """Calls with the same inputs whose results are compared."""
 
-LOWER = (torch.float32, torch.float16, torch.bfloat16)
+
+@dataclass(frozen=True)
+class Condition:
+    """Something that a call may have.
+
+    Args:
+        words: "only with ...".
+        property: what is wrong if nothing but this makes calls fail; None where that says nothing.
+        holds: whether a call has it.
+        without: the same call without it and with all else as it was, strides included.
+        implies: what a call with it has as well, and what is not said of it again.
+    """
+
+    words: str
+    property: Property | None
+    holds: Callable[[CallTensors], bool]
+    without: Callable[[CallTensors], CallTensors]
+    implies: tuple[str, ...] = ()
+
+
+def _of(name: str, holds: Callable[[Tensor], Any]) -> Callable[[CallTensors], bool]:
+    return lambda call: getattr(call, name) is not None and bool(holds(_four(getattr(call, name))))
+
+
+def _with(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[CallTensors], CallTensors]:
+    """Other numbers in the memory of a mask or a gate."""
+
+    def changed(call: CallTensors) -> CallTensors:
+        tensor = getattr(call, name)
+        values = change(_four(tensor)).view(tensor.shape)
+        memory = moved(tensor, tensor.dtype, tensor.device)
+        inside, values = memory, values
+        for dim, stride in enumerate(tensor.stride()):
+            if stride == 0:
+                inside, values = inside.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+        inside.copy_(values)
+        return replace(call, **{name: memory})
+
+    return changed
+
+
+def _four(tensor: Tensor) -> Tensor:
+    return tensor[(None,) * (4 - tensor.dim())]
+
+
+def _attended(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask != -math.inf
+
+
+def _opened(mask: Tensor) -> Tensor:
+    """Fully masked rows attend to all keys."""
+    closed = ~_attended(mask).any(-1, keepdim=True)
+    return mask | closed if mask.dtype == torch.bool else mask.masked_fill(closed, 0.0)
+
+
+def _additive(call: CallTensors) -> CallTensors:
+    assert call.mask is not None
+    return replace(
+        call, mask=torch.zeros_like(call.mask, dtype=call.query.dtype).masked_fill(~call.mask, -math.inf)
+    )
+
+
+def _sized(call: CallTensors, **sizes: int) -> CallTensors:
+    """With other numbers of items, heads, queries, keys or channels: the first ones, or some of them again."""
+
+    def taken(tensor: Tensor | None, *names: str) -> Tensor | None:
+        for place, name in enumerate(reversed(names)):
+            if tensor is not None and name in sizes and place < tensor.dim() and tensor.shape[-1 - place] > 1:
+                dim = tensor.dim() - 1 - place
+                tensor = tensor.index_select(dim, torch.arange(sizes[name]) % tensor.shape[dim])
+        return tensor
+
+    return CallTensors(
+        *(
+            taken(getattr(call, name), "batch", "heads", rows, "channels")
+            for name, rows in (("query", "queries"), ("key", "keys"), ("value", "keys"))
+        ),
+        taken(call.mask, "batch", "heads", "queries", "keys"),
+        taken(call.gate, "batch", "heads", "queries", "one"),
+        taken(call.grad_context, "batch", "heads", "queries", "channels"),
+    )  # type: ignore[arg-type]
+
+
+BLOCKS = (2, 4, 8, 16, 32, 64)
+
+ONE = {"batch items": "batch item", "heads": "head", "queries": "query", "keys": "key", "channels": "channel"}
+
+DIMENSIONS = {"batch items": ("batch", 0), "heads": ("heads", 1), "queries": ("queries", 2), "keys": ("keys", 2),
+              "channels": ("channels", 3)}  # fmt: skip
+
+
+def _size(call: CallTensors, name: str) -> int:
+    return (call.key if name == "keys" else call.query).shape[DIMENSIONS[name][1]]
+
+
+def _differs(name: Literal["gate", "mask"], what: str) -> Condition:
+    dim = DIMENSIONS[what][1]
+    return Condition(
+        f"{name}s that differ between {what}",
+        name,
+        _of(name, lambda tensor: (tensor != tensor.narrow(dim, 0, 1)).any()),
+        _with(name, lambda tensor: tensor.narrow(dim, 0, 1).expand_as(tensor)),
+        (f"a {name}", f"more than one {ONE[what]}"),
+    )
+
+
+def _more_than(what: str, numbers: Sequence[int]) -> Iterator[Condition]:
+    for place, n in enumerate(numbers):
+        yield Condition(
+            f"more than one {ONE[what]}" if n == 1 else f"more than {n} {what}",
+            None if what == "batch items" or n == 1 else "sizes",
+            lambda call, n=n: _size(call, what) > n,  # type: ignore[misc]
+            lambda call, n=n: _sized(call, **{DIMENSIONS[what][0]: n}),  # type: ignore[misc]
+            tuple(f"more than {smaller} {what}" for smaller in numbers[place + 1 :])
+            + (f"more than one {ONE[what]}",),
+        )
+
+
+def _no_multiple(what: str, numbers: Sequence[int]) -> Iterator[Condition]:
+    for place, n in enumerate(numbers):
+        yield Condition(
+            f"{what} that are no multiple of {n}",
+            "sizes",
+            lambda call, n=n: _size(call, what) % n > 0,  # type: ignore[misc]
+            lambda call, n=n: _sized(call, **{DIMENSIONS[what][0]: -(-_size(call, what) // n) * n}),  # type: ignore[misc]
+            tuple(f"{what} that are no multiple of {larger}" for larger in numbers[place + 1 :]),
+        )
+
+
+def _contiguous(*names: str) -> Callable[[CallTensors], CallTensors]:
+    return lambda call: replace(
+        call, **{name: getattr(call, name).clone(memory_format=torch.contiguous_format) for name in names}
+    )
+
+
+CONDITIONS: tuple[Condition, ...] = (
+    Condition("a gate that is not contiguous", "layout", _of("gate", lambda gate: not gate.is_contiguous()), _contiguous("gate")),
+    Condition("a mask that is not contiguous", "layout", _of("mask", lambda mask: not mask.is_contiguous()), _contiguous("mask")),
+    Condition(
+        "query, key or value that are not contiguous",
+        "layout",
+        lambda call: not all(each.is_contiguous() for each in (call.query, call.key, call.value)),
+        _contiguous("query", "key", "value"),
+    ),
+    Condition(
+        "a gradient of the context that is not contiguous",
+        "layout",
+        lambda call: not call.grad_context.is_contiguous(),
+        _contiguous("grad_context"),
+    ),
+    Condition("a gate of zeros", "gate", _of("gate", lambda gate: not gate.any()), _with("gate", torch.ones_like),
+              ("a gate", "gates of 0")),
+    Condition("gates of 0", "gate", _of("gate", lambda gate: (gate == 0).any()),
+              _with("gate", lambda gate: torch.where(gate == 0, 1, gate)), ("a gate",)),
+    Condition("gates other than 0 and 1", "gate", _of("gate", lambda gate: ((gate != 0) & (gate != 1)).any()),
+              _with("gate", lambda gate: (gate >= 0.5).to(gate)), ("a gate",)),
+    Condition("gates above 1", "gate", _of("gate", lambda gate: (gate > 1).any()),
+              _with("gate", lambda gate: gate.clamp(max=1)), ("a gate",)),
+    *(_differs("gate", what) for what in ("queries", "batch items", "heads")),
+    Condition("a gate of another dtype than the query", "gate",
+              lambda call: call.gate is not None and call.gate.dtype != call.query.dtype,
+              lambda call: replace(call, gate=call.gate.to(call.query.dtype)), ("a gate",)),  # type: ignore[union-attr]
+    Condition("a gate", "gate", _of("gate", lambda gate: True), lambda call: replace(call, gate=None)),
+    Condition("fully masked rows", "mask", _of("mask", lambda mask: (~_attended(mask)).all(-1).any()),
+              _with("mask", _opened), ("a mask",)),
+    Condition("biases in the mask", "mask",
+              _of("mask", lambda mask: mask.dtype != torch.bool and ((mask != 0) & mask.isfinite()).any()),
+              _with("mask", lambda mask: torch.where(mask.isfinite(), 0.0, mask)), ("a mask", "an additive mask")),
+    Condition("a bool mask", "mask", _of("mask", lambda mask: mask.dtype == torch.bool), _additive, ("a mask",)),
+    *(_differs("mask", what) for what in ("queries", "batch items", "heads")),
+    Condition("a mask", "mask", _of("mask", lambda mask: True), lambda call: replace(call, mask=None)),
+    Condition("as many queries as heads", None, lambda call: _size(call, "queries") == _size(call, "heads"),
+              lambda call: _sized(call, queries=_size(call, "queries") + 3),
+              tuple(f"queries that are no multiple of {n}" for n in BLOCKS)),
+    Condition("as many queries as keys", None, lambda call: _size(call, "queries") == _size(call, "keys"),
+              lambda call: _sized(call, queries=_size(call, "queries") + 3),
+              tuple(f"{what} that are no multiple of {n}" for n in BLOCKS for what in ("queries", "keys"))),
+    Condition("one query", "sizes", lambda call: _size(call, "queries") == 1, lambda call: _sized(call, queries=3),
+              tuple(f"queries that are no multiple of {n}" for n in BLOCKS)),
+    Condition("one key", "sizes", lambda call: _size(call, "keys") == 1, lambda call: _sized(call, keys=3),
+              tuple(f"keys that are no multiple of {n}" for n in BLOCKS)),
+    *_more_than("keys", (4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 1)),
+    *_more_than("queries", (32768, 1024, 512, 256, 128, 64, 32, 16, 1)),
+    *_more_than("channels", (128, 64, 32, 16)),
+    *_more_than("heads", (32, 16, 8, 1)),
+    *_more_than("batch items", (32, 1)),
+    *_no_multiple("keys", BLOCKS),
+    *_no_multiple("queries", BLOCKS),
+    *_no_multiple("channels", BLOCKS),
+)  # fmt: skip
+"""What is taken away from failing calls, the more special first."""
+
+
+@dataclass
+class Observation:
+    """What a patch does on a case: its `results`, and the names of those that are wrong (`excess` above 1)."""
+
+    case: OperatorCase
+    tensors: CallTensors
+    results: Results
+    excess: dict[str, float]
+
+    @functools.cached_property
+    def open_scales(self) -> dict[str, Tensor]:
+        """How far rounding can move the results where nothing is off or masked, as it may be for a wrong patch."""
+        calls = [self.tensors, replace(self.tensors, gate=None)]
+        if self.tensors.mask is not None:
+            calls += [_with("mask", _opened)(calls[1]), replace(calls[1], mask=None)]
+        every = [truth_for(call, self.case).scales for call in calls]
+        return {name: torch.stack([scales[name] for scales in every]).amax(0) for name in every[0]}
+
+    @property
+    def fails(self) -> bool:
+        return any(excess > 1 for excess in self.excess.values())
+
+
+@dataclass
+class Diagnosis:
+    """What experiments show of a patch that is wrong.
+
+    Args:
+        property: what is wrong.
+        outputs: the results that are wrong in the simplest case: `context`, or names of gradients.
+        causes: the faults that all failing cases agree with; two where they cannot be told apart, none if unknown.
+        conditions: what a case must have to fail, in words.
+        failing, tried: numbers of cases.
+        case: the simplest that fails.
+        details: error, tolerance and place in that case.
+        without_gradients: whether it is so only where no gradient is asked for.
+    """
+
+    property: Property
+    outputs: tuple[str, ...]
+    causes: tuple[Fault, ...]
+    conditions: tuple[str, ...]
+    failing: int
+    tried: int
+    case: OperatorCase
+    details: str
+    without_gradients: bool = False
+
+    @property
+    def message(self) -> str:
+        only = f", only with {' and '.join(self.conditions)}" if self.conditions else ""
+        if self.causes:
+            clause = " or ".join(fault.clause for fault in self.causes)
+            either = "either " if len(self.causes) > 1 else ""
+            text = f"{either}{clause}{only} (reproduced in {self.failing} of {self.failing} failing cases)"
+        else:
+            gradients = "the context is right, " if self.outputs[0] != "context" else ""
+            names = NAMES[self.outputs[0]] if len(self.outputs) == 1 else " and ".join(self.outputs)
+            text = f"{gradients}{names} {'is' if len(self.outputs) == 1 else 'are'} wrong{only}"
+            text += f" ({self.failing} of {self.tried} cases tried)"
+        return (
+            f"{WITHOUT_GRADIENTS if self.without_gradients else ''}{text}; {self.details}; case {self.case}"
+        )
 
 
 def diagnose(
     attention: Attention, failed_cases: Sequence[OperatorCase], device: torch.device | str
 ) -> Finding | None:
-    """The root of the failures of `failed_cases`: a property, and a sentence on where, by how much and how.
+    """Why `failed_cases` fail, as far as experiments show it.
 
-    None for no cases.
+    Returns:
+        A finding whose message says it before the first "; ". None for no cases.
     """
-    device = torch.device(device)
-    if not failed_cases:
+    return Experiments(attention, torch.device(device)).explain(failed_cases)
+
+
+@dataclass
+class Experiments:
+    """Calls of one attention on a device, which of them are right, and what follows from it."""
+
+    attention: Attention
+    device: torch.device
+    diagnosis: Diagnosis | None = field(default=None, init=False)
+    observed: dict[OperatorCase, Observation | None] = field(default_factory=dict, init=False)
+    without_gradients: bool = field(default=False, init=False)
+
+    def explain(self, failed_cases: Sequence[OperatorCase]) -> Finding | None:
+        """See `diagnose`; the details are in `diagnosis` if numbers are what is wrong."""
+        if not failed_cases:
+            return None
+        found = []
+        for case in sorted(failed_cases, key=lambda case: case.weights)[:TRIED]:
+            if findings := self._findings(case):
+                found.append((case, findings[0]))
+        if not found:
+            what = f"fails among other calls and is right when called again, e.g. case {failed_cases[0]}"
+            return Finding("state", what, str(failed_cases[0]))
+        for _, first in found:
+            if first.property in ("dtype", "shape", "in-place", "state"):
+                return first
+        # Gradients follow from a wrong context, and the way without gradients is often that with them.
+        case, first = min(
+            found, key=lambda each: (each[1].property in ("dq", "dk", "dv"), _is_without_gradients(each[1]))
+        )
+        if first.property == "crash":
+            return next(iter(self._findings(self._simplest(case, "crash"))), first)
+        self.without_gradients = _is_without_gradients(first)
+        if unsteady := self._randomness(case) or self._state(case):
+            return unsteady
+        simplest = self._simplest(case, first.property)
+        failed = [case for case, finding in found if finding.property != "crash"]
+        return self._numbers(simplest, failed) or first
+
+    # Calls
+
+    def _findings(self, case: OperatorCase) -> list[Finding]:
+        with watched_settings():
+            findings = operator_findings(self.attention, case, self.device)
+        if self.without_gradients:
+            findings = [each for each in findings if _is_without_gradients(each)]
+        return findings
+
+    def _call(self, tensors: CallTensors, case: OperatorCase) -> Results:
+        with watched_settings():
+            if self.without_gradients:
+                return {"context": context_alone(self.attention, tensors)}
+            return call(self.attention, tensors, case.wanted)
+
+    def _observe(self, case: OperatorCase) -> Observation | None:
+        """None where the patch raises."""
+        try:
+            results = self._call(tensors_of(case, self.device), case)
+            results = {name: tensor.detach().cpu().double() for name, tensor in results.items()}
+        except Exception:
+            return None
+        truth, allowed = truth_of(case), allowed_for(case, self.device)
+        excess = {
+            name: compare(
+                name, found, truth.values[name], truth.scales[name], allowed[name], case.dtype
+            ).excess
+            for name, found in results.items()
+            if name in truth.values
+        }
+        return Observation(case, tensors_of(case), results, excess)
+
+    def observe(self, case: OperatorCase) -> Observation | None:
+        """The first call of a case, remembered."""
+        if case not in self.observed:
+            self.observed[case] = self._observe(case)
+        return self.observed[case]
+
+    # What numbers cannot explain
+
+    def _randomness(self, case: OperatorCase) -> Finding | None:
+        """Calls with the same inputs that are further apart than roundings could bring them."""
+        one, *others = (self._call(tensors_of(case, self.device), case) for _ in range(CALLS))
+        for name, other in itertools.product(one, others):
+            if not self._is_same(name, one[name], other[name], case):
+                message = f"{NAMES[name]} differs between two calls with the same inputs; case {case}"
+                return Finding("randomness", message, str(case))
         return None
-    found = []
-    for case in sorted(failed_cases, key=lambda case: case.weights)[:TRIED]:
-        findings = operator_findings(attention, case, device)
-        if findings:
-            found.append((case, findings))
-    if not found:
+
+    def _is_same(self, name: str, one: Tensor, other: Tensor, case: OperatorCase) -> bool:
+        """To the rounding of the case; what is not finite must be so in the same places."""
+        if not torch.equal(one.isfinite(), other.isfinite()):
+            return False
+        true, found = (each.detach().cpu().double().nan_to_num(0.0, 0.0, 0.0) for each in (one, other))
+        allowed = allowed_for(case, self.device)[name]
+        return compare(name, found, true, _scale(case, name, true), allowed, case.dtype).is_right
+
+    def _state(self, case: OperatorCase) -> Finding | None:
+        """Whether the order of two calls decides which of them is right, in sizes that no call had before.
+
+        At two sizes the second call follows the first, at two others it comes alone: smaller and larger ones in turn,
+        so that no size explains it.
+        """
+        case = replace(case, batch=max(2, min(3, case.batch)), heads=min(4, case.heads))
+        own = {"seed": case.seed + 1}
+        gate = {"gate": "fractions" if case.gate == "none" else "none"}
+        mask = {"mask": "padding" if case.mask == "none" else "none"}
+        orders = (
+            (own, {}),
+            ({}, own),
+            ({}, gate),
+            (gate, {}),
+            (gate, {"gate": "per item"}),
+            ({}, mask),
+            (mask, {}),
+        )
+        for number, (first, second) in enumerate(orders):
+
+            def wrong(fields: dict[str, Any], more: int, number: int = number) -> bool:
+                sizes = {"queries": 8 + number, "keys": 64 * number + more}
+                return bool(self._findings(replace(case, **fields, **sizes)))
+
+            if all(
+                not wrong(first, more) and wrong(second, more) if is_after else not wrong(second, more)
+                for more, is_after in ((16, True), (48, False), (64, True), (32, False))
+            ):
+                message = "right in the first call of its sizes, wrong after another call of the same sizes"
+                return Finding("state", f"{message}; case {case}", str(case))
+        return None
+
+    def _unsteady(self) -> Finding | None:
+        """A call that is repeated after all others, and gives something else."""
+        for case, before in reversed(list(self.observed.items())):
+            again = self._observe(case)
+            if before is None or again is None:
+                continue
+            for name, tensor in before.results.items():
+                if not self._is_same(name, tensor, again.results[name], case):
+                    message = f"{NAMES[name]} is another one after other calls, with the same inputs"
+                    return Finding("state", f"{message}; case {case}", str(case))
+        return None
+
+    # Numbers
+
+    def _simplest(self, case: OperatorCase, kind: Property) -> OperatorCase:
+        """The simplest case that fails in the same `kind` of result as `case` does."""
+        for plain in SIMPLER:
+            if all(getattr(case, name) == value for name, value in plain.items()):
+                continue
+            if any(
+                value > max(64, getattr(case, name))
+                for name, value in plain.items()
+                if name in ("queries", "keys")
+            ):
+                continue
+            if "mask" in plain and case.mask in ("none", "padding") and plain["mask"] != "none":
+                continue
+            if "gate" in plain and case.gate in ("none", "first-1"):
+                continue
+            if case.wanted == "query is key" and ("queries" in plain) != ("keys" in plain):
+                continue
+            simpler = replace(case, **plain)
+            if any(finding.property == kind for finding in self._findings(simpler)):
+                case = simpler
+        return case
+
+    def _numbers(self, simplest: OperatorCase, failed: Sequence[OperatorCase]) -> Finding | None:
+        family = [simplest, *failed]
+        family += [replace(simplest, name="variant", **variant) for variant in VARIANTS]
+        family += [
+            case for case in operator_cases(simplest.dtype, simplest.seed + 1) if case.weights <= SMALL
+        ]
+        tried = [each for case in dict.fromkeys(family) if (each := self.observe(case)) is not None]
+        outputs = self._outputs(tried)
+        failing = [each for each in tried if any(each.excess.get(name, 0) > 1 for name in outputs)]
+        if not failing:
+            return None
+        if unsteady := self._unsteady():
+            return unsteady
+        right = [each for each in tried if not each.fails]
+        necessary = self._necessary(failing)
+        causes, conditions = self._causes(failing, right, necessary, outputs)
+        properties = {fault.property for fault in causes}
+        if len(causes) > 2 or len(properties) > 1:
+            causes = []
+        if not causes:
+            conditions = [condition for condition in necessary]
+        wrong_here = tuple(name for name in outputs if any(each.excess.get(name, 0) > 1 for each in failing))
+        prop: Property = (
+            causes[0].property
+            if causes
+            else next(iter(properties))
+            if len(properties) == 1
+            else self._property(wrong_here, conditions)
+        )
+        shown = next((each for each in failing if each.case == simplest), failing[0])
+        name = max(wrong_here, key=lambda name: shown.excess.get(name, 0))
+        case, truth = shown.case, truth_of(shown.case)
+        comparison = compare(
+            name,
+            shown.results[name],
+            truth.values[name],
+            truth.scales[name],
+            allowed_for(case, self.device)[name],
+            case.dtype,
+        )
+        self.diagnosis = Diagnosis(
+            prop,
+            wrong_here,
+            tuple(causes),
+            tuple(condition.words for condition in conditions),
+            len(failing),
+            len(tried),
+            case,
+            describe(comparison, case.dtype),
+            self.without_gradients,
+        )
+        by_largest = comparison.errors.largest > comparison.allowed.largest
         return Finding(
-            "state",
-            f"fails among other calls and is right when called again, e.g. case {failed_cases[0]}",
-            str(failed_cases[0]),
+            prop,
+            self.diagnosis.message,
+            str(case),
+            error=comparison.errors.largest if by_largest else comparison.errors.mean,
+            budget=comparison.allowed.largest if by_largest else comparison.allowed.mean,
+            site=case.site,
+            head=comparison.place[1],
         )
-    # A context that is wrong is the root of gradients that are; and one that is wrong either way, of one that is
-    # wrong without gradients.
-    case, findings = min(
-        found, key=lambda each: (each[1][0].property in ("dq", "dk", "dv"), _is_without_gradients(each[1][0]))
-    )
-    first = findings[0]
-    if first.property in ("dtype", "shape", "in-place"):
-        return first
-    without = _is_without_gradients(first)
-    if without:
-        attention = _without_gradients(attention)
-    if first.property != "crash" and (random := random_results(attention, case, device)):
-        return random
-    if first.property != "crash" and depends_on_calls_before(attention, case, device):
-        message = (
-            f"wrong after another call of the same sizes, right in the first of its sizes; {first.message}"
+
+    def _outputs(self, tried: Sequence[Observation]) -> tuple[str, ...]:
+        """The context, if it is ever wrong; for gradients follow from it."""
+        if any(each.excess.get("context", 0) > 1 for each in tried):
+            return ("context",)
+        return ("dq", "dk", "dv")
+
+    def _property(self, outputs: Sequence[str], conditions: Sequence[Condition]) -> Property:
+        if outputs == ("context",):
+            return next((each.property for each in conditions if each.property), "context")
+        if len(outputs) == 1:
+            return outputs[0]  # type: ignore[return-value]
+        return "softmax backward" if "dq" in outputs else "dk"
+
+    def _necessary(self, failing: Sequence[Observation]) -> list[Condition]:
+        """What all failing cases have, and without which they are right."""
+        necessary: list[Condition] = []
+        chosen = sorted(failing, key=lambda each: each.case.weights)[:PAIRS]
+        for condition in CONDITIONS:
+            if any(condition.words in special.implies for special in necessary):
+                continue
+            if all(condition.holds(each.tensors) for each in failing) and all(
+                self._is_right_on(condition.without(each.tensors), each.case) for each in chosen
+            ):
+                necessary.append(condition)
+        return necessary
+
+    def _is_right_on(self, tensors: CallTensors, like: OperatorCase) -> bool:
+        batch, heads, queries, channels = tensors.query.shape
+        sizes = {
+            "batch": batch,
+            "heads": heads,
+            "queries": queries,
+            "keys": tensors.key.shape[2],
+            "channels": channels,
+        }
+        case = replace(like, **sizes)
+        try:
+            results = self._call(tensors, case)
+        except Exception:
+            return False
+        truth, allowed = truth_for(tensors, case), allowed_for(like, self.device)
+        return all(
+            compare(name, found, truth.values[name], truth.scales[name], allowed[name], case.dtype).is_right
+            for name, found in results.items()
         )
-        return replace(first, property="state", message=message)
-    simplest = simplify(attention, case, first.property, device)
-    if first.property == "crash":
-        return next(iter(operator_findings(attention, simplest, device)), first)
-    root = _explain(attention, simplest, device)
-    return replace(root, message=WITHOUT_GRADIENTS + root.message) if without else root
+
+    def _causes(
+        self,
+        failing: Sequence[Observation],
+        right: Sequence[Observation],
+        necessary: list[Condition],
+        outputs: Sequence[str],
+    ) -> tuple[list[Fault], list[Condition]]:
+        """Faults that reproduce all failing cases, and the conditions under which a patch has them.
+
+        Those that hold in all cases come before those that hold under conditions alone.
+        """
+        ordered = sorted(failing, key=lambda each: each.case.weights)
+        dtype = ordered[0].case.dtype
+        if outputs == ("context",):
+            first = ordered[len(ordered) // 2]
+            faults = [*forward_faults(dtype), *fitted_faults(first.results["context"], first.tensors)]
+        else:
+            faults = backward_faults(dtype)
+        reproduced = [fault for fault in faults if all(self._reproduces(fault, each) for each in ordered)]
+        everywhere, conditional = [], []
+        for fault in reproduced:
+            visible = [each for each in right if not self._is_right(fault, each)]
+            if not visible:
+                everywhere.append(fault)
+            elif necessary and not any(
+                all(condition.holds(each.tensors) for condition in necessary) for each in visible
+            ):
+                conditional.append(fault)
+        return (everywhere, []) if everywhere else (conditional, necessary)
+
+    def _reproduces(self, fault: Fault, observation: Observation) -> bool:
+        case = observation.case
+        allowed, truth = allowed_for(case, self.device), truth_of(case)
+        answer = fault.answer(observation.tensors, case)
+        for name, expected in answer.items():
+            if name not in observation.results:
+                continue
+            found = observation.results[name]
+            if not torch.equal(found.isnan(), expected.isnan()):
+                return False
+            found, expected = found.nan_to_num(0.0), expected.nan_to_num(0.0)
+            scale = _scale(case, name, expected)
+            if compare(name, found, expected, scale, allowed[name], case.dtype).is_right:
+                continue
+            residual = _rms(found - expected) / max(_rms(found - truth.values[name]), 1e-300)
+            if residual > (RESIDUAL_OF_ROUNDINGS if fault.is_rounding else RESIDUAL):
+                return False
+            scale = scale.hypot(observation.open_scales[name])
+            excess = compare(name, found, expected, scale, allowed[name], case.dtype).excess
+            if excess > EXCESS and not fault.is_rounding:
+                return False
+        return True
+
+    def _is_right(self, fault: Fault, observation: Observation) -> bool:
+        """Whether the fault does not show in this case."""
+        case = observation.case
+        allowed, truth = allowed_for(case, self.device), truth_of(case)
+        return all(
+            compare(name, answer, truth.values[name], truth.scales[name], allowed[name], case.dtype).excess
+            <= 2
+            for name, answer in fault.answer(observation.tensors, case).items()
+            if name in truth.values
+        )
 
 
 def _is_without_gradients(finding: Finding) -> bool:
     return finding.message.startswith(WITHOUT_GRADIENTS)
 
 
-def _without_gradients(attention: Attention) -> Attention:
-    """What `attention` does where no gradient is asked for, whether one is or not."""
-
-    def alone(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        *,
-        head_gate: Tensor | None = None,
-    ) -> Tensor:
-        with torch.no_grad():
-            query, key, value = query.detach(), key.detach(), value.detach()
-            return attention(query, key, value, attn_mask, head_gate=head_gate)
-
-    return alone
+def _scale(case: OperatorCase, name: str, answer: Tensor) -> Tensor:
+    """How far rounding can move a wrong answer: as far as the right one, or as a sum of the answer's size."""
+    return truth_of(case).scales[name].hypot(answer.square().mean(-1, keepdim=True).sqrt())
 
 
-def random_results(attention: Attention, case: OperatorCase, device: torch.device) -> Finding | None:
-    """Calls with the same inputs that are further apart than roundings could bring them."""
-    one, *others = (call(attention, tensors_of(case, device), case.wanted) for _ in range(CALLS))
-    truth, allowed = truth_of(case), allowed_for(case, device)
-    for name, other in itertools.product(one, others):
-        first = one[name]
-        # What is not finite has no distance.
-        if torch.equal(first.isfinite(), other[name].isfinite()):
-            true, found = (each.detach().cpu().double().nan_to_num() for each in (first, other[name]))
-            apart = compare(name, found, true, truth.scales[name], allowed[name], case.dtype)
-            if apart.is_right:
-                continue
-        return Finding(
-            "randomness",
-            f"{NAMES[name]} differs between two calls with the same inputs; case {case}",
-            str(case),
-        )
-    return None
-
-
-def depends_on_calls_before(attention: Attention, case: OperatorCase, device: torch.device) -> bool:
-    """Whether a call with other inputs is right in sizes that are new, and wrong after one of the same sizes.
-
-    Of sizes that no case has: what a patch may have kept of the calls before does not fit them.
-    """
-    other_gate = "fractions" if case.gate == "none" else "none"
-    for gate in (case.gate, other_gate):
-        first = replace(case, keys=case.keys + NEW, queries=case.queries + NEW)
-        second = replace(first, seed=case.seed + 1, gate=gate)
-        elsewhere = replace(second, keys=second.keys + NEW, queries=second.queries + NEW)
-        if (
-            not operator_findings(attention, first, device)
-            and operator_findings(attention, second, device)
-            and not operator_findings(attention, elsewhere, device)
-        ):
-            return True
-    return False
-
-
-def simplify(attention: Attention, case: OperatorCase, kind: Property, device: torch.device) -> OperatorCase:
-    """The simplest case that fails in the same `kind` of result as `case` does."""
-    for _, plain in SIMPLER:
-        if all(getattr(case, field) == value for field, value in plain.items()):
-            continue
-        if "mask" in plain and case.mask in ("none", "padding") and plain["mask"] != "none":
-            continue
-        if "gate" in plain and case.gate in ("none", "first-1"):
-            continue
-        if case.wanted == "query is key" and ("queries" in plain) != ("keys" in plain):
-            continue
-        simpler = replace(case, **plain)
-        if any(finding.property == kind for finding in operator_findings(attention, simpler, device)):
-            case = simpler
-    return case
-
-
-def _explain(attention: Attention, case: OperatorCase, device: torch.device) -> Finding:
-    results = call(attention, tensors_of(case, device), case.wanted)
-    wrong = [comparison for comparison in comparisons(results, case, device) if not comparison.is_right]
-    if not wrong:
-        return Finding(
-            "state", f"fails in one call and not in the next, with the same inputs; case {case}", str(case)
-        )
-    first = wrong[0]
-    prop, clause = (
-        _of_context(results, case, device) if first.name == "context" else _of_gradients(results, wrong, case)
-    )
-    message = f"{clause}; {describe(first, case.dtype)}; case {case}"
-    by_largest = first.errors.largest > first.allowed.largest
-    return Finding(
-        prop,
-        message,
-        str(case),
-        error=first.errors.largest if by_largest else first.errors.mean,
-        budget=first.allowed.largest if by_largest else first.allowed.mean,
-        site=case.site,
-        head=first.place[1],
-    )
-
-
-def _of_context(results: Results, case: OperatorCase, device: torch.device) -> tuple[Property, str]:
-    context, true = results["context"], truth_of(case).values["context"]
-    if explanation := explanation_of(context, case):
-        return explanation
-    if case.gate == "none" and (factor := factor_of(context, true)):
-        return "softmax", f"weights do not add up to 1: the context is {factor:.6g} times the true one"
-    if case.mask != "none":
-        where = " in rows without keys" if "fully masked" in case.mask or case.mask == "all masked" else ""
-        return "mask", f"the context is wrong only with a mask ({case.mask}){where}"
-    if case.gate != "none":
-        return "gate", f"the context is wrong only with a gate ({case.gate})"
-    if dtype := _like_lower_precision(results, case, device):
-        return "precision", f"the context has the errors of {dtype} inside"
-    return _remaining(case, "the context is") or ("context", "the context is wrong, in all cases")
-
-
-def _remaining(case: OperatorCase, what: str) -> tuple[Property, str] | None:
-    """Put down to what is not plain about a case. `what`: with its verb."""
-    if case.layout != "contiguous":
-        return "layout", f"{what} wrong only where query, key and value are not contiguous ({case.layout})"
-    if case.grad_context != "random":
-        return (
-            "layout",
-            f"{what} wrong only where the context's gradient comes in other strides ({case.grad_context})",
-        )
-    if case.wanted != "all":
-        return "softmax backward", f"{what} wrong only where the gradient of {case.wanted} alone is wanted"
-    if case.inputs != "normal":
-        return "softmax", f"{what} wrong only with {case.inputs} inputs"
-    if case.batch > 1:
-        return "layout", f"{what} wrong only with more than one batch item"
-    sizes = [
-        f"{number} {name}"
-        for name, number, usual in (
-            ("queries", case.queries, 64),
-            ("keys", case.keys, 64),
-            ("channels", case.channels, 32),
-            ("heads", case.heads, 4),
-        )
-        if number != usual
-    ]
-    if sizes:
-        return "sizes", f"{what} wrong with {', '.join(sizes)}, and right where these are 64, 64, 32 and 4"
-    if case.dtype != torch.float32:
-        return "precision", f"{what} wrong only in {str(case.dtype).removeprefix('torch.')}"
-    return None
-
-
-def _of_gradients(results: Results, wrong: list[Comparison], case: OperatorCase) -> tuple[Property, str]:
-    names = [comparison.name for comparison in wrong]
-    what = NAMES[names[0]] if len(names) == 1 else " and ".join(names)
-    prop: Property = "softmax backward" if set(names) == {"dq", "dk"} else KINDS[names[0]]
-    clauses = []
-    for name in names:
-        if (factor := factor_of(results[name], truth_of(case).values[name])) is not None:
-            clauses.append(f"{name} is {f'{factor:.6g} times the true one' if factor else 'zero'}")
-    if len(names) == 3:
-        prop = "softmax backward"
-    if clauses:
-        return prop, f"the context is right, {' and '.join(clauses)}"
-    if case.gate != "none":
-        return prop, f"the context is right, {what} wrong, only with a gate ({case.gate})"
-    if case.mask != "none":
-        return prop, f"the context is right, {what} wrong, only with a mask ({case.mask})"
-    remaining = _remaining(case, f"{what} {'is' if len(names) == 1 else 'are'}")
-    if remaining and remaining[0] in ("layout", "sizes"):
-        return remaining[0], f"the context is right, {remaining[1]}"
-    return prop, f"the context is right, {what} wrong" + (f" ({remaining[1]})" if remaining else "")
-
-
-def _like_lower_precision(results: Results, case: OperatorCase, device: torch.device) -> str | None:
-    """The dtype whose errors the context has, the nearest within a factor of 8 either way; None where there is none."""
-    truth = truth_of(case).values["context"]
-    error = _mean(results["context"], truth)
-    nearest: tuple[float, str] | None = None
-    for dtype in LOWER:
-        if torch.finfo(dtype).eps <= torch.finfo(case.dtype).eps:
-            continue
-        # Of inputs that are rounded to the lower dtype, which is what an attention does that casts them.
-        lower = _mean(call(eager, tensors_of(replace(case, dtype=dtype), device))["context"], truth)
-        apart = abs(math.log(error / lower)) if 0 < error < math.inf and lower > 0 else math.inf
-        if apart < math.log(8) and (nearest is None or apart < nearest[0]):
-            nearest = apart, str(dtype).removeprefix("torch.")
-    return None if nearest is None else nearest[1]
-
-
-def _mean(found: Tensor, true: Tensor) -> float:
-    return float((found.detach().cpu().double() - true).square().mean().sqrt())
+def _rms(difference: Tensor) -> float:
+    size = float(difference.square().mean().sqrt())
+    return size if math.isfinite(size) else math.inf
