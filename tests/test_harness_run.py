@@ -14,7 +14,7 @@ from headoff.choices import DTYPES
 from headoff.errors import SettingError
 from headoff.harness.finding import PROPERTIES, Finding, WrongAttention, fail_on
 from headoff.harness.operator import case_named, case_of_text, operator_cases
-from headoff.harness.plugin.diagnosis import roots_of
+from headoff.harness.plugin.diagnosis import diagnose_run
 from headoff.harness.plugin.run import Run, suite_of
 from headoff.harness.settings import OPTIONS, Settings, read_settings
 
@@ -140,7 +140,7 @@ def test_the_root_is_found_and_its_place_in_the_model(attention_named):
     case = case_named("gate-first-3", torch.float32, 0)
     failed = Finding("context", "off", str(case), 1.0, 0.1)
     crash = Finding("crash", "raises ValueError", "elsewhere")
-    roots, notes = roots_of(run_of(("operator", "failed", 1, crash, failed)), Settings(attention="ungated"))
+    roots, notes = diagnose_run(run_of(("operator", "failed", 1, crash, failed)), Settings(attention="ungated"))
     assert not notes
     assert roots[0].property == "gate" and "ignored" in roots[0].message
     assert (
@@ -155,14 +155,14 @@ def test_the_root_is_found_and_its_place_in_the_model(attention_named):
 def test_conduct_is_a_root_before_numbers(attention_named):
     attention_named("fine", eager)
     state = Finding("state", "kept the first mask", "fresh-masks")
-    roots, _ = roots_of(run_of(("operator", "failed", 1, state)), Settings(attention="fine"))
+    roots, _ = diagnose_run(run_of(("operator", "failed", 1, state)), Settings(attention="fine"))
     assert [each.property for each in roots] == ["state"]
 
 
 def test_what_cannot_be_found_out_is_a_note(attention_named):
     attention_named("fine", eager)
     settings = Settings(attention="fine", model="no-such-model")
-    roots, notes = roots_of(run_of(("relevance", "failed", 1, Finding("relevance", "off", "case"))), settings)
+    roots, notes = diagnose_run(run_of(("relevance", "failed", 1, Finding("relevance", "off", "case"))), settings)
     assert [each.property for each in roots] == ["relevance"]
     assert len(notes) == 1 and "no-such-model" in notes[0]
 

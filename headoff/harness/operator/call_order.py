@@ -150,7 +150,7 @@ def changing_calls(trial: Trial, case: OperatorCase) -> list[Finding]:
             found = trial.wrong_calls(changed)
             # The verdict is about the dtype that was asked for.
             if found and dtype == trial.dtype:
-                return trial.state(changed, found, "after calls in other dtypes", channels=channels + 24)
+                return trial.state(changed, found, "after calls in other dtypes", channels=channels + 32)
     return []
 
 

@@ -335,13 +335,22 @@ def _raw_exponentials(s: SimpleNamespace) -> Tensor:
     return exponentials.masked_fill(exponentials > torch.finfo(torch.float32).max, math.inf)
 
 
-def _by_blocks(size: int, change: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """Softmax of blocks of keys: `change` makes terms of a block and the running maximum before and with it."""
+def _own_maxima(size: int) -> Step:
+    """Each block of keys has its own maximum subtracted."""
 
     def step(s: SimpleNamespace) -> Tensor:
-        parts = s.filled.clamp(min=-1e30).split(size, -1)
-        running = torch.stack([part.amax(-1) for part in parts], -1).cummax(-1).values
-        return change(s, torch.cat([(p - running[..., i, None]).exp() for i, p in enumerate(parts)], -1))
+        parts = s.filled.split(size, -1)
+        return _quotient(torch.cat([(p - p.amax(-1, True).clamp(min=-1e30)).exp() for p in parts], -1))
+
+    return step
+
+
+def _total_not_rescaled(size: int) -> Step:
+    def step(s: SimpleNamespace) -> Tensor:
+        parts = s.filled.split(size, -1)
+        running = torch.stack([p.amax(-1) for p in parts], -1).cummax(-1).values
+        sums = [(p - running[..., i, None]).exp().sum(-1) for i, p in enumerate(parts)]
+        return _quotient(_shifted(s).exp(), torch.stack(sums, -1).sum(-1, keepdim=True))
 
     return step
 
@@ -386,10 +395,8 @@ SOFTMAX: dict[str, dict[str, Step]] = {
         for what, how, step in (
             ("blocks", "are normalised separately and averaged", lambda s, n=n: torch.cat(
                 [p.softmax(-1) for p in s.filled.clamp(min=-1e30).split(n, -1)], -1) / -(-s.keys // n)),
-            ("blocks", "each subtract their own maximum, and nothing is rescaled", lambda s, n=n: _quotient(torch.cat(
-                [(p - p.amax(-1, True)).exp() for p in s.filled.clamp(min=-1e30).split(n, -1)], -1))),
-            ("the denominator", "is not rescaled when the maximum grows", _by_blocks(
-                n, lambda s, terms: _shifted(s).exp() / terms.sum(-1, keepdim=True))),
+            ("blocks", "each subtract their own maximum, and nothing is rescaled", _own_maxima(n)),
+            ("the denominator", "is not rescaled when the maximum grows", _total_not_rescaled(n)),
         )
     },
 }  # fmt: skip

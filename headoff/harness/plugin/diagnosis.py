@@ -1,4 +1,4 @@
-"""From many failures to their root: which property is wrong, and where in the model that shows first."""
+"""From many failures to a root cause: what is wrong, and where in the model that shows first."""
 
 from __future__ import annotations
 
@@ -12,57 +12,70 @@ from headoff.harness.plugin.patch import Patch
 from headoff.harness.plugin.run import Run
 from headoff.harness.settings import Settings
 
-CONDUCT = ("calls", "randomness", "state", "in-place", "dtype", "shape", "layout")
-"""Properties that are a root by themselves. Wrong numbers may follow from them, but not they from wrong numbers."""
+SIDE_EFFECTS = ("calls", "randomness", "in-place", "state", "dtype", "shape", "layout")
+"""Properties that come before numbers: wrong numbers may follow from them, but not they from wrong numbers."""
+
+UNSTEADY = ("calls", "randomness", "in-place", "state")
+"""Side effects under which numbers depend on more than the inputs."""
 
 NUMBERS = ("context", "dq", "dk", "dv")
-"""Properties of single calls that an experiment is needed to explain."""
+"""Properties of single calls that experiments are needed to explain."""
 
 
-def roots_of(run: Run, settings: Settings) -> tuple[list[Finding], list[str]]:
-    """The causes of a run's failures, the one that explains most first, and notes on what could not be found out."""
+def diagnose_run(run: Run, settings: Settings) -> tuple[list[Finding], list[str]]:
+    """The causes of a run's failures, the root cause first, and notes on what could not be found out."""
     attention = Patch.of(settings).attention
-    found = [each for each in run.findings if each.property != "time"]
+    found = [finding for finding in run.findings if finding.property != "time"]
     notes: list[str] = []
-    conduct = _one_each(each for each in found if each.property in CONDUCT)
-    crash = _one_each(each for each in found if each.property == "crash")
+    causes: list[Finding] = []
     try:
-        numbers = numbers_root(attention, found, settings)
+        causes = causes_of(attention, found, settings)
     except Exception as error:
-        numbers = None
         notes.append(f"what is wrong with single calls was not found out: {type(error).__name__}: {error}")
     try:
         places = places_in_model(attention, settings)
     except Exception as error:
         places = []
-        notes.append(f"where in the model it is wrong was not found out: {_said(error)}")
-    # An exception is in some cases; what is wrong with all others says more. And a call that is wrong by itself is
-    # wrong after others as well.
-    state = [each for each in conduct if each.property == "state"]
-    rest = [each for each in conduct if each.property != "state"]
-    roots = [*rest, *([numbers] if numbers else []), *state, *crash]
-    if not roots:
+        notes.append(f"where in the model it is wrong was not found out: {_message(error)}")
+    if not causes:
         # Single calls are right, as far as that was tested: what the model shows is all there is to say.
-        roots = places or _one_each(found)
+        causes = places or _first_of_each(found)
         places = []
-    if roots:
-        roots[0] = _placed(roots[0], places, found)
-    return [*roots, *places], notes
+    if causes:
+        causes[0] = _placed(causes[0], places, found)
+    return [*causes, *places], notes
 
 
-def numbers_root(attention: Attention, found: Sequence[Finding], settings: Settings) -> Finding | None:
+def causes_of(attention: Attention, found: Sequence[Finding], settings: Settings) -> list[Finding]:
+    """The causes that single calls show: side effects, then numbers, then exceptions.
+
+    Where results depend on more than the inputs, wrong numbers are not explained by numbers.
+    """
+    side_effects = _first_of_each(finding for finding in found if finding.property in SIDE_EFFECTS)
+    side_effects.sort(key=lambda finding: SIDE_EFFECTS.index(finding.property))
+    numbers = None
+    if not any(finding.property in UNSTEADY for finding in side_effects):
+        numbers = explanation_of_numbers(attention, found, settings)
+    # An exception is in some cases; what is wrong with all others says more.
+    crash = _first_of_each(finding for finding in found if finding.property == "crash")
+    return [*side_effects, *([numbers] if numbers else []), *crash]
+
+
+def explanation_of_numbers(
+    attention: Attention, found: Sequence[Finding], settings: Settings
+) -> Finding | None:
     """Why single calls give wrong numbers; None where they do not."""
     from headoff.harness.operator import case_of_text, diagnose
     from headoff.harness.torch_settings import watched_settings
 
-    cases = [case_of_text(each.case, settings.seed) for each in found if each.property in NUMBERS]
+    cases = [case_of_text(finding.case, settings.seed) for finding in found if finding.property in NUMBERS]
     known = [case for case in cases if case is not None]
     with watched_settings():  # the attention may be one that changes them
         return diagnose(attention, known, settings.device) if known else None
 
 
 def places_in_model(attention: Attention, settings: Settings) -> list[Finding]:
-    """Where the attention is wrong when each call of the model is given to it alone, with the oracle's inputs."""
+    """Where the attention is wrong when it is given one call of the model at a time, with the oracle's inputs."""
     import torch
 
     from headoff.harness.model.attention_calls import faulty_layers
@@ -72,29 +85,29 @@ def places_in_model(attention: Attention, settings: Settings) -> list[Finding]:
     return faulty_layers(attention, one, one.cumulative, torch.device(settings.device), settings.torch_dtype)
 
 
-def _placed(root: Finding, places: Sequence[Finding], found: Iterable[Finding]) -> Finding:
-    """`root` with its first place in the model, and a picture of what comes of it there."""
-    pictures = next((each.pictures for each in found if each.pictures), ())
+def _placed(cause: Finding, places: Sequence[Finding], found: Iterable[Finding]) -> Finding:
+    """`cause` with its first place in the model, and a picture of what comes of it there."""
+    pictures = next((finding.pictures for finding in found if finding.pictures), ())
     if places:
         first = places[0]
         return replace(
-            root,
+            cause,
             site=first.site,
             layer=first.layer,
             head=first.head,
             configuration=first.configuration,
-            pictures=root.pictures or pictures,
+            pictures=cause.pictures or pictures,
         )
-    return replace(root, pictures=root.pictures or pictures)
+    return replace(cause, pictures=cause.pictures or pictures)
 
 
-def _one_each(found: Iterable[Finding]) -> list[Finding]:
+def _first_of_each(found: Iterable[Finding]) -> list[Finding]:
     """The first finding of each property."""
     first: dict[str, Finding] = {}
-    for each in found:
-        first.setdefault(each.property, each)
+    for finding in found:
+        first.setdefault(finding.property, finding)
     return list(first.values())
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, HeadoffError) else f"{type(error).__name__}: {error}"

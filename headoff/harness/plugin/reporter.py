@@ -111,7 +111,7 @@ class Reporter:
 
         import headoff
         from headoff.harness.benchmark import RECORDS
-        from headoff.harness.plugin.diagnosis import roots_of
+        from headoff.harness.plugin.diagnosis import diagnose_run
         from headoff.timing.calls import THREADS
         from headoff.timing.machine import describe_machine
 
@@ -129,7 +129,7 @@ class Reporter:
             self.run.about["gpu"] = self.run.machine["gpu"]["name"]
         if self.run.verdict == "wrong" and not self.run.interrupted:
             wrong = self.run.wrong[0].dtype
-            self.run.diagnosis, notes = roots_of(self.run, settings.get(wrong or first.dtype, first))
+            self.run.diagnosis, notes = diagnose_run(self.run, settings.get(wrong or first.dtype, first))
             self.run.notes += notes
 
     def _write(self, path: Path) -> None:
