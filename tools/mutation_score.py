@@ -58,7 +58,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "gates that differ between queries": ("gate by query", "gate of rows in three dimensions"),
     "gates that differ between batch items": ("gate by item",),
     "gates that differ between heads": ("gate by head",),
-    "a gate of another dtype than the query": ("bool gate", "finer gate", "gate of integers"),
     "a gate that is not contiguous": ("expanded gate", "gate with gaps"),
     "a mask that is not contiguous": ("expanded mask", "mask with gaps", "turned mask"),
     "fully masked rows": ("row without keys",),
@@ -199,6 +198,7 @@ def _is_needed(condition: str, entry: Any) -> bool:
     if condition in ("a gate", "a mask"):
         word = condition.removeprefix("a ")
         words = {w for key, needed in NEEDED.items() if word in key for w in needed} | {word}
+        words |= {need for need in entry.needs if word in need.split()}
         return bool(words & entry.needs)
     words = condition.split()
     sizes = {"keys": "S", "queries": "Q", "channels": "D", "heads": "H", "batch": "B"}

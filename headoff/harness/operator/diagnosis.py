@@ -424,7 +424,9 @@ class Experiments:
             return None
         truth, allowed = truth_of(case), allowed_for(case, self.device)
         excess = {
-            name: _excess(compare(name, found, truth.values[name], truth.scales[name], allowed[name], case.dtype))
+            name: _excess(
+                compare(name, found, truth.values[name], truth.scales[name], allowed[name], case.dtype)
+            )
             for name, found in results.items()
             if name in truth.values
         }
@@ -691,7 +693,8 @@ class Experiments:
         case = observation.case
         allowed, truth = allowed_for(case, self.device), truth_of(case)
         return all(
-            _excess(compare(name, answer, truth.values[name], truth.scales[name], allowed[name], case.dtype)) <= 2
+            _excess(compare(name, answer, truth.values[name], truth.scales[name], allowed[name], case.dtype))
+            <= 2
             for name, answer in fault.answer(observation.tensors, case).items()
             if name in truth.values
         )
