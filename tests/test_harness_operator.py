@@ -1,4 +1,4 @@
-"""The operator suite's own parts: cases, tensors, truth, budgets, conduct and diagnosis."""
+"""The operator suite's own parts: cases, tensors, truth, budgets and side effects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from headoff.errors import SettingError
 from headoff.harness.operator import (
     SIDE_EFFECTS,
     OperatorCase,
-    diagnose,
     operator_cases,
     operator_findings,
     reduced_cases,
@@ -210,42 +209,6 @@ def gate_ignored(query, key, value, attn_mask=None, *, head_gate=None):
     return eager(query, key, value, attn_mask)
 
 
-def mask_of_first_item(query, key, value, attn_mask=None, *, head_gate=None):
-    if attn_mask is not None and attn_mask.dim() == 4:
-        attn_mask = attn_mask[:1]
-    return eager(query, key, value, attn_mask, head_gate=head_gate)
-
-
-def scaled_by_a_thousandth_more(query, key, value, attn_mask=None, *, head_gate=None):
-    return eager(query * 1.001, key, value, attn_mask, head_gate=head_gate)
-
-
-def last_keys_dropped(query, key, value, attn_mask=None, *, head_gate=None):
-    kept = key.shape[-2] // 16 * 16 or key.shape[-2]
-    if attn_mask is not None and attn_mask.shape[-1] > 1:
-        attn_mask = attn_mask[..., :kept]
-    return eager(query, key[..., :kept, :], value[..., :kept, :], attn_mask, head_gate=head_gate)
-
-
-class UnscaledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query):
-        return query.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * gradient.shape[-1] ** 0.5
-
-
-def dq_unscaled(query, key, value, attn_mask=None, *, head_gate=None):
-    return eager(UnscaledGradient.apply(query), key, value, attn_mask, head_gate=head_gate)
-
-
-def bfloat16_inside(query, key, value, attn_mask=None, *, head_gate=None):
-    low = (tensor.bfloat16() for tensor in (query, key, value))
-    return eager(*low, attn_mask, head_gate=head_gate).to(query)
-
-
 def raises_for_masks(query, key, value, attn_mask=None, *, head_gate=None):
     if attn_mask is not None:
         raise ValueError("no masks, please")
@@ -254,48 +217,6 @@ def raises_for_masks(query, key, value, attn_mask=None, *, head_gate=None):
 
 def without_gradients_ungated(query, key, value, attn_mask=None, *, head_gate=None):
     return eager(query, key, value, attn_mask, head_gate=head_gate if torch.is_grad_enabled() else None)
-
-
-def noise_of_many_keys(query, key, value, attn_mask=None, *, head_gate=None):
-    context = eager(query, key, value, attn_mask, head_gate=head_gate)
-    return context * (1 + 1e-3 * torch.randn_like(context)) if key.shape[-2] >= 64 else context
-
-
-WRONG = {
-    gate_ignored: ("gate", "ignored"),
-    mask_of_first_item: ("mask", "that of the first"),
-    scaled_by_a_thousandth_more: ("scale", "1.001 / sqrt(D)"),
-    last_keys_dropped: ("sizes", "dropped"),
-    dq_unscaled: ("dq", "5.65685 times"),
-    bfloat16_inside: ("precision", "bfloat16"),
-    raises_for_masks: ("crash", "no masks, please"),
-    without_gradients_ungated: (
-        "gate",
-        "without gradients (torch.no_grad), the gate is wrong: it is ignored",
-    ),
-    noise_of_many_keys: ("randomness", "the context differs between two calls"),
-}
-
-
-def small_cases():
-    return [case for case in operator_cases() if case.weights < 1e5]
-
-
-@pytest.mark.parametrize("attention", WRONG, ids=lambda attention: attention.__name__)
-def test_diagnosis_names_property_and_cause(attention):
-    failed = [case for case in small_cases() if operator_findings(attention, case, "cpu")]
-    root = diagnose(attention, failed, "cpu")
-    prop, words = WRONG[attention]
-    assert root.property == prop
-    assert words in root.message
-
-
-def test_diagnosis_of_nothing():
-    assert diagnose(sdpa, [], "cpu") is None
-
-
-def test_diagnosis_of_what_is_right_when_called_again_is_state():
-    assert diagnose(sdpa, [SMALL], "cpu").property == "state"
 
 
 def test_what_writes_into_an_input_is_found_by_a_single_case():
@@ -310,33 +231,6 @@ def test_what_writes_into_an_input_is_found_by_a_single_case():
     (finding,) = operator_findings(scales_the_query, case, "cpu")
     assert finding.property == "in-place"
     assert finding.message.startswith("without gradients (torch.no_grad), a call writes into the query")
-    assert diagnose(scales_the_query, [case], "cpu") == finding
-
-
-def test_a_wrong_context_with_gradients_comes_before_one_without():
-    def ungated_or_misscaled(query, key, value, attn_mask=None, *, head_gate=None):
-        if attn_mask is None and torch.is_grad_enabled():
-            query = query * 1.1
-        return without_gradients_ungated(query, key, value, attn_mask, head_gate=head_gate)
-
-    masked, unmasked = SMALL, replace(SMALL, mask="none", queries=40)
-    root = diagnose(ungated_or_misscaled, [masked, unmasked], "cpu")
-    assert root.property == "scale"
-    assert "without gradients" not in root.message
-
-
-def test_gradients_that_are_wrong_are_counted_right():
-    def wrong_in_many_rows(query, key, value, attn_mask=None, *, head_gate=None):
-        factor = (
-            1.0
-            if query.shape[-2] <= 64
-            else 1 + 0.01 * torch.rand(query.shape[-1], generator=torch.Generator())
-        )
-        query, key, value = (each.detach() + (each - each.detach()) * factor for each in (query, key, value))
-        return eager(query, key, value, attn_mask, head_gate=head_gate)
-
-    case = replace(SMALL, mask="none", gate="none", batch=1, queries=70)
-    assert "dq and dk and dv are wrong with 70 queries" in diagnose(wrong_in_many_rows, [case], "cpu").message
 
 
 def test_findings_say_error_budget_and_place():

@@ -140,7 +140,9 @@ def test_the_root_is_found_and_its_place_in_the_model(attention_named):
     case = case_named("gate-first-3", torch.float32, 0)
     failed = Finding("context", "off", str(case), 1.0, 0.1)
     crash = Finding("crash", "raises ValueError", "elsewhere")
-    roots, notes = diagnose_run(run_of(("operator", "failed", 1, crash, failed)), Settings(attention="ungated"))
+    roots, notes = diagnose_run(
+        run_of(("operator", "failed", 1, crash, failed)), Settings(attention="ungated")
+    )
     assert not notes
     assert roots[0].property == "gate" and "ignored" in roots[0].message
     assert (
@@ -162,7 +164,9 @@ def test_conduct_is_a_root_before_numbers(attention_named):
 def test_what_cannot_be_found_out_is_a_note(attention_named):
     attention_named("fine", eager)
     settings = Settings(attention="fine", model="no-such-model")
-    roots, notes = diagnose_run(run_of(("relevance", "failed", 1, Finding("relevance", "off", "case"))), settings)
+    roots, notes = diagnose_run(
+        run_of(("relevance", "failed", 1, Finding("relevance", "off", "case"))), settings
+    )
     assert [each.property for each in roots] == ["relevance"]
     assert len(notes) == 1 and "no-such-model" in notes[0]
 

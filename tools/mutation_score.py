@@ -278,8 +278,8 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
     lines = [
         "# Mutation score, one by one",
         "",
-        f"Written by `{command}`: every attention of `tests/mutants`, the suites that catch it, what the diagnosis says "
-        "and whether that is true. [harness.md](harness.md) has the summary.",
+        f"Written by `{command}`: every attention of `tests/mutants`, the suites that catch it, what the diagnosis "
+        "says and whether that is true. [harness.md](harness.md) has the summary.",
         "",
         "| mutant | what is wrong | caught by | diagnosis | which is |",
         "| --- | --- | --- | --- | --- |",
