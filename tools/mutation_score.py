@@ -55,12 +55,12 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "gates of 0": ("gate zero", "head off", "all off"),
     "gates other than 0 and 1": ("fraction", "small gate", "gate nearly 1", "gate above 1"),
     "gates above 1": ("gate above 1",),
-    "gates that differ between queries": ("gate by query", "gate of rows in three dimensions"),
+    "gates that differ between queries": ("gate by query",),
     "gates that differ between batch items": ("gate by item",),
     "gates that differ between heads": ("gate by head",),
     "a gate that is not contiguous": ("expanded gate", "gate with gaps"),
     "a mask that is not contiguous": ("expanded mask", "mask with gaps", "turned mask"),
-    "fully masked rows": ("row without keys",),
+    "fully masked rows": ("fully masked row",),
     "biases in the mask": ("bias", "bias never positive", "bias above 90", "bias below -10000", "low row"),
     "a bool mask": ("bool mask", "right padding first", "narrow causal mask", "hole in mask"),
     "masks that differ between queries": ("mask by query", "narrow causal mask"),
@@ -122,12 +122,7 @@ def diagnosis(name: str, seed: int) -> dict[str, Any]:
     from headoff.attention import resolve_attention
     from headoff.harness.finding import Finding
     from headoff.harness.operator import SIDE_EFFECTS as SIDE_EFFECT_CHECKS
-    from headoff.harness.operator import (
-        case_of_text,
-        operator_cases,
-        operator_findings,
-        side_effect_findings,
-    )
+    from headoff.harness.operator import case_of_text, side_effect_findings
     from headoff.harness.operator.diagnosis import Experiments
     from headoff.harness.plugin.diagnosis import NUMBERS, SIDE_EFFECTS, UNSTEADY
     from headoff.harness.torch_settings import watched_settings
@@ -139,9 +134,8 @@ def diagnosis(name: str, seed: int) -> dict[str, Any]:
             yield from found
             if any(finding.property in UNSTEADY for finding in found):
                 return
-        cases = sorted(operator_cases(dtype, seed), key=lambda case: case.weights)
-        wrong = (finding for case in cases for finding in operator_findings(attention, case, CPU))
-        yield from itertools.islice((f for f in wrong if f.property in (*NUMBERS, *SIDE_EFFECTS)), 3)
+        wrong = (f for f in judge.numbers(attention) if f.property in (*NUMBERS, *SIDE_EFFECTS))
+        yield from itertools.islice(wrong, 3)
         yield from judge.calls(attention)
 
     attention, dtype = resolve_attention(WRONG[name].make()), WRONG[name].dtype
