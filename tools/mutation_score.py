@@ -268,7 +268,7 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
     from mutants import RIGHT, WRONG
 
     reviewed = tomllib.loads(REVIEWED.read_text())
-    by = {(row["kind"], row["name"]): row for row in rows}
+    by = {(row["kind"], row["name"]): row for row in rows if row["name"] in {**WRONG, **RIGHT}}
     lines = [
         "# Mutation score, one by one",
         "",
