@@ -47,7 +47,7 @@ from headoff.errors import OutputError, SettingError
 from headoff.harness.model.relu_masks import ReluMasks
 from headoff.images import Preprocessing
 from headoff.relevance import RelevanceEngine
-from headoff.timing import SpeedComparison, TimedCall, describe_machine
+from headoff.timing import SpeedComparison, TimedCall, describe_machine, torch_threads
 
 CPU = torch.device("cpu")
 TINY = AttentionShape("cross, 9 x 2 queries, 5 keys", 1, 18, 5)
@@ -59,6 +59,13 @@ SHAPES = pytest.mark.parametrize("shape", [TINY, PADDED, UNFOLDED], ids=["plain"
 def workload_of(shape, gate_name="cumulative", direction="forward + backward", dtype=torch.float32):
     gate = gates_of(shape, 9)[gate_name]
     return AttentionWorkload.of(shape, direction, gate, gate_name, CPU, dtype)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As when timing: on a busy machine several threads make small operators many times slower."""
+    with torch_threads():
+        yield
 
 
 @pytest.fixture(scope="module")
