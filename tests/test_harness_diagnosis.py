@@ -13,7 +13,8 @@ from headoff.harness.finding import Finding
 from headoff.harness.operator import OperatorCase, diagnose, operator_cases, operator_findings
 from headoff.harness.operator.call import tensors_of
 from headoff.harness.operator.compare import allowed_for, compare
-from headoff.harness.operator.diagnosis import CONDITIONS, Experiments
+from headoff.harness.operator.conditions import CONDITIONS
+from headoff.harness.operator.diagnosis import Experiments
 from headoff.harness.operator.known_faults import backward_faults, forward_faults
 from headoff.harness.operator.reference import truth_of
 from headoff.harness.plugin.diagnosis import causes_of

@@ -21,7 +21,6 @@ from torch import Tensor
 from headoff.harness.finding import Property
 from headoff.harness.operator.call import CallTensors, Results
 from headoff.harness.operator.cases import OperatorCase
-from headoff.harness.operator.mutations import full_gate, full_mask
 
 Step = Callable[[SimpleNamespace], Any]
 
@@ -63,6 +62,25 @@ class Fault:
 # The right attention
 
 
+def _full_gate(tensors: CallTensors) -> Tensor:
+    """The gate as (B, H, Q, 1); all ones where there is none."""
+    shape = (*tensors.query.shape[:-1], 1)
+    if tensors.gate is None:
+        return tensors.query.new_ones(shape)
+    return tensors.gate.expand(shape)
+
+
+def _full_mask(tensors: CallTensors) -> Tensor:
+    """The mask as a float (B, H, Q, S); zeros where there is none."""
+    shape = (*tensors.query.shape[:-1], tensors.key.shape[-2])
+    mask = tensors.mask
+    if mask is None:
+        return tensors.query.new_zeros(shape)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=tensors.query.dtype).masked_fill(~mask, -math.inf)
+    return mask.expand(shape)
+
+
 def _start(tensors: CallTensors) -> SimpleNamespace:
     exact = tensors.double()
     return SimpleNamespace(
@@ -71,8 +89,8 @@ def _start(tensors: CallTensors) -> SimpleNamespace:
         value=exact.value,
         grad_context=exact.grad_context,
         dtype=tensors.query.dtype,
-        gate=full_gate(exact),
-        mask=full_mask(exact),
+        gate=_full_gate(exact),
+        mask=_full_mask(exact),
         has_gate=exact.gate is not None,
         has_mask=exact.mask is not None,
         is_bool=exact.mask is not None and exact.mask.dtype == torch.bool,
@@ -295,7 +313,7 @@ MASK: dict[str, dict[str, Step]] = {
 # Slips with the forward pass alone
 
 
-def _hidden(which: Callable[[SimpleNamespace], Tensor]) -> dict[str, Step]:
+def hidden_keys(which: Callable[[SimpleNamespace], Tensor]) -> dict[str, Step]:
     """Keys where `which` is True are never seen."""
     return {"masked": lambda s: (s.scores + s.mask).masked_fill(which(s), -math.inf)}
 
@@ -410,31 +428,31 @@ SOFTMAX: dict[str, dict[str, Step]] = {
 }  # fmt: skip
 
 
-def _scale(of: Callable[[SimpleNamespace], float]) -> dict[str, Step]:
+def scaled(of: Callable[[SimpleNamespace], float]) -> dict[str, Step]:
     return {"scale": of}
 
 
 SCALE: dict[str, dict[str, Step]] = {
-    "it is missing": _scale(lambda s: 1.0),
-    "it is applied twice (1 / D)": _scale(lambda s: 1 / s.channels),
-    "it is 1 / sqrt(sqrt(D))": _scale(lambda s: s.channels**-0.25),
-    "it is 1 / sqrt(S), of the number of keys": _scale(lambda s: s.keys**-0.5),
-    "it is 1 / sqrt(H * D), of all heads' channels": _scale(lambda s: (s.query.shape[1] * s.channels) ** -0.5),
-    "it is 1 / sqrt(D) of D padded to a power of 2": _scale(
+    "it is missing": scaled(lambda s: 1.0),
+    "it is applied twice (1 / D)": scaled(lambda s: 1 / s.channels),
+    "it is 1 / sqrt(sqrt(D))": scaled(lambda s: s.channels**-0.25),
+    "it is 1 / sqrt(S), of the number of keys": scaled(lambda s: s.keys**-0.5),
+    "it is 1 / sqrt(H * D), of all heads' channels": scaled(lambda s: (s.query.shape[1] * s.channels) ** -0.5),
+    "it is 1 / sqrt(D) of D padded to a power of 2": scaled(
         lambda s: 2 ** (-math.ceil(math.log2(s.channels)) / 2)
     ),
-    "it is rounded to bfloat16": _scale(lambda s: float(torch.tensor(s.channels**-0.5).bfloat16())),
-    **{f"it is 1 / sqrt({n}) for any number of channels": _scale(lambda s, n=n: n**-0.5)
+    "it is rounded to bfloat16": scaled(lambda s: float(torch.tensor(s.channels**-0.5).bfloat16())),
+    **{f"it is 1 / sqrt({n}) for any number of channels": scaled(lambda s, n=n: n**-0.5)
        for n in (16, 32, 64, 80, 96, 128)},
 }  # fmt: skip
 
 SIZE: dict[str, dict[str, Step]] = {
-    "the last key is dropped": _hidden(lambda s: (torch.arange(s.keys) == s.keys - 1) & (s.keys > 1)),
-    "the first key is dropped": _hidden(lambda s: (torch.arange(s.keys) == 0) & (s.keys > 1)),
-    "the last key is dropped where their number is odd": _hidden(
+    "the last key is dropped": hidden_keys(lambda s: (torch.arange(s.keys) == s.keys - 1) & (s.keys > 1)),
+    "the first key is dropped": hidden_keys(lambda s: (torch.arange(s.keys) == 0) & (s.keys > 1)),
+    "the last key is dropped where their number is odd": hidden_keys(
         lambda s: (torch.arange(s.keys) == s.keys - 1) & (s.keys % 2 == 1) & (s.keys > 1)
     ),
-    "keys beyond the number of queries are dropped": _hidden(lambda s: torch.arange(s.keys) >= s.queries),
+    "keys beyond the number of queries are dropped": hidden_keys(lambda s: torch.arange(s.keys) >= s.queries),
     "with one key, its value is returned without the gate": {
         "gated": lambda s: s.weights if s.keys == 1 else s.weights * s.gate
     },
@@ -442,7 +460,7 @@ SIZE: dict[str, dict[str, Step]] = {
         clause.format(n=n): steps
         for n in BLOCKS
         for clause, steps in (
-            ("keys after the last whole block of {n} are dropped", _hidden(lambda s, n=n: _tail(s.keys, n))),
+            ("keys after the last whole block of {n} are dropped", hidden_keys(lambda s, n=n: _tail(s.keys, n))),
             ("zeros that fill the keys up to a multiple of {n} count", {"softmax": _counted_zeros(n)}),
             ("keys in both of the last two blocks of {n} count twice", {"filled": _overlapping(n)}),
             ("queries after the last whole block of {n} are zero", {"context": lambda s, n=n: (
@@ -457,7 +475,7 @@ SIZE: dict[str, dict[str, Step]] = {
         clause.format(n=n): steps
         for n in SIZES
         for clause, steps in (
-            ("keys after the first {n} are dropped", _hidden(lambda s, n=n: torch.arange(s.keys) >= n)),
+            ("keys after the first {n} are dropped", hidden_keys(lambda s, n=n: torch.arange(s.keys) >= n)),
             ("queries after the first {n} are zero", {"context": lambda s, n=n: (s.gated @ s.value).masked_fill(
                 (torch.arange(s.queries) >= n)[:, None], 0.0)}),
             ("scores use the first {n} channels only", {
@@ -701,14 +719,20 @@ def backward_faults(dtype: torch.dtype) -> list[Fault]:
     return faults + [f for f, eps in _roundings() if f.is_backward and eps > torch.finfo(dtype).eps]
 
 
+def known_fault(prop: str, clause: str) -> Fault:
+    """The fault of that property and clause."""
+    faults = (*forward_faults(torch.float64), *backward_faults(torch.float64))
+    return next(fault for fault in faults if (fault.property, fault.clause) == (prop, clause))
+
+
 def fitted_faults(found: Tensor, tensors: CallTensors) -> Iterator[Fault]:
     """Scales that are no known one, fitted to a wrong context `found` (B, H, Q, D) of `tensors`."""
     factor = _fitted_factor(found, tensors)
     if factor is not None:
         channels = tensors.query.shape[-1]
-        yield Fault("scale", f"it is {factor:.6g} / sqrt(D)", _scale(lambda s: factor * s.channels**-0.5))
+        yield Fault("scale", f"it is {factor:.6g} / sqrt(D)", scaled(lambda s: factor * s.channels**-0.5))
         constant = factor * channels**-0.5
-        yield Fault("scale", f"it is {constant:.6g} for any number of channels", _scale(lambda s: constant))
+        yield Fault("scale", f"it is {constant:.6g} for any number of channels", scaled(lambda s: constant))
     true = _run(FORWARD, _start(tensors)).context
     size = float(true.square().sum())
     times = float((found * true).sum()) / size if size else math.nan
