@@ -16,7 +16,7 @@ from headoff.errors import HeadoffError, SettingError
 from headoff.gates import first_off, none_off, stack
 from headoff.harness.model.attention_calls import faulty_layers
 from headoff.harness.model.detections import detection_findings
-from headoff.harness.model.gradients import expected_gradients, gradient_findings, sum_of_targets
+from headoff.harness.model.gradients import expected_gradients, gradient_findings, sum_of_targets, target_of
 from headoff.harness.model.patched import InDtype, counting_calls
 from headoff.harness.model.relevance import maps_by, relevance_findings
 from headoff.harness.model.relu_masks import ReluMasks
@@ -240,7 +240,7 @@ def test_gradients_are_the_slopes_of_their_targets(own):
     """Central differences along a random direction, in float64."""
     mine = reference_case(own, "street")
     chosen = mine.configurations[:3]
-    gates = stack(chosen, mine.layout)
+    gates, targets = stack(chosen, mine.layout), [target_of(mine, configuration) for configuration in chosen]
     grad_tokens = expected_gradients(mine)["tokens"][:3]
     direction = torch.randn(mine.features.tokens.shape, generator=torch.Generator().manual_seed(0)).double()
     step = 1e-6
@@ -248,8 +248,8 @@ def test_gradients_are_the_slopes_of_their_targets(own):
     def value(sign: int) -> torch.Tensor:
         moved = mine.features.tokens + sign * step * direction
         features = type(mine.features)(moved, mine.features.positions, None, mine.features.grid)
-        with torch.no_grad():
-            return sum_of_targets(mine, chosen, forward_batch(mine.detector, features, gates)[0])
+        with torch.enable_grad():
+            return sum_of_targets(targets, forward_batch(mine.detector, features, gates)[0]).detach()
 
     slope = (value(1) - value(-1)) / (2 * step)
     assert slope.item() == pytest.approx((grad_tokens * direction).sum().item(), rel=1e-6)

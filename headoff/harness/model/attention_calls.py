@@ -21,7 +21,7 @@ from headoff.attention import Attention, resolve_attention
 from headoff.detr.transformer import Attend, AttentionAddress, AttentionCall
 from headoff.gates import Configuration, Site, stack
 from headoff.harness.finding import Finding, Property
-from headoff.harness.model.gradients import sum_of_targets
+from headoff.harness.model.gradients import sum_of_targets, target_of
 from headoff.harness.model.patched import failures_as, loss_scale
 from headoff.harness.operator.call import CallTensors, Results
 from headoff.harness.operator.call import call as attend
@@ -113,7 +113,9 @@ def calls_of(case: ReferenceCase, configurations: tuple[Configuration, ...]) -> 
 
     Cross-attention comes twice: with one item per configuration, and with the configurations end to end as in a sweep.
     """
-    detector = case.detector
+    # The case's own runs of the detector come first: only the calls of one batch are recorded.
+    detector, features = case.detector, case.features
+    targets = [target_of(case, configuration) for configuration in configurations]
     gates = stack(configurations, case.layout)
     recorded: dict[AttentionAddress, AttentionCall] = {}
     contexts: dict[AttentionAddress, Tensor] = {}
@@ -126,7 +128,7 @@ def calls_of(case: ReferenceCase, configurations: tuple[Configuration, ...]) -> 
         return contexts[call.address]
 
     with detector.intercepting(record), torch.enable_grad():
-        target = sum_of_targets(case, configurations, forward_batch(detector, case.features, gates)[0])
+        target = sum_of_targets(targets, forward_batch(detector, features, gates)[0])
         gradients = dict(zip(contexts, torch.autograd.grad(target, list(contexts.values())), strict=True))
     calls = []
     for address, call in recorded.items():

@@ -95,17 +95,12 @@ def target_of(case: ReferenceCase, configuration: Configuration) -> Target:
     return class_logit(detection.query, detection.label)
 
 
-def sum_of_targets(
-    case: ReferenceCase, configurations: Sequence[Configuration], output: DetectorOutput
-) -> Tensor:
+def sum_of_targets(targets: Sequence[Target], output: DetectorOutput) -> Tensor:
     """One target per configuration, of the output of `forward_batch`: a scalar."""
-    targets = [target_of(case, configuration) for configuration in configurations]
-    return torch.stack(
-        [
-            target.value(output.logits[0, index], output.boxes[0, index])
-            for index, target in enumerate(targets)
-        ]
-    ).sum()
+    values = [
+        target.value(output.logits[0, index], output.boxes[0, index]) for index, target in enumerate(targets)
+    ]
+    return torch.stack(values).sum()
 
 
 def gradients_with(
@@ -196,14 +191,16 @@ def _gradients(
     gates: Gates | None = None,
 ) -> Gradients:
     gates = stack(configurations, detector.head_layout) if gates is None else gates
+    targets = [target_of(case, configuration) for configuration in configurations]
     parts = list(batches(detector, features, len(configurations)))
     grads = []
     with counting_calls(detector, encodes=len(parts), decodes=len(parts)) as calls:
         for members in parts:
-            chosen = [configurations[index] for index in members]
-            with case.masks_of(chosen).pinned(detector), torch.enable_grad():
+            masks = case.masks_of([configurations[index] for index in members])
+            with masks.pinned(detector), torch.enable_grad():
                 output, memory, tokens = forward_batch(detector, features, gates[torch.tensor(members)])
-                grads.append(torch.autograd.grad(sum_of_targets(case, chosen, output), (memory, tokens)))
+                target = sum_of_targets([targets[index] for index in members], output)
+                grads.append(torch.autograd.grad(target, (memory, tokens)))
     memory, tokens = (torch.cat(some).double().cpu() for some in zip(*grads, strict=True))
     return Gradients(memory, tokens, calls)
 
