@@ -277,7 +277,7 @@ def test_a_verdict_is_about_the_dtypes_asked_for(run, pytester):
         ["*test_heads_off_dtype[[]float32] PASSED*", "*test_heads_off_dtype[[]float64] FAILED*"]
     )
     both.stdout.fnmatch_lines(["*test_heads_off_golden PASSED*"])  # golden files are named by tests
-    assert section(both)[0].endswith("is wrong: dtype: the context of torch.float64 is torch.float32")
+    assert "is wrong: dtype: the context of torch.float64 is torch.float32" in section(both)[0]
     assert json.loads((pytester.path / "out.json").read_text())["about"]["dtype"] == "float32, float64"
 
 
