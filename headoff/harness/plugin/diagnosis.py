@@ -65,12 +65,15 @@ def explanation_of_numbers(
     attention: Attention, found: Sequence[Finding], settings: Settings
 ) -> Finding | None:
     """Why single calls give wrong numbers; None where they do not."""
+    import torch
+
     from headoff.harness.operator import case_of_text, diagnose
     from headoff.harness.torch_settings import watched_settings
 
     cases = [case_of_text(finding.case, settings.seed) for finding in found if finding.property in NUMBERS]
     known = [case for case in cases if case is not None]
     with watched_settings():  # the attention may be one that changes them
+        torch.set_num_threads(1)  # the cases are so small that threads would only wait for each other
         return diagnose(attention, known, settings.device) if known else None
 
 
