@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from headoff.detr.checkpoints import save_native
 from headoff.detr.transformer import AttentionAddress
 from headoff.errors import HeadoffError, SettingError
 from headoff.gates import first_off, none_off, stack
+from headoff.harness.finding import WrongAttention
 from headoff.harness.model.attention_calls import faulty_layers
 from headoff.harness.model.detections import detection_findings
 from headoff.harness.model.gradients import expected_gradients, gradient_findings, sum_of_targets, target_of
@@ -276,6 +279,27 @@ def test_an_attention_in_another_dtype_keeps_tiny_gradients(dtype):
     unit = torch.finfo(dtype).eps
     for got, true in zip(*found, strict=True):
         assert (got - true).abs().max() <= 20 * unit * true.abs().max()
+
+
+def test_a_gate_that_changes_other_heads_is_found_on_heads_without_output(own):
+    """The suite's own check, which no other check of this attention goes before."""
+    import test_heads_off_relevance as suite
+
+    def larger_where_gated(query, key, value, attn_mask=None, *, head_gate=None):
+        context = eager(query, key, value, attn_mask, head_gate=head_gate)
+        return context if head_gate is None else 1.2 * context
+
+    def check(attention):
+        under_test = SimpleNamespace(attention=attention, device=CPU, dtype=torch.float32, seed=0)
+        case = reference_case(own, "street")
+        suite.test_switching_off_a_head_without_output_changes_nothing(case, under_test)
+
+    check(sdpa)
+    with pytest.raises(WrongAttention) as wrong:
+        check(larger_where_gated)
+    assert {finding.property for finding in wrong.value.findings} == {"gate"}
+    assert all(finding.case == "street" for finding in wrong.value.findings)
+    assert "switching off a head without output changes" in str(wrong.value)
 
 
 def gate_of_the_next_head(query, key, value, attn_mask=None, *, head_gate=None):
