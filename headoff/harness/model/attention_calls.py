@@ -250,14 +250,14 @@ def _by_item(call: ModelCall, name: str, x: Tensor) -> Tensor:
 def _finding(
     case: ReferenceCase, configurations: Sequence[Configuration], site: Site, wrong: list[_Wrong]
 ) -> Finding:
-    layers = sorted({each.call.address.layer for each in wrong})
-    first = [each for each in wrong if each.call.address.layer == layers[0]]
-    quantity, *others = [name for name in QUANTITIES if any(each.quantity == name for each in first)]
-    first = [each for each in first if each.quantity == quantity]
-    heads = sorted({each.head for each in first})
-    indices = sorted({each.configuration for each in first if each.configuration is not None})
+    layers = sorted({one.call.address.layer for one in wrong})
+    first = [one for one in wrong if one.call.address.layer == layers[0]]
+    quantity, *others = [name for name in QUANTITIES if any(one.quantity == name for one in first)]
+    first = [one for one in first if one.quantity == quantity]
+    heads = sorted({one.head for one in first})
+    indices = sorted({one.configuration for one in first if one.configuration is not None})
     names = [configurations[index].name for index in indices]
-    worst = max(first, key=lambda each: each.error)
+    worst = max(first, key=lambda one: one.error)
     finite = math.isfinite(worst.error)
     if len(layers) == case.layout.layers(site):
         where = "in every layer"
@@ -270,7 +270,7 @@ def _finding(
     )
     if others:
         message += f"; {' and '.join(others)} wrong as well"
-    if all(each.call.end_to_end for each in first):
+    if all(one.call.end_to_end for one in first):
         message += "; only where configurations lie end to end along the queries"
     return Finding(
         _property([quantity, *others]),

@@ -114,7 +114,7 @@ def output_tolerance(case: ReferenceCase, device: torch.device, dtype: torch.dty
 
     def measure() -> Arrays:
         gates = stack(case.configurations, case.layout)
-        found = [output_with(each, case, device, dtype, gates) for each in right_implementations()]
+        found = [output_with(attention, case, device, dtype, gates) for attention in right_implementations()]
         return {
             "logits": _largest([(one.logits - expected.logits) for one in found]),
             "boxes": _largest([one.boxes - expected.boxes for one in found]),

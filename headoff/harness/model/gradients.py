@@ -164,7 +164,9 @@ def gradient_tolerance(case: ReferenceCase, device: torch.device, dtype: torch.d
 
     def measure() -> Arrays:
         chosen = case.configurations
-        found = [gradients_with(each, case, device, dtype, chosen) for each in right_implementations()]
+        found = [
+            gradients_with(attention, case, device, dtype, chosen) for attention in right_implementations()
+        ]
         errors = [gradient_errors(case, chosen, gradients) for gradients in found]
         return {part: np.max([error[part] for error in errors], axis=0) for part in PARTS}
 

@@ -3,9 +3,9 @@
 One implementation's rounding errors are one draw, and may be small by luck. So every tolerance of the harness is
 measured on several standard formulations, written here in plain PyTorch: none of them is code that anybody tests.
 
-In half precision all but eager attention have scores, statistics of the softmax and sums in float32, and weights in the
-dtype of the values, as kernels have. An `exp(scores - logsumexp(scores))` whose logsumexp is rounded to bfloat16 is off
-by ten times as much as the others, and is no standard to measure by.
+In half precision all but eager attention and the softmax by hand have scores, statistics of the softmax and sums in
+float32, and weights in the dtype of the values, as kernels have. An `exp(scores - logsumexp(scores))` whose logsumexp
+is rounded to bfloat16 is off by ten times as much as the others, and is no standard to measure by.
 """
 
 from __future__ import annotations
