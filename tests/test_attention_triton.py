@@ -124,7 +124,8 @@ def excesses(attention, tensors, attn_mask=None, head_gate=None) -> list[float]:
     The budget is 4 times the error of eager attention in the same dtype, and as a floor two roundings to that dtype
     of the largest result and 16 roundings to float32 of the largest sum of terms' magnitudes. Where one key is
     left, for instance, the gradient of the query is 0 = dP - delta, exactly in eager attention, whose two numbers
-    are rounded alike, and to rounding in an attention that keeps no dP.
+    are rounded alike, and to rounding in an attention that keeps no dP. Where scores are larger than 8, the weight
+    exp(score - log_sum) that a backward pass recomputes has a relative error of as many roundings as they are large.
     """
     doubles = [tensor.detach().double().requires_grad_() for tensor in tensors]
     gate = None if head_gate is None else head_gate.double()
@@ -134,11 +135,14 @@ def excesses(attention, tensors, attn_mask=None, head_gate=None) -> list[float]:
     sizes = magnitudes(tensors, mask, gate)
     found = results(attention, tensors, attn_mask, head_gate)
     eps, eps32 = torch.finfo(tensors[0].dtype).eps, torch.finfo(torch.float32).eps
+    query, key, *_ = doubles
+    largest_score = (query @ key.mT).abs().max().item() / math.sqrt(query.shape[-1])
+    roundings = max(8.0, largest_score)
     ratios = []
     for one, baseline, truth, size in zip(found, baselines, truths, sizes, strict=True):
         assert one.dtype == baseline.dtype
         assert one.shape == truth.shape
-        budget = 4 * error(baseline, truth) + eps * truth.abs().max().item() + 8 * eps32 * size
+        budget = 4 * error(baseline, truth) + eps * truth.abs().max().item() + roundings * eps32 * size
         wrong = error(one, truth)
         ratios.append(wrong / budget if budget else math.inf * wrong if wrong else 0.0)
     return ratios

@@ -521,7 +521,7 @@ def waits(device: str = "cpu") -> None:
             maps = []
             for guard in (nullcontext(), no_waiting(device)):
                 with guard:
-                    _, seed = engine._seed(decoder, pairs)
+                    _, seed = engine._target_gradients(decoder, pairs)
                     seed = seed if engine.method.needs_gradient else None
                     found, _ = engine._backward(encoder, decoder, seed, runs, queries, layers)
                 maps.append(found.rows.cpu())
