@@ -330,7 +330,7 @@ def main() -> None:
     reviewed = tomllib.loads(REVIEWED.read_text())
     started = time.perf_counter()
     with (
-        multiprocessing.get_context("spawn").Pool(chosen.processes) as pool,
+        multiprocessing.get_context("spawn").Pool(chosen.processes, maxtasksperchild=8) as pool,
         chosen.results.open("a") as file,
     ):
         for number, row in enumerate(pool.imap_unordered(judge, left, chunksize=1), 1):
