@@ -8,6 +8,7 @@ import torch
 
 import headoff
 from headoff.harness.plugin.options import add_short_names
+from headoff.timing import torch_threads
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -41,6 +42,13 @@ def at_a_desk(monkeypatch):
     """
     for name in ("CI", "BUILD_NUMBER", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def one_thread():
+    """For tests whose tensors are so small that threads would only wait for each other."""
+    with torch_threads(1):
+        yield
 
 
 # One thread a worker under pytest-xdist, all cores without it: two workers of two threads each on two cores wait

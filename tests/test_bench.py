@@ -24,7 +24,7 @@ from headoff.bench import suites
 from headoff.bench.attentions import ATTENTIONS, EAGER, FLEX, OWN, SDPA_BACKENDS, TRITON, skipping_attention
 from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, with_attention
 from headoff.bench.notebook import Notebook
-from headoff.bench.outputs import ExpectedOutputs, row_errors, run_recording_relus, truth_of
+from headoff.bench.outputs import ExpectedOutputs, run_recording_relus, truth_of
 from headoff.bench.plots import plots_of
 from headoff.bench.results import Measurement, Report, by_case
 from headoff.bench.roofline import Peaks, RooflinePoint, Work, attention_work
@@ -45,6 +45,7 @@ from headoff.detr.config import BackboneConfig
 from headoff.detr.graphs import CAPTURED
 from headoff.errors import OutputError, SettingError
 from headoff.harness.model.relu_masks import ReluMasks
+from headoff.harness.tolerance import peak_error
 from headoff.images import Preprocessing
 from headoff.relevance import RelevanceEngine
 from headoff.timing import SpeedComparison, TimedCall, describe_machine, torch_threads
@@ -185,7 +186,7 @@ def test_tolerances_follow_the_dtype(dtype):
 
 def test_rows_that_are_truly_zero_must_be_zero():
     truth = torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 4.0]])
-    errors = row_errors(truth, torch.tensor([[0.0, 1e-30], [1.0, 2.5], [0.0, 4.0]]))
+    errors = peak_error(torch.tensor([[0.0, 1e-30], [1.0, 2.5], [0.0, 4.0]]), truth)
     assert errors.tolist() == [math.inf, 0.25, 0.0]
 
 
@@ -195,11 +196,11 @@ def test_the_oracle_follows_a_relu_that_rounding_decides(workloads, model):
     _, masks = run_recording_relus(workload, eager)
     plain = truth_of(workload, masks)["gradient of the memory"].rows
     opposite = ReluMasks({name: ~mask for name, mask in masks.masks.items()})
-    assert row_errors(plain, truth_of(workload, opposite)["gradient of the memory"].rows) < 1e-2
+    assert peak_error(truth_of(workload, opposite)["gradient of the memory"].rows, plain) < 1e-2
     exact = workload.in_dtype(torch.float64)
     with opposite.pinned(exact.model.detector, resolution=math.inf):
         turned = exact.outputs(exact.timed_call(eager)())["gradient of the memory"].rows
-    assert row_errors(plain, turned) > 0.1
+    assert peak_error(turned, plain) > 0.1
 
 
 def test_detectors_share_weights_and_not_attentions(model):

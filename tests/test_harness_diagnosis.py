@@ -27,13 +27,7 @@ FAILING = 3
 """Failing cases that a diagnosis begins with, the smallest first."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are so small here that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights_of(query, key, attn_mask, scale=None):

@@ -39,13 +39,7 @@ SAMPLE = in_every_run(WRONG, 3)
 SAMPLE_OF_RIGHT = in_every_run(RIGHT, 1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are so small here that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def covering(cases: Iterable[Case]) -> list[Case]:

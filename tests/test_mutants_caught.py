@@ -18,13 +18,7 @@ from headoff.attention import resolve_attention
 BY_CALLS = [name for name, mutant in WRONG.items() if mutant.shows == {"calls"}]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are so small that threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

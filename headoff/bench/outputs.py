@@ -17,16 +17,7 @@ from headoff.bench.workloads import Output, Workload
 from headoff.harness.finding import Finding
 from headoff.harness.model.relu_masks import ReluMasks
 from headoff.harness.reference.implementations import right_implementations
-from headoff.harness.tolerance import ERROR_FACTOR, allowed_error, relative_error
-
-
-def row_errors(truth: Tensor, found: Tensor) -> Tensor:
-    """Largest difference of each row of (n, m), relative to the peak of the true row: (n,) float64.
-
-    A row that is truly zero must be exactly zero, else its error is infinite, as is that of a row with NaN.
-    """
-    truth, found = truth.double().cpu(), found.double().cpu()
-    return relative_error((found - truth).abs().amax(-1), truth.abs().amax(-1))
+from headoff.harness.tolerance import ERROR_FACTOR, allowed_error, peak_error
 
 
 class ExpectedOutputs:
@@ -46,7 +37,7 @@ class ExpectedOutputs:
             result, masks = run_recording_relus(rounded, attention)
             found = rounded.outputs(result)
             for name, truth in self.truth(masks, rounded).items():
-                error = float(row_errors(truth.rows, found[name].rows).amax()) * scale
+                error = float(peak_error(found[name].rows, truth.rows).amax()) * scale
                 self.measured_errors[name] = max(error, self.measured_errors.get(name, 0.0))
 
     def allowed(self, name: str) -> float:
@@ -74,7 +65,7 @@ class ExpectedOutputs:
             error = torch.inf
             problem = f"has shape {tuple(found.shape)} instead of {tuple(truth.rows.shape)}"
         else:
-            errors = row_errors(truth.rows, found)
+            errors = peak_error(found, truth.rows)
             error = float(errors.amax())
             problem = (
                 f"is off by {error:.1e} of its peak in row {int(errors.argmax())} of {len(errors)}; allowed is "

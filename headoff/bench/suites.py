@@ -22,7 +22,7 @@ from headoff.bench.attentions import (
 )
 from headoff.bench.models import BenchmarkModel, Size, with_attention
 from headoff.bench.notebook import Notebook
-from headoff.bench.outputs import ExpectedOutputs, row_errors, truth_of
+from headoff.bench.outputs import ExpectedOutputs, truth_of
 from headoff.bench.results import Measurement
 from headoff.bench.roofline import attention_work
 from headoff.bench.runner import Case, Provider, Runner
@@ -49,6 +49,7 @@ from headoff.gates import (
     stack,
 )
 from headoff.harness.model.relu_masks import ReluMasks
+from headoff.harness.tolerance import peak_error
 from headoff.relevance import RelevanceEngine
 from headoff.timing import TimedCall
 from headoff.wording import format_bytes
@@ -359,7 +360,7 @@ def _notebook(model: BenchmarkModel, workload: RelevanceWorkload) -> Provider:
             for _ in range(3):  # as often as the oracle's `explain` calls the decoder
                 found = explain()
         truth, allowed = truth_of(one, masks)["maps"].rows, ExpectedOutputs(one).allowed("maps")
-        error = float(row_errors(truth, found).amax())
+        error = float(peak_error(found, truth).amax())
         return (
             None
             if error <= allowed
