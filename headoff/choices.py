@@ -1,4 +1,4 @@
-"""The names that functions and command-line options choose from. Importing this module does not import torch."""
+"""The choices of arguments and command-line options. Importing this module does not import torch."""
 
 from typing import Literal, get_args
 
@@ -18,7 +18,7 @@ METHODS = (
     "rollout",
     "attention_gradcam",
 )
-"""The relevance methods that headoff brings along, the default first; `register_method` adds others."""
+"""The built-in relevance methods, the default first; `register_method` adds others."""
 
 BOX_COORDINATES = ("cx", "cy", "w", "h")
 """The columns of `DetectorOutput.boxes`."""

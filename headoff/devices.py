@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headoff.choices import DTYPES
-from headoff.errors import SettingError
+from headoff.errors import SettingError, error_line
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,11 @@ __all__ = ["DTYPES", "chosen_device", "torch_dtype"]
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name, one of `DTYPES`. Raises SettingError for any other name."""
+    """The torch dtype called `name`.
+
+    Raises:
+        SettingError: the name is not in `DTYPES`.
+    """
     import torch
 
     if name not in DTYPES:
@@ -24,7 +28,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device of that name; for None, CUDA if it is available and the CPU otherwise.
+    """The torch device called `name`; for None, CUDA if it is available and the CPU otherwise.
 
     Raises:
         SettingError: this machine has no such device.
@@ -37,6 +41,7 @@ def chosen_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise SettingError(f"device {name!r} cannot be used here ({reason}); try --device cpu") from error
+        raise SettingError(
+            f"device {name!r} cannot be used here ({error_line(error)}); try --device cpu"
+        ) from error
     return device

@@ -1,7 +1,7 @@
 """Every error that headoff raises on purpose.
 
-The message of each is one sentence that names the culprit and the remedy: the command line prints it as it
-stands and exits with code 2, so it must read well without a traceback around it.
+Every message is one sentence that says what is wrong and what to do about it. The command line prints it without a
+traceback and exits with code 2.
 """
 
 import difflib
@@ -13,7 +13,7 @@ class HeadoffError(Exception):
 
 
 class GateError(HeadoffError, ValueError):
-    """A head gate or configuration that cannot be: bad text, a head that does not exist, a wrong shape."""
+    """An invalid head gate or configuration: text that cannot be read, a head that does not exist, a wrong shape."""
 
 
 class AttentionError(HeadoffError):
@@ -41,12 +41,32 @@ class OutputError(HeadoffError, OSError):
 
 
 class SettingError(HeadoffError, ValueError):
-    """A setting or argument that cannot be: a confidence outside 0..1, thresholds in the wrong order."""
+    """An invalid setting or argument: a confidence outside 0..1, thresholds in the wrong order."""
 
 
 def did_you_mean(wrong: object, known: Iterable[str], *, most: int = 1) -> str:
-    """` (did you mean 'near'?)`, to be put behind a wrong name; nothing where none is near or contains it."""
+    """The text ` (did you mean 'name'?)` to append to a wrong name; empty if no known name resembles or contains it."""
     names = list(known)
-    near = difflib.get_close_matches(str(wrong), names, n=most)
-    near = near or [name for name in names if len(str(wrong)) > 2 and str(wrong) in name][:most]
-    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+    similar = difflib.get_close_matches(str(wrong), names, n=most)
+    similar = similar or [name for name in names if len(str(wrong)) > 2 and str(wrong) in name][:most]
+    return f" (did you mean {' or '.join(map(repr, similar))}?)" if similar else ""
+
+
+def error_line(error: BaseException) -> str:
+    """The first line of an exception's message, to quote in a message of ours: the system's words for an OSError, the
+    name of the exception's type where it has no message.
+    """
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first_line = next(iter(text.strip().splitlines()), "") or type(error).__name__
+    return first_line[:160].rstrip(".;: ").replace("\0", "")
+
+
+def root_cause_line(error: BaseException) -> str:
+    """Type and message of the exception that caused `error`, in one line; a long message loses its middle.
+
+    Compilers quote the source between the place of an error and its description, so both ends are needed.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 200 else f'{text[:60]} ... {text[-135:]}'}"

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever interrupts their writing."""
+"""Atomic writing: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import BinaryIO
 
 
 @contextmanager
-def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in `path`'s folder, which becomes `path` when the block ends well.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file for writing, and rename it to `path` when the block ends without an error.
 
-    Until then `path` is what it was; after an error or Ctrl-C, nothing is left. Raises OSError.
+    Until then `path` is unchanged. After an error or Ctrl-C the temporary file is removed.
+
+    Raises:
+        OSError: the folder of `path` does not exist or cannot be written to.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
@@ -22,7 +25,7 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; what is written here is for whoever may read the folder.
+        # mkstemp makes files that only their owner can read; results get the user's usual permissions.
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
@@ -31,7 +34,7 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def _umask() -> int:
-    # There is no way to read it but to set it.
+    # The umask cannot be read without setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -17,7 +17,7 @@ from torch import Tensor
 from headoff.detections import Detections, detections_from
 from headoff.detr.detector import Detector, DetectorOutput, Features
 from headoff.detr.graphs import DecodeGraphs
-from headoff.detr.transfers import sent
+from headoff.detr.transfers import copy_to_device
 from headoff.errors import SettingError
 from headoff.gates import Configuration, Gates, cumulative, none_off, parse_configuration, stack
 from headoff.images import ImageSource, load_image
@@ -210,7 +210,7 @@ def decode_all(
             order.append(batch)
     if len(parts) == 1:
         return parts[0]
-    (back,) = sent([torch.cat(order).argsort()], detector.device)
+    (back,) = copy_to_device([torch.cat(order).argsort()], detector.device)
     return DetectorOutput(
         torch.cat([part.logits for part in parts])[back], torch.cat([part.boxes for part in parts])[back]
     )

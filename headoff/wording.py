@@ -8,14 +8,14 @@ from itertools import groupby
 
 
 def number_ranges(numbers: Iterable[int], separator: str = ", ") -> str:
-    """Sorted whole numbers, consecutive ones as a range: `0-2, 5`."""
+    """Sorted whole numbers, with runs of consecutive numbers as ranges: `0-2, 5`."""
     # In a run of consecutive numbers, number minus index is constant.
     runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
     return separator.join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 check`, `3,000 checks`."""
+    """A count and its noun: `1 check`, `3,000 checks`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
@@ -44,7 +44,7 @@ def format_bytes(count: int | None, unknown: str = "-") -> str:
 
 
 def three_digits(value: float) -> str:
-    """`1.23`, `12.3`, `123`, `1235`."""
+    """A number with three significant digits, or all of its whole part: `1.23`, `12.3`, `123`, `1235`."""
     return f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f}"
 
 
@@ -54,7 +54,7 @@ def format_error(value: float) -> str:
 
 
 def format_ratio(value: float) -> str:
-    """`0.834`, `1.000`, `123`."""
+    """A ratio with three decimals, without decimals from 99.5 on: `0.834`, `1.000`, `123`."""
     return _special(value) or (f"{value:.3f}" if abs(value) < 99.5 else f"{value:,.0f}")
 
 

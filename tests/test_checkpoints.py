@@ -1,4 +1,4 @@
-"""Checkpoint files: what is read from shapes, what is refused and how, and headoff's own layout.
+"""Checkpoint files: what is read from shapes, what is rejected and how, and headoff's layout.
 
 Parity with other implementations is in test_parity.py, downloads are in test_downloads.py.
 """
@@ -146,7 +146,7 @@ def test_containers(wrap, zipped, tmp_path):
     assert_same_weights(load(tmp_path / "any.pth"), model)
 
 
-def test_training_settings_tell_heads_and_dilation(tmp_path):
+def test_heads_and_dilation_from_training_settings(tmp_path):
     settings = argparse.Namespace(nheads=2, dilation=True, lr=1e-4, output_dir="", dataset_file="coco")
     torch.save({"model": original(backbone=BOTTLENECK), "args": settings}, tmp_path / "a.pth")
     loaded = load(tmp_path / "a.pth")
@@ -164,12 +164,12 @@ def test_training_settings_tell_heads_and_dilation(tmp_path):
         ("abdc55.pth", False),
     ],
 )
-def test_file_names_tell_dilation(name, dilated, tmp_path):
+def test_dilation_from_file_names(name, dilated, tmp_path):
     torch.save({"model": original(backbone=BOTTLENECK)}, tmp_path / name)
     assert load(tmp_path / name).config.backbone.dilate_last == dilated
 
 
-def test_heads_that_cannot_be(tmp_path):
+def test_heads_that_do_not_divide_the_width(tmp_path):
     torch.save(original(width=20, heads=4), tmp_path / "a.pth")
     assert "8 heads" in message_of(tmp_path / "a.pth")
     assert load(tmp_path / "a.pth", heads=4).config.heads == 4
@@ -195,7 +195,7 @@ def test_weights_are_promoted(stored, dtype, tmp_path):
     assert_same_weights(loaded, model.to(dtype))
 
 
-def test_a_dtype_that_is_no_float_is_refused():
+def test_a_dtype_that_is_not_floating_point_is_rejected():
     with pytest.raises(SettingError, match="int8"):
         load("scenes", dtype=torch.int8)
 
@@ -223,7 +223,7 @@ def test_an_attention_file_is_imported_as_usual(tmp_path):
     assert loaded(torch.randn(1, 3, 64, 64)).logits.isfinite().all()
 
 
-# --- headoff's own layout -----------------------------------------------------------------------------------
+# --- headoff's layout -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -277,7 +277,7 @@ def test_native_of_a_detector_in_training(tmp_path):
 @pytest.mark.parametrize(
     ("value", "dtype"), [(float("nan"), torch.float32), (1e6, torch.float16)], ids=["nan", "big"]
 )
-def test_native_refuses_what_it_could_not_read_again(value, dtype, tmp_path):
+def test_weights_that_could_not_be_read_again_are_not_saved(value, dtype, tmp_path):
     model = detector()
     model.class_head.bias[0] = value
     with pytest.raises(CheckpointError, match=r"class_head\.bias"):
@@ -285,7 +285,7 @@ def test_native_refuses_what_it_could_not_read_again(value, dtype, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_saving_where_one_cannot(tmp_path):
+def test_saving_to_a_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         save_native(detector(), tmp_path / "file" / "a.safetensors")
@@ -311,7 +311,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"version": "2"}, "newer headoff"),
         ({"version": "x"}, "version"),
@@ -325,21 +325,21 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_native_metadata_that_cannot_be(changes, said, tmp_path):
+def test_native_metadata_that_is_invalid(changes, expected, tmp_path):
     path = tmp_path / "a.safetensors"
     save_native(detector(), path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() | changes
     metadata = {name: value for name, value in metadata.items() if value is not None}
     safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata)
-    assert said in message_of(path)
+    assert expected in message_of(path)
 
 
 @pytest.mark.parametrize(
     "change", [{"decoder_layers": 10**9}, {"queries": 7}, {"heads": 5}, {"width": "16"}], ids=str
 )
 def test_native_configuration_is_checked_against_the_tensors(change, tmp_path):
-    """A configuration that asks for anything else is refused before it is built."""
+    """A configuration of other sizes is rejected before a detector is built from it."""
     path = tmp_path / "a.safetensors"
     save_native(detector(), path)
     with safe_open(path, framework="pt") as file:
@@ -373,10 +373,10 @@ def test_pickles_are_never_executed(where, tmp_path):
     message = message_of(path)
     assert not victim.exists()
     if where != "plain pickle":
-        assert "refused" in message and "mkdir" in message
+        assert "rejected" in message and "mkdir" in message
 
 
-def test_a_pickled_model_is_refused(tmp_path):
+def test_a_pickled_model_is_rejected(tmp_path):
     torch.save(detector(), tmp_path / "a.pth")
     assert "state dict" in message_of(tmp_path / "a.pth")
 
@@ -396,7 +396,7 @@ def test_cut_off_files(kind, keep, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 166618694\n", "git lfs pull"),
@@ -411,12 +411,12 @@ def test_cut_off_files(kind, keep, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_files_of_another_kind(content, said, tmp_path):
+def test_files_of_another_kind(content, expected, tmp_path):
     for name in ("a.pth", "a.safetensors"):
         path = tmp_path / name
         path.write_bytes(content)
         message = message_of(path)
-        assert said in message and str(path) in message
+        assert expected in message and str(path) in message
 
 
 def test_a_zip_that_is_no_checkpoint(tmp_path):
@@ -440,7 +440,7 @@ def test_paths_that_lead_nowhere(tmp_path, monkeypatch):
     assert "my-detector.pth" in message_of("my_detector.pth")
     message = message_of("detr-resnet50")
     assert "did you mean" in message and all(name in message for name in ["scenes", *ORIGINALS])
-    assert "address" in message_of("https://example.org/detr.pth")
+    assert "URL" in message_of("https://example.org/detr.pth")
     message_of("no/such/folder/x.pth")
     message_of("owner/name.pth")  # a path, for its suffix, and not a repository
     message_of("")
@@ -492,14 +492,14 @@ def saved_with(tmp_path, **changed):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "expected"),
     [
         ({"class_embed.weight": None}, "class_head.weight"),
         ({"class_embed.bias": None, "bbox_embed.layers.1.bias": None}, "2 tensors are missing"),
         ({"query_embed.weight": None}, "no DETR"),
         ({"backbone.0.body.layer2.0.conv1.weight": None}, "layer2.0.conv1"),
-        ({"extra.weight": torch.ones(1)}, "1 tensors are left over (extra.weight)"),
-        ({f"extra{i}": torch.ones(1) for i in range(9)}, "9 tensors are left over"),
+        ({"extra.weight": torch.ones(1)}, "1 tensors are unexpected (extra.weight)"),
+        ({f"extra{i}": torch.ones(1) for i in range(9)}, "9 tensors are unexpected"),
         ({"class_embed.bias": torch.ones(7)}, "class_embed.bias has shape (7,) where (5,)"),
         ({"query_embed.weight": torch.ones(5)}, "dimensions"),
         ({"query_embed.weight": torch.ones(0, 16)}, "dimensions"),
@@ -524,10 +524,10 @@ def saved_with(tmp_path, **changed):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_tensors_that_do_not_fit(changed, said, tmp_path):
+def test_tensors_that_do_not_fit(changed, expected, tmp_path):
     path = saved_with(tmp_path, **changed)
     message = message_of(path)
-    assert said in message and str(path) in message
+    assert expected in message and str(path) in message
 
 
 def test_too_large_for_half_precision(tmp_path):
@@ -557,29 +557,29 @@ def test_other_architectures_are_named(names, architecture, tmp_path):
     assert architecture in message and names[0] in message
 
 
-# --- configurations beside the weights ----------------------------------------------------------------------
+# --- configurations next to the weights ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("config_json", "said"),
+    ("config_json", "expected"),
     [
         ('{"model_type": "conditional_detr"}', "conditional_detr"),
         ('{"position_embedding_type": "learned"}', "learned"),
         ('{"activation_function": "gelu"}', "gelu"),
         ('{"encoder_attention_heads": 8, "decoder_attention_heads": 4}', "decoder_attention_heads"),
-        ('{"encoder_attention_heads": "8", "decoder_attention_heads": "8"}', "no number"),
+        ('{"encoder_attention_heads": "8", "decoder_attention_heads": "8"}', "not a whole number"),
         ('{"backbone_config": {"downsample_in_bottleneck": true}}', "downsample_in_bottleneck"),
         ("[1]", "JSON list"),
         ("{", "JSON"),
         ("", "JSON"),
     ],
 )
-def test_configurations_of_hugging_face_that_cannot_be(config_json, said, tmp_path):
+def test_configurations_of_hugging_face_that_headoff_does_not_support(config_json, expected, tmp_path):
     safetensors.torch.save_file(
         {"model.query_position_embeddings.weight": torch.ones(5, 16)}, tmp_path / "model.safetensors"
     )
     (tmp_path / "config.json").write_text(config_json)
-    assert said in message_of(tmp_path)
+    assert expected in message_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -600,10 +600,10 @@ def test_configurations_of_hugging_face_that_cannot_be(config_json, said, tmp_pa
     ids=str,
 )
 def test_preprocessor_configurations(values, expected):
-    from headoff.detr.checkpoints.huggingface import preprocessing_from
+    from headoff.detr.checkpoints.huggingface import preprocessing_from_config
 
     if expected is None:
         with pytest.raises(CheckpointError, match="preprocessor_config"):
-            preprocessing_from(values)
+            preprocessing_from_config(values)
     else:
-        assert preprocessing_from(values) == expected
+        assert preprocessing_from_config(values) == expected

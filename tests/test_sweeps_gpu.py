@@ -23,7 +23,7 @@ from headoff.detr import Detector, DetrConfig
 from headoff.detr.config import BackboneConfig
 from headoff.detr.detector import Memory
 from headoff.detr.graphs import MOST_GRAPHS, DecodeGraphs
-from headoff.detr.transfers import sent
+from headoff.detr.transfers import copy_to_device
 from headoff.effects import effect_on_detections, effect_on_maps
 from headoff.errors import GateError, SettingError
 from headoff.gates import stack
@@ -148,10 +148,10 @@ def test_a_plan_is_a_decode_of_its_gates(detector):
 def test_tensors_sent_together_keep_shapes_values_and_places():
     """To the dtype's neighbour, for lack of another device: on the same one nothing is copied."""
     tensors = [torch.arange(6).view(2, 3), torch.rand(()), torch.empty(0, 4), torch.rand(3).double()]
-    assert all(a is b for a, b in zip(sent(tensors, torch.device("cpu")), tensors, strict=True))
-    there = sent(tensors, torch.device("meta"))
+    assert all(a is b for a, b in zip(copy_to_device(tensors, torch.device("cpu")), tensors, strict=True))
+    there = copy_to_device(tensors, torch.device("meta"))
     assert [(each.shape, each.dtype) for each in there] == [(each.shape, each.dtype) for each in tensors]
-    (cast,) = sent([tensors[3]], torch.device("cpu"), torch.float32)
+    (cast,) = copy_to_device([tensors[3]], torch.device("cpu"), torch.float32)
     assert torch.equal(cast, tensors[3].float())
 
 

@@ -8,18 +8,18 @@ The contract, in one line::
 argument      shape                       meaning
 ============  ==========================  ==================================================================
 query         (B, H, Q, D)                any float dtype, any strides (a batch expanded with stride 0, too)
-key, value    (B, H, S, D)                of the dtype and on the device of ``query``
-attn_mask     broadcasts to (B, H, Q, S)  as in ``torch.nn.functional.scaled_dot_product_attention``: bool
-                                          (True = attend), or of the dtype of ``query`` and added to the scores;
+key, value    (B, H, S, D)                of the dtype and on the device of `query`
+attn_mask     broadcasts to (B, H, Q, S)  as in `torch.nn.functional.scaled_dot_product_attention`: bool
+                                          (True = attend), or of the dtype of `query` and added to the scores;
                                           2 to 4 dimensions
 head_gate     broadcasts to (B, H, Q, 1)  multiplies the weights after softmax: 1 = on, 0 = off, fractions
                                           are legal; of 4 dimensions, of the dtype and on the device of
-                                          ``query``
+                                          `query`
 context       (B, H, Q, D)                (softmax(query key^T / sqrt(D) + attn_mask) * head_gate) @ value,
-                                          of the dtype of ``query``
+                                          of the dtype of `query`
 ============  ==========================  ==================================================================
 
-The caller converts ``head_gate`` to that form, so that ``weights * head_gate`` is all that a callable has to do with
+The caller converts `head_gate` to that form, so that `weights * head_gate` is all that a callable has to do with
 it: the model does, and so does everything in this package that calls an attention.
 
 Inputs are never modified. A row whose keys are all masked (False, or -inf) has a zero context row and zero
@@ -27,8 +27,8 @@ gradients, never NaN. Nothing else is asked for, no attention weights in particu
 key, value, gate and the gradient of the context, and those are at hand with every fused kernel.
 
 A gate is one number for each batch item, head and query, and does not depend on the key. So it may as well be
-applied to the context: ``(weights * gate) @ value == (weights @ value) * gate``. That is how a kernel that
-knows nothing of gates is gated from outside; :func:`conform` sees to it.
+applied to the context: `(weights * gate) @ value == (weights @ value) * gate`. That is how a kernel that
+knows nothing of gates is gated from outside; `conform` sees to it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Attention(Protocol):
 
 
 def gate_context(context: Tensor, head_gate: Tensor | None) -> Tensor:
-    """``context`` (B, H, Q, D) times ``head_gate`` (broadcasts to (B, H, Q, 1)), in its own dtype."""
+    """`context` (B, H, Q, D) times `head_gate` (broadcasts to (B, H, Q, 1)), in its own dtype."""
     if head_gate is None:
         return context
     return context * head_gate.to(context)
@@ -72,10 +72,10 @@ def gate_context(context: Tensor, head_gate: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class AdaptedAttention:
-    """An :class:`Attention` made of a callable that takes its mask elsewhere, or knows nothing of gates.
+    """An `Attention` made of a callable that takes its mask elsewhere, or knows nothing of gates.
 
-    ``mask_keyword`` names the parameter to pass the mask by; None passes it in fourth place. ``takes_gate``
-    says that ``call`` applies ``head_gate`` by itself; without it the gate is applied to the context ``call``
+    `mask_keyword` names the parameter to pass the mask by; None passes it in fourth place. `takes_gate`
+    says that `call` applies `head_gate` by itself; without it the gate is applied to the context `call`
     returns.
     """
 
@@ -93,7 +93,7 @@ class AdaptedAttention:
         *,
         head_gate: Tensor | None = None,
     ) -> Tensor:
-        """As the contract says; :class:`AttentionError` for a context that is no tensor, or misshapen."""
+        """As the contract says; `AttentionError` for a context that is no tensor, or misshapen."""
         mask = (attn_mask,) if self.mask_keyword is None else ()
         keywords = {} if self.mask_keyword is None else {self.mask_keyword: attn_mask}
         if self.takes_gate:
@@ -118,14 +118,14 @@ class AdaptedAttention:
 
 
 def conform(call: Any, label: str) -> Attention:
-    """``call`` as an :class:`Attention`: itself where it keeps the contract, adapted where that can be done.
+    """`call` as an `Attention`: itself where it keeps the contract, adapted where that can be done.
 
-    Without a ``head_gate`` among its parameters (or ``**kwargs``), ``call`` is taken for a plain callable
+    Without a `head_gate` among its parameters (or `**kwargs`), `call` is taken for a plain callable
     shaped like torch's SDPA, and so is one without a signature that Python can inspect (torch's SDPA itself):
-    its context is gated for it. The mask may be called ``attn_mask`` or ``mask`` and stand anywhere, or be
+    its context is gated for it. The mask may be called `attn_mask` or `mask` and stand anywhere, or be
     the fourth parameter under any name, unless that one's default says that it is something else
-    (``dropout_p=0.0``).
-    Raises :class:`AttentionError`, which names ``label``, where (query, key, value, attn_mask) cannot be
+    (`dropout_p=0.0`).
+    Raises `AttentionError`, which names `label`, where (query, key, value, attn_mask) cannot be
     passed.
     """
     if isinstance(call, type):
@@ -143,7 +143,7 @@ def conform(call: Any, label: str) -> Attention:
 
 
 def _signature(call: Any) -> inspect.Signature | None:
-    """What ``call`` really takes, which may not be what Python first says; None where nobody can tell."""
+    """What `call` really takes, which may not be what Python first says; None where nobody can tell."""
     owner = getattr(call, "__self__", None)
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and call.__name__ == "apply":
         return _apply_signature(owner)
@@ -158,7 +158,7 @@ def _signature(call: Any) -> inspect.Signature | None:
 
 
 def _apply_signature(function: type[torch.autograd.Function]) -> inspect.Signature:
-    """What the ``apply`` of an autograd function takes: what its ``forward`` does, and only by position."""
+    """What the `apply` of an autograd function takes: what its `forward` does, and only by position."""
     parameters = list(inspect.signature(function.forward).parameters.values())
     if function.setup_context is torch.autograd.Function.setup_context:
         parameters = parameters[1:]  # ctx
@@ -175,7 +175,7 @@ def _apply_signature(function: type[torch.autograd.Function]) -> inspect.Signatu
 
 
 def _takes(signature: inspect.Signature, keyword: str) -> bool:
-    """Whether ``keyword=...`` can be passed."""
+    """Whether `keyword=...` can be passed."""
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     if inspect.Parameter.VAR_KEYWORD in kinds.values():
         return True

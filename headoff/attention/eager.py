@@ -24,9 +24,9 @@ def eager(
     *,
     head_gate: Tensor | None = None,
 ) -> Tensor:
-    """Context (B, H, Q, D) of ``query`` (B, H, Q, D) over ``key`` and ``value`` (B, H, S, D).
+    """Context (B, H, Q, D) of `query` (B, H, Q, D) over `key` and `value` (B, H, S, D).
 
-    See :mod:`headoff.attention.contract` for masks and gates. Differentiable any number of times, with
+    See `headoff.attention.contract` for masks and gates. Differentiable any number of times, with
     respect to mask and gate, too. Raises what torch raises for shapes and dtypes that do not fit.
     """
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])

@@ -1,6 +1,6 @@
 """The fused path on a GPU: attention, gate and gradients in Triton, with no work for heads that are off.
 
-:func:`triton_attention` is an attention callable like any other (:mod:`headoff.attention.contract`). What it adds
+`triton_attention` is an attention callable like any other (`headoff.attention.contract`). What it adds
 to one that is gated from outside:
 
 - The gate is read where it lies, one number a row, in the kernel. Blocks of rows that are all off are not
@@ -9,7 +9,7 @@ to one that is gated from outside:
   context are read through their strides, so that an expanded batch or a broadcast mask costs what is really there.
 - Everything is deterministic: sums have a fixed order, and tiles are chosen by shapes, never by timings.
 
-The kernels are in :mod:`headoff.attention.triton_kernels`, which is imported by the first call.
+The kernels are in `headoff.attention.triton_kernels`, which is imported by the first call.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ def triton_attention(
     head_gate: Tensor | None = None,
     precision: Precision = "ieee",
 ) -> Tensor:
-    """Context (B, H, Q, D) of ``query`` (B, H, Q, D) over ``key`` and ``value`` (B, H, S, D), in their dtype.
+    """Context (B, H, Q, D) of `query` (B, H, Q, D) over `key` and `value` (B, H, S, D), in their dtype.
 
-    See :mod:`headoff.attention.contract` for masks and gates. float32, bfloat16 and float16, D up to 128, on a
-    CUDA device; on the CPU where ``TRITON_INTERPRET=1`` was set before Triton was imported (slow, for tests).
-    Softmax and sums are float32. ``precision`` is that of the products of float32 tensors: ``"ieee"`` keeps all
-    of their bits, ``"tf32"`` keeps 11 and is done by tensor cores, ``"tf32x3"`` makes three such products of
+    See `headoff.attention.contract` for masks and gates. float32, bfloat16 and float16, D up to 128, on a
+    CUDA device; on the CPU where `TRITON_INTERPRET=1` was set before Triton was imported (slow, for tests).
+    Softmax and sums are float32. `precision` is that of the products of float32 tensors: `"ieee"` keeps all
+    of their bits, `"tf32"` keeps 11 and is done by tensor cores, `"tf32x3"` makes three such products of
     one, which lose about 3 bits. Differentiable once, with respect to query, key and value; the gradient of a
-    row that is off is exactly 0. Raises :class:`AttentionError` for what it does not support, a mask or gate
-    that requires a gradient among it (:func:`~headoff.attention.eager` has it), and where a kernel can be
+    row that is off is exactly 0. Raises `AttentionError` for what it does not support, a mask or gate
+    that requires a gradient among it (`eager` has it), and where a kernel can be
     neither compiled nor launched: no compiler, a GPU of less shared memory than a program takes.
     """
     _check(query, key, value, precision)
@@ -147,7 +147,7 @@ class _Attention(torch.autograd.Function):
 class _Once(torch.autograd.Function):
     """A gradient as it is, except that it refuses to be differentiated.
 
-    torch's ``once_differentiable`` would not: where the gradient of the context is a constant, it hands out gradients
+    torch's `once_differentiable` would not: where the gradient of the context is a constant, it hands out gradients
     that pass for constants, too, and second derivatives would be wrong without a word.
     """
 
@@ -200,7 +200,7 @@ def _backward(
     call: _Call,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value; the last two are made together, where either is ``wanted``."""
+    """Gradients of query, key and value; the last two are made together, where either is `wanted`."""
     batch, heads, queries, channels = query.shape
     length = key.shape[2]
     numbers = (heads, queries, length, _scale(channels))
@@ -253,13 +253,13 @@ def _backward(
 
 
 def tilings(query: Tensor, key: Tensor) -> Tilings:
-    """The tiles of the three kernels for ``query`` (B, H, Q, D) and ``key`` (B, H, S, D).
+    """The tiles of the three kernels for `query` (B, H, Q, D) and `key` (B, H, S, D).
 
     By dtype and shape alone, so that results repeat. Tensor cores want 64 rows; where that makes too few
     programs to occupy a GPU, 32, which also leaves fewer rows that are off in blocks that are not. Tiles are
     those whose accumulators and operands ptxas fits into the registers of sm_90: of what Triton 3.4, 3.6 and
     3.9 make of them for calls without padding it spills at most 32 bytes a thread
-    (``tools/kernel_resources.py``). Those of float32 are smaller, as exact products are no work of tensor
+    (`tools/kernel_resources.py`). Those of float32 are smaller, as exact products are no work of tensor
     cores and keep their operands in registers.
     """
     batch, heads, queries, channels = query.shape
@@ -306,7 +306,7 @@ def _with_strides(*tensors: Tensor) -> tuple[Any, ...]:
 
 
 def _launch(kernel: str, programs: int, query: Tensor, *rest: Any, **options: Any) -> None:
-    """So many ``programs`` of a kernel, whose first argument is the query; none where there are no rows or keys."""
+    """So many `programs` of a kernel, whose first argument is the query; none where there are no rows or keys."""
     if not programs:
         return
     launch = getattr(_kernels(), kernel)[(programs,)]
@@ -360,7 +360,7 @@ def _kernels() -> ModuleType:
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, precision: str) -> None:
-    """Raise :class:`AttentionError` for what the kernels cannot do."""
+    """Raise `AttentionError` for what the kernels cannot do."""
     shapes = query.shape, key.shape, value.shape
     if query.dim() != 4 or key.shape != value.shape or key.dim() != 4 or _outer(query) != _outer(key):
         raise AttentionError(
@@ -413,9 +413,9 @@ def _check_device(name: str, tensor: Tensor, query: Tensor) -> None:
 def _broadcast_strides(
     name: str, tensor: Tensor | None, query: Tensor, shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """Strides of ``tensor`` when broadcast to ``shape``, 0 where it is repeated; None for None.
+    """Strides of `tensor` when broadcast to `shape`, 0 where it is repeated; None for None.
 
-    Raises :class:`AttentionError` for a ``tensor`` that does not broadcast, or cannot be read by the kernels.
+    Raises `AttentionError` for a `tensor` that does not broadcast, or cannot be read by the kernels.
     """
     if tensor is None:
         return None

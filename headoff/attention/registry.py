@@ -1,7 +1,7 @@
 """Attention callables by name: registered ones, those in a module, those in a file.
 
 What fails here fails because of a typing mistake or a broken kernel file. So every failure is an
-:class:`~headoff.errors.AttentionError` of one sentence that says what was asked for, where it failed and what
+`AttentionError` of one sentence that says what was asked for, where it failed and what
 to do.
 """
 
@@ -45,9 +45,9 @@ _paths: dict[str, str] = {}
 
 
 def register_attention(name: str, attention: Callable[..., Any]) -> Attention:
-    """Let :func:`resolve_attention` find ``attention`` as ``name``; returns it, adapted where it needs to be.
+    """Let `resolve_attention` find `attention` as `name`; returns it, adapted where it needs to be.
 
-    A name that is taken is given to the new callable. Raises :class:`AttentionError` for a callable that does
+    A name that is taken is given to the new callable. Raises `AttentionError` for a callable that does
     not conform, and for a name that could be mistaken for a module's or a file's.
     """
     if not name or ":" in name or name == AUTO:
@@ -62,13 +62,13 @@ def attention_names() -> tuple[str, ...]:
 
 
 def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
-    """The attention that ``spec`` stands for, adapted to the contract where it needs to be.
+    """The attention that `spec` stands for, adapted to the contract where it needs to be.
 
-    ``spec`` is a callable, a registered name, ``"package.module:name"`` or ``"path/to/file.py:name"`` with a
-    path relative to the current directory; ``name`` may have dots. While it is imported, the folder of the
-    file (for a module, the current directory) comes first on ``sys.path``, so that other modules in that folder can be
+    `spec` is a callable, a registered name, `"package.module:name"` or `"path/to/file.py:name"` with a
+    path relative to the current directory; `name` may have dots. While it is imported, the folder of the
+    file (for a module, the current directory) comes first on `sys.path`, so that other modules in that folder can be
     imported; afterwards last, for what a function imports when it is called. A file is executed once, and
-    again when it has changed since. Raises :class:`AttentionError`.
+    again when it has changed since. Raises `AttentionError`.
     """
     if not isinstance(spec, str):
         return conform(spec, attention_label(spec) if callable(spec) else repr(spec))
@@ -90,7 +90,7 @@ def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
 
 
 def attention_label(attention: Callable[..., Any]) -> str:
-    """The name of ``attention`` in reports: what it was resolved by, else its module or file, and name."""
+    """The name of `attention` in reports: what it was resolved by, else its module or file, and name."""
     if id(attention) in _labels:
         return _labels[id(attention)][1]
     if isinstance(attention, AdaptedAttention):
@@ -125,7 +125,7 @@ def _member(module: ModuleType, dotted: str, source: str) -> Any:
 
 
 def _is_of(module: ModuleType, member: Any) -> bool:
-    """Whether ``member`` was defined in ``module``, not imported there; a partial, say, does not tell."""
+    """Whether `member` was defined in `module`, not imported there; a partial, say, does not tell."""
     return getattr(member, "__module__", None) == module.__name__
 
 
@@ -210,7 +210,7 @@ def _failure(source: str, error: BaseException, path: Path | None = None) -> str
 
 
 def _where(error: BaseException, path: Path | None) -> str:
-    """Where in the file at ``path`` the error was raised or passed; with no ``path``, the innermost place."""
+    """Where in the file at `path` the error was raised or passed; with no `path`, the innermost place."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     frames = [frame for frame in frames if "importlib" not in frame.filename]
     if path is not None:

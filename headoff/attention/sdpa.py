@@ -20,11 +20,11 @@ def sdpa(
     *,
     head_gate: Tensor | None = None,
 ) -> Tensor:
-    """Context (B, H, Q, D) of ``query`` (B, H, Q, D) over ``key`` and ``value`` (B, H, S, D), in their dtype.
+    """Context (B, H, Q, D) of `query` (B, H, Q, D) over `key` and `value` (B, H, S, D), in their dtype.
 
-    See :mod:`headoff.attention.contract` for masks and gates. On the CPU, rows of heads that a gate of 0
+    See `headoff.attention.contract` for masks and gates. On the CPU, rows of heads that a gate of 0
     switches off are not computed where enough of them are off for that to be faster
-    (:mod:`headoff.attention.skipping`); keep the gate on the CPU for it, and without ``requires_grad``.
+    (`headoff.attention.skipping`); keep the gate on the CPU for it, and without `requires_grad`.
     Raises what torch raises for shapes and dtypes that do not fit. Differentiable once: torch's fused
     backward passes have no backward pass of their own.
     """

@@ -35,16 +35,16 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Group:
-    """Streams that share one call: ``streams`` (n,), and ``rows`` (n, m) to attend in each of them."""
+    """Streams that share one call: `streams` (n,), and `rows` (n, m) to attend in each of them."""
 
     streams: Tensor
     rows: Tensor
 
 
 def plan(head_gate: Tensor, query: Tensor, keys: int) -> list[Group] | None:
-    """The calls that cover every row of ``query`` (B, H, Q, D) that is on; None where a plain call is better.
+    """The calls that cover every row of `query` (B, H, Q, D) that is on; None where a plain call is better.
 
-    ``head_gate`` is broadcastable to (B, H, Q, 1). Its values decide, so it has to be read: on a GPU that
+    `head_gate` is broadcastable to (B, H, Q, 1). Its values decide, so it has to be read: on a GPU that
     would make the host wait for the device at every layer, and there nothing is skipped. Nor is anything when
     the gradient of the gate is wanted (that of a gate of 0 is not 0), nor while torch compiles (there are no
     values).
@@ -64,7 +64,7 @@ def plan(head_gate: Tensor, query: Tensor, keys: int) -> list[Group] | None:
 
 
 def groups_of(head_gate: Tensor, query: Tensor) -> list[Group]:
-    """The groups whose rows include every row of ``query`` (B, H, Q, D) that ``head_gate`` leaves on."""
+    """The groups whose rows include every row of `query` (B, H, Q, D) that `head_gate` leaves on."""
     batch, heads, queries, _ = query.shape
     on = (head_gate != 0).expand(batch, heads, queries, 1).reshape(batch * heads, queries)
     rows_on_first = on.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
@@ -82,7 +82,7 @@ def groups_of(head_gate: Tensor, query: Tensor) -> list[Group]:
 
 
 def expected_ratio(groups: list[Group], query: Tensor, keys: int) -> float:
-    """Expected time of attending ``groups`` over that of the plain call with ``query`` (B, H, Q, D)."""
+    """Expected time of attending `groups` over that of the plain call with `query` (B, H, Q, D)."""
     rows = sum(group.rows.numel() for group in groups)
     streams = sum(len(group.streams) for group in groups)
     return _cost(rows, streams, keys) / max(query.shape[:-1].numel() * keys, 1)
@@ -95,10 +95,10 @@ def _cost(rows: int, streams: float, keys: int) -> float:
 def attend_groups(
     groups: list[Group], attend: Attend, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
 ) -> Tensor:
-    """Context (B, H, Q, D) by one call of ``attend`` for each group; rows in no group are zero.
+    """Context (B, H, Q, D) by one call of `attend` for each group; rows in no group are zero.
 
-    ``attend(query, key, value, attn_mask)`` is given a batch of 1, with the group's streams as its heads.
-    ``attn_mask``, if any, has 4 dimensions.
+    `attend(query, key, value, attn_mask)` is given a batch of 1, with the group's streams as its heads.
+    `attn_mask`, if any, has 4 dimensions.
     """
     batch, heads, queries, _ = query.shape
     # Zeros, but a product all the same: gradients of all three exist, and are 0, even when no head is on.
@@ -128,7 +128,7 @@ def attend_groups(
 
 
 def _mask_of(group: Group, attn_mask: Tensor, batch: int, heads: int) -> Tensor:
-    """The part of ``attn_mask`` that belongs to ``group``; dimensions of size 1 stay so and broadcast."""
+    """The part of `attn_mask` that belongs to `group`; dimensions of size 1 stay so and broadcast."""
     mask = attn_mask[0]
     if attn_mask.shape[:2] != (1, 1):
         mask = attn_mask.expand(batch, heads, -1, -1)[group.streams // heads, group.streams % heads]

@@ -1,4 +1,4 @@
-"""The kernels of :mod:`headoff.attention.fused`: forward, gradient of the query, gradients of key and value.
+"""The kernels of `headoff.attention.fused`: forward, gradient of the query, gradients of key and value.
 
 Scores are kept in base 2, s = log2(e) * (q k^T / sqrt(D) + mask), so that P = 2^(s - L) with L the base-2
 log-sum-exp of the row: the GPU's exponential is one of base 2. Softmax and accumulators are float32 whatever
@@ -19,7 +19,7 @@ the same for all queries hides. Which blocks are left is kept in the bits of an 
 
 Every output has one writer, and sums are in a fixed order: results repeat bit for bit. Offsets are 64-bit.
 
-Importing this module imports Triton. ``TRITON_INTERPRET=1`` has to be set before that for kernels that run on
+Importing this module imports Triton. `TRITON_INTERPRET=1` has to be set before that for kernels that run on
 the CPU.
 """
 
@@ -63,13 +63,13 @@ def _place(heads, queries, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _tile(pointer, strides, rows, channels):
-    """Pointers to ``rows`` (N,) times ``channels`` (D,)."""
+    """Pointers to `rows` (N,) times `channels` (D,)."""
     return pointer + rows.to(tl.int64)[:, None] * strides[2] + channels.to(tl.int64)[None, :] * strides[3]
 
 
 @triton.jit
 def _gates(gate, gate_strides, rows, length):
-    """The gates of ``rows`` in float32; rows from ``length`` on are off. 1 everywhere without a gate."""
+    """The gates of `rows` in float32; rows from `length` on are off. 1 everywhere without a gate."""
     gates = rows < length
     if gate is not None:
         gates = tl.load(gate + rows.to(tl.int64) * gate_strides[2], mask=gates, other=0)
@@ -78,7 +78,7 @@ def _gates(gate, gate_strides, rows, length):
 
 @triton.jit
 def _of_keys(mask, mask_strides, keys, length, BY_KEY: tl.constexpr):
-    """What holds for ``keys`` whatever the query: whether it may attend them, and the base-2 term of its scores."""
+    """What holds for `keys` whatever the query: whether it may attend them, and the base-2 term of its scores."""
     attended = keys < length
     term = tl.zeros(keys.shape, tl.float32)
     if BY_KEY:
@@ -97,7 +97,7 @@ def _scores(
 ):
     """Base-2 scores, -inf where a key is hidden or does not exist.
 
-    All but ``products`` are two-dimensional and broadcast to its shape, either way round.
+    All but `products` are two-dimensional and broadcast to its shape, either way round.
     """
     scores = products * scale + term
     if mask is not None and not BY_KEY:
@@ -112,7 +112,7 @@ def _scores(
 
 @triton.jit
 def _bits(live):
-    """A bit for each block of ``live`` (GROUP, BLOCK) with anything alive in it, and how many there are."""
+    """A bit for each block of `live` (GROUP, BLOCK) with anything alive in it, and how many there are."""
     alive = tl.max(live.to(tl.int32), 1)
     return tl.sum(alive.to(tl.int64) << tl.arange(0, GROUP).to(tl.int64)), tl.sum(alive)
 
@@ -124,14 +124,14 @@ def _positions(start, BLOCK: tl.constexpr):
 
 @triton.jit
 def _live_keys(mask, mask_strides, start, length, BLOCK: tl.constexpr):
-    """Bits and number of those of the ``GROUP`` blocks of keys from ``start`` on that are not hidden."""
+    """Bits and number of those of the `GROUP` blocks of keys from `start` on that are not hidden."""
     attended, _ = _of_keys(mask, mask_strides, _positions(start, BLOCK), length, True)
     return _bits(attended)
 
 
 @triton.jit
 def _live_rows(gate, gate_strides, start, end, BLOCK: tl.constexpr):
-    """Bits and number of those of the ``GROUP`` blocks of rows from ``start`` on that are not off."""
+    """Bits and number of those of the `GROUP` blocks of rows from `start` on that are not off."""
     return _bits(_gates(gate, gate_strides, _positions(start, BLOCK), end) != 0)
 
 
@@ -148,7 +148,7 @@ def _attend_keys(
     rows, channels, queries, length, scale,
     CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax: the block of keys from ``start`` on."""
+    """One step of the online softmax: the block of keys from `start` on."""
     keys = start + tl.arange(0, BLOCK_K)
     inside = (keys < length)[:, None] & (channels < CHANNELS)[None, :]
     key_tile = tl.load(_tile(key, key_strides, keys, channels), mask=inside, other=0)
@@ -176,9 +176,9 @@ def forward_kernel(
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Context, and L where ``logsumexp`` (B, H, Q) is not None. One program for each block of rows of a head.
+    """Context, and L where `logsumexp` (B, H, Q) is not None. One program for each block of rows of a head.
 
-    ``scale`` is log2(e) / sqrt(D); ``BY_KEY`` says that the mask is the same for all queries.
+    `scale` is log2(e) / sqrt(D); `BY_KEY` says that the mask is the same for all queries.
     """
     stream, batch, head, rows, channels = _place(heads, queries, BLOCK_Q, BLOCK_D)
     query = _stream(query, query_strides, batch, head)
@@ -237,7 +237,7 @@ def _query_gradient(
     mask, mask_strides, rows, channels, queries, length, scale,
     CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``gradient``, ungated, plus the share of the block of keys from ``start`` on."""
+    """`gradient`, ungated, plus the share of the block of keys from `start` on."""
     keys = start + tl.arange(0, BLOCK_K)
     inside = (keys < length)[:, None] & (channels < CHANNELS)[None, :]
     key_tile = tl.load(_tile(key, key_strides, keys, channels), mask=inside, other=0)
@@ -262,9 +262,9 @@ def query_gradient_kernel(
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """delta, and dQ where ``gradient`` is not None. One program for each block of rows of a head.
+    """delta, and dQ where `gradient` is not None. One program for each block of rows of a head.
 
-    ``grad_context`` is dO. ``delta`` (B, H, Q) is for :func:`key_value_gradient_kernel`.
+    `grad_context` is dO. `delta` (B, H, Q) is for `key_value_gradient_kernel`.
     """
     stream, batch, head, rows, channels = _place(heads, queries, BLOCK_Q, BLOCK_D)
     query = _stream(query, query_strides, batch, head)
@@ -332,7 +332,7 @@ def _key_value_gradient(
     grad_context, grad_context_strides, logsumexp, delta, keys, attended, term, channels, queries, length, scale,
     CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``of_key`` and ``of_value`` plus the shares of the block of rows from ``start`` on; all transposed."""
+    """`of_key` and `of_value` plus the shares of the block of rows from `start` on; all transposed."""
     rows = start + tl.arange(0, BLOCK_Q)
     gates = _gates(gate, gate_strides, rows, end)
     on = gates != 0
@@ -362,10 +362,10 @@ def key_value_gradient_kernel(
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_KEY: tl.constexpr, BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV. One program for each block of keys of a head and each ``share`` of the rows.
+    """dK and dV. One program for each block of keys of a head and each `share` of the rows.
 
-    The results of share i stand at batch items i * ``batches`` and on of ``of_key`` and ``of_value``, for the
-    caller to add up. ``BY_ROW`` says that the gate is not the same for all queries.
+    The results of share i stand at batch items i * `batches` and on of `of_key` and `of_value`, for the
+    caller to add up. `BY_ROW` says that the gate is not the same for all queries.
     """
     blocks = tl.cdiv(length, BLOCK_K)
     part = tl.program_id(0) // blocks

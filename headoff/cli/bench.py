@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headoff.cli.options import positive, ratio
 from headoff.devices import DTYPES, chosen_device, torch_dtype
 from headoff.errors import OutputError, SettingError
-from headoff.files import written_atomically
+from headoff.files import atomic_write
 
 if TYPE_CHECKING:
     from headoff.bench.runner import Plan
@@ -164,7 +164,7 @@ def _write(files: Mapping[Path, bytes]) -> None:
     """Write all files atomically. Raises OutputError."""
     for path, content in files.items():
         try:
-            with written_atomically(path) as file:
+            with atomic_write(path) as file:
                 file.write(content)
         except OSError as error:
             reason = error.strerror or error

@@ -1,4 +1,4 @@
-"""DETR: backbone, positions, transformer, detector, and the checkpoints it is read from."""
+"""DETR: backbone, transformer, detector and checkpoints."""
 
 from headoff.detr.config import BackboneConfig, DetrConfig
 from headoff.detr.detector import Detector, DetectorOutput, Memory

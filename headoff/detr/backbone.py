@@ -1,8 +1,8 @@
-"""ResNet feature extractor out of torchvision's residual blocks, with frozen batch norm.
+"""ResNet feature extractor, built from torchvision's residual blocks.
 
-torchvision's own `ResNet` class fixes the stem at 64 channels and always builds four stages; DETR's variants and
-the small bundled model need both to be free. Parameter names are torchvision's (`layer3.0.conv2.weight`), so its
-weights, and the original DETR checkpoints' `backbone.0.body.*`, fit as they are.
+torchvision's `ResNet` class always has a stem of 64 channels and four stages; the small bundled model has fewer of
+both. Parameter names are torchvision's (`layer3.0.conv2.weight`), as in the original DETR checkpoints after
+`backbone.0.body.`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from headoff.detr.config import BackboneConfig
 class ResNet(nn.Module):
     """Pixels (B, 3, H, W) to features (B, `channels`, ceil(H / stride), ceil(W / stride)).
 
-    `norm` makes the normalisation of a number of channels: frozen batch norm for inference (running statistics
-    never change), `nn.BatchNorm2d` for training from scratch. Their parameter names agree.
+    Args:
+        config: sizes.
+        norm: makes a normalisation layer for a number of channels: frozen batch norm (running statistics never
+            change), or `nn.BatchNorm2d` to train from scratch. Their parameter names are the same.
     """
 
     def __init__(self, config: BackboneConfig, norm: Callable[[int], nn.Module] = FrozenBatchNorm2d) -> None:
@@ -54,7 +56,7 @@ class ResNet(nn.Module):
         shortcut = None
         if stride != 1 or channels != out:
             shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride, bias=False), norm(out))
-        # As in torchvision, the first block of a dilated stage keeps the dilation of the stage before it.
+        # As in torchvision, the first block of a dilated stage has the dilation of the previous stage.
         blocks = [self._block(channels, width, stride, shortcut, norm_layer=norm)]
         blocks += [self._block(out, width, dilation=dilation, norm_layer=norm) for _ in range(depth - 1)]
         return nn.Sequential(*blocks)

@@ -1,4 +1,4 @@
-"""What a detector is made of: the sizes that fix its architecture, and nothing about its weights."""
+"""The sizes that determine a detector's architecture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BackboneConfig:
         depths: residual blocks per stage; each stage after the first halves the resolution.
         widths: channels per stage, before a bottleneck's expansion.
         stem: channels of the 7x7 stem.
-        dilate_last: the last stage keeps its resolution and dilates instead (DC5).
+        dilate_last: the last stage does not halve the resolution, and is dilated instead (DC5).
     """
 
     block: Literal["basic", "bottleneck"] = "bottleneck"
@@ -29,7 +29,7 @@ class BackboneConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels per token side: 32 for a four-stage ResNet, 16 for its DC5 variant."""
+        """Pixels of the image per token, along one side: 32 for a four-stage ResNet, 16 for its DC5 variant."""
         return 4 * 2 ** (len(self.depths) - 1 - self.dilate_last)
 
 
@@ -52,9 +52,9 @@ class DetrConfig:
         encoder_layers, decoder_layers: depth of the two stacks.
         feedforward: hidden channels of the feed-forward blocks.
         queries: object queries.
-        classes: class logits without the no-object one (91 for COCO: ids 0-90, with gaps).
+        classes: class logits without "no object" (91 for COCO: ids 0-90, with gaps).
         pre_norm: layer norm before each block instead of after it.
-        preprocessing: size and normalisation of the pixels the weights were trained with.
+        preprocessing: size and normalisation of the images that the weights were trained with.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -72,16 +72,20 @@ class DetrConfig:
         if self.heads < 1 or self.width % self.heads:
             raise CheckpointError(
                 f"a transformer of width {self.width} cannot be split into {self.heads} heads; "
-                f"name a number of heads that divides {self.width}"
+                f"give a number of heads that divides {self.width}"
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The sizes as nested dicts, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DetrConfig:
-        """The inverse of `as_dict`. Raises CheckpointError for unknown or missing fields."""
+        """The inverse of `as_dict`.
+
+        Raises:
+            CheckpointError: a field is unknown or missing.
+        """
         try:
             values = dict(values)
             backbone = dict(values.pop("backbone"))

@@ -19,7 +19,7 @@ from headoff.detr.backbone import ResNet
 from headoff.detr.config import DetrConfig
 from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import SharingPlan, sharing_plan
-from headoff.detr.transfers import sent
+from headoff.detr.transfers import copy_to_device
 from headoff.detr.transformer import Attend, AttentionCall, Decoder, Encoder, Interceptor, autocast
 from headoff.errors import CheckpointError, GateError, SettingError
 from headoff.gates import Gates, HeadLayout, Site
@@ -33,8 +33,7 @@ class Features:
     Attributes:
         tokens: (B, N, d), row by row.
         positions: (B, N, d) sine position embedding.
-        attn_mask: (B, 1, 1, N) bool, True = image; None when there is no padding, so that unpadded images never
-            pay for a mask.
+        attn_mask: (B, 1, 1, N) bool, True = image; None when there is no padding, as attention is faster without it.
         grid: (h, w) with h * w = N.
     """
 
@@ -66,7 +65,7 @@ class DetectorOutput:
 
 
 class BoxHead(nn.Sequential):
-    """Three linear layers to four numbers in 0..1."""
+    """Three linear layers, and a sigmoid: (..., d) to (..., 4) in 0..1."""
 
     def __init__(self, width: int) -> None:
         super().__init__(
@@ -80,7 +79,7 @@ class BoxHead(nn.Sequential):
 class Detector(nn.Module):
     """DETR (Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020).
 
-    Encoding and decoding are separate: `encode` once, `decode` the memory under as many gates as wanted.
+    Encoding and decoding are separate: `encode` an image once, and `decode` its memory under many gates.
 
     Args:
         config: sizes.
@@ -128,8 +127,8 @@ class Detector(nn.Module):
         object.__setattr__(self, "_attention", resolve_attention(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module takes whatever is a module into its registry, past the property: a kernel that is a module
-        # would become part of the detector's weights, and never be called.
+        # nn.Module registers every module that is assigned, bypassing the property: a kernel that is a module would
+        # become part of the detector's weights, and never be called.
         if name == "attention":
             object.__setattr__(self, name, value)
         else:
@@ -137,7 +136,7 @@ class Detector(nn.Module):
 
     @property
     def head_layout(self) -> HeadLayout:
-        """How many layers, heads and queries there are to gate."""
+        """The numbers of layers, heads and queries, which determine the shapes of gates."""
         return HeadLayout(
             encoder_layers=self.config.encoder_layers,
             decoder_layers=self.config.decoder_layers,
@@ -159,13 +158,18 @@ class Detector(nn.Module):
         return self.class_head.weight.dtype
 
     def preprocess(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """`headoff.preprocess` of RGB pictures as this detector wants them: pixel values (B, 3, H, W) of its dtype and
-        pixel mask (B, H, W) bool, both on its device. Raises what that does.
+        """`headoff.preprocess` with this detector's preprocessing, dtype and device.
+
+        Returns:
+            Pixel values (B, 3, H, W) in the detector's dtype and pixel mask (B, H, W) bool, both on its device.
+
+        Raises:
+            ImageError: as `headoff.preprocess` does.
         """
         return preprocess(images, self.preprocessing, dtype=self.dtype, device=self.device)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """One attention call of the model, by `attention`, through whatever `intercepting` has put in front of it."""
+        """Compute one attention call of the model: by `attention`, or by the interceptors in front of it."""
         proceed: Attend = self._call_attention
         for interceptor in self._interceptors:
             proceed = partial(interceptor, proceed=proceed)
@@ -176,10 +180,10 @@ class Detector(nn.Module):
 
     @contextmanager
     def intercepting(self, interceptor: Interceptor) -> Iterator[None]:
-        """Within this context every attention call of the model is `interceptor(call, proceed)`.
+        """Within this context, `interceptor(call, proceed)` computes every attention call of the model.
 
-        `proceed(call)` computes the context as without it, so an interceptor can count calls, keep their tensors, or
-        change arguments (`call._replace(...)`). Of several, the latest is called first.
+        `proceed(call)` computes the call as if there were no interceptor. So an interceptor can count calls, record
+        their tensors, or change arguments (`call._replace(...)`). With several, the latest is called first.
 
         Example:
             >>> counts = Counter()
@@ -193,15 +197,15 @@ class Detector(nn.Module):
         try:
             yield
         finally:
-            self._interceptors = tuple(each for each in self._interceptors if each is not interceptor)
+            self._interceptors = tuple(other for other in self._interceptors if other is not interceptor)
 
     @property
     def is_intercepted(self) -> bool:
-        """Whether attention calls go through something other than `attention` alone."""
+        """Whether an interceptor, or an override of `attend`, comes between the model and `attention`."""
         return bool(self._interceptors) or type(self).attend is not Detector.attend
 
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Features:
-        """Backbone and input projection; see `encode` for the arguments."""
+        """Run backbone and input projection; see `encode` for the arguments."""
         with autocast(self.device, self.autocast_dtype):
             features = self.backbone(pixel_values.to(self.device, self.dtype))
             projected = self.input_projection(features).to(self.dtype)
@@ -210,7 +214,7 @@ class Detector(nn.Module):
             token_mask = torch.ones(batch, height, width, dtype=torch.bool, device=features.device)
             attn_mask = None
         else:
-            # Nearest neighbour, as the reference code: a token is image where its top left pixel is.
+            # Nearest neighbour, as in the reference code: a token belongs to the image if its top left pixel does.
             shrunk = F.interpolate(pixel_mask[:, None].float(), size=(height, width))
             padded = not bool(pixel_mask.all())
             token_mask = shrunk[:, 0].bool().to(features.device)
@@ -220,17 +224,17 @@ class Detector(nn.Module):
         return Features(tokens, positions, attn_mask, (height, width))
 
     def encode_features(self, features: Features, gate: Tensor | None = None) -> Memory:
-        """The encoder alone; `gate` (encoder layers, N or 1, heads) for its self-attention."""
+        """Run the encoder; `gate` (encoder layers, N or 1, heads) gates its self-attention."""
         if gate is not None:
             self._check_gate("encoder_self", gate, features.tokens.shape[1])
-            (gate,) = sent([gate], features.tokens.device, features.tokens.dtype)
+            (gate,) = copy_to_device([gate], features.tokens.device, features.tokens.dtype)
         tokens = self.encoder(features.tokens, features.positions, self.attend, features.attn_mask, gate)
         return Memory(tokens, features.positions, features.attn_mask, features.grid)
 
     def encode(
         self, pixel_values: Tensor, pixel_mask: Tensor | None = None, *, gate: Tensor | None = None
     ) -> Memory:
-        """Images to memory.
+        """Run backbone and encoder: images to memory.
 
         Args:
             pixel_values: (B, 3, H, W) normalised pixels, padded to one size; see `headoff.images.preprocess`.
@@ -240,12 +244,17 @@ class Detector(nn.Module):
         return self.encode_features(self.features(pixel_values, pixel_mask), gate)
 
     def decode(self, memory: Memory, gates: Gates | SharingPlan | None = None) -> DetectorOutput:
-        """Memory to logits and boxes, for C configurations at once (C = 1, all heads on, without `gates`).
+        """Run the decoder and the heads: memory to logits and boxes, under all gates at once.
 
-        The host waits for nothing: gates are read where they are made, on the CPU, and sent to a GPU once. For gates
-        that come again, make the `plan` of them yourself and decode that.
+        The host does not wait for the device: gates are read on the CPU, and copied to a GPU once.
 
-        Raises GateError as `plan` does.
+        Args:
+            memory: B images.
+            gates: C configurations, or their `plan`, which saves planning gates that are decoded again; None for one
+                configuration with all heads on.
+
+        Raises:
+            GateError: as `plan` does.
         """
         plan = self.plan(gates) if isinstance(gates, Gates) else gates
         positions = self.query_embedding.weight
@@ -262,14 +271,14 @@ class Detector(nn.Module):
         return self.heads(states[-1], plan)
 
     def plan(self, gates: Gates) -> SharingPlan:
-        """What the decoder does under `gates`: which runs there are and where they split, on this device.
+        """The decoder's runs under `gates`, and where they split, on this detector's device.
 
-        Raises GateError if `gates` gates the encoder (by now the memory is made; pass its gate to `encode`), or
-        was made for another layout.
+        Raises:
+            GateError: `gates` gates the encoder, whose gate belongs to `encode`, or was made for another layout.
         """
         if gates.encoder_self is not None:
             raise GateError(
-                "encoder_self gates cannot act in decode, the memory is already made; "
+                "encoder_self gates have no effect in decode, as the encoder has already run; "
                 "pass them to encode, or use headoff.sweep, which does both"
             )
         for site in ("decoder_self", "decoder_cross"):
@@ -280,24 +289,25 @@ class Detector(nn.Module):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """What `autocasting` was asked for; None where everything is computed in the weights' dtype."""
+        """The dtype given to `autocasting`; None where everything is computed in the weights' dtype."""
         return self.encoder.autocast_dtype
 
     @contextmanager
     def autocasting(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Within this context backbone, encoder and decoder compute in `dtype` what torch.autocast finds fit for it.
+        """Within this context, backbone, encoder and decoder run under `torch.autocast` to `dtype`; None has no effect.
 
-        That is convolutions, linear layers and attention, whose callables are given tensors of that dtype. Sums from
-        layer to layer stay in the weights' float32, and so do class and box heads: they are small, and eight bits
-        of a box would be four pixels. None changes nothing. Raises SettingError for a dtype other than bfloat16 and
-        float16, or a detector whose weights are not float32.
+        Convolutions, linear layers and attention calls are then in `dtype`. The residual stream stays float32, and so
+        do class and box heads: they are small, and the 8 bits of a bfloat16 box would be 4 pixels.
+
+        Raises:
+            SettingError: `dtype` is neither bfloat16 nor float16, or the weights are not float32.
         """
         if dtype not in (None, torch.bfloat16, torch.float16):
-            raise SettingError(f"autocast cannot be to {dtype}: use torch.bfloat16 or torch.float16")
+            raise SettingError(f"autocast does not support {dtype}: use torch.bfloat16 or torch.float16")
         if dtype is not None and self.dtype != torch.float32:
             raise SettingError(
-                f"autocast is for weights of float32, and this detector's are {self.dtype}: load it in float32, or "
-                "leave autocast out"
+                f"autocast needs float32 weights, and this detector's are {self.dtype}: load it in float32, or do "
+                "not use autocast"
             )
         before = self.autocast_dtype
         self.encoder.autocast_dtype = self.decoder.autocast_dtype = dtype
@@ -307,7 +317,7 @@ class Detector(nn.Module):
             self.encoder.autocast_dtype = self.decoder.autocast_dtype = before
 
     def _check_gate(self, site: Site, gate: Tensor, rows: int) -> None:
-        # Broadcasting, or a loop over fewer layers, would make something plausible of a gate for another detector.
+        # A gate for another detector may broadcast, or have more layers than are read, and give plausible results.
         layers, heads = self.head_layout.layers(site), self.config.heads
         if (
             gate.ndim != 3
@@ -321,11 +331,11 @@ class Detector(nn.Module):
             )
 
     def heads(self, states: Tensor, plan: SharingPlan | None = None) -> DetectorOutput:
-        """Class and box heads on (B, runs, Q, d), runs spread to the plan's configurations."""
+        """Run class and box heads on states (B, runs, Q, d), and copy each run's output to its configurations."""
         logits = self.class_head(states).transpose(0, 1)
         boxes = self.box_head(states).transpose(0, 1)
         if plan is not None:
-            (member,) = sent([plan.member], states.device)
+            (member,) = copy_to_device([plan.member], states.device)
             logits, boxes = logits.index_select(0, member), boxes.index_select(0, member)
         return DetectorOutput(logits, boxes)
 

@@ -1,8 +1,8 @@
-"""A decode that is captured once as a CUDA graph, and replayed for further images of the same token grid.
+"""Decoding as a CUDA graph: captured once, and replayed for further images with the same token grid.
 
-The decoder of one image is hundreds of small kernels, which a GPU finishes faster than Python launches them. In a sweep
-over a folder the same gates meet the same shapes again and again; a replay then launches all of them at once. What
-makes a capture wrong is anything but kernels in it, so the plan of the runs is made, and on the device, before.
+The decoder launches hundreds of small kernels per image, and a GPU finishes them faster than Python launches them. A
+sweep over a folder decodes the same gates with the same shapes for every image, so one replay launches all kernels. A
+capture may contain nothing but kernels, so the plan of the runs is made, and copied to the device, before it.
 
 CUDA graphs: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 """
@@ -25,26 +25,26 @@ from headoff.errors import HeadoffError
 from headoff.gates import Gates
 
 WARM_UPS = 2
-"""Decodes before the capture, in a stream of their own: libraries choose kernels and take workspace in their first
-calls, and Triton compiles. None of that may happen in a capture."""
+"""Decodes before the capture, in a separate stream. In their first calls libraries choose kernels and allocate
+workspace, and Triton compiles; none of that may happen in a capture."""
 
 MOST_GRAPHS = 4
-"""Each keeps the memory of one decode's activations."""
+"""Graphs in the cache; each holds the memory of one decode's activations."""
 
 CAPTURED = (eager, sdpa, triton_attention)
-"""Attentions that launch the same kernels whatever the numbers are. Python code of a patch (which may count calls, or
-read its inputs) would only run once, at the capture."""
+"""Attentions whose kernels do not depend on values. The Python code of a patch, which may count calls or read its
+inputs, would run only at the capture."""
 
 
 class GraphedDecode:
-    """One decode, captured. `cuda` is torch's module, or what stands for it in a test."""
+    """A captured decode. `cuda` is `torch.cuda`, or a test's substitute for it."""
 
     def __init__(self, detector: Detector, memory: Memory, plan: SharingPlan, cuda: Any = torch.cuda) -> None:
         self._memory = Memory(memory.tokens.clone(), memory.positions.clone(), None, memory.grid)
-        # Kept for as long as the graph, which reads it.
+        # The graph reads the plan's tensors, so they must live as long as it does.
         self._plan = plan
-        # A capture is of one stream. On the current device, which need not be the detector's, it would be of nothing,
-        # and so would its replays be.
+        # A capture records one stream. A stream of the current device, if that is not the detector's, would record
+        # nothing, and replays would compute nothing.
         with cuda.device(memory.tokens.device):
             stream = cuda.Stream()
             stream.wait_stream(cuda.current_stream())
@@ -53,12 +53,12 @@ class GraphedDecode:
                     detector.decode(self._memory, plan)
             cuda.current_stream().wait_stream(stream)
             self._graph = cuda.CUDAGraph()
-            # Around the capture, too: one that fails does not always leave its stream.
+            # The context of the stream, as a failed capture does not always restore the current stream.
             with cuda.stream(stream), cuda.graph(self._graph, stream=stream):
                 self._output = detector.decode(self._memory, plan)
 
     def __call__(self, memory: Memory) -> DetectorOutput:
-        """Of a memory of the same shapes. The output is the caller's: the next replay does not change it."""
+        """Decode a memory of the same shapes. The output is a copy, which the next replay does not change."""
         self._memory.tokens.copy_(memory.tokens)
         self._memory.positions.copy_(memory.positions)
         self._graph.replay()
@@ -66,14 +66,15 @@ class GraphedDecode:
 
 
 class DecodeGraphs:
-    """Decodes by graph where that can be: a `Detector.decode` for many images.
+    """`Detector.decode` for many images, by CUDA graphs where possible.
 
-    A decode is captured when it comes for the second time: same token grid, gates, weights and attention. The first
-    time, on any device but `device_type`, for padded images, under autocast, for an attention that is not among
-    `CAPTURED`, for a detector whose attention calls are intercepted, and where a capture fails, it is ordinary.
+    A decode is captured the second time that the same token grid, gates, weights and attention are decoded. It is not
+    captured on a device other than `device_type`, for padded images, under autocast, with an attention that is not in
+    `CAPTURED`, or when attention calls are intercepted; if a capture fails, decoding goes on without it.
 
-    - `replays`: how many decodes came from a graph
-    - `failures`: the messages of captures that failed
+    Attributes:
+        replays: decodes that were computed by a graph.
+        failures: messages of captures that failed.
     """
 
     def __init__(self, cuda: Any = torch.cuda, device_type: str = "cuda") -> None:
@@ -83,12 +84,12 @@ class DecodeGraphs:
         self._device_type = device_type
         self._graphs: OrderedDict[Hashable, GraphedDecode] = OrderedDict()
         self._seen: set[Hashable] = set()
-        self._refused: set[Hashable] = set()
+        self._uncapturable: set[Hashable] = set()
 
-    # What is captured in inference mode is written to in inference mode.
+    # Tensors created in inference mode, in the capture, may be written to in inference mode only.
     @torch.inference_mode()
     def decode(self, detector: Detector, memory: Memory, gates: Gates) -> DetectorOutput:
-        """As `Detector.decode`, errors included."""
+        """As `Detector.decode`; raises the same errors."""
         if not self._may_be_captured(detector, memory):
             return detector.decode(memory, gates)
         key = _key(detector, memory, gates)
@@ -103,21 +104,21 @@ class DecodeGraphs:
             memory.tokens.device.type == self._device_type
             and memory.attn_mask is None
             and detector.autocast_dtype is None
-            and any(detector.attention is each for each in CAPTURED)
+            and any(detector.attention is attention for attention in CAPTURED)
             and not detector.is_intercepted
         )
 
     def _capture(self, key: Hashable, detector: Detector, memory: Memory, gates: Gates) -> bool:
-        """Whether there is a graph now."""
-        if key not in self._seen or key in self._refused:
+        """Try to capture a decode; whether there is a graph for `key` now."""
+        if key not in self._seen or key in self._uncapturable:
             self._seen.add(key)
             return False
         try:
             graph = GraphedDecode(detector, memory, detector.plan(gates), self._cuda)
         except (RuntimeError, HeadoffError) as error:
-            # A capture is refused for reasons that are no fault of the decode (too little memory for a second set of
-            # activations, another library's work in the stream). If there is a fault, the ordinary decode says so.
-            self._refused.add(key)
+            # A capture may fail where the decode does not: for lack of memory for a second set of activations, or
+            # because of another library's work in the stream. An error of the decode itself is raised without it.
+            self._uncapturable.add(key)
             self.failures.append(f"{type(error).__name__}: {error}")
             return False
         self._graphs[key] = graph
@@ -127,7 +128,7 @@ class DecodeGraphs:
 
 
 def _key(detector: Detector, memory: Memory, gates: Gates) -> Hashable:
-    """What a capture holds fast: addresses of weights, shapes, the values of the gates."""
+    """Everything that a graph depends on: addresses of weights, shapes, values of gates."""
     weights = (
         *detector.decoder.parameters(),
         *detector.class_head.parameters(),
@@ -144,5 +145,5 @@ def _key(detector: Detector, memory: Memory, gates: Gates) -> Hashable:
 
 
 def _values(gate: Tensor) -> tuple[torch.Size, bytes]:
-    # A digest: keys are remembered for every image of a folder, and gates of single queries are of some size.
+    # A hash, as all keys are remembered, and gates per query are large.
     return gate.shape, hashlib.sha256(gate.detach().cpu().numpy().tobytes()).digest()

@@ -1,8 +1,8 @@
 """Which configurations share a decoder state, and up to which layer.
 
-Two configurations whose gates agree in the first m layers have the same queries there, so the decoder computes
-them once. Nothing off, L5H0 off and L5H1 off, for example, are one run until layer 5. In a cumulative sweep only
-the first self-attention is shared; in a sweep over the 48 single heads it is 4 of every 10 layer passes.
+Two configurations whose gates agree in the first m layers have the same queries there, so the decoder computes them
+once. The configurations "none off", "L5H0 off" and "L5H1 off", for example, are one run until layer 5. A cumulative
+sweep shares only the first self-attention; a sweep over the 48 single heads shares 40% of its layer passes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headoff.detr.transfers import sent
+from headoff.detr.transfers import copy_to_device
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class LayerGates:
     """Gates of one attention call, for G distinct runs.
 
     Attributes:
-        parent: (G,) int64, the run before this call that each run continues; None when nothing splits.
+        parent: (G,) int64, for every run the index of the run that it continues; None when no run splits.
         gate: (G, queries or 1, heads), or None when every head is on in every run.
     """
 
@@ -44,21 +44,21 @@ class SharingPlan:
     runs: tuple[int, ...]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SharingPlan:
-        """The plan where a decoder runs, gates in its dtype: two copies, whatever the number of layers."""
+        """The plan on a device, with gates in `dtype`, by two copies for all layers together."""
         steps = (*self.self_attention, *self.cross_attention)
-        *parents, member = _sent_in_place([*(step.parent for step in steps), self.member], device)
-        gates = _sent_in_place([step.gate for step in steps], device, dtype)
+        *parents, member = _copy_optional([*(step.parent for step in steps), self.member], device)
+        gates = _copy_optional([step.gate for step in steps], device, dtype)
         assert member is not None
-        there = tuple(LayerGates(parent, gate) for parent, gate in zip(parents, gates, strict=True))
+        copies = tuple(LayerGates(parent, gate) for parent, gate in zip(parents, gates, strict=True))
         layers = len(self.self_attention)
-        return SharingPlan(there[:layers], there[layers:], member, self.runs)
+        return SharingPlan(copies[:layers], copies[layers:], member, self.runs)
 
 
-def _sent_in_place(
+def _copy_optional(
     tensors: list[Tensor | None], device: torch.device, dtype: torch.dtype | None = None
 ) -> list[Tensor | None]:
-    """Those that are there, sent; None where there is none."""
-    moved = iter(sent([tensor for tensor in tensors if tensor is not None], device, dtype))
+    """`copy_to_device` for a list in which None stays None."""
+    moved = iter(copy_to_device([tensor for tensor in tensors if tensor is not None], device, dtype))
     return [None if tensor is None else next(moved) for tensor in tensors]
 
 
@@ -66,8 +66,10 @@ def sharing_plan(self_gate: Tensor | None, cross_gate: Tensor | None, layers: in
     """Plan the distinct runs of `count` configurations through `layers` decoder layers.
 
     Args:
-        self_gate, cross_gate: (count, layers, queries or 1, heads) of the decoder's two sites, or None for all on.
-            Read on the CPU, where they should be: the plan is made before any kernel is launched.
+        self_gate, cross_gate: (count, layers, queries or 1, heads), or None where every head is on. They are read on
+            the CPU, and should be there: reading them from a GPU would make the host wait.
+        layers: decoder layers.
+        count: configurations.
     """
     self_gate, cross_gate = (None if gate is None else gate.cpu() for gate in (self_gate, cross_gate))
     member = torch.zeros(count, dtype=torch.long)
@@ -85,9 +87,9 @@ def sharing_plan(self_gate: Tensor | None, cross_gate: Tensor | None, layers: in
 def separate_runs(
     self_gate: Tensor | None, cross_gate: Tensor | None, layers: int, count: int
 ) -> SharingPlan:
-    """A plan that shares nothing: each of `count` configurations is a run of its own from the first layer on.
+    """A plan without sharing, in which every configuration is a separate run from the first layer on.
 
-    Each run's gradients are then those of one configuration. Arguments as of `sharing_plan`.
+    The gradients of a run are then those of one configuration. See `sharing_plan` for the arguments.
     """
 
     def steps(gate: Tensor | None, split: bool) -> tuple[LayerGates, ...]:
@@ -109,7 +111,7 @@ def _split(member: Tensor, gate: Tensor | None) -> tuple[Tensor, LayerGates]:
     rows = torch.cat((member.unsqueeze(1).to(gate.dtype), gate.flatten(1)), dim=1)
     _, split_member = torch.unique(rows, dim=0, return_inverse=True)
     runs = int(split_member.max()) + 1
-    # The first configuration of each run stands for it.
+    # A run's gate is that of its first configuration.
     first = torch.full((runs,), len(member)).scatter_reduce(
         0, split_member, torch.arange(len(member)), reduce="amin", include_self=True
     )

@@ -1,8 +1,8 @@
-"""DETR's transformer: an encoder over image tokens, and a decoder that runs many gated copies at once.
+"""DETR's transformer: an encoder over image tokens, and a decoder that computes many gated runs at once.
 
-Every attention goes through one `Attend` function given at the call, so that whoever runs the model chooses the
-kernel, counts its calls or keeps its inputs. Shapes: B images, G runs (copies of the decoder under different
-gates), N image tokens, Q object queries, d channels, H heads, D = d / H.
+The caller passes the function `attend` that computes attention calls, and can so choose the kernel, count calls or
+record their inputs. Shapes: B images, G runs (copies of the decoder under different gates), N image tokens, Q object
+queries, d channels, H heads, D = d / H.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from headoff.gates import Site
 
 
 class AttentionAddress(NamedTuple):
-    """Where in the model an attention call is made."""
+    """The place of an attention call in the model."""
 
     site: Site
     layer: int
 
 
 class AttentionCall(NamedTuple):
-    """The arguments of one attention call of the model, and where it is made.
+    """The arguments of one attention call of the model, and its place.
 
     Attributes:
         address: site and layer.
@@ -51,18 +51,18 @@ Attend = Callable[[AttentionCall], Tensor]
 
 
 class Interceptor(Protocol):
-    """Computes the context in the place of `proceed(call)`, which computes it as if the interceptor were not there."""
+    """Computes the context of a call, with the help of `proceed(call)`, which computes it without the interceptor."""
 
     def __call__(self, call: AttentionCall, proceed: Attend) -> Tensor: ...
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """`torch.autocast` to `dtype`; for None, nothing: whoever calls may have an autocast of their own."""
+    """`torch.autocast` to `dtype`; for None a null context, in which an autocast of the caller stays in effect."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 class MultiHeadAttention(nn.Module):
-    """Projections around an attention callable."""
+    """Query, key, value and output projections around an attention callable."""
 
     def __init__(self, width: int, heads: int, address: AttentionAddress) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class MultiHeadAttention(nn.Module):
         query = self.split(self.query(query_input))
         key, value = self.split(self.key(key_input)), self.split(self.value(value_input))
         if head_gate is not None:
-            # Under autocast the query is of another dtype than the weights and the gate.
+            # Under autocast the query's dtype is not that of the weights and the gate.
             head_gate = head_gate.to(query.dtype)
         context = attend(AttentionCall(self.address, query, key, value, attn_mask, head_gate))
         return self.output(context.transpose(-2, -3).flatten(-2))
@@ -112,7 +112,10 @@ class FeedForward(nn.Module):
 
 
 class Residual(nn.Module):
-    """Layer norm after the sum (post-norm, the published models) or before the block (pre-norm)."""
+    """A residual connection with layer norm after the sum (post-norm, as in the published DETRs) or before the block.
+
+    A block is `leave(x, block(enter(x)))`.
+    """
 
     def __init__(self, width: int, pre_norm: bool) -> None:
         super().__init__()
@@ -127,6 +130,8 @@ class Residual(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward block."""
+
     def __init__(self, config: DetrConfig, layer: int) -> None:
         super().__init__()
         self.self_attention = MultiHeadAttention(
@@ -149,9 +154,9 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder stack; a final norm only where the layers are pre-norm, as in the reference code.
+    """The encoder stack, with a final norm if the layers are pre-norm, as in the original code.
 
-    `autocast_dtype`: see `Detector.autocasting`. What goes from layer to layer stays in the weights' dtype.
+    `autocast_dtype`: see `Detector.autocasting`. The residual stream stays in the weights' dtype.
     """
 
     autocast_dtype: torch.dtype | None = None
@@ -178,6 +183,8 @@ class Encoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Self-attention of the queries, cross-attention to the memory, feed-forward block."""
+
     def __init__(self, config: DetrConfig, layer: int) -> None:
         super().__init__()
         self.self_attention = MultiHeadAttention(
@@ -192,9 +199,13 @@ class DecoderLayer(nn.Module):
         self.feedforward_residual = Residual(config.width, config.pre_norm)
 
     def attend_queries(self, x: Tensor, positions: Tensor, attend: Attend, gate: Tensor | None) -> Tensor:
-        """Self-attention of each run's queries. x (B, G, Q, d), positions broadcastable to it, gate (G, Q|1, H).
+        """Self-attention of each run's queries: (B, G, Q, d) to (B, G, Q, d).
 
-        Gates here and below are on x's device, in its dtype.
+        Args:
+            x: (B, G, Q, d).
+            positions: broadcastable to x.
+            attend: computes the attention call.
+            gate: (G, Q or 1, H), on x's device and in its dtype; None where every head is on.
         """
         images, runs = x.shape[:2]
         entered = self.self_residual.enter(x)
@@ -214,10 +225,10 @@ class DecoderLayer(nn.Module):
         attn_mask: Tensor | None,
         gate: Tensor | None,
     ) -> Tensor:
-        """Cross-attention of every run's queries to the one memory (B, N, d).
+        """Cross-attention of all runs' queries to the memory (B, N, d), which they share: (B, G, Q, d) to (B, G, Q, d).
 
-        Rows of cross-attention do not see each other, so the runs are laid end to end along the query axis:
-        keys and values are projected once and never copied per run.
+        A query's cross-attention does not depend on other queries. So the runs are concatenated along the query axis,
+        and keys and values are projected once for all runs.
         """
         runs, queries = x.shape[1:3]
         placed = (self.cross_residual.enter(x) + positions).flatten(1, 2)
@@ -231,7 +242,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder stack with its final norm. `autocast_dtype`: as of the `Encoder`."""
+    """The decoder stack with its final norm. `autocast_dtype`: see `Detector.autocasting`."""
 
     autocast_dtype: torch.dtype | None = None
 
@@ -252,17 +263,20 @@ class Decoder(nn.Module):
         *,
         every_layer: bool = True,
     ) -> Tensor:
-        """Queries after every layer, or after the last one alone, normalised.
+        """The normalised decoder states after every layer, or after the last one only.
 
         Args:
-            x: (B, G, Q, d) the queries' content, zeros in DETR; G = 1 where a `plan` splits the runs.
-            query_positions: broadcastable to (B, G, Q, d), for every number of runs the plan has.
+            x: (B, G, Q, d), the initial states, zeros in DETR; G = 1 if a `plan` splits the runs.
+            query_positions: broadcastable to (B, G, Q, d) for every number of runs in the plan.
             memory, memory_positions: (B, N, d).
+            attend: computes the attention calls.
             attn_mask: (B, 1, 1, N) bool, True = attend, or None.
-            plan: gates and the runs they split into; None for all heads on.
+            plan: gates, and the runs that they split the configurations into; None for all heads on.
+            every_layer: return the states after every layer.
 
         Returns:
-            (layers or 1, B, G', Q, d), G' = number of final runs. Earlier layers' runs are repeated to it.
+            (layers or 1, B, G', Q, d) with G' final runs; states of earlier layers are repeated for the runs that
+            continue them.
         """
         if plan is not None:
             plan = plan.to(x.device, x.dtype)
@@ -289,6 +303,7 @@ _ALL_ON = LayerGates(None, None)
 
 
 def _continue_runs(x: Tensor, after: list[Tensor], step: LayerGates) -> tuple[Tensor, list[Tensor]]:
+    """Split the runs of `x` and of the states `after` earlier layers as `step` says."""
     if step.parent is None:
         return x, after
     parent = step.parent

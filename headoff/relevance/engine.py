@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from headoff.detr.detector import Detector, Features
-from headoff.detr.transfers import sent
+from headoff.detr.transfers import copy_to_device
 from headoff.errors import NonFiniteError, SettingError
 from headoff.gates import Gates
 from headoff.relevance.aggregation import DecoderCams, Rows
@@ -277,7 +277,7 @@ class RelevanceEngine:
                     layers,
                 )
             ]
-            live_there, runs, queries, layers_there = sent(numbers, gradient.device)
+            live_there, runs, queries, layers_there = copy_to_device(numbers, gradient.device)
             grad_states = gradient.index_select(0, live_there) if self.method.needs_gradient else None
             found, differing = self._backward(encoder, decoder, grad_states, runs, queries, layers_there)
             rows[live], decoder_zeros[live] = found.rows.cpu(), found.decoder_identity_rows.cpu()
@@ -365,7 +365,7 @@ class RelevanceEngine:
 
     def _target_gradients(self, decoder: DecoderTrace, pairs: list[_Pair]) -> tuple[Tensor, Tensor]:
         """The targets' values (P,), and their gradients with respect to the decoder's states (P, Q, d)."""
-        (runs,) = sent([torch.tensor([pair.run for pair in pairs])], decoder.states.device)
+        (runs,) = copy_to_device([torch.tensor([pair.run for pair in pairs])], decoder.states.device)
         with torch.enable_grad():
             # Autograd is good enough here: class and box heads are small and contain no attention.
             states = decoder.states.index_select(0, runs).detach().requires_grad_()
@@ -402,7 +402,7 @@ def _head_weights(
 ) -> Tensor:
     """Cross-attention weights after the gate at the targets' queries: (targets, M, H, N); zero for a target of None."""
     queries = [0 if target is None else target.query for target in targets]
-    (there,) = sent([torch.tensor(queries, dtype=torch.long)], decoder.states.device)
+    (there,) = copy_to_device([torch.tensor(queries, dtype=torch.long)], decoder.states.device)
     per_layer = []
     for layer in layers:
         record = decoder.layers[layer].cross_attention.vjp.record

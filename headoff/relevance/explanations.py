@@ -16,7 +16,7 @@ from torch import Tensor
 from headoff.choices import Pick
 from headoff.detections import Detections, class_probabilities
 from headoff.errors import OutputError, SettingError
-from headoff.files import written_atomically
+from headoff.files import atomic_write
 from headoff.gates import Configuration, parse_configuration
 from headoff.relevance.rules import ZeroRows
 
@@ -243,7 +243,7 @@ class Explanation:
         if path.suffix not in (".npz", ".safetensors"):
             raise SettingError(f"{path} has no known format: end its name in .npz or .safetensors")
         try:
-            with written_atomically(path) as file:
+            with atomic_write(path) as file:
                 if path.suffix == ".npz":
                     np.savez_compressed(
                         file,

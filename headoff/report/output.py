@@ -21,7 +21,7 @@ from headoff.figures import sweep_figures
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance_sheets import relevance_figures
-from headoff.files import written_atomically
+from headoff.files import atomic_write
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
 from headoff.report.page import render_page
@@ -132,7 +132,7 @@ def write_file(path: Path, contents: bytes | str) -> None:
     data = contents.encode() if isinstance(contents, str) else contents
     with _one_sentence(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(path) as file:
+        with atomic_write(path) as file:
             file.write(data)
 
 

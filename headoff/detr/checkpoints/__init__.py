@@ -1,11 +1,11 @@
-"""Checkpoints: reading published and own ones, downloading, saving.
+"""Checkpoints: loading, downloading and saving detectors.
 
-files         bytes to tensors, never running what is in them; atomic writing
-layouts       names of the original and the Hugging Face layout to headoff's
-fitting       tensors to a detector: sizes from shapes, every check
-native        headoff's own layout
-download, published, huggingface    where published weights come from
-load          all of it behind one function
+- `load`: the one function that reads every kind of checkpoint
+- `files`: a file to named tensors, without executing anything in it
+- `layouts`: tensor names of the original code and of Hugging Face to headoff's names
+- `fitting`: named tensors to a detector; sizes come from shapes, and every tensor is checked
+- `native`: headoff's checkpoint layout
+- `published`, `huggingface`, `download`: where published weights come from
 """
 
 from headoff.detr.checkpoints.coco import COCO_CLASSES

@@ -1,4 +1,4 @@
-"""One file from the web: with a progress bar, checked, and either whole in its place or not there at all."""
+"""Download one file, with a progress bar and a hash check."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from headoff.errors import DownloadError
-from headoff.files import written_atomically
+from headoff.errors import DownloadError, error_line
+from headoff.files import atomic_write
 
 _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 1 << 20
@@ -20,18 +20,19 @@ _NOT_FOUND = (404, 410)
 
 
 class NotOnServer(DownloadError):
-    """The server is there and says that the file is not."""
+    """The server answered, and has no such file."""
 
 
 def download(url: str, target: Path, *, sha256_prefix: str | None = None) -> Path:
-    """Make sure that `target` holds the file at `url`, and return it.
+    """Download `url` to `target`, unless `target` exists and has the right hash. Returns `target`.
 
-    A file that is there already is kept, unless its hash is wrong; then it is replaced. The bar goes to
-    stderr, where that is a terminal. Nothing half-written is ever at `target`, and nothing is left beside it
-    after an error or Ctrl-C.
+    `target` is written completely or not at all, and no temporary file is left after an error or Ctrl-C. The
+    progress bar goes to stderr if that is a terminal.
 
-    Raises DownloadError where the server cannot be reached, the transfer stops short, the SHA-256 does not
-    begin with `sha256_prefix`, or the file cannot be written; NotOnServer where the server has no such file.
+    Raises:
+        NotOnServer: the server has no such file.
+        DownloadError: the server cannot be reached, the transfer is cut short, the SHA-256 does not begin with
+            `sha256_prefix`, or the file cannot be written.
     """
     if target.is_file() and (sha256_prefix is None or _sha256(target).startswith(sha256_prefix)):
         return target
@@ -56,7 +57,7 @@ def download(url: str, target: Path, *, sha256_prefix: str | None = None) -> Pat
         ) from error
     except OSError as error:
         raise DownloadError(
-            f"{url} cannot be saved to {str(target)!r} ({error.strerror or error}); "
+            f"{url} cannot be saved to {str(target)!r} ({error_line(error)}); "
             "check the folder and the free space, or set HEADOFF_CACHE to another folder"
         ) from error
     return target
@@ -69,7 +70,7 @@ def _receive(response: http.client.HTTPResponse, url: str, target: Path, sha256_
     received = 0
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
-        written_atomically(target) as file,
+        atomic_write(target) as file,
         tqdm(
             total=expected, desc=target.name, unit="B", unit_scale=True, unit_divisor=1024, disable=None
         ) as bar,
@@ -79,7 +80,7 @@ def _receive(response: http.client.HTTPResponse, url: str, target: Path, sha256_
             digest.update(piece)
             received += len(piece)
             bar.update(len(piece))
-        # Asked for pieces, http.client takes a body that stops short for one that ends.
+        # Read in pieces, http.client reports a body that is cut short as complete.
         if expected is not None and received != expected:
             raise DownloadError(
                 f"the download of {url} stopped after {received} of {expected} bytes and was removed; "
@@ -87,13 +88,13 @@ def _receive(response: http.client.HTTPResponse, url: str, target: Path, sha256_
             )
         if sha256_prefix is not None and not digest.hexdigest().startswith(sha256_prefix):
             raise DownloadError(
-                f"{url} has SHA-256 {digest.hexdigest()} where {sha256_prefix}... was promised; "
+                f"{url} has SHA-256 {digest.hexdigest()} where {sha256_prefix}... was expected; "
                 "it was removed, try again, and if that does not help, do not trust that server"
             )
 
 
 def _pieces(response: http.client.HTTPResponse, url: str) -> Iterator[bytes]:
-    # Apart from the writing, so that a broken connection is not taken for a full disk.
+    # Separate from the writing, so that a broken connection is not reported as a full disk.
     try:
         while piece := response.read(_CHUNK):
             yield piece
@@ -104,7 +105,8 @@ def _pieces(response: http.client.HTTPResponse, url: str) -> Iterator[bytes]:
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "reason", None) or error) or type(error).__name__
+    reason = getattr(error, "reason", None) or error  # urllib wraps the exception that says what happened
+    return error_line(reason) if isinstance(reason, Exception) else str(reason)
 
 
 def _sha256(path: Path) -> str:

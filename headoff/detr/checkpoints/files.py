@@ -1,7 +1,7 @@
-"""Reading tensors from files that may be anything, and writing checkpoints that are whole or absent.
+"""Reading tensors from untrusted files, and writing checkpoints atomically.
 
-A checkpoint comes from a stranger: nothing in it is ever executed. Pickles are read with torch's restricted
-unpickler, which knows tensors, plain containers and, here, `argparse.Namespace` (DETR's training settings).
+Nothing in a checkpoint is ever executed. Pickles are read with torch's restricted unpickler, which allows tensors,
+plain containers and, here, `argparse.Namespace` (DETR's training settings).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from headoff.errors import CheckpointError, OutputError
-from headoff.files import written_atomically
+from headoff.errors import CheckpointError, OutputError, error_line
+from headoff.files import atomic_write
 
-_CONTAINERS = ("model", "state_dict", "model_state_dict")
+_WEIGHTS_KEYS = ("model", "state_dict", "model_state_dict")
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
         path: the file.
-        tensors: by name, in whatever layout the file has.
-        metadata: the texts in a safetensors header.
-        settings: the training settings stored beside the weights in a `.pth`, by name.
+        tensors: by name, named as in the file.
+        metadata: the metadata in a safetensors header.
+        settings: the training settings stored together with the weights in a `.pth`, by name.
     """
 
     path: Path
@@ -45,10 +45,12 @@ class TensorFile:
 
 
 def read_tensors(path: Path) -> TensorFile:
-    """Read a safetensors file, or one of `torch.save` (zip or the older plain pickle), to the CPU.
+    """Read a safetensors file, or a file of `torch.save` (zip or the older plain pickle), to the CPU.
 
-    What it is, is told by the content; suffixes lie. Raises CheckpointError for whatever cannot be read,
-    holds no named tensors, or asks for code to be run.
+    The format is detected from the content, not from the suffix.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds no named tensors, or asks for code to be run.
     """
     if not path.is_file():  # reading a pipe could block permanently
         raise CheckpointError(f"{str(path)!r} is not a regular file; give a checkpoint")
@@ -58,7 +60,7 @@ def read_tensors(path: Path) -> TensorFile:
         size = path.stat().st_size
     except OSError as error:
         raise CheckpointError(
-            f"{str(path)!r} cannot be read ({error.strerror or error}); check it"
+            f"{str(path)!r} cannot be read ({error_line(error)}); check its permissions"
         ) from error
     kind = _kind(head, size)
     if kind == "safetensors":
@@ -69,12 +71,12 @@ def read_tensors(path: Path) -> TensorFile:
 
 
 def _kind(head: bytes, size: int) -> str:
-    """`safetensors`, `torch`, or the rest of a sentence that says why the file is neither, and the remedy."""
+    """`safetensors` or `torch`; for another file, a message without its subject: what it is, and what to do."""
     if not size:
         return "is empty; download or save it again"
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer and not the weights themselves; run 'git lfs pull' where it was cloned"
-    # Before the others: a header's length, its first 8 bytes, may look like any magic number.
+    # First: the length of a safetensors header fills the first 8 bytes, and may equal any other magic number.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_HEADER:
         return "safetensors"
     if head.startswith((b"PK\x03\x04", b"\x80")):
@@ -95,7 +97,7 @@ def _read_safetensors(path: Path) -> TensorFile:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{str(path)!r} is damaged or cut off ({_first_line(error)}); download or save it again"
+            f"{str(path)!r} is damaged or cut off ({error_line(error)}); download or save it again"
         ) from error
     if not tensors:
         raise CheckpointError(f"{str(path)!r} holds no tensors; give a detector's checkpoint")
@@ -105,27 +107,27 @@ def _read_safetensors(path: Path) -> TensorFile:
 def _read_torch(path: Path) -> TensorFile:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            # Pickles that torch.save did not write: it warns that reading them may fail, and then it does.
+            # torch warns that a pickle which torch.save did not write may fail to load; the error is enough.
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from error
+        raise CheckpointError(_unpickling_message(path, str(error))) from error
     except Exception as error:  # a damaged pickle may raise anything at all
         raise CheckpointError(
-            f"{str(path)!r} is damaged or cut off ({_first_line(error)}); download or save it again"
+            f"{str(path)!r} is damaged or cut off ({error_line(error)}); download or save it again"
         ) from error
     settings: dict[str, Any] = {}
     weights = content
     if isinstance(content, Mapping):
         settings = _as_settings(content.get("args"))
         weights = next(
-            (content[name] for name in _CONTAINERS if isinstance(content.get(name), Mapping)), content
+            (content[name] for name in _WEIGHTS_KEYS if isinstance(content.get(name), Mapping)), content
         )
     entries = weights.items() if isinstance(weights, Mapping) else ()
     tensors = {n: value for n, value in entries if isinstance(n, str) and isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(
-            f"{str(path)!r} holds no named tensors, neither at its top nor under {', '.join(_CONTAINERS)}; "
+            f"{str(path)!r} holds no named tensors, neither at its top level nor under {', '.join(_WEIGHTS_KEYS)}; "
             "give a detector's state dict"
         )
     return TensorFile(path, tensors, settings=settings)
@@ -137,29 +139,28 @@ def _as_settings(args: Any) -> dict[str, Any]:
     return {str(name): value for name, value in args.items()} if isinstance(args, Mapping) else {}
 
 
-def _refusal(path: Path, message: str) -> str:
-    """One sentence for a pickle that the restricted unpickler gave up on."""
-    wanted = re.search(r"GLOBAL (\S+)", message)
-    if wanted:
+def _unpickling_message(path: Path, reason: str) -> str:
+    """One sentence on a pickle that the restricted unpickler rejected."""
+    imported = re.search(r"GLOBAL (\S+)", reason)
+    if imported:
         return (
-            f"{str(path)!r} was refused: its pickle asks for {wanted[1]}, which is code and not weights, "
-            "and nothing of it was run; if you trust whoever made it, save its state dict alone and give that"
+            f"{str(path)!r} was rejected: its pickle asks for {imported[1]}, which is code and not weights, "
+            "and none of it was run; if you trust its author, save its state dict alone and give that"
         )
     return f"{str(path)!r} is damaged or is no file of torch.save; download or save it again"
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:160].rstrip(".;: ")
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises CheckpointError where it is unreadable or is no object."""
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no JSON object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{str(path)!r} cannot be read as JSON ({_first_line(error)}); download or save it again"
+            f"{str(path)!r} cannot be read as JSON ({error_line(error)}); download or save it again"
         ) from error
     if not isinstance(values, dict):
         raise CheckpointError(
@@ -169,13 +170,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or none. Raises OutputError."""
+    """Write a file atomically, and its folder if that is missing.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(path) as file:
+        with atomic_write(path) as file:
             file.write(content)
     except OSError as error:
         raise OutputError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}); "
-            "check the folder and the free space"
+            f"{str(path)!r} cannot be written ({error_line(error)}); check the folder and the free space"
         ) from error

@@ -1,4 +1,4 @@
-"""From tensors in headoff's own names to a detector: sizes are read off shapes, every tensor is checked."""
+"""Tensors under headoff's names to a detector: sizes are read from shapes, and every tensor is checked."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Hints:
-    """What shapes do not tell; None where it is not known.
+    """What the shapes of a checkpoint's tensors do not tell; None where it is not known.
 
     Attributes:
         heads: heads of every attention.
-        dilated: the backbone's last stage dilates (DC5). It has the same parameters either way.
-        class_names: one per class.
-        preprocessing: how pixels were prepared.
+        dilated: whether the backbone's last stage is dilated (DC5); its parameters are the same either way.
+        class_names: one name per class.
+        preprocessing: resizing and normalisation of the images.
     """
 
     heads: int | None = None
@@ -35,15 +35,16 @@ class Hints:
     class_names: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
 
-    def over(self, other: Hints) -> Hints:
-        """These, and what they leave open from `other`."""
-        return replace(other, **{name: value for name, value in vars(self).items() if value is not None})
+    def with_defaults(self, defaults: Hints) -> Hints:
+        """These hints, and those of `defaults` where these are None."""
+        return replace(defaults, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 def infer_config(tensors: Mapping[str, Tensor], hints: Hints) -> DetrConfig:
-    """Read the sizes of a detector off its tensors, named as `Detector.state_dict` names them.
+    """The sizes of a detector, from the shapes of its tensors (named as in `Detector.state_dict`).
 
-    Raises CheckpointError where a tensor that tells a size is missing or has the wrong number of dimensions.
+    Raises:
+        CheckpointError: a tensor that determines a size is missing or has the wrong number of dimensions.
     """
     queries, width = _shape(tensors, "query_embedding.weight", 2)
     config = DetrConfig(
@@ -55,7 +56,7 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints) -> DetrConfig:
         feedforward=_shape(tensors, "decoder.layers.0.feedforward.expand.weight", 2)[0],
         queries=queries,
         classes=_shape(tensors, "class_head.weight", 2)[0] - 1,
-        # Post-norm encoders have nothing to normalise at their end.
+        # Only pre-norm encoders end with a norm.
         pre_norm="encoder.norm.weight" in tensors,
     )
     return config if hints.preprocessing is None else replace(config, preprocessing=hints.preprocessing)
@@ -89,7 +90,7 @@ def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> torch.S
 
 
 def _count(tensors: Iterable[str], pattern: str, start: int = 0) -> int:
-    """How many numbers from `start` on, without a gap, the pattern finds in names."""
+    """How many consecutive numbers, from `start`, the group of `pattern` captures in the tensors' names."""
     numbers = {int(found[1]) for found in (re.match(pattern, name) for name in tensors) if found}
     count = 0
     while start + count in numbers:
@@ -107,28 +108,35 @@ def assemble(
     dtype: torch.dtype,
     source_names: Mapping[str, str] | None = None,
 ) -> Detector:
-    """A detector of `config` with `tensors` as its frozen weights: in `dtype`, on `device`, in eval mode.
+    """A detector in eval mode, with copies of `tensors` as its frozen weights.
 
     Args:
-        tensors: named as `Detector.state_dict` names them, of any floating dtype; copied.
-        source_names: what the file calls them, for messages.
+        config: its sizes.
+        tensors: named as in `Detector.state_dict`, of any floating dtype.
+        class_names: one per class, or None.
+        attention: the attention callable or its name.
+        device: the device of the weights.
+        dtype: the dtype of the weights.
+        source_names: names of the tensors in the checkpoint file, by headoff's names, for messages.
 
-    Raises CheckpointError where tensors are missing, left over, misshapen or not floating point, and where a
-    weight is NaN or infinite, or becomes so in `dtype`; AttentionError for an attention that cannot be.
+    Raises:
+        CheckpointError: tensors are missing, unexpected, of a wrong shape or not floating point, or a weight is
+            NaN or infinite, or becomes infinite in `dtype`.
+        AttentionError: the attention cannot be found or called.
     """
-    called = source_names or {}
-    # First, as it may import a file of the user's, whose tensors are not to be made on the meta device.
+    source_names = source_names or {}
+    # Before `torch.device("meta")`: this may import a user's file, whose tensors belong on a real device.
     attention = resolve_attention(attention)
     with torch.device("meta"):
         detector = Detector(config, class_names, attention=attention)
-    wanted = detector.state_dict()
-    _check_names(wanted, tensors, called)
-    placed = {}
-    for name, place in wanted.items():
-        tensor, label = tensors[name], called.get(name, name)
-        if tensor.shape != place.shape:
+    expected = detector.state_dict()
+    _check_names(expected, tensors, source_names)
+    weights = {}
+    for name, parameter in expected.items():
+        tensor, label = tensors[name], source_names.get(name, name)
+        if tensor.shape != parameter.shape:
             raise CheckpointError(
-                f"{label} has shape {tuple(tensor.shape)} where {tuple(place.shape)} is needed; "
+                f"{label} has shape {tuple(tensor.shape)} where {tuple(parameter.shape)} is needed; "
                 "the checkpoint is inconsistent or of another architecture"
             )
         if not tensor.is_floating_point():
@@ -136,26 +144,26 @@ def assemble(
                 f"{label} is {tensor.dtype} and not floating point; "
                 "headoff does not read quantised checkpoints"
             )
-        placed[name] = tensor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-        if not placed[name].isfinite().all():
+        weights[name] = tensor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        if not weights[name].isfinite().all():
             raise CheckpointError(_not_finite(label, tensor, dtype))
-    detector.load_state_dict(placed, assign=True)
+    detector.load_state_dict(weights, assign=True)
     return detector.eval().requires_grad_(False)
 
 
 def _check_names(
-    wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], called: Mapping[str, str]
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source_names: Mapping[str, str]
 ) -> None:
-    missing = [name for name in wanted if name not in given]
-    left_over = [called.get(name, name) for name in given if name not in wanted]
+    missing = [name for name in expected if name not in given]
+    unexpected = [source_names.get(name, name) for name in given if name not in expected]
     problems = [
         f"{len(names)} tensors are {what} ({', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)})"
-        for what, names in (("missing", missing), ("left over", left_over))
+        for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
     if problems:
         raise CheckpointError(
-            f"the checkpoint is no complete DETR: {' and '.join(problems)}; give one of DETR's architecture"
+            f"the checkpoint is not a complete DETR: {' and '.join(problems)}; give one of DETR's architecture"
         )
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: folders, their configuration files, and the hub."""
+"""Hugging Face checkpoints: downloading from the hub, and reading the JSON files in their folders."""
 
 from __future__ import annotations
 
@@ -25,20 +25,27 @@ _MODEL_TYPES = ("detr", "table-transformer")
 
 
 def is_repository(name: str) -> bool:
-    """Whether a text has the form of a hub repository's name, `owner/name`."""
+    """Whether `name` has the form of a hub repository's name, `owner/name`."""
     return _REPOSITORY.fullmatch(name) is not None
 
 
-def weights_in(folder: Path) -> Path | None:
-    """The weights file of a checkpoint folder; None where there is none."""
+def find_weights(folder: Path) -> Path | None:
+    """The weights file in a checkpoint folder; None if there is none."""
     return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
 def hub_checkpoint(repository: str, *, url: str | None = None, folder: Path | None = None) -> Path:
-    """The folder of a hub repository: from Hugging Face's own cache, or else downloaded once.
+    """The folder with the files of a hub repository: in Hugging Face's cache, or else downloaded once.
 
-    `url` is the server, `$HF_ENDPOINT` or `HUB_URL` by default, and `folder` the cache. Repositories promise
-    no hash: lengths are checked, and that the files can be read. Raises DownloadError.
+    The hub publishes no hash to compare with, so only the length is checked, and that the files can be read.
+
+    Args:
+        repository: `owner/name`.
+        url: the server; `$HF_ENDPOINT` or `HUB_URL` by default.
+        folder: where to download to; `cache_folder()` by default.
+
+    Raises:
+        DownloadError: a file cannot be downloaded, or what was downloaded cannot be read.
     """
     cached = _in_hub_cache(repository)
     if cached is not None:
@@ -46,13 +53,13 @@ def hub_checkpoint(repository: str, *, url: str | None = None, folder: Path | No
     base = (url or os.environ.get("HF_ENDPOINT") or HUB_URL).rstrip("/")
     base = f"{base}/{repository}/resolve/main"
     target = (cache_folder() if folder is None else folder) / repository.replace("/", "--")
-    if weights_in(target) is not None:  # downloaded last, so the rest is there too
+    if find_weights(target) is not None:  # downloaded last, so the other files are there too
         return target
     _download_readable(f"{base}/{CONFIG}", target / CONFIG, read_json)
     try:
         _download_readable(f"{base}/{PREPROCESSOR}", target / PREPROCESSOR, read_json)
     except NotOnServer:
-        pass  # optional: the published models' preprocessing is the default
+        pass  # optional; the default is the published models' preprocessing
     for name in WEIGHTS:
         try:
             _download_readable(f"{base}/{name}", target / name, read_tensors)
@@ -64,17 +71,17 @@ def hub_checkpoint(repository: str, *, url: str | None = None, folder: Path | No
 
 
 def _download_readable(url: str, target: Path, read: Callable[[Path], object]) -> None:
-    """Download a file without a known hash; what cannot be read (a login page, say) is not kept."""
+    """Download a file without a known hash, and delete it if `read` fails (on a login page, for example)."""
     download(url, target)
     try:
         read(target)
     except CheckpointError as error:
         target.unlink(missing_ok=True)
-        raise DownloadError(f"what {url} sent was removed again, as {error}") from error
+        raise DownloadError(f"the download from {url} was removed: {error}") from error
 
 
 def _in_hub_cache(repository: str) -> Path | None:
-    """The snapshot of `main` that huggingface_hub or transformers downloaded, if it is complete."""
+    """The folder of the `main` snapshot that huggingface_hub downloaded; None if it is missing or incomplete."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
     folder = hub / f"models--{repository.replace('/', '--')}"
@@ -82,23 +89,29 @@ def _in_hub_cache(repository: str) -> Path | None:
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
-    return snapshot if (snapshot / CONFIG).is_file() and weights_in(snapshot) is not None else None
+    return snapshot if (snapshot / CONFIG).is_file() and find_weights(snapshot) is not None else None
 
 
-def hints_beside(weights: Path) -> Hints:
-    """What the configuration files in the weights' folder tell; nothing where there are none.
+def hints_from_folder(weights: Path) -> Hints:
+    """Hints from `config.json` and `preprocessor_config.json` in the folder of the weights, if they exist.
 
-    Raises CheckpointError where they cannot be read, or ask for something that headoff's DETR does not have.
+    Raises:
+        CheckpointError: they cannot be read, or ask for something that headoff's DETR does not support.
     """
     config_path, preprocessor_path = weights.with_name(CONFIG), weights.with_name(PREPROCESSOR)
     hints = hints_from_config(read_json(config_path)) if config_path.is_file() else Hints()
     if preprocessor_path.is_file():
-        hints = hints.over(Hints(preprocessing=preprocessing_from(read_json(preprocessor_path))))
+        preprocessing = preprocessing_from_config(read_json(preprocessor_path))
+        hints = hints.with_defaults(Hints(preprocessing=preprocessing))
     return hints
 
 
 def hints_from_config(config: Mapping[str, Any]) -> Hints:
-    """Read the content of a `config.json`. Raises CheckpointError for what headoff's DETR does not have."""
+    """Hints from the content of a `config.json`.
+
+    Raises:
+        CheckpointError: it describes something that headoff's DETR does not support.
+    """
     model_type = config.get("model_type", "detr")
     if model_type not in _MODEL_TYPES:
         raise CheckpointError(
@@ -106,7 +119,7 @@ def hints_from_config(config: Mapping[str, Any]) -> Hints:
         )
     backbone = _mapping(config.get("backbone_config"))
     heads = config.get("encoder_attention_heads")
-    for values, name, wanted in (
+    for values, name, supported in (
         (config, "position_embedding_type", "sine"),
         (config, "activation_function", "relu"),
         (config, "decoder_attention_heads", heads),
@@ -114,14 +127,14 @@ def hints_from_config(config: Mapping[str, Any]) -> Hints:
         (backbone, "downsample_in_bottleneck", False),
         (backbone, "downsample_in_first_stage", False),
     ):
-        if values.get(name, wanted) != wanted:
+        if values.get(name, supported) != supported:
             raise CheckpointError(
-                f"config.json has {name} = {values[name]!r} and headoff's DETR only has {wanted!r} there; "
+                f"config.json has {name} = {values[name]!r}, and headoff's DETR supports only {supported!r}; "
                 "give another checkpoint"
             )
     if heads is not None and not isinstance(heads, int):
         raise CheckpointError(
-            f"config.json has encoder_attention_heads = {heads!r}, which is no number; correct it"
+            f"config.json has encoder_attention_heads = {heads!r}, which is not a whole number; correct it"
         )
     return Hints(
         heads=heads, dilated=_dilated(config, backbone), class_names=_class_names(config.get("id2label"))
@@ -140,17 +153,20 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _class_names(labels: Any) -> tuple[str, ...] | None:
-    """`id2label` as names in the order of their ids; None where ids are missing."""
+    """The names in `id2label`, ordered by id; None if ids are missing."""
     if not isinstance(labels, Mapping):
         return None
     names = tuple(labels.get(str(index)) for index in range(len(labels)))
     return names if all(isinstance(name, str) for name in names) else None  # type: ignore[return-value]
 
 
-def preprocessing_from(values: Mapping[str, Any]) -> Preprocessing:
-    """Read the content of a `preprocessor_config.json`, in its older (`size`, `max_size`) or newer form.
+def preprocessing_from_config(values: Mapping[str, Any]) -> Preprocessing:
+    """Preprocessing from the content of a `preprocessor_config.json`.
 
-    Raises CheckpointError where its values cannot be.
+    `size` may be a number, with `max_size` (older transformers), or have `shortest_edge` and `longest_edge`.
+
+    Raises:
+        CheckpointError: its values are invalid.
     """
     default = Preprocessing()
     size = values.get("size", default.short_side)
@@ -164,6 +180,4 @@ def preprocessing_from(values: Mapping[str, Any]) -> Preprocessing:
             std=tuple(float(v) for v in values.get("image_std", default.std)),  # type: ignore[arg-type]
         )
     except (KeyError, TypeError, ValueError, SettingError) as error:
-        raise CheckpointError(
-            f"{PREPROCESSOR} cannot be used ({error!r}); correct it, or remove it"
-        ) from error
+        raise CheckpointError(f"{PREPROCESSOR} cannot be used ({error!r}); correct or remove it") from error

@@ -1,13 +1,12 @@
-"""The two published layouts of DETR's weights, as rules that turn their tensor names into headoff's.
+"""The two published layouts of DETR's weights, as rules that translate their tensor names to headoff's.
 
-- **original**: facebookresearch/detr, and whatever was trained with it. Query, key and value projections are
-  one tensor, as in `torch.nn.MultiheadAttention`.
-- **Hugging Face**: `DetrForObjectDetection` of transformers (and Table Transformer, its pre-norm twin), in
-  every generation of its names: backbones by timm or by transformers, `out_proj` or `o_proj`, `fc1` or
-  `mlp.fc1`.
+- **original**: facebookresearch/detr, and models trained with it. Query, key and value projections are one
+  tensor, as in `torch.nn.MultiheadAttention`.
+- **Hugging Face**: `DetrForObjectDetection` of transformers, and the pre-norm Table Transformer. All versions
+  of its names are known: backbones of timm and of transformers, `out_proj` and `o_proj`, `fc1` and `mlp.fc1`.
 
-A detector inside something larger (segmentation models keep it under `detr.`, wrappers under `module.`) is
-taken out, and the rest left alone.
+Where the detector is a part of a larger model (segmentation models have it under `detr.`, wrappers under
+`module.`), the tensors under its prefix are read and the others ignored.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ class Layout:
 
     Attributes:
         name: for messages.
-        anchor: a name that every checkpoint of this layout has, perhaps behind a prefix.
-        rules: (pattern, replacement) pairs for `re.sub`, all applied in turn.
+        anchor: a tensor name that every checkpoint of this layout has, possibly after a prefix.
+        rules: (pattern, replacement) pairs for `re.sub`, applied in this order.
     """
 
     name: str
@@ -38,18 +37,19 @@ class Layout:
     rules: tuple[Rule, ...]
 
     def prefix_in(self, names: Iterable[str]) -> str | None:
-        """What comes before the anchor in these names; None where the anchor is not among them."""
+        """The prefix of the anchor among these names; None if the anchor is not among them."""
         found = [name.removesuffix(self.anchor) for name in names if ("." + name).endswith("." + self.anchor)]
         return min(found, key=len, default=None)
 
     def rename(self, name: str) -> str:
+        """headoff's name of a tensor; a name that no rule matches is returned unchanged."""
         for pattern, replacement in self.rules:
             name = re.sub(pattern, replacement, name)
         return name
 
 
 def _box_head(found: re.Match[str]) -> str:
-    # A ReLU without weights follows each linear layer.
+    # In headoff a ReLU, which has no weights, stands between the linear layers.
     return f"box_head.{2 * int(found[1])}."
 
 
@@ -79,7 +79,7 @@ HUGGING_FACE = Layout(
     name="Hugging Face",
     anchor="model.query_position_embeddings.weight",
     rules=(
-        # Around the ResNet: transformers' own wrapper, in its older and newer form, and timm's.
+        # Wrappers of the ResNet: those of transformers, older and newer, and timm's.
         (r"^model\.backbone\.(conv_encoder\.)?model\.(_backbone\.)?", "backbone."),
         (r"^backbone\.embedder\.embedder\.convolution\.", "backbone.conv1."),
         (r"^backbone\.embedder\.embedder\.normalization\.", "backbone.bn1."),
@@ -107,8 +107,8 @@ HUGGING_FACE = Layout(
     ),
 )
 
-# Telling parts of names, and what has them: most telling first.
-_OTHERS = (
+# Parts of tensor names by which other architectures are recognised, the most specific first.
+_OTHER_ARCHITECTURES = (
     ("sampling_offsets", "Deformable DETR or one of its descendants (DINO, RT-DETR)"),
     ("qcontent_proj", "Conditional DETR or DAB-DETR"),
     ("ref_point_head", "Conditional DETR or DAB-DETR"),
@@ -122,10 +122,10 @@ _OTHERS = (
 )
 
 
-def looks_like(names: Iterable[str]) -> str | None:
-    """The architecture that names of tensors tell, where it is a known one that headoff does not read."""
+def other_architecture(names: Iterable[str]) -> str | None:
+    """A known architecture that headoff does not read, recognised by its tensor names; None for any other."""
     names = set(names)
-    for part, architecture in _OTHERS:
+    for part, architecture in _OTHER_ARCHITECTURES:
         if any(part in name for name in names if not name.endswith(HUGGING_FACE.anchor)):
             return architecture
     if {"conv1.weight", "layer1.0.conv1.weight"} <= names:
@@ -134,12 +134,13 @@ def looks_like(names: Iterable[str]) -> str | None:
 
 
 def detect_layout(names: Iterable[str]) -> Layout:
-    """The layout that tensors of these names are in.
+    """The layout that has tensors of these names.
 
-    Raises CheckpointError, saying what else it looks like where that is known.
+    Raises:
+        CheckpointError: neither layout has them; the message names the architecture if it is a known one.
     """
     names = list(names)
-    other = looks_like(names)
+    other = other_architecture(names)
     if other is None:
         for layout in (HUGGING_FACE, ORIGINAL):
             if layout.prefix_in(names) is not None:
@@ -152,11 +153,14 @@ def detect_layout(names: Iterable[str]) -> Layout:
 
 
 def translate(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors under headoff's names, as views of the given ones.
+    """Rename tensors to headoff's names, and split joint projections.
 
-    Returns the tensors, and for each of them its name in `tensors`, for messages. Names that no rule knows
-    are left as they are. Raises CheckpointError where two tensors would take the same name, or a joint
-    projection cannot be split in three.
+    Returns:
+        The tensors by headoff's names (views, not copies), and their names in `tensors`, for messages. Names
+        that no rule matches are unchanged.
+
+    Raises:
+        CheckpointError: two tensors get the same name, or a joint projection cannot be split in three.
     """
     prefix = layout.prefix_in(tensors) or ""
     renamed: dict[str, Tensor] = {}
@@ -169,13 +173,14 @@ def translate(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, 
             if name in renamed:
                 raise CheckpointError(
                     f"{source} and {sources[name]} are the same tensor of the detector; "
-                    "the checkpoint mixes layouts, take one"
+                    "the checkpoint mixes layouts; give one in a single layout"
                 )
             renamed[name], sources[name] = part, source
     return renamed, sources
 
 
 def _split(name: str, tensor: Tensor, source: str) -> list[tuple[str, Tensor]]:
+    """A joint projection as the names and tensors of query, key and value; any other tensor as it is."""
     joint = re.fullmatch(r"(.*_attention)\.in_proj_(weight|bias)", name)
     if not joint:
         return [(name, tensor)]

@@ -1,4 +1,4 @@
-"""`load`: from a name, a file or a folder to a detector that is ready to run."""
+"""`load`: a detector from the name of a model, a file or a folder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from headoff.detr.checkpoints.files import TensorFile, read_tensors
 from headoff.detr.checkpoints.fitting import Hints, assemble, infer_config
 from headoff.detr.checkpoints.huggingface import (
     WEIGHTS,
-    hints_beside,
+    find_weights,
+    hints_from_folder,
     hub_checkpoint,
     is_repository,
-    weights_in,
 )
 from headoff.detr.checkpoints.layouts import HUGGING_FACE, detect_layout, translate
 from headoff.detr.checkpoints.native import is_native, read_native
 from headoff.detr.checkpoints.published import ORIGINALS, published_checkpoint
 from headoff.detr.detector import Detector
-from headoff.errors import CheckpointError, SettingError, did_you_mean
+from headoff.errors import CheckpointError, SettingError, did_you_mean, error_line
 
 BUNDLED = "scenes"
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -41,30 +41,35 @@ def load(
     dilated: bool | None = None,
     heads: int | None = None,
 ) -> Detector:
-    """A detector in eval mode, its weights frozen (`detector.requires_grad_()` to train it on).
+    """Load a detector, in eval mode and with frozen weights (`detector.requires_grad_()` unfreezes them).
+
+    Sizes (classes, queries, width, depth, backbone) are read from the shapes of the tensors. Nothing in a checkpoint
+    is executed: pickles are read with `weights_only=True`.
 
     Args:
         source: one of
 
-            - `scenes`: the small model that comes with headoff;
+            - `scenes`: the small model that is part of headoff;
             - `detr-resnet-50`, `detr-resnet-50-dc5`, `detr-resnet-101`, `detr-resnet-101-dc5`: the original
               checkpoints (Carion et al., 2020), downloaded once, see `headoff.detr.checkpoints.cache_folder`;
-            - a file: `.pth` of the original code, `.bin` or `.safetensors` of Hugging Face, or headoff's own;
+            - a file: `.pth` of the original code, `.bin` or `.safetensors` of Hugging Face, or saved by headoff;
             - a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`;
-            - `owner/name`: a repository of the Hugging Face hub, where there is no such folder here.
+            - `owner/name`: a repository of the Hugging Face hub, unless there is a folder of that path.
 
-            The fixed names come before files of the same name: write `./scenes` for those.
+            A model's name takes precedence over a file of that name: write `./scenes` for the file.
         attention: the attention callable, or its name; `auto` (default) is `sdpa`.
-        device, dtype: where and as what the weights are kept, whatever they are stored as.
-        dilated: whether the backbone's last stage dilates (DC5), which no tensor tells. By default what the
-            checkpoint's configuration says, or else whether its file name has a part `dc5`.
-        heads: heads of every attention, which no tensor tells. By default what the
-            configuration says, or else 8.
+        device: the device of the weights.
+        dtype: the dtype of the weights, whatever dtype they are stored in.
+        dilated: whether the backbone's last stage is dilated (DC5), which shapes do not tell. By default taken from
+            the checkpoint's configuration, or else true if its file name contains `dc5`.
+        heads: heads of every attention, which shapes do not tell. By default taken from the checkpoint's
+            configuration, or else 8.
 
-    Everything else (classes, queries, width, depth, backbone) is read from the shapes. Nothing in a
-    checkpoint is executed: pickles are read with `weights_only=True`.
-
-    Raises CheckpointError, or DownloadError, which is one; AttentionError for an attention that cannot be.
+    Raises:
+        CheckpointError: the checkpoint does not exist, cannot be read or is of another architecture.
+        DownloadError: it cannot be downloaded.
+        AttentionError: the attention cannot be found or called.
+        SettingError: `dtype` is not floating point.
     """
     if not dtype.is_floating_point:
         raise SettingError(f"a detector cannot compute in {dtype}; give a floating point type")
@@ -81,48 +86,49 @@ def load(
 
 
 def _locate(source: str | os.PathLike[str]) -> Path:
-    """The file that a source stands for, downloaded if need be."""
+    """The checkpoint file that `source` names, downloaded if necessary."""
     if isinstance(source, str):
         if source in ORIGINALS:
             return published_checkpoint(source)
         if re.match(r"https?://", source):
-            raise CheckpointError(f"{source} is an address; download the file and give its path")
+            raise CheckpointError(f"{source} is a URL; download the file and give its path")
     try:
         path = Path(source).expanduser()
         exists = path.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{str(source)[:200]!r} cannot be a path ({reason}); give another") from error
+        raise CheckpointError(
+            f"{str(source)[:200]!r} is not a valid path ({error_line(error)}); give another"
+        ) from error
     if not exists and isinstance(source, str) and is_repository(source) and path.suffix not in SUFFIXES:
         path = hub_checkpoint(source)
     if path.is_dir():
-        weights = weights_in(path)
+        weights = find_weights(path)
         if weights is None:
-            raise CheckpointError(_no_weights(path))
+            raise CheckpointError(_no_weights_message(path))
         return weights
     if not path.exists():
-        raise CheckpointError(_not_there(str(source), path))
+        raise CheckpointError(_not_found_message(str(source), path))
     return path
 
 
-def _no_weights(folder: Path) -> str:
+def _no_weights_message(folder: Path) -> str:
     try:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
     except OSError as error:
-        return f"the folder {str(folder)!r} cannot be read ({error.strerror}); check it"
+        return f"the folder {str(folder)!r} cannot be read ({error_line(error)}); check its permissions"
     remedy = f"give one of its files by name: {', '.join(others[:5])}" if others else "give a checkpoint"
     return f"the folder {str(folder)!r} has no {' or '.join(WEIGHTS)}; {remedy}"
 
 
-def _not_there(source: str, path: Path) -> str:
+def _not_found_message(source: str, path: Path) -> str:
     names = [BUNDLED, *ORIGINALS]
     try:
-        beside = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES]
+        siblings = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES]
     except OSError:
-        beside = []
-    meant = did_you_mean(path.name, [*names, *beside], most=3)
+        siblings = []
+    suggestion = did_you_mean(path.name, [*names, *siblings], most=3)
     return (
-        f"there is no file, folder or model {source!r}{meant}; "
+        f"there is no file, folder or model {source!r}{suggestion}; "
         f"give a checkpoint's path, owner/name on the Hugging Face hub, or one of {', '.join(names)}"
     )
 
@@ -131,39 +137,39 @@ def _from_file(
     path: Path, overrides: Hints, attention: Attention | str, device: torch.device | str, dtype: torch.dtype
 ) -> Detector:
     file = read_tensors(path)
-    how: dict[str, Any] = {"attention": attention, "device": device, "dtype": dtype}
+    placement: dict[str, Any] = {"attention": attention, "device": device, "dtype": dtype}
+    read = _from_native if is_native(file) else _from_published
     try:
-        return (
-            _from_native(file, overrides, how) if is_native(file) else _from_published(file, overrides, how)
-        )
+        return read(file, overrides, placement)
     except CheckpointError as error:
-        # What is wrong was found without knowing where.
+        # The functions below do not know the path.
         raise CheckpointError(f"{str(path)!r} cannot be loaded: {error}") from error
 
 
-def _from_native(file: TensorFile, overrides: Hints, how: Mapping[str, Any]) -> Detector:
+def _from_native(file: TensorFile, overrides: Hints, placement: Mapping[str, Any]) -> Detector:
     config, class_names, tensors = read_native(file)
-    # Checked against the shapes before anything is built from it: a configuration may ask for any size.
-    told = Hints(config.heads, config.backbone.dilate_last, preprocessing=config.preprocessing)
-    if infer_config(tensors, told) != config:
+    # Compared with the shapes before a detector is built: a damaged configuration may ask for terabytes.
+    stored = Hints(config.heads, config.backbone.dilate_last, preprocessing=config.preprocessing)
+    if infer_config(tensors, stored) != config:
         raise CheckpointError("its configuration and its tensors disagree; save the detector again")
-    return assemble(infer_config(tensors, overrides.over(told)), tensors, class_names, **how)
+    config = infer_config(tensors, overrides.with_defaults(stored))
+    return assemble(config, tensors, class_names, **placement)
 
 
-def _from_published(file: TensorFile, overrides: Hints, how: Mapping[str, Any]) -> Detector:
+def _from_published(file: TensorFile, overrides: Hints, placement: Mapping[str, Any]) -> Detector:
     layout = detect_layout(file.tensors)
     tensors, source_names = translate(file.tensors, layout)
-    told = hints_beside(file.path) if layout is HUGGING_FACE else _hints_from_training(file.settings)
-    hints = overrides.over(told).over(Hints(dilated=_named_dc5(file.path)))
+    stored = hints_from_folder(file.path) if layout is HUGGING_FACE else _hints_from_training(file.settings)
+    hints = overrides.with_defaults(stored).with_defaults(Hints(dilated=_name_contains_dc5(file.path)))
     config = infer_config(tensors, hints)
     class_names = hints.class_names
     if class_names is None or len(class_names) != config.classes:
         class_names = COCO_CLASSES if config.classes == len(COCO_CLASSES) else None
-    return assemble(config, tensors, class_names, **how, source_names=source_names)
+    return assemble(config, tensors, class_names, **placement, source_names=source_names)
 
 
 def _hints_from_training(settings: Mapping[str, Any]) -> Hints:
-    """From the command line arguments that the original code's training stores in its checkpoints."""
+    """Hints from the training arguments that the original code stores in its checkpoints."""
     heads, dilation = settings.get("nheads"), settings.get("dilation")
     return Hints(
         heads=heads if isinstance(heads, int) else None,
@@ -171,5 +177,5 @@ def _hints_from_training(settings: Mapping[str, Any]) -> Hints:
     )
 
 
-def _named_dc5(path: Path) -> bool:
+def _name_contains_dc5(path: Path) -> bool:
     return "dc5" in re.split(r"[^a-z0-9]+", f"{path.parent.name} {path.name}".lower())

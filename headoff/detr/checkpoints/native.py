@@ -1,8 +1,7 @@
-"""headoff's own checkpoint layout: safetensors, with the configuration and the class names inside.
+"""headoff's checkpoint layout: one safetensors file with weights, configuration and class names.
 
-Tensors are named as `Detector.state_dict` names them. The header's metadata holds four texts: `format`
-(`headoff`), `version` (of the layout), `config` (JSON of `DetrConfig.as_dict`) and `class_names` (JSON list).
-So one file is all that a detector needs, and nothing about it is guessed from shapes or names.
+Tensors are named as in `Detector.state_dict`. The metadata in the header has four entries: `format` (`headoff`),
+`version` (of the layout), `config` (JSON of `DetrConfig.as_dict`) and `class_names` (a JSON list).
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ VERSION = 1
 
 
 def save_native(detector: Detector, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
-    """Write `detector` to one safetensors file, whole or not at all; the same weights give the same bytes.
+    """Write `detector` to one safetensors file, atomically. The same weights give the same bytes.
 
-    Weights are stored in `dtype`, batch norm's running mean and variance always in float32: variances span
-    more than 16 bits do. Backbones trained with `nn.BatchNorm2d` are welcome, their batch counters are left
-    out.
+    Weights are stored in `dtype`, batch norm's running mean and variance always in float32, since variances may
+    exceed the range of float16. The batch counters of `nn.BatchNorm2d` are not stored.
 
-    Raises CheckpointError where a weight is NaN or infinite or too large for `dtype`, OutputError where the
-    file cannot be written.
+    Raises:
+        CheckpointError: a weight is NaN, infinite or too large for `dtype`.
+        OutputError: the file cannot be written.
+        SettingError: `dtype` is not floating point.
     """
     if not dtype.is_floating_point:
         raise SettingError(f"weights cannot be stored as {dtype}; give a floating point type")
@@ -57,7 +57,7 @@ def save_native(detector: Detector, path: str | os.PathLike[str], dtype: torch.d
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:
-    """The same safetensors file with its metadata in a fixed order; the library writes it in a random one."""
+    """A safetensors file with sorted metadata; the library writes it in random order."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -67,21 +67,21 @@ def _with_sorted_metadata(content: bytes) -> bytes:
 
 
 def is_native(file: TensorFile) -> bool:
-    """Whether a file is in this layout."""
+    """Whether a file is in headoff's layout."""
     return file.metadata.get("format") == FORMAT
 
 
 def read_native(file: TensorFile) -> tuple[DetrConfig, tuple[str, ...], Mapping[str, Tensor]]:
-    """Configuration, class names and tensors of a file in this layout.
+    """Configuration, class names and tensors of a file in headoff's layout.
 
-    Raises CheckpointError for a newer version of the layout, and for metadata that cannot be read.
+    Raises:
+        CheckpointError: the version of the layout is too new, or the metadata cannot be read.
     """
     version = file.metadata.get("version", "")
     if not version.isdecimal() or int(version) > VERSION:
         raise CheckpointError(
-            f"{str(file.path)!r} is of version {version!r} of headoff's layout "
-            f"and this headoff reads up to {VERSION}; "
-            "install a newer headoff"
+            f"{str(file.path)!r} has version {version!r} of headoff's layout, and this headoff reads versions "
+            f"up to {VERSION}; install a newer headoff"
         )
     try:
         config = json.loads(file.metadata["config"])
@@ -96,7 +96,7 @@ def read_native(file: TensorFile) -> tuple[DetrConfig, tuple[str, ...], Mapping[
         or not all(isinstance(name, str) for name in class_names)
     ):
         raise CheckpointError(
-            f"the metadata of {str(file.path)!r} holds no configuration and list of class names; "
+            f"the metadata of {str(file.path)!r} lacks a configuration or a list of class names; "
             "save the detector again"
         )
     return DetrConfig.from_dict(config), tuple(class_names), file.tensors

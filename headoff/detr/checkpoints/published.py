@@ -1,4 +1,4 @@
-"""The published DETR checkpoints: their names, their addresses, and the folder that keeps downloads."""
+"""The published DETR checkpoints: names, URLs and the download cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from headoff.detr.checkpoints.download import download
 
 ORIGINALS_URL = "https://dl.fbaipublicfiles.com/detr"
 
-# From the table in the README of facebookresearch/detr. The end of each file name is the beginning of its
-# SHA-256.
+# From the table in the README of facebookresearch/detr. A file name ends with the beginning of the file's SHA-256.
 ORIGINALS = {
     "detr-resnet-50": "detr-r50-e632da11.pth",
     "detr-resnet-50-dc5": "detr-r50-dc5-f0fb7ef5.pth",
@@ -23,19 +22,24 @@ ORIGINALS = {
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `$HEADOFF_CACHE`, or else the folder of `torch.hub`.
+    """The folder of downloads: `$HEADOFF_CACHE`, or else that of `torch.hub`.
 
-    torch.hub names DETR's files alike, so whoever has run DETR from there has them already.
+    torch.hub gives DETR's files the same names, so files that it downloaded are used.
     """
     chosen = os.environ.get("HEADOFF_CACHE")
     return Path(chosen).expanduser() if chosen else Path(torch.hub.get_dir(), "checkpoints")
 
 
 def published_checkpoint(name: str, *, url: str | None = None, folder: Path | None = None) -> Path:
-    """The file of a published checkpoint (a key of `ORIGINALS`), downloaded unless it is in the cache.
+    """The path of a published checkpoint, downloaded unless it is in the cache.
 
-    `url` is the folder on the server, `ORIGINALS_URL` by default, and `folder` the cache. Raises
-    DownloadError.
+    Args:
+        name: a key of `ORIGINALS`.
+        url: the folder on the server; `ORIGINALS_URL` by default.
+        folder: the cache; `cache_folder()` by default.
+
+    Raises:
+        DownloadError: the checkpoint cannot be downloaded.
     """
     file_name = ORIGINALS[name]
     target = (cache_folder() if folder is None else folder) / file_name
@@ -43,6 +47,6 @@ def published_checkpoint(name: str, *, url: str | None = None, folder: Path | No
 
 
 def hash_prefix(file_name: str) -> str | None:
-    """The beginning of the SHA-256 in a published file's name; None where there is none."""
+    """The beginning of the SHA-256 that a published file's name contains; None if it contains none."""
     found = re.search(r"-([0-9a-f]{8,})\.", file_name)
     return found[1] if found else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from headoff.errors import HeadoffError, OutputError
-from headoff.files import written_atomically
+from headoff.files import atomic_write
 from headoff.harness.finding import Finding, WrongAttention
 from headoff.harness.plugin.options import all_settings, value_of
 from headoff.harness.plugin.run import Run
@@ -136,12 +136,12 @@ class Reporter:
         assert self.document is not None
         text = json.dumps(self.document, indent=1, allow_nan=False)
         try:
-            with written_atomically(path.with_suffix(".json")) as file:
+            with atomic_write(path.with_suffix(".json")) as file:
                 file.write(text.encode())
             if path.suffix == ".html":
                 from headoff.harness.report import render
 
-                with written_atomically(path) as file:
+                with atomic_write(path) as file:
                     file.write(render(self.document).encode())
         except (OSError, HeadoffError) as error:
             raise pytest.UsageError(f"the report cannot be written: {error}") from error

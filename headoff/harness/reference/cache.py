@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headoff.detr.checkpoints.published import cache_folder
-from headoff.files import written_atomically
+from headoff.files import atomic_write
 
 FORMAT = "headoff oracle 1"
 FOLDER = "headoff-oracle"
@@ -93,7 +93,7 @@ def _read(path: Path, key: str) -> Arrays | None:
 def _write(path: Path, key: str, arrays: Arrays) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_atomically(path) as file:
+        with atomic_write(path) as file:
             np.savez_compressed(file, allow_pickle=False, key=np.array(key), **arrays)
     except OSError as error:
         print_progress(

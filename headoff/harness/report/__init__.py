@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from headoff.errors import OutputError, SettingError
-from headoff.files import written_atomically
+from headoff.files import atomic_write
 from headoff.harness.report.document import FORMAT, Document, validate
 from headoff.harness.report.html import render
 from headoff.harness.report.markdown import summary
@@ -61,7 +61,7 @@ def render_file(json_path: str | os.PathLike[str], path: str | os.PathLike[str])
     except SettingError as error:
         raise SettingError(f"{str(source)!r}: {error}") from error
     try:
-        with written_atomically(target) as file:
+        with atomic_write(target) as file:
             file.write(text.encode("utf-8", "replace"))
     except OSError as error:
         raise OutputError(
