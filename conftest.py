@@ -51,6 +51,8 @@ def one_thread():
         yield
 
 
-# One thread a worker under pytest-xdist, all cores without it: two workers of two threads each on two cores wait
-# for each other most of the time.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1)
+# Two workers of two threads each on two cores wait for each other most of the time, and so do the processes that
+# tests in a worker start: these read the variable. A run without workers has the threads that torch chooses.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
