@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 
@@ -71,3 +71,19 @@ def format_times(value: float) -> str:
 
 def _special(value: float) -> str:
     return "NaN" if math.isnan(value) else "infinite" if math.isinf(value) else ""
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table that is aligned for a terminal as well, all but the first column to the right."""
+    lines = [head, *rows]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = ["-" * (width - 1) + (":" if place else "-") for place, width in enumerate(widths)]
+    return [line(cells) for cells in (head, rule, *lines[1:])]

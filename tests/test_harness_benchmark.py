@@ -69,7 +69,7 @@ def test_results_are_in_the_table_and_the_json(suite, pytester):
     histogram = ["--benchmark-histogram=found"] if importlib.util.find_spec("pygal") else []
     result = suite("--benchmark-json=found.json", "--attention=eager", "--max-slowdown=9", *histogram)
     assert result.ret == 0
-    result.stdout.fnmatch_lines(["*eager against sdpa*", "encoder_self, 4 heads off, forward*"])
+    result.stdout.fnmatch_lines(["*eager against sdpa*", "| encoder_self, 4 heads off, forward*"])
     document = json.loads((pytester.path / "found.json").read_text())
     (benchmark,) = document["benchmarks"]
     found = benchmark["extra_info"]
@@ -117,10 +117,11 @@ def test_other_benchmarks_are_left_alone(pytester, at_a_desk):
 
 def test_the_table_says_what_is_wrong():
     found = SpeedComparison.of([2e-3] * 8, [1e-3] * 8)
-    record = found.as_dict() | {"name": "one", "verdict": "faster", "outputs": "wrong"}
+    memory = {"patch_memory": 2048, "baseline_memory": None}
+    record = found.as_dict() | memory | {"name": "one", "verdict": "faster", "outputs": "wrong"}
     head, rule, row = table([record])
-    assert head.startswith("benchmark") and set(rule) == {"-"}
-    assert "faster, and wrong" in row and "2.00 ms" in row and row.endswith("-")
+    assert "benchmark" in head and set(rule) == set("|- :")
+    assert "faster, and wrong" in row and "2.00 ms" in row and row.endswith("2.00 KiB |        - |")
 
 
 def test_a_slower_patch_fails(suite):
@@ -140,5 +141,5 @@ def test_a_wrong_patch_fails_whether_or_not_it_is_timed(suite, timing):
 
 
 def test_unknown_sizes():
-    with pytest.raises(SettingError, match="auto, model, r50, dc5"):
-        model_for(Settings(), "huge")
+    with pytest.raises(SettingError, match="auto, model, scenes or r50 or dc5"):
+        model_for(Settings(bench_size="huge"))

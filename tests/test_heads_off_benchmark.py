@@ -39,7 +39,7 @@ def bench(under_test, pytestconfig):
 
 @pytest.fixture(scope="session")
 def model(under_test):
-    return model_for(under_test.settings, under_test.settings.bench_size)
+    return model_for(under_test.settings)
 
 
 @pytest.fixture(autouse=True)

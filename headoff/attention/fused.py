@@ -259,7 +259,7 @@ def tilings(query: Tensor, key: Tensor) -> Tilings:
     programs to occupy a GPU, 32, which also leaves fewer rows that are off in blocks that are not. Tiles are
     those whose accumulators and operands ptxas fits into the registers of sm_90: of what Triton 3.4, 3.6 and
     3.9 make of them for calls without padding it spills at most 32 bytes a thread
-    (`tools/kernel_resources.py`). Those of float32 are smaller, as exact products are no work of tensor
+    (`tools/triton_kernels.py resources`). Those of float32 are smaller, as exact products are no work of tensor
     cores and keep their operands in registers.
     """
     batch, heads, queries, channels = query.shape

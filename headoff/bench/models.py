@@ -91,6 +91,13 @@ def loaded_model(model: str, image: ImageSource, device: torch.device, dtype: to
     return BenchmarkModel(model, detector.requires_grad_(False).eval(), load_image(image))
 
 
+def without_backbone(model: BenchmarkModel, attention: Attention | str) -> Detector:
+    """The model's detector with another attention, and with the features of its image, whatever image it is given."""
+    detector = with_attention(model.detector, attention)
+    detector.features = lambda *_: model.features  # type: ignore[method-assign]
+    return detector
+
+
 def with_attention(detector: Detector, attention: Attention | str) -> Detector:
     """The same weights, not copied, with another attention."""
     # A shallow copy shares modules and parameters; the attention is neither, so that every copy has its own.

@@ -2,7 +2,7 @@
 
 A configuration costs a forward pass for its detections, and another that keeps its attention weights for every
 object to explain. From there one backward pass, through the backbone and to all weights, gives the gradients of the
-attention weights, and the rules are products of N x N matrices (Chefer, Gur, Wolf, ICCV 2021, equations 5 to 10).
+attention weights, and the rules are products of N x N matrices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headoff.detr.detector import Detector, DetectorOutput
 from headoff.gates import Configuration, stack
-from headoff.relevance.rules import normalise
+from headoff.relevance.rules import AttentionEvidence, Evidence, chefer
 
 
 class WeightKeepingAttention:
@@ -42,6 +42,14 @@ class WeightKeepingAttention:
         self.weights.append(weights)
         return weights @ value
 
+    def evidence(self, encoder_layers: int) -> Evidence:
+        """Weights and gradients of all calls of one image without padding."""
+        no_scale = torch.empty(0)  # of rounding errors, which equation 5 does not need
+        calls = [AttentionEvidence(one.detach()[0], one.grad[0], no_scale) for one in self.weights]  # type: ignore[index]
+        encoder, decoder = tuple(calls[:encoder_layers]), tuple(calls[encoder_layers:])
+        tokens = self.weights[0].new_ones(self.weights[0].shape[-1], dtype=torch.bool)
+        return Evidence(encoder, decoder[::2], decoder[1::2], tokens)
+
 
 class Notebook:
     """A copy of the detector whose weights all require gradients, as in the notebooks, and one image."""
@@ -61,29 +69,11 @@ class Notebook:
         self.detector.zero_grad()
         self._forward(configuration, attention).logits[0, 0, query, label].backward()
         with torch.no_grad():
-            return _relevance(attention.weights, self.detector.config.encoder_layers)[:, query]
+            evidence = attention.evidence(self.detector.config.encoder_layers)
+            return chefer(evidence).relevance[:, query]
 
     def _forward(self, configuration: Configuration, attention: WeightKeepingAttention) -> DetectorOutput:
         self.detector.attention = attention
         pixels, _ = self.detector.preprocess([self.image])
         gates = stack([configuration], self.detector.head_layout)
         return self.detector.decode(self.detector.encode(pixels), gates)
-
-
-def _relevance(weights: list[Tensor], encoder_layers: int) -> Tensor:
-    """(decoder layers, Q, N): the rules on whole matrices."""
-    cams = [(weight.grad * weight.detach())[0].clamp(min=0).mean(0) for weight in weights]  # type: ignore[operator]
-    encoder, decoder = cams[:encoder_layers], cams[encoder_layers:]
-    # R - I instead of R, for the same number of products: where R - I is small, R has few of its digits.
-    r_ii = torch.zeros_like(encoder[0])
-    for cam in encoder:
-        r_ii = r_ii + cam + cam @ r_ii
-    r_ii = normalise(r_ii)
-    r_qq, r_qi = torch.zeros_like(decoder[0]), torch.zeros_like(decoder[1])
-    maps = []
-    for self_cam, cross_cam in zip(decoder[::2], decoder[1::2], strict=True):
-        r_qi = r_qi + self_cam @ r_qi
-        r_qq = r_qq + self_cam + self_cam @ r_qq
-        r_qi = r_qi + normalise(r_qq).T @ (cross_cam @ r_ii)
-        maps.append(r_qi)
-    return torch.stack(maps)

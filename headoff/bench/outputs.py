@@ -7,6 +7,7 @@ harness, plus one rounding of that dtype for every attention layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ class ExpectedOutputs:
         self.floor = workload.roundings * unit
         self.measured_errors: dict[str, float] = {}
         for attention in right_implementations():
-            result, masks = run_recording_relus(rounded, attention)
-            found = rounded.outputs(result)
+            found, masks = outputs_and_masks(rounded, attention)
             for name, truth in self.truth(masks, rounded).items():
                 error = float(peak_error(found[name].rows, truth.rows).amax()) * scale
                 self.measured_errors[name] = max(error, self.measured_errors.get(name, 0.0))
@@ -54,9 +54,12 @@ class ExpectedOutputs:
         """What is wrong with the result of the timed call of `attention`: the worst row of each wrong output."""
         masks = ReluMasks()
         if self.workload.relu_detector is not None:
-            masks = run_recording_relus(self.workload, attention)[1]
-        found = self.workload.outputs(result)
-        wrong = (self._finding(name, truth, found[name].rows) for name, truth in self.truth(masks).items())
+            masks = outputs_and_masks(self.workload, attention)[1]
+        return self.findings_in(self.workload.outputs(result), masks)
+
+    def findings_in(self, outputs: Mapping[str, Output], masks: ReluMasks) -> list[Finding]:
+        """What is wrong with the outputs of a run that had these ReLU activation masks."""
+        wrong = (self._finding(name, truth, outputs[name].rows) for name, truth in self.truth(masks).items())
         return [finding for finding in wrong if finding is not None]
 
     def _finding(self, name: str, truth: Output, found: Tensor) -> Finding | None:
@@ -82,19 +85,18 @@ class ExpectedOutputs:
 def truth_of(workload: Workload, masks: ReluMasks) -> dict[str, Output]:
     """The oracle's outputs in float64; see `ExpectedOutputs.truth`."""
     exact = workload.in_dtype(torch.float64)
-    call, detector = exact.timed_call(eager), exact.relu_detector
-    if detector is None:
-        return exact.outputs(call())
+    if (detector := exact.relu_detector) is None:
+        return exact.outputs_of(eager)
     # A hidden unit is a sum of `width` products, whose errors add up like a random walk, after those of all layers.
     resolution = workload.roundings * torch.finfo(workload.dtype).eps * detector.config.width**0.5
     with masks.pinned(detector, resolution=resolution):
-        return exact.outputs(call())
+        return exact.outputs_of(eager)
 
 
-def run_recording_relus(workload: Workload, attention: Attention) -> tuple[Any, ReluMasks]:
-    """The result of one call, and the ReLU activation masks of it, where gradients depend on them."""
-    masks, call = ReluMasks(), workload.timed_call(attention)
+def outputs_and_masks(workload: Workload, attention: Attention) -> tuple[dict[str, Output], ReluMasks]:
+    """The outputs by an attention, and the ReLU activation masks, where gradients depend on them."""
+    masks = ReluMasks()
     if workload.relu_detector is None:
-        return call(), masks
+        return workload.outputs_of(attention), masks
     with masks.recording(workload.relu_detector):
-        return call(), masks
+        return workload.outputs_of(attention), masks

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
+import statistics
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
-from headoff.bench.results import Measurement, Report, Status
-from headoff.bench.roofline import Peaks, RooflinePoint, Work, measured_peaks
-from headoff.timing import Clock, TimedCall, clock_of, compare, describe_machine, torch_threads
+from headoff.bench.report import Measurement, Report, Status
+from headoff.timing import (
+    Clock,
+    SpeedComparison,
+    TimedCall,
+    clock_of,
+    describe_machine,
+    peak_bytes,
+    time_in_turns,
+    torch_threads,
+)
+from headoff.timing.turns import FEWEST_ROUNDS
+from headoff.wording import counted, format_seconds
 
-TRIAL_ROUNDS = 5
-"""Calls of each possible reference, in turns; the fastest becomes the reference."""
+FEWEST_OF_SLOW = 2
+"""Rounds of calls that take so long that more would not fit into the time; their ratios have no interval."""
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,155 +55,88 @@ class Provider:
         """A provider of one call, whose result `check` is given."""
         return cls(name, ((call, 1),), lambda: check(call()), note)
 
-    @property
-    def is_extrapolated(self) -> bool:
-        return len(self.parts) > 1 or self.parts[0][1] > 1
-
-
-@dataclass(frozen=True)
-class RelativeTime:
-    """Time of a provider relative to the reference, with the seconds and peak bytes of both."""
-
-    ratio: float
-    low: float
-    high: float
-    seconds: float
-    memory: int | None
-    reference_seconds: float
-    reference_memory: int | None
-
 
 @dataclass(frozen=True)
 class Case:
-    """A case that has not been run yet; `name` is for the progress messages."""
+    """Something that several providers compute.
 
+    Attributes:
+        suite, name: for tables and progress messages.
+        providers: makes them, with inputs and the oracle's outputs.
+        references: ratios refer to the fastest right one of these, or to the first right one where there is none.
+    """
+
+    suite: str
     name: str
-    run: Callable[[], list[Measurement]]
+    providers: Callable[[], Sequence[Provider]]
+    references: Collection[str]
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Times providers on one device, in one dtype; `seconds` is about the time of one comparison."""
+    """Times providers on one device, in one dtype; `seconds` is about the time for each provider of a case."""
 
     device: torch.device
     dtype: torch.dtype
     clock: Clock
     seconds: float
-    peaks: Peaks
-    threads: int = 1
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def measure(
-        self,
-        suite: str,
-        case: str,
-        providers: Sequence[Provider],
-        references: Collection[str],
-        work: Work | None = None,
-    ) -> list[Measurement]:
-        """Check all providers and time those that are right.
-
-        Ratios refer to the fastest right provider among `references`, or to the first right one where there is none.
-        """
-        failures = {provider.name: self._failure(provider) for provider in providers}
-        right = [provider for provider in providers if failures[provider.name] is None]
-        reference: Provider | None = None
-        times: dict[str, RelativeTime] = {}
-        if right:
-            candidates = [provider for provider in right if provider.name in references] or right[:1]
-            reference = self._fastest(candidates)
-            times = self._times(right, reference)
-            faster = [one for one in candidates if one is not reference and times[one.name].high < 1]
-            if faster:  # the trial was too short to tell
-                reference = min(faster, key=lambda one: times[one.name].ratio)
-                times = self._times(right, reference)
+    def measure(self, case: Case, progress: Progress) -> list[Measurement]:
+        """Check all providers, and time those that are right in turns."""
+        failures: dict[str, tuple[Status, str]] = {}
+        right: list[Provider] = []
+        for provider in (providers := case.providers()):
+            progress(f"checks {provider.name}")
+            failure = self._failure(provider)
+            if failure is None:
+                right.append(provider)
+            else:
+                failures[provider.name] = failure
+        rounds = self._rounds(right, progress)
+        candidates = [one.name for one in right if one.name in case.references]
+        reference = min(candidates, key=lambda name: statistics.median(rounds[name]), default="")
+        if right and not candidates:
+            reference = right[0].name
 
         def measurement(provider: Provider) -> Measurement:
-            base: dict[str, Any] = {"suite": suite, "case": case, "dtype": self.dtype_name}
-            if (failure := failures[provider.name]) is not None or reference is None:
-                status, note = failure or ("unsupported", "")
-                return Measurement(provider=provider.name, status=status, note=note, **base)
-            base |= {"provider": provider.name, "reference": reference.name, "note": provider.note}
-            if provider is reference:
-                other = next(iter(times.values()))
-                seconds, memory, status = other.reference_seconds, other.reference_memory, "reference"
-                interval: dict[str, Any] = {"ratio": 1.0}
-            else:
-                found = times[provider.name]
-                seconds, memory, status = found.seconds, found.memory, "timed"
-                interval = {"ratio": found.ratio, "low": found.low, "high": found.high}
-            point = None if work is None else RooflinePoint.of(work, seconds, self.peaks)
+            base = (case.suite, case.name, self.dtype_name, provider.name)
+            if provider.name in failures:
+                return Measurement(*base, *failures[provider.name])
+            found = rounds[provider.name]
+            progress(f"measures the memory of {provider.name}")
+            sizes = [peak_bytes(call, self.device) for call, _ in provider.parts]
             return Measurement(
-                status=status, seconds=seconds, memory=memory, roofline=point, **base, **interval
+                *base,
+                "reference" if provider.name == reference else "timed",
+                provider.note,
+                *ratio_of(found, rounds[reference]),
+                seconds=statistics.median(found),
+                memory=max((size for size in sizes if size is not None), default=None),
+                rounds=len(found),
             )
 
         return [measurement(provider) for provider in providers]
 
-    def _times(self, providers: Sequence[Provider], reference: Provider) -> dict[str, RelativeTime]:
-        # A reference that is alone is compared with itself, for its time and memory.
-        others = [provider for provider in providers if provider is not reference] or [reference]
-        return {provider.name: self.relative_time(provider, reference) for provider in others}
-
-    def relative_time(self, provider: Provider, reference: Provider) -> RelativeTime:
-        """Provider and reference timed in turns; at most one of them is extrapolated.
-
-        The ratio of an extrapolated whole grows with the ratio of each of its parts, so its interval is where the
-        intervals of all parts hold (98% for two of 99%).
-        """
-
-        def compared(call: TimedCall, other: TimedCall) -> Any:
-            return compare(
-                call, other, self.device, seconds=self.seconds, clock=self.clock, threads=self.threads
-            )
-
-        if provider is not reference and provider.is_extrapolated and reference.is_extrapolated:
-            raise ValueError("of two extrapolated providers no part can be compared")
-        counts = [count for _, count in (reference if reference.is_extrapolated else provider).parts]
-        if reference.is_extrapolated:
-            whole = reference.parts[0][0] if provider is reference else provider.parts[0][0]
-            parts = [compared(whole, part) for part, _ in reference.parts]
-
-            def total(ratios: list[float]) -> float:
-                return 1 / sum(count / ratio for count, ratio in zip(counts, ratios, strict=True))
-
-        else:
-            parts = [compared(part, reference.parts[0][0]) for part, _ in provider.parts]
-
-            def total(ratios: list[float]) -> float:
-                return sum(count * ratio for count, ratio in zip(counts, ratios, strict=True))
-
-        def seconds_of(one: Provider, seconds: list[float]) -> float:
-            return (
-                sum(n * s for n, s in zip(counts, seconds, strict=True))
-                if one.is_extrapolated
-                else seconds[0]
-            )
-
-        def peak(bytes_of_parts: list[int | None]) -> int | None:
-            known = [size for size in bytes_of_parts if size is not None]
-            return max(known) if len(known) == len(bytes_of_parts) else None
-
-        return RelativeTime(
-            total([part.ratio for part in parts]),
-            total([part.low for part in parts]),
-            total([part.high for part in parts]),
-            seconds_of(provider, [part.patch_seconds for part in parts]),
-            peak([part.patch_memory for part in parts]),
-            seconds_of(reference, [part.baseline_seconds for part in parts]),
-            peak([part.baseline_memory for part in parts]),
-        )
-
-    def _fastest(self, candidates: Sequence[Provider]) -> Provider:
-        if len(candidates) == 1:
-            return candidates[0]
-        least = dict.fromkeys(range(len(candidates)), float("inf"))
-        for _ in range(TRIAL_ROUNDS):
-            for index, provider in enumerate(candidates):
-                least[index] = min(least[index], provider.parts[0][0].seconds(self.clock))
-        return candidates[min(least, key=least.__getitem__)]
+    def _rounds(self, providers: Sequence[Provider], progress: Progress) -> dict[str, list[float]]:
+        """The seconds of each provider by round, those of its parts added up."""
+        if not providers:
+            return {}
+        budget = self.seconds * len(providers)
+        progress(f"times {counted(len(providers), 'provider')} for about {format_seconds(budget)}")
+        parts = [part for provider in providers for part in provider.parts]
+        found = time_in_turns([call for call, _ in parts], self.clock, budget, fewest=FEWEST_OF_SLOW)
+        rounds = iter(found)
+        return {
+            provider.name: [
+                sum(seconds * count for seconds, (_, count) in zip(one_round, provider.parts, strict=True))
+                for one_round in zip(*islice(rounds, len(provider.parts)), strict=True)
+            ]
+            for provider in providers
+        }
 
     @staticmethod
     def _failure(provider: Provider) -> tuple[Status, str] | None:
@@ -197,6 +146,15 @@ class Runner:
         except Exception as error:  # compilers and backends have exceptions of their own
             return "unsupported", first_sentence(error)
         return None if problem is None else ("wrong", problem)
+
+
+def ratio_of(rounds: Sequence[float], reference: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Time relative to the reference, and its interval where there are enough rounds for one."""
+    if len(rounds) >= FEWEST_ROUNDS:
+        comparison = SpeedComparison.of(rounds, reference)
+        return comparison.ratio, comparison.low, comparison.high
+    logs = [math.log(own / other) for own, other in zip(rounds, reference, strict=True)]
+    return math.exp(statistics.median(logs)), None, None
 
 
 def first_sentence(error: Exception) -> str:
@@ -218,41 +176,38 @@ class Plan:
     threads: int = 1
 
 
-def run(plan: Plan, command: str, progress: Callable[[str], None]) -> Report:
-    """Run all suites of the plan. `progress` is called with the name of each case before it is run.
+def run(plan: Plan, command: str, progress: Callable[[str, str], None]) -> Report:
+    """Run all suites of the plan. `progress` is called with a case and what is done for it, before it is done.
 
     Raises:
         SettingError: nothing can be timed on the device.
     """
     clock = clock_of(plan.device)
     measurements: list[Measurement] = []
-    peaks: dict[str, Peaks] = {}
     with torch_threads(plan.threads):
         machine = describe_machine(plan.device)
         for dtype in plan.dtypes:
-            progress(f"a copy and a matrix product in {dtype}")
-            peaks_of_dtype = measured_peaks(plan.device, dtype, clock)
-            runner = Runner(plan.device, dtype, clock, plan.seconds, peaks_of_dtype, plan.threads)
-            peaks[runner.dtype_name] = runner.peaks
-            for case in _cases(plan, runner):
-                progress(f"{runner.dtype_name}: {case.name}")
-                measurements += case.run()
-    return Report(tuple(measurements), _made_with(command), machine, peaks)
+            runner = Runner(plan.device, dtype, clock, plan.seconds)
+            for case in _cases(plan, dtype):
+                title = f"{case.suite}, {case.name} ({runner.dtype_name})"
+                progress(title, "")
+                measurements += runner.measure(case, partial(progress, title))
+    return Report(tuple(measurements), _made_with(command), machine)
 
 
-def _cases(plan: Plan, runner: Runner) -> Iterator[Case]:
+def _cases(plan: Plan, dtype: torch.dtype) -> Iterator[Case]:
     from headoff.bench.models import benchmark_model
     from headoff.bench.suites import ATTENTION_SUITES, MODEL_SUITES
 
     for size in plan.sizes:
         for name in plan.suites:
             if name in ATTENTION_SUITES:
-                yield from ATTENTION_SUITES[name](runner, size)
+                yield from ATTENTION_SUITES[name](size, plan.device, dtype)
         names = [name for name in plan.suites if name in MODEL_SUITES]
         if names:
-            model = benchmark_model(size, plan.device, runner.dtype)
+            model = benchmark_model(size, plan.device, dtype)
             for name in names:
-                yield from MODEL_SUITES[name](runner, size, model)
+                yield from MODEL_SUITES[name](size, model)
 
 
 def _made_with(command: str) -> dict[str, str]:

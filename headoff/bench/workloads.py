@@ -7,15 +7,16 @@ returns, so that they can be compared with the float64 oracle's.
 from __future__ import annotations
 
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from headoff.attention import Attention
-from headoff.bench.models import BenchmarkModel, with_attention
+from headoff.bench.models import BenchmarkModel, with_attention, without_backbone
 from headoff.detections import class_probabilities
 from headoff.detr.detector import Detector, DetectorOutput, Memory
 from headoff.gates import Configuration, Gates, Site, stack
@@ -25,6 +26,9 @@ from headoff.sweeps import SweepResult, sweep
 from headoff.timing import TimedCall
 
 Direction = Literal["forward", "backward", "forward + backward"]
+
+MOST_CHECKED = 9
+"""Configurations: the oracle takes many times as long for 256 of them as the computation that is timed."""
 
 CONFIGURATIONS = 9
 """Of the cumulative sweep: as many are decoded together, end to end in cross-attention, as batch items elsewhere."""
@@ -43,31 +47,42 @@ class Output:
     property: Property
 
 
-class Workload(Protocol):
+class Workload(ABC):
     """Something to compute with an attention."""
 
     @property
+    @abstractmethod
     def name(self) -> str: ...
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """The dtype of the attention's inputs."""
 
     @property
     def roundings(self) -> int:
         """Attention layers that an output passes through; each rounds at least once."""
+        return 1
 
     @property
     def relu_detector(self) -> Detector | None:
         """The detector whose ReLUs the gradients pass through, where an output depends on gradients."""
+        return None
 
+    @abstractmethod
     def timed_call(self, attention: Attention) -> TimedCall:
         """The computation with this attention."""
 
+    @abstractmethod
     def outputs(self, result: Any) -> dict[str, Output]:
         """What the timed call returned, by name."""
 
-    def in_dtype(self, dtype: torch.dtype) -> Workload:
+    def outputs_of(self, attention: Attention) -> dict[str, Output]:
+        """The same outputs for the oracle, which need not compute all that is timed."""
+        return self.outputs(self.timed_call(attention)())
+
+    @abstractmethod
+    def in_dtype(self, dtype: torch.dtype) -> Self:
         """The same inputs, as rounded to the present dtype, in another."""
 
 
@@ -99,14 +114,14 @@ def site_shape(model: BenchmarkModel, site: Site) -> AttentionShape:
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionWorkload:
+class AttentionWorkload(Workload):
     """One attention call with random inputs.
 
     For `backward` the graph is made in the setup, and only the gradients of query, key and value are timed.
     `grad_context` is the gradient of the context; all tensors are as in the attention contract.
     """
 
-    name: str
+    title: str
     direction: Direction
     query: Tensor
     key: Tensor
@@ -147,16 +162,12 @@ class AttentionWorkload:
         )
 
     @property
+    def name(self) -> str:
+        return self.title
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.query.dtype
-
-    @property
-    def roundings(self) -> int:
-        return 1
-
-    @property
-    def relu_detector(self) -> None:
-        return None
 
     def timed_call(self, attention: Attention) -> TimedCall:
         wanted = self.direction != "forward"
@@ -200,7 +211,7 @@ class AttentionWorkload:
 
 
 @dataclass(frozen=True, eq=False)
-class ModelWorkload:
+class ModelWorkload(Workload):
     """What the workloads of a whole detector share.
 
     Attributes:
@@ -223,10 +234,6 @@ class ModelWorkload:
         return config.encoder_layers + 2 * config.decoder_layers
 
     @property
-    def relu_detector(self) -> Detector | None:
-        return None
-
-    @property
     def subtitle(self) -> str:
         names = [configuration.name for configuration in self.configurations]
         return self.title or (names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}")
@@ -235,7 +242,13 @@ class ModelWorkload:
     def gates(self) -> Gates:
         return stack(self.configurations, self.model.detector.head_layout)
 
-    def in_dtype(self, dtype: torch.dtype) -> Any:
+    @property
+    def checked(self) -> list[int]:
+        """The configurations whose detections are compared with the oracle's: all, or some that are evenly spaced."""
+        count = len(self.configurations)
+        return torch.linspace(0, count - 1, min(count, MOST_CHECKED)).round().int().tolist()
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
         return replace(self, model=self.model.in_dtype(dtype))
 
 
@@ -294,10 +307,16 @@ class DecoderWorkload(ModelWorkload):
 
     def outputs(self, result: Any) -> dict[str, Output]:
         if self.direction == "forward":
-            return detection_outputs(result.logits, result.boxes)
+            return detection_outputs(result.logits[self.checked], result.boxes[self.checked])
         return {"gradient of the memory": Output(result.flatten()[None], "gradients")}
 
-    def in_dtype(self, dtype: torch.dtype) -> DecoderWorkload:
+    def outputs_of(self, attention: Attention) -> dict[str, Output]:
+        if self.direction == "backward":
+            return super().outputs_of(attention)
+        some = replace(self, configurations=tuple(self.configurations[index] for index in self.checked))
+        return some.outputs(some.timed_call(attention)())
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
         tokens, positions = self.memory.tokens.to(dtype), self.memory.positions.to(dtype)
         memory = replace(self.memory, tokens=tokens, positions=positions)
         gradients = tuple(gradient.to(dtype) for gradient in self.output_gradients)
@@ -316,7 +335,12 @@ class SweepWorkload(ModelWorkload):
         detector = with_attention(self.model.detector, attention)
         return TimedCall(lambda: sweep(detector, self.model.image, self.configurations))
 
-    def outputs(self, result: SweepResult) -> dict[str, Output]:
+    def outputs(self, result: SweepResult | DetectorOutput) -> dict[str, Output]:
+        return detection_outputs(result.logits[self.checked], result.boxes[self.checked])
+
+    def outputs_of(self, attention: Attention) -> dict[str, Output]:
+        some = [self.configurations[index] for index in self.checked]
+        result = sweep(without_backbone(self.model, attention), self.model.image, some)
         return detection_outputs(result.logits, result.boxes)
 
 
@@ -354,13 +378,17 @@ class RelevanceWorkload(ModelWorkload):
 
     def explain_call(self, attention: Attention, **options: Any) -> TimedCall:
         """With options of `headoff.explain`."""
-        detector = with_attention(self.model.detector, attention)
+        return self._explain(with_attention(self.model.detector, attention), **options)
+
+    def outputs_of(self, attention: Attention) -> dict[str, Output]:
+        return self.outputs(self._explain(without_backbone(self.model, attention), backward="callable")())
+
+    def _explain(self, detector: Detector, **options: Any) -> TimedCall:
         image, configurations, queries = self.model.image, self.configurations, self.queries
         return TimedCall(lambda: explain(detector, image, configurations, queries, **options))
 
     def outputs(self, result: Explanation) -> dict[str, Output]:
-        maps = Output(result.maps.flatten(0, 2).flatten(1), "relevance")
-        return {**detection_outputs(result.logits, result.boxes), "maps": maps}
+        return relevance_outputs(result.logits, result.boxes, result.maps.flatten(0, 2).flatten(1))
 
 
 def detection_outputs(logits: Tensor, boxes: Tensor) -> dict[str, Output]:
@@ -369,3 +397,8 @@ def detection_outputs(logits: Tensor, boxes: Tensor) -> dict[str, Output]:
         "logits": Output(logits.flatten(1), "detections"),
         "boxes": Output(boxes.flatten(1), "detections"),
     }
+
+
+def relevance_outputs(logits: Tensor, boxes: Tensor, maps: Tensor) -> dict[str, Output]:
+    """As `detection_outputs`, with maps (n, N), one row for each configuration, object and layer."""
+    return {**detection_outputs(logits, boxes), "maps": Output(maps, "relevance")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 SIZE_NAMES = ("scenes", "r50", "dc5")
 SUITES = ("attention", "skipping", "decoder", "sweep", "relevance")
 
+STAGE_SECONDS = 1.0
+"""Stages that follow the line before faster than this are not announced."""
+
 EPILOG = """\
 suites:
   attention   each backend of torch's SDPA times the gate (the fastest is the reference), flex_attention, eager, and
@@ -28,16 +32,16 @@ suites:
   skipping    SDPA that leaves out the rows of heads that are off, relative to plain SDPA (CPU only)
   decoder     all configurations decoded together, by each attention, and one by one
   sweep       from the image to the outcomes, relative to one plain forward pass
-  relevance   from the image to the maps, relative to the notebooks' way; with the encoder's cams kept, and recomputed
-              tile by tile in little memory
+  relevance   from the image to the maps, and the notebooks' way; with the encoder's cams kept, and recomputed tile by
+              tile in little memory
 
   Every provider is checked against the float64 oracle before it is timed. Wrong and unsupported ones are listed.
-  Provider and reference take turns; the interval of a ratio has 99% confidence.
+  Providers take turns; the interval of a ratio has 99% confidence. Calls too slow for 8 rounds have no interval.
 examples:
   headoff bench                                            the bundled detector on a CPU, R50 on a GPU
   headoff bench --only sweep --size r50 --threads 2        9, 49 and 256 configurations of R50 at 800x1066
   headoff bench --only attention --dtype bfloat16
-  headoff bench --size r50 --size dc5 --out bench          bench.json, bench.csv, bench.md and plots
+  headoff bench --size r50 --size dc5 --out bench          bench.json, bench.csv and bench.md
 """
 
 
@@ -76,7 +80,7 @@ def add_parser(commands: Any) -> None:
         "--seconds",
         type=ratio,
         metavar="S",
-        help="about how long each comparison takes, at least 8 rounds (default 0.05 for scenes, else 1); longer makes "
+        help="about how long each provider of a case is timed (default 0.05 for scenes, else 1); longer makes "
         "intervals narrower",
     )
     parser.add_argument(
@@ -87,39 +91,28 @@ def add_parser(commands: Any) -> None:
         help="CPU threads (default 1: with several, times on a busy machine mean little)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="write bench.json, bench.csv, bench.md and plots there"
+        "--out", type=Path, metavar="FOLDER", help="write bench.json, bench.csv and bench.md there"
     )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown")
     parser.set_defaults(run=run)
 
 
 def run(settings: argparse.Namespace) -> int:
     """Run the command; returns the exit code. Raises HeadoffError with a sentence for the user."""
-    _check_places(settings)
+    if settings.out:
+        _check_folder(settings.out)
     from headoff.bench.runner import run as run_plan
-    from headoff.bench.tables import markdown_of, text_of
 
     plan = plan_of(settings)
     try:
-        report = run_plan(plan, shlex.join(["headoff", *sys.argv[1:]]), _progress)
+        report = run_plan(plan, shlex.join(["headoff", *sys.argv[1:]]), Progress())
     except KeyboardInterrupt:
         print("\nheadoff: interrupted; no results were written", file=sys.stderr)
         return 130
-    print(text_of(report))
-    files: dict[Path, bytes] = {}
-    if settings.markdown:
-        files[settings.markdown] = markdown_of(report).encode()
+    page = report.to_markdown()
+    print(page, end="")
     if settings.out:
-        from headoff.bench.plots import plots_of
-
-        contents = {
-            "bench.json": report.to_json().encode(),
-            "bench.csv": report.to_csv().encode(),
-            "bench.md": markdown_of(report).encode(),
-            **plots_of(report),
-        }
-        files |= {settings.out / name: content for name, content in contents.items()}
-    _write(files)
+        contents = {"bench.json": report.to_json(), "bench.csv": report.to_csv(), "bench.md": page}
+        _write({settings.out / name: content.encode() for name, content in contents.items()})
     return 0
 
 
@@ -141,23 +134,34 @@ def plan_of(settings: argparse.Namespace) -> Plan:
     )
 
 
-def _check_places(settings: argparse.Namespace) -> None:
-    """Raise SettingError before anything is measured if results cannot be written where they should go."""
-    if settings.out and settings.out.exists() and not settings.out.is_dir():
-        raise SettingError(f"--out {settings.out} is a file: name a folder")
-    if settings.markdown and settings.markdown.is_dir():
-        raise SettingError(f"--markdown {settings.markdown} is a folder: name a file")
-    for folder in filter(None, (settings.out, settings.markdown and settings.markdown.parent)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{folder} cannot be created ({error.strerror or error}): choose another folder"
-            ) from error
+def _check_folder(folder: Path) -> None:
+    """Raise an error before anything is measured if results cannot be written where they should go."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingError(f"--out {folder} is a file: name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be created ({error.strerror or error}): choose another folder"
+        ) from error
 
 
-def _progress(name: str) -> None:
-    print(f"bench: {name}", file=sys.stderr, flush=True)
+class Progress:
+    """Prints a line for each case, and for each stage of a case whose stages take seconds."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, case: str, stage: str) -> None:
+        now = time.monotonic()
+        if stage and now - self._last < STAGE_SECONDS:
+            return
+        self._last = now
+        print(
+            f"bench {now - self._started:5.0f} s: {stage and '  '}{stage or case}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _write(files: Mapping[Path, bytes]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,22 +10,19 @@ import pytest
 import torch
 
 from headoff.attention import resolve_attention
-from headoff.bench.models import BenchmarkModel, benchmark_model, loaded_model
+from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, loaded_model
 from headoff.bench.outputs import ExpectedOutputs
 from headoff.bench.workloads import Workload
 from headoff.errors import SettingError
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding, WrongAttention, fail_on
+from headoff.harness.plugin.benchmark_hooks import RECORDS
 from headoff.harness.plugin.patch import Patch
 from headoff.harness.settings import Settings
 from headoff.scenes.samples import sample_image
-from headoff.timing import SpeedComparison, TimedCall, Verdict, peak_bytes, torch_threads
+from headoff.timing import SpeedComparison, TimedCall, Turns, Verdict, peak_bytes, torch_threads
 from headoff.timing.clocks import Clock, clock_of, timer_of
-from headoff.timing.interleaving import InterleavedRounds
-from headoff.wording import format_bytes, format_seconds
-
-RECORDS = pytest.StashKey[list[dict[str, Any]]]()
-"""The records of all benchmarks of this run, in order."""
+from headoff.wording import format_bytes, format_seconds, markdown_table
 
 SECONDS = {"cpu": 0.1, "cuda": 1.0}
 """About the time of all rounds of one benchmark. On a CPU benchmarks are part of every run, so they are short."""
@@ -34,30 +30,26 @@ SECONDS = {"cpu": 0.1, "cuda": 1.0}
 SLOW_CALL = 0.03
 """Seconds of a call on a CPU above which its memory is not measured: the profiler would take longer than the rounds."""
 
-BENCH_SIZES = ("auto", "model", "r50", "dc5")
 
+def model_for(settings: Settings) -> BenchmarkModel:
+    """The detector that the benchmarks run on, of the settings' `bench_size`.
 
-def model_for(settings: Settings, size: str = "auto") -> BenchmarkModel:
-    """The detector that the benchmarks run on.
-
-    Args:
-        settings: model, image, device, dtype and seed of the run.
-        size: `model` is the settings' model on the first image, or on a bundled scene where there is none; `r50` and
-            `dc5` are a ResNet-50 DETR with random weights; `auto` is `r50` for the bundled model on a GPU, which it
-            is too small for, else `model`.
+    `model` is the settings' model on the first image, or on a bundled scene where there is none; `r50` and `dc5` are a
+    ResNet-50 DETR with random weights; `auto` is `r50` for the bundled model on a GPU, which it is too small for, else
+    `model`.
 
     Raises:
         SettingError: the size is not known.
     """
-    if size not in BENCH_SIZES:
-        raise SettingError(f"there is no benchmark of size {size!r}: use one of {', '.join(BENCH_SIZES)}")
-    device = torch.device(settings.device)
+    size, device = settings.bench_size, torch.device(settings.device)
     if size == "auto":
         size = "r50" if settings.model == "scenes" and device.type == "cuda" else "model"
     if size == "model":
         image = settings.images[0] if settings.images else sample_image(0)
         return loaded_model(settings.model, image, device, settings.torch_dtype)
-    return benchmark_model("r50" if size == "r50" else "dc5", device, settings.torch_dtype, settings.seed)
+    if size not in SIZES:
+        raise SettingError(f"there is no benchmark of size {size!r}: use auto, model, {' or '.join(SIZES)}")
+    return benchmark_model(size, device, settings.torch_dtype, settings.seed)
 
 
 class BenchmarkRunner:
@@ -97,70 +89,55 @@ class BenchmarkRunner:
             baseline, patch = workload.timed_call(self.baseline), workload.timed_call(self.patch.uncounted)
             self.patch.called()
             baseline()
-            comparison = None
+            comparison: SpeedComparison | None = None
+            record: dict[str, Any] = {}
             try:
                 if benchmark.disabled:
                     result = benchmark.pedantic(patch.run, setup=lambda: (patch.setup(), {}))
                 else:
-                    result, comparison = self._compare(benchmark, patch, baseline)
+                    result, comparison, record = self._timed(benchmark, patch, baseline)
             except Exception as error:
                 message = f"{workload.name}: {self.patch.label} raised {describe_exception(error)}"
                 raise WrongAttention([Finding("crash", message, workload.name)]) from error
             findings = expected.findings(result, self.patch.uncounted)
         if comparison is not None:
-            self._record(benchmark, workload, comparison, findings, group, heads_off)
-            findings += self._slow(workload, comparison)
+            record |= {"name": workload.name, "group": group, "heads_off": heads_off}
+            record["outputs"] = "wrong" if findings else "right"
+            # Updated in place: pytest-benchmark keeps the dictionary that was there when the timing began.
+            benchmark.extra_info.update(record)
+            self._config.stash.setdefault(RECORDS, []).append(record)
+            settings = self.patch.settings
+            if comparison.verdict(settings.max_slowdown) is Verdict.SLOWER:
+                sentence = comparison.sentence(self.patch.label, settings.baseline, settings.max_slowdown)
+                message, ratio = f"{workload.name}: {sentence}", comparison.ratio
+                findings.append(Finding("time", message, workload.name, ratio, settings.max_slowdown))
         fail_on(findings)
 
-    def _compare(self, benchmark: Any, patch: TimedCall, baseline: TimedCall) -> tuple[Any, SpeedComparison]:
-        pair = InterleavedRounds(patch, baseline, self.clock)
-        rounds = pair.warm_up(self.seconds)
+    def _timed(
+        self, benchmark: Any, patch: TimedCall, baseline: TimedCall
+    ) -> tuple[Any, SpeedComparison, dict[str, Any]]:
+        """The patch's result, the comparison, and its record."""
+        turns = Turns([baseline, patch], self.clock)
+        rounds = turns.warm_up(self.seconds)
         result = benchmark.pedantic(
-            patch.run, setup=lambda: (pair.before(), {}), teardown=lambda *_: pair.after(), rounds=rounds
+            patch.run, setup=lambda: (turns.before(), {}), teardown=lambda *_: turns.after(), rounds=rounds
         )
-        measured = self.patch.device.type == "cuda" or statistics.median(pair.baseline_rounds) < SLOW_CALL
-        patch_memory, baseline_memory = (
-            peak_bytes(call, self.patch.device) if measured else None for call in (patch, baseline)
+        comparison = SpeedComparison.of(benchmark.stats.stats.data, turns.rounds[0])
+        device, settings = self.patch.device, self.patch.settings
+        slow = device.type == "cpu" and comparison.baseline_seconds > SLOW_CALL
+        return (
+            result,
+            comparison,
+            {
+                "patch": self.patch.label,
+                "baseline": settings.baseline,
+                **comparison.as_dict(),
+                "patch_memory": None if slow else peak_bytes(patch, device),
+                "baseline_memory": None if slow else peak_bytes(baseline, device),
+                "max_slowdown": settings.max_slowdown,
+                "verdict": str(comparison.verdict(settings.max_slowdown)),
+            },
         )
-        comparison = SpeedComparison.of(
-            benchmark.stats.stats.data,
-            pair.baseline_rounds,
-            patch_memory=patch_memory,
-            baseline_memory=baseline_memory,
-        )
-        return result, comparison
-
-    def _record(
-        self,
-        benchmark: Any,
-        workload: Workload,
-        comparison: SpeedComparison,
-        findings: list[Finding],
-        group: str,
-        heads_off: int | None,
-    ) -> None:
-        settings = self.patch.settings
-        # Updated in place: pytest-benchmark keeps the dictionary that was there when the timing began.
-        benchmark.extra_info.update(
-            name=workload.name,
-            group=group,
-            heads_off=heads_off,
-            patch=self.patch.label,
-            baseline=settings.baseline,
-            **comparison.as_dict(),
-            max_slowdown=settings.max_slowdown,
-            verdict=str(comparison.verdict(settings.max_slowdown)),
-            outputs="wrong" if findings else "right",
-        )
-        self._config.stash.setdefault(RECORDS, []).append(dict(benchmark.extra_info))
-
-    def _slow(self, workload: Workload, comparison: SpeedComparison) -> list[Finding]:
-        settings = self.patch.settings
-        if comparison.verdict(settings.max_slowdown) is not Verdict.SLOWER:
-            return []
-        sentence = comparison.sentence(self.patch.label, settings.baseline, settings.max_slowdown)
-        message = f"{workload.name}: {sentence}"
-        return [Finding("time", message, workload.name, comparison.ratio, settings.max_slowdown)]
 
 
 HEAD = ("benchmark", "ratio", "interval", "verdict", "patch", "baseline", "memory", "baseline")
@@ -168,17 +145,8 @@ HEAD = ("benchmark", "ratio", "interval", "verdict", "patch", "baseline", "memor
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of text: a head, a rule, and one line for each record of a benchmark."""
-    rows = [HEAD, *(_cells(record) for record in records)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if head in ("benchmark", "verdict") else cell.rjust(width)
-            for cell, width, head in zip(row, widths, HEAD, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+    """Lines of text: a table with a line for each record of a benchmark."""
+    return markdown_table(HEAD, [_cells(record) for record in records])
 
 
 def _cells(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,17 +1,17 @@
-"""Timing two implementations against each other: clocks, interleaved rounds, intervals, memory, and the machine.
+"""Timing implementations against each other: clocks, rounds in turns, intervals, memory, and the machine.
 
-Nothing in here knows about attention, DETR or pytest. `compare` is the entry point:
+Nothing in here knows about attention, DETR or pytest.
 
-    >>> compare(patched, baseline, seconds=1.0).sentence("patched", "baseline")
-    'patched takes 0.91 times the time of baseline (0.90 to 0.93 at 99% confidence; ...): faster'
+    >>> patch_rounds, baseline_rounds = time_in_turns([patched, baseline], clock_of(device), seconds=1.0)
+    >>> SpeedComparison.of(patch_rounds, baseline_rounds).sentence("patched", "baseline")
+    'patched takes 0.912 times the time of baseline (0.901 to 0.930 at 99% confidence; ...): faster'
 """
 
-from headoff.timing.calls import THREADS, TimedCall, torch_threads
-from headoff.timing.clocks import Clock, clock_of
+from headoff.timing.clocks import THREADS, Clock, TimedCall, clock_of, torch_threads
 from headoff.timing.comparison import MAX_SLOWDOWN, SpeedComparison, Verdict
-from headoff.timing.interleaving import compare
 from headoff.timing.machine import describe_machine, processor
 from headoff.timing.memory import peak_bytes
+from headoff.timing.turns import Turns, time_in_turns
 
 __all__ = [
     "MAX_SLOWDOWN",
@@ -19,11 +19,12 @@ __all__ = [
     "Clock",
     "SpeedComparison",
     "TimedCall",
+    "Turns",
     "Verdict",
     "clock_of",
-    "compare",
     "describe_machine",
     "peak_bytes",
     "processor",
+    "time_in_turns",
     "torch_threads",
 ]

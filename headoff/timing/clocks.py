@@ -1,4 +1,4 @@
-"""Clocks of a CPU and a GPU, in a form that pytest-benchmark accepts as its timer.
+"""Calls to be timed, and the clocks of a CPU and a GPU, in a form that pytest-benchmark accepts as its timer.
 
 pytest-benchmark calls its timer before and after the timed call and computes `end - start`, nothing else. So a clock
 may return any object whose difference is in seconds.
@@ -12,14 +12,20 @@ may return any object whose difference is in seconds.
 from __future__ import annotations
 
 import io
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from headoff.errors import SettingError
+
+THREADS = 1
+"""CPU threads while timing. With several, a call takes as long as its slowest thread, and on a machine with other work
+that thread waits for whole time slices, which turns cannot take out of the ratio."""
 
 RESOLUTION = time.get_clock_info("perf_counter").resolution
 """Seconds: the least that a call can take, whatever the difference of the two clocks is."""
@@ -166,3 +172,61 @@ def timer_of(clock: Clock) -> Callable[[], Any]:
 
     timer.__name__ = clock.name
     return timer
+
+
+@dataclass(frozen=True)
+class TimedCall:
+    """A call `run(*setup())`, of which only `run` is timed.
+
+    Attributes:
+        run: the function to time.
+        setup: makes its arguments, before each call. The backward pass of a graph, for example, needs a new graph
+            each time.
+    """
+
+    run: Callable[..., Any]
+    setup: Callable[[], tuple[Any, ...]] = tuple
+
+    def __call__(self) -> Any:
+        """Set up and run once, not timed."""
+        return self.run(*self.setup())
+
+    def seconds(self, clock: Clock) -> float:
+        """Set up, run once, and return how long the run took."""
+        arguments = self.setup()
+        clock.prepare()
+        return self.seconds_with(arguments, clock)
+
+    def seconds_with(self, arguments: tuple[Any, ...], clock: Clock) -> float:
+        """Run once with arguments that `setup` made, and return how long the run took."""
+        run = self.run
+        with no_tracing():
+            start = clock.now()
+            run(*arguments)
+            end = clock.now()
+        return end - start
+
+
+@contextmanager
+def no_tracing() -> Iterator[None]:
+    """Suspend Python's tracing and profiling hooks: under coverage they would slow down what is timed."""
+    trace, profile = sys.gettrace(), sys.getprofile()
+    sys.settrace(None)
+    sys.setprofile(None)
+    try:
+        yield
+    finally:
+        if profile is None or callable(profile):  # cProfile's hook cannot be set from Python
+            sys.setprofile(profile)
+        sys.settrace(trace)
+
+
+@contextmanager
+def torch_threads(count: int = THREADS) -> Iterator[None]:
+    """Within this context torch computes with `count` CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,4 +1,13 @@
-"""The result of timing two implementations against each other, and the verdict."""
+"""The result of timing two implementations in turns: a ratio, an interval that holds under bursts of noise, a verdict.
+
+Times measured on one machine are not independent: another process, a clock change or a garbage collection slows many
+rounds in a row. An interval that counts every round as independent would be too narrow. So rounds are grouped into
+blocks of neighbours. The medians of the blocks are nearly independent once a block is longer than a burst; nothing
+else is assumed, neither a normal distribution nor a finite variance. The number of block medians below the true median
+is then binomial, and the interval reaches from the r-th smallest to the r-th largest, with r chosen so that the
+binomial distribution guarantees the confidence (David and Nagaraja, "Order Statistics", 3rd edition, section 7.1; the
+blocks are the "batch means" of simulation output analysis, with medians instead of means).
+"""
 
 from __future__ import annotations
 
@@ -7,11 +16,21 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from headoff.errors import SettingError
-from headoff.timing.intervals import CONFIDENCE, fewest_values, median_interval
 from headoff.wording import format_seconds
+
+CONFIDENCE = 0.99
+"""Of every interval. A run has some thirty intervals: at 0.95, one or two of them would be wrong by chance."""
+
+FEWEST_VALUES = 8
+"""Fewer give no interval of this confidence: all lie on one side of the median with a probability of 2 / 2**8."""
+
+MOST_BLOCKS = 16
+"""More blocks would be shorter than a burst of noise, and make the interval hardly narrower."""
 
 MAX_SLOWDOWN = 1.10
 """A patch may take this many times the baseline's time, by default."""
@@ -30,36 +49,53 @@ class Verdict(StrEnum):
     """The whole interval is above the largest slowdown allowed."""
 
 
+class Interval(NamedTuple):
+    """An estimate, and the interval around it: low <= estimate <= high."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """The median of `values`, given in the order of measurement, and an interval for the true median.
+
+    Raises:
+        SettingError: there are fewer than `FEWEST_VALUES` values.
+    """
+    if len(values) < FEWEST_VALUES:
+        raise SettingError(f"{len(values)} measurements give no interval: make at least {FEWEST_VALUES}")
+    blocks = np.array_split(np.asarray(values, np.float64), min(len(values), MOST_BLOCKS))
+    medians = sorted(float(np.median(block)) for block in blocks)
+    rank = 1
+    while _coverage(len(medians), rank + 1) >= CONFIDENCE:
+        rank += 1
+    return Interval(float(np.median(medians)), medians[rank - 1], medians[-rank])
+
+
+def _coverage(count: int, rank: int) -> float:
+    """Probability that the median lies between the `rank`-th smallest and the `rank`-th largest of `count` values."""
+    return 1 - 2 * sum(math.comb(count, below) for below in range(rank)) / 2**count
+
+
 @dataclass(frozen=True)
 class SpeedComparison:
     """Time of a patch relative to a baseline, from interleaved rounds in one process.
 
     Attributes:
         ratio: time of the patch divided by time of the baseline.
-        low, high: the interval of the ratio, of the given `confidence`.
+        low, high: the interval of the ratio, of `CONFIDENCE`.
         patch_rounds, baseline_rounds: seconds of each round. Rounds with the same index were neighbours in time.
-        patch_memory, baseline_memory: peak bytes that one call allocated; None where that was not measured.
     """
 
     ratio: float
     low: float
     high: float
-    confidence: float
     patch_rounds: tuple[float, ...]
     baseline_rounds: tuple[float, ...]
-    patch_memory: int | None = None
-    baseline_memory: int | None = None
 
     @classmethod
-    def of(
-        cls,
-        patch_rounds: Sequence[float],
-        baseline_rounds: Sequence[float],
-        *,
-        patch_memory: int | None = None,
-        baseline_memory: int | None = None,
-        confidence: float = CONFIDENCE,
-    ) -> SpeedComparison:
+    def of(cls, patch_rounds: Sequence[float], baseline_rounds: Sequence[float]) -> SpeedComparison:
         """From rounds of alternating order: patch second in rounds 0, 2, ..., first in rounds 1, 3, ...
 
         Two rounds (baseline, patch, patch, baseline) make one value, the geometric mean of their ratios: a drift of
@@ -80,19 +116,10 @@ class SpeedComparison:
         logs = [
             math.log(patch / baseline) for patch, baseline in zip(patch_rounds, baseline_rounds, strict=True)
         ]
-        if len(logs) >= 2 * fewest_values(confidence):
+        if len(logs) >= 2 * FEWEST_VALUES:
             logs = [(one + two) / 2 for one, two in zip(logs[::2], logs[1::2], strict=True)]
-        interval = median_interval(logs, confidence)
-        return cls(
-            math.exp(interval.estimate),
-            math.exp(interval.low),
-            math.exp(interval.high),
-            confidence,
-            tuple(patch_rounds),
-            tuple(baseline_rounds),
-            patch_memory,
-            baseline_memory,
-        )
+        ratio, low, high = map(math.exp, median_interval(logs))
+        return cls(ratio, low, high, tuple(patch_rounds), tuple(baseline_rounds))
 
     def verdict(self, max_slowdown: float = MAX_SLOWDOWN) -> Verdict:
         """Whether the patch is fast enough, given the largest ratio allowed.
@@ -131,7 +158,7 @@ class SpeedComparison:
         }[self.verdict(max_slowdown)]
         return (
             f"{patch} takes {self.ratio:.3f} times the time of {baseline} ({self.low:.3f} to {self.high:.3f} at "
-            f"{self.confidence:.0%} confidence; {format_seconds(self.patch_seconds)} and "
+            f"{CONFIDENCE:.0%} confidence; {format_seconds(self.patch_seconds)} and "
             f"{format_seconds(self.baseline_seconds)}, {len(self.patch_rounds)} rounds): {conclusion}"
         )
 
@@ -141,10 +168,8 @@ class SpeedComparison:
             "ratio": self.ratio,
             "low": self.low,
             "high": self.high,
-            "confidence": self.confidence,
+            "confidence": CONFIDENCE,
             "rounds": len(self.patch_rounds),
             "patch_seconds": self.patch_seconds,
             "baseline_seconds": self.baseline_seconds,
-            "patch_memory": self.patch_memory,
-            "baseline_memory": self.baseline_memory,
         }

@@ -1,4 +1,4 @@
-"""The machine that times were measured on, and whether times of two machines can be compared."""
+"""The machine that times were measured on."""
 
 from __future__ import annotations
 
@@ -105,22 +105,3 @@ def processor(described: Mapping[str, Any]) -> str:
     if described["device"] == "cuda":
         return str(described["gpu"]["name"])
     return f"{described['cpu']['model']}, threads: {described['cpu']['threads']}"
-
-
-def incomparable(now: Mapping[str, Any], then: Mapping[str, Any] | None) -> str | None:
-    """Why times of two machines cannot be compared, in one sentence; None where they can.
-
-    Args:
-        now, then: as `describe_machine` gives them; `then` is None for a saved run that does not say.
-    """
-    if then is None:
-        return (
-            f"the saved run does not say what it was timed on, this one runs on {processor(now)}: their times cannot "
-            "be compared; save a run of this version"
-        )
-    if processor(now) == processor(then):
-        return None
-    return (
-        f"the saved run was timed on {processor(then)}, this one runs on {processor(now)}: their times cannot be "
-        "compared, only the ratios of patch to baseline within each; save a run on this machine"
-    )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from headoff.timing.calls import TimedCall
+from headoff.timing.clocks import TimedCall
 
 CPU_DEVICE_TYPE = 0
 """`Device Type` of the CPU in the profiler's records."""

@@ -1,7 +1,7 @@
 """Hooks of pytest and pytest-benchmark, as functions for the plugin to export.
 
-They act in runs of the benchmark suite alone: the plugin is loaded wherever headoff is installed, and and
-other benchmarks must not find headoff in their results.
+They act in runs of the benchmark suite alone: the plugin is loaded wherever headoff is installed, and other benchmarks
+must not find headoff in their results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import pytest
 from headoff.errors import HeadoffError
 from headoff.harness.plugin.options import settings_from
 
-SUITE = "test_heads_off_benchmark"
+RECORDS = pytest.StashKey[list[dict[str, Any]]]()
+"""The records of all benchmarks of this run, in order."""
 
 PROBLEMS = pytest.StashKey[list[str]]()
 """Why saved runs cannot be compared with this one."""
@@ -24,12 +25,10 @@ PROBLEMS = pytest.StashKey[list[str]]()
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Add what was measured on what, and how many of each verdict there are."""
-    from headoff.harness.benchmark import RECORDS
-    from headoff.timing.calls import THREADS
-    from headoff.timing.machine import describe_machine
-
     records = config.stash.get(RECORDS, [])
     if records:
+        from headoff.timing import THREADS, describe_machine
+
         settings = settings_from(config)
         output_json["headoff"] = {
             "machine": describe_machine(settings.device, THREADS),
@@ -46,18 +45,23 @@ def pytest_benchmark_compare_machine_info(
     config: pytest.Config, benchmarksession: Any, compared_benchmark: Mapping[str, Any]
 ) -> None:
     """Say where a saved run (`--benchmark-compare`) was made on another GPU or CPU; do not judge by it."""
-    if not any(SUITE in bench["fullname"] for bench in compared_benchmark["benchmarks"]):
+    if (saved := compared_benchmark.get("headoff")) is None:
         return
-    from headoff.timing.calls import THREADS
-    from headoff.timing.machine import describe_machine, incomparable
+    from headoff.timing import THREADS, describe_machine, processor
 
     try:
-        now = describe_machine(settings_from(config).device, THREADS)
+        now, then = (
+            processor(describe_machine(settings_from(config).device, THREADS)),
+            processor(saved["machine"]),
+        )
     except HeadoffError as error:
         raise pytest.UsageError(f"headoff: {error}") from None
-    problem = incomparable(now, compared_benchmark.get("headoff", {}).get("machine"))
-    if problem is None:
+    if now == then:
         return
+    problem = (
+        f"the saved run was timed on {then}, this one runs on {now}: their times cannot be compared, only the ratios "
+        "of patch to baseline within each; save a run on this machine"
+    )
     if config.getoption("benchmark_compare_fail"):
         raise pytest.UsageError(f"--benchmark-compare-fail cannot be used here: {problem}")
     config.stash.setdefault(PROBLEMS, []).append(problem)
@@ -66,16 +70,12 @@ def pytest_benchmark_compare_machine_info(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of comparisons."""
-    from headoff.harness.benchmark import RECORDS
+    records = terminalreporter.config.stash.get(RECORDS, [])
+    if records:
+        from headoff.harness.benchmark import table
 
-    config = terminalreporter.config
-    records = config.stash.get(RECORDS, [])
-    if not records:
-        return
-    from headoff.harness.benchmark import table
-
-    terminalreporter.section(f"{records[0]['patch']} against {records[0]['baseline']}")
-    for line in table(records):
-        terminalreporter.write_line(line)
-    for problem in config.stash.get(PROBLEMS, []):
+        terminalreporter.section(f"{records[0]['patch']} against {records[0]['baseline']}")
+        for line in table(records):
+            terminalreporter.write_line(line)
+    for problem in terminalreporter.config.stash.get(PROBLEMS, []):
         terminalreporter.write_line(problem, red=True)

@@ -13,6 +13,7 @@ import pytest
 from headoff.errors import HeadoffError, OutputError
 from headoff.files import atomic_write
 from headoff.harness.finding import Finding, WrongAttention
+from headoff.harness.plugin.benchmark_hooks import RECORDS
 from headoff.harness.plugin.options import all_settings, value_of
 from headoff.harness.plugin.run import Run
 
@@ -110,10 +111,8 @@ class Reporter:
         import torch
 
         import headoff
-        from headoff.harness.benchmark import RECORDS
         from headoff.harness.plugin.diagnosis import diagnose_run
-        from headoff.timing.calls import THREADS
-        from headoff.timing.machine import describe_machine
+        from headoff.timing import THREADS, describe_machine
 
         settings = {one.dtype: one for one in all_settings(self.config)}
         first = next(iter(settings.values()))

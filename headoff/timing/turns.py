@@ -1,0 +1,109 @@
+"""Several calls timed in turns: first to last, last to first, and so on.
+
+A machine's speed changes from one second to the next, by more than most patches gain. Calls right after each other
+meet the same machine, so their ratio is reliable where their times are not. A later call may have an advantage (warm
+caches, raised clocks), so the order alternates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from headoff.timing.clocks import Clock, TimedCall
+from headoff.timing.comparison import FEWEST_VALUES
+
+FEWEST_ROUNDS = FEWEST_VALUES + FEWEST_VALUES % 2
+"""However long a call takes: fewer rounds give no interval."""
+
+MOST_ROUNDS = 400
+"""However short a call is: more rounds hardly make the interval narrower."""
+
+WARM_UP_ROUNDS = 2
+"""At least: the first call compiles or tunes, the second tells how long a call takes."""
+
+WARM_UP_SHARE = 0.25
+"""The share of the whole time that warm-up may take, beyond the first `WARM_UP_ROUNDS`."""
+
+
+class Turns:
+    """Rounds in which every call is timed once.
+
+    The last call of a round may be timed by others: it lies between `before` and `after`, which have the form of
+    pytest-benchmark's setup and teardown. So pytest-benchmark's own times of the patch pair with the baseline's.
+
+    Attributes:
+        rounds: for each call, its seconds by round.
+    """
+
+    def __init__(self, calls: Sequence[TimedCall], clock: Clock) -> None:
+        self.calls = calls
+        self.clock = clock
+        self.rounds: list[list[float]] = [[] for _ in calls]
+        self._round = 0
+
+    def before(self) -> tuple[Any, ...]:
+        """To be called before the last call of a round; returns the arguments for it."""
+        if self._round % 2 == 0:
+            self._time_others()
+        arguments = self.calls[-1].setup()
+        self.clock.prepare()
+        return arguments
+
+    def after(self) -> None:
+        """To be called after the last call of a round."""
+        if self._round % 2 == 1:
+            self._time_others()
+        self._round += 1
+
+    def warm_up(self, seconds: float, fewest: int = FEWEST_ROUNDS) -> int:
+        """Call all until they are warm; returns the number of rounds that take about `seconds`."""
+        started = time.perf_counter()
+        done, last = 0, 0.0
+        while done < WARM_UP_ROUNDS or time.perf_counter() - started < WARM_UP_SHARE * seconds:
+            began = time.perf_counter()
+            for call in self.calls:
+                call.seconds(self.clock)
+            self.clock.finish()
+            last = time.perf_counter() - began
+            done += 1
+        return rounds_for(seconds, last, fewest)
+
+    def _time_others(self) -> None:
+        others = [*zip(self.calls, self.rounds, strict=True)][:-1]
+        for call, rounds in others if self._round % 2 == 0 else reversed(others):
+            rounds.append(call.seconds(self.clock))
+
+
+def time_in_turns(
+    calls: Sequence[TimedCall],
+    clock: Clock,
+    seconds: float,
+    *,
+    rounds: int | None = None,
+    fewest: int = FEWEST_ROUNDS,
+) -> list[list[float]]:
+    """The seconds of each call by round, after warm-up.
+
+    Args:
+        calls: all on the device of `clock`.
+        clock: see `clock_of`.
+        seconds: about how long all rounds take together.
+        rounds: an even number of rounds to make instead.
+        fewest: the least number of rounds. Below `FEWEST_ROUNDS` there is no interval.
+    """
+    turns = Turns(calls, clock)
+    fitting = turns.warm_up(seconds, fewest)
+    for _ in range(fitting if rounds is None else rounds):
+        arguments = turns.before()
+        turns.rounds[-1].append(calls[-1].seconds_with(arguments, clock))
+        del arguments
+        turns.after()
+    return turns.rounds
+
+
+def rounds_for(seconds: float, seconds_per_round: float, fewest: int = FEWEST_ROUNDS) -> int:
+    """The number of rounds that take about `seconds`: even, at least `fewest`, at most `MOST_ROUNDS`."""
+    wanted = min(MOST_ROUNDS, int(seconds / max(seconds_per_round, 1e-9)))
+    return max(fewest, wanted - wanted % 2)
