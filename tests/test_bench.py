@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ from headoff.harness.model.relu_masks import ReluMasks
 from headoff.harness.tolerance import peak_error
 from headoff.images import Preprocessing
 from headoff.relevance import RelevanceEngine
-from headoff.timing import TimedCall, describe_machine, torch_threads
+from headoff.timing import TimedCall, describe_machine, torch_threads, turns
 
 CPU = torch.device("cpu")
 TINY = AttentionShape("cross, 9 x 2 queries, 5 keys", 1, 18, 5)
@@ -108,13 +109,12 @@ def test_every_subset_occurs_once():
     assert len(gate[0, :, :, 0].T.unique(dim=0)) == 256
 
 
-def test_every_size_has_shapes_and_every_shape_both_directions():
-    assert set(suites.SHAPES) == set(SIZES) == set(command.SIZE_NAMES)
-    for size in SIZES:
-        names = [case.name for case in suites.attention_suite(size, CPU, torch.float32)]
-        assert len(set(names)) == len(names) and sum(name.endswith("backward") for name in names) * 2 == len(
-            names
-        )
+def test_cases_have_names_of_their_own_and_both_directions(model):
+    assert SIZES == command.SIZE_NAMES
+    for suite in (suites.attention_suite, suites.skipping_suite):
+        names = [case.name for case in suite("r50", model)]
+        assert len(set(names)) == len(names)
+        assert sum(name.endswith("backward") for name in names) * 2 == len(names)
 
 
 @pytest.fixture(scope="module")
@@ -318,8 +318,10 @@ def clock():
 
 
 @pytest.fixture
-def bench(clock):
-    return Runner(CPU, torch.float32, clock, 0.001)
+def bench(clock, monkeypatch):
+    """How many rounds there are follows from the simulated time as well."""
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: clock.time))
+    return Runner(CPU, torch.float32, clock, 100.0)
 
 
 @pytest.fixture
@@ -353,7 +355,7 @@ def test_ratios_refer_to_the_fastest_reference(bench, provider):
         "compiling", raising(OutOfResources("shared memory, 300000")), lambda result: None
     )
     found = measured(
-        replace(bench, seconds=0.01),
+        bench,
         [
             provider("slow reference", 3.0),
             provider("fast reference", 2.0),
@@ -384,8 +386,7 @@ def test_a_single_provider_has_a_time_and_a_wrong_one_none(bench, provider):
     assert wrong.status == "wrong" and not wrong.was_timed
 
 
-def test_slow_calls_keep_to_the_time_and_have_no_interval(bench, clock, provider, monkeypatch):
-    monkeypatch.setattr("headoff.timing.turns.time.perf_counter", lambda: clock.time)
+def test_slow_calls_keep_to_the_time_and_have_no_interval(bench, provider):
     found = measured(replace(bench, seconds=20.0), [provider("slow", 30.0), provider("fast", 10.0)], {"fast"})
     assert found[0].ratio == pytest.approx(3) and found[0].low is None and found[0].cells[2] == "-"
     assert [one.rounds for one in found] == [running.FEWEST_OF_SLOW] * 2
@@ -426,13 +427,11 @@ def measure_all(bench, cases):
 
 def test_every_provider_of_every_suite_is_right_or_needs_a_gpu(bench, model, monkeypatch):
     without_timing(monkeypatch)
-    monkeypatch.setitem(suites.SHAPES, "scenes", ((TINY, 9), (PADDED, 9)))
     # So small a model recomputes cams in tiles so small that it takes seconds; see the tests below.
     monkeypatch.setattr(suites, "recomputing_budget", lambda model, kernels: 2**20)
-    of_model = [suite("scenes", model) for suite in suites.MODEL_SUITES.values()]
-    of_attention = [suite("scenes", CPU, torch.float32) for suite in suites.ATTENTION_SUITES.values()]
+    of_all = [suite("scenes", model) for suite in suites.SUITES.values()]
     # Two cases of each suite, forward and with gradients: the others differ in sizes and gates.
-    found = measure_all(bench, [case for suite in (*of_attention, *of_model) for case in [*suite][-2:]])
+    found = measure_all(bench, [case for suite in of_all for case in [*suite][-2:]])
     assert {one.suite for one in found} == set(command.SUITES)
     assert not [one for one in found if one.status == "wrong"]
     unsupported = {one.provider for one in found if one.status == "unsupported"}
@@ -544,10 +543,11 @@ def test_the_tables():
 
 
 @pytest.fixture
-def call(monkeypatch, tmp_path):
-    """The command, in a folder of its own, on one tiny shape."""
+def call(model, monkeypatch, tmp_path):
+    """The command, in a folder of its own, on a small model."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(suites.SHAPES, "scenes", ((TINY, 9),))
+    monkeypatch.setattr(running, "benchmark_model", lambda *_: model)
+    monkeypatch.setattr(suites, "shapes_of", lambda *_: [(TINY, 9)])
 
     def run(*arguments):
         parser = argparse.ArgumentParser()
@@ -609,7 +609,7 @@ def test_defaults(monkeypatch):
         "--dtype", "float16", "--dtype", "float16", "--only", "sweep", "--seconds", "2", "--threads", "2"
     )
     assert chosen == Plan(CPU, (torch.float16,), ("scenes",), ("sweep",), 2.0, 2)
-    assert set(command.SUITES) == {*suites.ATTENTION_SUITES, *suites.MODEL_SUITES}
+    assert set(command.SUITES) == set(suites.SUITES)
 
 
 def test_help_does_not_import_torch():

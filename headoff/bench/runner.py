@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from headoff.bench.models import benchmark_model
 from headoff.bench.report import Measurement, Report, Status
 from headoff.timing import (
     Clock,
@@ -196,18 +197,12 @@ def run(plan: Plan, command: str, progress: Callable[[str, str], None]) -> Repor
 
 
 def _cases(plan: Plan, dtype: torch.dtype) -> Iterator[Case]:
-    from headoff.bench.models import benchmark_model
-    from headoff.bench.suites import ATTENTION_SUITES, MODEL_SUITES
+    from headoff.bench.suites import SUITES
 
     for size in plan.sizes:
+        model = benchmark_model(size, plan.device, dtype)
         for name in plan.suites:
-            if name in ATTENTION_SUITES:
-                yield from ATTENTION_SUITES[name](size, plan.device, dtype)
-        names = [name for name in plan.suites if name in MODEL_SUITES]
-        if names:
-            model = benchmark_model(size, plan.device, dtype)
-            for name in names:
-                yield from MODEL_SUITES[name](size, model)
+            yield from SUITES[name](size, model)
 
 
 def _made_with(command: str) -> dict[str, str]:

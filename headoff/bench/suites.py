@@ -33,6 +33,7 @@ from headoff.bench.workloads import (
     RelevanceWorkload,
     SweepWorkload,
     relevance_outputs,
+    site_shape,
 )
 from headoff.detr.detector import DetectorOutput
 from headoff.detr.graphs import DecodeGraphs
@@ -40,6 +41,7 @@ from headoff.errors import AttentionError
 from headoff.gates import (
     Configuration,
     HeadLayout,
+    Site,
     all_subsets,
     cumulative,
     heads_off,
@@ -64,26 +66,24 @@ SKIPPING: dict[str, Attention] = {PLAIN: SdpaTimesGate(), ALWAYS_SKIPPING: skipp
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward + backward")
 
-SHAPES: dict[Size, tuple[tuple[AttentionShape, int], ...]] = {
-    "scenes": (
-        (AttentionShape("cross, 9 x 25 queries, 221 keys", 1, 225, 221), 9),
-        (AttentionShape("cross, 9 x 25 queries, 221 keys, padded", 1, 225, 221, padded=True), 9),
-    ),
-    "r50": (
-        (AttentionShape("cross R50, 9 x 100 queries, 850 keys", 1, 900, 850), 9),
-        (AttentionShape("cross R50, 9 x 100 queries, 850 keys, padded", 1, 900, 850, padded=True), 9),
-        (AttentionShape("cross R50, 256 x 100 queries, 850 keys", 1, 25600, 850), 256),
-        (AttentionShape("decoder self, 9 x (100 queries, 100 keys)", 9, 100, 100), 9),
-        (AttentionShape("encoder self R50, 850 queries, 850 keys", 1, 850, 850), 1),
-    ),
-    "dc5": (
-        (AttentionShape("cross DC5, 9 x 100 queries, 3,400 keys", 1, 900, 3400), 9),
-        (AttentionShape("cross DC5, 256 x 100 queries, 3,400 keys", 1, 25600, 3400), 256),
-        (AttentionShape("encoder self DC5, 3,400 queries, 3,400 keys", 1, 3400, 3400), 1),
-    ),
-}
-"""Attention calls, and how many configurations share one. They are laid end to end along the queries of a batch of 1
-(cross-attention), or are the batch items."""
+
+def shapes_of(size: Size, model: BenchmarkModel) -> list[tuple[AttentionShape, int]]:
+    """The attention calls of a model, and how many configurations share one."""
+    calls: list[tuple[Site, int, bool]] = [
+        ("decoder_cross", 9, False),
+        ("decoder_cross", 9, True),
+        ("decoder_self", 9, False),
+        ("encoder_self", 1, False),
+    ]
+    if size != "scenes":
+        calls.append(("decoder_cross", 256, False))
+    shapes = []
+    for site, count, padded in calls:
+        shape = site_shape(model, site, count, padded=padded)
+        sizes = f"{shape.batch} x {shape.queries:,} queries, {shape.keys:,} keys"
+        name = f"{model.name}, {site}, {sizes}{', padded' if padded else ''}"
+        shapes.append((replace(shape, name=name), count))
+    return shapes
 
 
 def spread(gates: Tensor, shape: AttentionShape) -> Tensor:
@@ -134,9 +134,10 @@ def providers_of(
     ]
 
 
-def attention_suite(size: Size, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+def attention_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
     """Attention calls by torch's kernels, eager and headoff's own; the fastest backend of SDPA is the reference."""
-    for shape, configurations in SHAPES[size]:
+    device, dtype = model.detector.device, model.detector.dtype
+    for shape, configurations in shapes_of(size, model):
         # A kernel treats padding and gates independently: one gate is enough for a padded shape, the most mixed.
         gates = [*gates_of(shape, configurations).items()][-1 if shape.padded else 0 :]
         for (name, gate), direction in product(gates, DIRECTIONS):
@@ -148,12 +149,12 @@ def attention_suite(size: Size, device: torch.device, dtype: torch.dtype) -> Ite
             yield Case("attention", f"{shape.name}, {name}, {direction}", providers, SDPA_ATTENTIONS)
 
 
-def skipping_suite(size: Size, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+def skipping_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
     """What leaving out the rows of heads that are off gains, always and where headoff expects a gain. CPU only."""
+    device, dtype = model.detector.device, model.detector.dtype
     if device.type != "cpu":
         return
-    cross = SHAPES[size][0][0]
-    queries = cross.queries // (HEADS + 1)
+    cross = site_shape(model, "decoder_cross", 1)
     gates = {
         "cumulative": configuration_gates(cumulative(HEADS)),
         "one head off at a time": torch.cat([torch.ones(1, HEADS), 1 - torch.eye(HEADS)]),
@@ -161,8 +162,8 @@ def skipping_suite(size: Size, device: torch.device, dtype: torch.dtype) -> Iter
         **{f"first {off} off": configuration_gates(first_off(off)) for off in range(1, HEADS)},
     }
     for (name, gate), direction in product(gates.items(), DIRECTIONS):
-        title = f"{len(gate)} x {queries} queries, {cross.keys} keys"
-        shape = replace(cross, name=title, queries=len(gate) * queries)
+        title = f"{model.name}, {len(gate)} x {cross.queries} queries, {cross.keys} keys"
+        shape = replace(cross, name=title, queries=len(gate) * cross.queries)
 
         def providers(shape=shape, direction=direction, gate=gate, name=name) -> list[Provider]:
             workload = AttentionWorkload.of(shape, direction, spread(gate, shape), name, device, dtype)
@@ -374,5 +375,10 @@ def recomputing_budget(model: BenchmarkModel, kernels: str) -> int:
     return next(2**power // 2 for power in range(1, 60) if keeps(2**power))
 
 
-ATTENTION_SUITES = {"attention": attention_suite, "skipping": skipping_suite}
-MODEL_SUITES = {"decoder": decoder_suite, "sweep": sweep_suite, "relevance": relevance_suite}
+SUITES = {
+    "attention": attention_suite,
+    "skipping": skipping_suite,
+    "decoder": decoder_suite,
+    "sweep": sweep_suite,
+    "relevance": relevance_suite,
+}

@@ -31,7 +31,7 @@ MOST_CHECKED = 9
 """Configurations: the oracle takes many times as long for 256 of them as the computation that is timed."""
 
 CONFIGURATIONS = 9
-"""Of the cumulative sweep: as many are decoded together, end to end in cross-attention, as batch items elsewhere."""
+"""Of the cumulative sweep. As many are decoded together, end to end in cross-attention, as batch items elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,17 @@ class AttentionShape:
     padded: bool = False
 
 
-def site_shape(model: BenchmarkModel, site: Site) -> AttentionShape:
-    """The attention call that a cumulative sweep makes at a site of the model."""
+def site_shape(
+    model: BenchmarkModel, site: Site, configurations: int = CONFIGURATIONS, *, padded: bool = False
+) -> AttentionShape:
+    """The attention call that a sweep of so many configurations makes at a site of the model."""
     config = model.detector.config
     batch, queries, keys = {
         "encoder_self": (1, model.tokens, model.tokens),
-        "decoder_self": (CONFIGURATIONS, config.queries, config.queries),
-        "decoder_cross": (1, CONFIGURATIONS * config.queries, model.tokens),
+        "decoder_self": (configurations, config.queries, config.queries),
+        "decoder_cross": (1, configurations * config.queries, model.tokens),
     }[site]
-    return AttentionShape(site, batch, queries, keys, config.heads, config.width // config.heads)
+    return AttentionShape(site, batch, queries, keys, config.heads, config.width // config.heads, padded)
 
 
 @dataclass(frozen=True, eq=False)
