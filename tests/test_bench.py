@@ -389,9 +389,11 @@ def test_a_single_provider_has_a_time_and_a_wrong_one_none(bench, provider):
 def test_slow_calls_keep_to_the_time_and_have_no_interval(bench, provider):
     found = measured(replace(bench, seconds=20.0), [provider("slow", 30.0), provider("fast", 10.0)], {"fast"})
     assert found[0].ratio == pytest.approx(3) and found[0].low is None and found[0].cells[2] == "-"
-    assert [one.rounds for one in found] == [running.FEWEST_OF_SLOW] * 2
+    assert [one.rounds for one in found] == [turns.FEWEST_OF_SLOW] * 2
     found = measured(replace(bench, seconds=20.0), [provider("slow", 3.0), provider("fast", 1.0)], {"fast"})
     assert [one.rounds for one in found] == [10] * 2 and found[0].low == pytest.approx(3)
+    found = measured(replace(bench, seconds=1.0), [provider("slow", 3.0), provider("fast", 1.0)], {"fast"})
+    assert [one.rounds for one in found] == [turns.FEWEST_ROUNDS] * 2, "they take less than a minute"
 
 
 @pytest.mark.parametrize("reference", ["whole", "notebook"])

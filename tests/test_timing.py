@@ -207,7 +207,8 @@ def test_setup_is_not_timed():
 
 def test_rounds_fit_the_time_and_give_an_interval():
     assert rounds_for(1.0, 10.0) == FEWEST_ROUNDS >= FEWEST_VALUES
-    assert rounds_for(1.0, 10.0, fewest=2) == 2
+    assert rounds_for(1.0, 10.0, patience=60.0) == 2
+    assert rounds_for(1.0, 7.0, patience=60.0) == FEWEST_ROUNDS
     assert rounds_for(1.0, 1e-6) == MOST_ROUNDS
     assert rounds_for(1.0, 0.0099) == 100
     assert all(rounds_for(1.0, seconds) % 2 == 0 for seconds in (0.3, 0.031, 0.0123))

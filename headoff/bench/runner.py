@@ -29,8 +29,8 @@ from headoff.timing import (
 from headoff.timing.turns import FEWEST_ROUNDS
 from headoff.wording import counted, format_seconds
 
-FEWEST_OF_SLOW = 2
-"""Rounds of calls that take so long that more would not fit into the time; their ratios have no interval."""
+PATIENCE = 60.0
+"""Seconds that the rounds of an interval may take, if they take longer than was asked for."""
 
 Progress = Callable[[str], None]
 
@@ -129,7 +129,7 @@ class Runner:
         budget = self.seconds * len(providers)
         progress(f"times {counted(len(providers), 'provider')} for about {format_seconds(budget)}")
         parts = [part for provider in providers for part in provider.parts]
-        found = time_in_turns([call for call, _ in parts], self.clock, budget, fewest=FEWEST_OF_SLOW)
+        found = time_in_turns([call for call, _ in parts], self.clock, budget, patience=PATIENCE)
         rounds = iter(found)
         return {
             provider.name: [

@@ -36,7 +36,8 @@ suites:
               tile in little memory
 
   Every provider is checked against the float64 oracle before it is timed. Wrong and unsupported ones are listed.
-  Providers take turns; the interval of a ratio has 99% confidence. Calls too slow for 8 rounds have no interval.
+  Providers take turns; the interval of a ratio has 99% confidence. It takes 8 rounds; where those take more than a
+  minute, fewer are made and there is no interval.
 examples:
   headoff bench                                            the bundled detector on a CPU, R50 on a GPU
   headoff bench --only sweep --size r50 --threads 2        9, 49 and 256 configurations of R50 at 800x1066

@@ -7,6 +7,7 @@ caches, raised clocks), so the order alternates.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,9 @@ from headoff.timing.comparison import FEWEST_VALUES
 
 FEWEST_ROUNDS = FEWEST_VALUES + FEWEST_VALUES % 2
 """However long a call takes: fewer rounds give no interval."""
+
+FEWEST_OF_SLOW = 2
+"""Rounds of calls for which there is no time for more; one in each order."""
 
 MOST_ROUNDS = 400
 """However short a call is: more rounds hardly make the interval narrower."""
@@ -57,8 +61,8 @@ class Turns:
             self._time_others()
         self._round += 1
 
-    def warm_up(self, seconds: float, fewest: int = FEWEST_ROUNDS) -> int:
-        """Call all until they are warm; returns the number of rounds that take about `seconds`."""
+    def warm_up(self, seconds: float, patience: float = math.inf) -> int:
+        """Call all until they are warm; returns the number of rounds to make, see `rounds_for`."""
         started = time.perf_counter()
         done, last = 0, 0.0
         while done < WARM_UP_ROUNDS or time.perf_counter() - started < WARM_UP_SHARE * seconds:
@@ -68,7 +72,7 @@ class Turns:
             self.clock.finish()
             last = time.perf_counter() - began
             done += 1
-        return rounds_for(seconds, last, fewest)
+        return rounds_for(seconds, last, patience)
 
     def _time_others(self) -> None:
         others = [*zip(self.calls, self.rounds, strict=True)][:-1]
@@ -82,7 +86,7 @@ def time_in_turns(
     seconds: float,
     *,
     rounds: int | None = None,
-    fewest: int = FEWEST_ROUNDS,
+    patience: float = math.inf,
 ) -> list[list[float]]:
     """The seconds of each call by round, after warm-up.
 
@@ -91,10 +95,10 @@ def time_in_turns(
         clock: see `clock_of`.
         seconds: about how long all rounds take together.
         rounds: an even number of rounds to make instead.
-        fewest: the least number of rounds. Below `FEWEST_ROUNDS` there is no interval.
+        patience: seconds that the rounds of an interval may take at most, where `seconds` are too few for them.
     """
     turns = Turns(calls, clock)
-    fitting = turns.warm_up(seconds, fewest)
+    fitting = turns.warm_up(seconds, patience)
     for _ in range(fitting if rounds is None else rounds):
         arguments = turns.before()
         turns.rounds[-1].append(calls[-1].seconds_with(arguments, clock))
@@ -103,7 +107,11 @@ def time_in_turns(
     return turns.rounds
 
 
-def rounds_for(seconds: float, seconds_per_round: float, fewest: int = FEWEST_ROUNDS) -> int:
-    """The number of rounds that take about `seconds`: even, at least `fewest`, at most `MOST_ROUNDS`."""
+def rounds_for(seconds: float, seconds_per_round: float, patience: float = math.inf) -> int:
+    """The number of rounds that take about `seconds`: even, at most `MOST_ROUNDS`.
+
+    At least `FEWEST_ROUNDS`; but `FEWEST_OF_SLOW` where those would take longer than `patience`.
+    """
+    fewest = FEWEST_ROUNDS if FEWEST_ROUNDS * seconds_per_round <= patience else FEWEST_OF_SLOW
     wanted = min(MOST_ROUNDS, int(seconds / max(seconds_per_round, 1e-9)))
     return max(fewest, wanted - wanted % 2)
