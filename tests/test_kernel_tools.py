@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -74,9 +75,8 @@ def a_task(tuning, clock, seconds):
     return tuning.Task(
         "a kernel",
         make,
+        functools.partial(tuning.mismatch, [torch.tensor([1.0]).double()], [torch.tensor([1.0])]),
         choice(4, 2),
-        [torch.tensor([1.0]).double()],
-        [torch.tensor([1.0])],
         [
             [{"warps": warps} for warps in (2, 4, 8, 16)],
             [{"stages": stages} for stages in (1, 2, 3)],

@@ -11,15 +11,12 @@ Both call attention and relevance at the shapes of DETR R50 at 800x1066, as the 
 `tune`: for a kernel of attention, first tiles and warps are tried, then stages of the best of them, then, for the
 gradients of key and value, in how many shares the rows are divided (`LEAST_SHARE`, `ENOUGH_PROGRAMS` of
 headoff/attention/fused.py). The kernels of relevance have one tiling for all (`tiling` of
-headoff/relevance/fused_vjp.py), so calls of each are timed with it, and so is `ENOUGH_PROGRAMS`, for which the rows of
-`left` are divided. Every choice is first checked: against eager attention in float64, or the cams and gradients of
-plain PyTorch in float64, in the dtype's own error. A choice that is wrong, or that this GPU has no registers or memory
-for, is listed and not timed. Those that are right take turns, and the median of their times counts. Before each call
-the L2 cache is flushed, and the device put to sleep for as long as the host needs to queue the call: these are times of
-kernels, not of Python. A gradient's time includes what comes with it in the same call (delta, for key and value; the
-sum of the shares), which is the same for all choices of that kernel, or belongs to the choice. The last line for each
-kernel says what to write where, where the best is faster than what is there by more than `--gain`. Exits with 1 where a
-choice is wrong.
+headoff/relevance/fused_vjp.py); for `left` its `ENOUGH_PROGRAMS` is tried as well. Every choice is first checked:
+attention as in `headoff bench`, relevance against plain PyTorch in float64. A choice that is wrong, or that the GPU has
+no registers or memory for, is listed and not timed. Those that are right take turns, and the median of their times
+counts. Before each call the L2 cache is flushed, and the device put to sleep for as long as the host needs to queue the
+call: these are times of kernels, not of Python. The last line for each kernel says what to write, where the best is
+faster than what is there by more than `--gain`. Exits with 1 where a choice is wrong.
 
 `resources`: what the package would launch is recorded, and each kernel compiled for sm_80 and sm_90. The table has the
 registers and spilled bytes of a thread (local memory, which these kernels have for nothing else) as they stand in the
@@ -39,6 +36,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -47,11 +45,14 @@ from unittest.mock import MagicMock, patch
 import torch
 from torch import Tensor
 
-from headoff.attention import eager, fused
+from headoff.attention import fused
 from headoff.attention.fused import triton_attention
+from headoff.bench.outputs import ExpectedOutputs
+from headoff.bench.suites import check_of, spread
+from headoff.bench.workloads import AttentionShape, AttentionWorkload, Direction
 from headoff.detr.transformer import AttentionAddress
 from headoff.errors import HeadoffError
-from headoff.gates import HeadLayout, cumulative, stack
+from headoff.harness.finding import Property
 from headoff.harness.tolerance import allowed_error
 from headoff.relevance import fused_vjp
 from headoff.relevance.attention_vjp import AttentionVjp
@@ -72,8 +73,12 @@ SLEEP = 4_000_000
 FLOOR = 16.0
 """Roundings of a result's largest number, allowed in addition to a factor of what plain PyTorch is off by."""
 
-GRADIENTS = {"forward": (), "query_gradient": (0,), "key_value_gradient": (1, 2)}
-"""Kernels of attention, and which of query, key and value they are called for the gradients of."""
+GRADIENTS: dict[str, tuple[Property, ...]] = {
+    "forward": (),
+    "query_gradient": ("dq",),
+    "key_value_gradient": ("dk", "dv"),
+}
+"""Kernels of attention, and the gradients that they are called for."""
 
 Step = list[dict[str, int]]
 """Fields of `Choice` to be tried."""
@@ -120,26 +125,22 @@ R50 = Sizes(8, 32, 100, 850, 45, {"cross, 9 runs": 9, "cross, 256 runs": 256, "e
 TINY = Sizes(2, 16, 3, 37, 2, {"cross, 3 runs": 3, "encoder": None})
 
 
-def attention_inputs(
-    runs: int | None, sizes: Sizes, device: torch.device, dtype: torch.dtype
-) -> tuple[list[Tensor], Tensor | None]:
-    """Query, key, value and the gradient of the context, laid out as projections leave them; and the gate."""
+def attention_workload(
+    call: str,
+    runs: int | None,
+    direction: Direction,
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> AttentionWorkload:
+    """One attention call with random inputs. Its gates are those of a cumulative sweep, over and over."""
     rows = sizes.keys if runs is None else runs * sizes.queries
-    generator = torch.Generator().manual_seed(rows)
-    tensors = [
-        torch.randn(1, length, sizes.heads, sizes.channels, generator=generator)
-        .to(device, dtype)
-        .transpose(1, 2)
-        for length in (rows, sizes.keys, sizes.keys, rows)
-    ]
-    if runs is None:
-        return tensors, None
-    sweep = cumulative(sizes.heads)
-    gates = stack(sweep, HeadLayout(1, 1, sizes.heads, sizes.queries)).decoder_cross
-    assert gates is not None
-    by_run = gates[torch.arange(runs) % len(sweep), 0]  # (runs, 1, H): the sweep over and over
-    by_row = by_run.expand(-1, sizes.queries, -1).flatten(0, 1).to(device, dtype)
-    return tensors, by_row.T[None, :, :, None]  # one a row, as in the decoder
+    shape = AttentionShape(call, 1, rows, sizes.keys, sizes.heads, sizes.channels)
+    gate = None
+    if runs is not None:
+        sweep = torch.arange(sizes.heads) >= torch.arange(sizes.heads + 1)[:, None]
+        gate = spread(sweep[torch.arange(runs) % len(sweep)].float(), shape)
+    return AttentionWorkload.of(shape, direction, gate, "cumulative", device, dtype)
 
 
 @dataclass(frozen=True)
@@ -193,29 +194,20 @@ def choosing(choice: Choice, kernel: str | None = None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Task:
-    """Calls of one kernel: `make(choice)` gives the call to be timed, `present` is what the package chooses.
+    """Calls of one kernel.
 
     Attributes:
-        truth, plain: its results in float64, and by plain PyTorch in the dtype.
+        make: the call to be timed, with a choice.
+        wrong: what is wrong with its result, in a few words.
+        present: what the package chooses.
         steps: what is tried, one after the other, with the best of the steps before.
     """
 
     name: str
     make: Callable[[Choice], TimedCall]
+    wrong: Callable[[Any], str | None]
     present: Choice
-    truth: list[Tensor]
-    plain: list[Tensor]
     steps: list[Step]
-
-    def wrong(self, found: list[Tensor]) -> str | None:
-        """What is wrong with results, in a few words."""
-        for number, (one, truth, plain) in enumerate(zip(found, self.truth, self.plain, strict=True)):
-            floor = FLOOR * torch.finfo(one.dtype).eps * float(truth.abs().max())
-            allowed = allowed_error(float((plain - truth).abs().max()), floor)
-            error = float((one - truth).abs().max())
-            if not error <= allowed:
-                return f"result {number} is off by {error:.1e}, allowed are {allowed:.1e}"
-        return None
 
 
 class KernelClock(CudaClock):
@@ -233,44 +225,27 @@ Wanted = Callable[[str], bool]
 
 def attention_tasks(sizes: Sizes, device: torch.device, dtype: torch.dtype, only: Wanted) -> Iterator[Task]:
     """Forward and gradients, at each of the shapes, of those that are wanted."""
-    for (call, runs), kernel in product(sizes.runs.items(), GRADIENTS):
+    for (call, runs), (kernel, gradients) in product(sizes.runs.items(), GRADIENTS.items()):
         name = f"attention.{kernel}, {call}, {str(dtype).removeprefix('torch.')}"
         if only(name):
-            yield attention_task(kernel, name, *attention_inputs(runs, sizes, device, dtype))
+            direction: Direction = "backward" if gradients else "forward"
+            workload = attention_workload(call, runs, direction, sizes, device, dtype)
+            yield attention_task(kernel, name, replace(workload, gradients=gradients))
 
 
-def attention_task(kernel: str, name: str, tensors: list[Tensor], gate: Tensor | None) -> Task:
-    """Of one kernel for query, key, value and the gradient of the context."""
-    *inputs, grad_context = tensors
-    wanted, dtype = GRADIENTS[kernel], grad_context.dtype
-
-    def leaves(dtype: torch.dtype) -> list[Tensor]:
-        return [one.detach().to(dtype).requires_grad_(index in wanted) for index, one in enumerate(inputs)]
-
-    def gradients(context: Tensor, of: list[Tensor]) -> list[Tensor]:
-        return list(torch.autograd.grad(context, [of[index] for index in wanted], grad_context.to(context)))
-
-    def by_eager(dtype: torch.dtype) -> list[Tensor]:
-        of = leaves(dtype)
-        context = eager(*of, head_gate=gate)
-        return gradients(context, of) if wanted else [context]
+def attention_task(kernel: str, name: str, workload: AttentionWorkload) -> Task:
+    """Of one kernel of attention."""
+    expected, call = ExpectedOutputs(workload), workload.timed_call(triton_attention)
 
     def make(choice: Choice) -> TimedCall:
-        of = leaves(dtype)
-
-        def forward() -> list[Tensor]:
+        def run(*arguments: Any) -> Any:
             with choosing(choice, kernel):
-                return [triton_attention(*of, head_gate=gate)]
+                return call.run(*arguments)
 
-        def backward(context: Tensor) -> list[Tensor]:
-            with choosing(choice, kernel):
-                return gradients(context, of)
+        return TimedCall(run, call.setup)
 
-        setup = lambda: (triton_attention(*of, head_gate=gate),)  # noqa: E731
-        return TimedCall(backward, setup) if wanted else TimedCall(forward)
-
-    present = Choice(*getattr(fused.tilings(*inputs[:2]), kernel))
-    tiles = TILES["float32" if dtype == torch.float32 else "16 bits"]
+    present = Choice(*getattr(fused.tilings(workload.query, workload.key), kernel))
+    tiles = TILES["float32" if workload.dtype == torch.float32 else "16 bits"]
     steps: list[Step] = [
         [{"rows": rows, "keys": keys, "warps": warps} for (rows, keys), warps in product(tiles, (4, 8))],
         STAGES,
@@ -278,7 +253,7 @@ def attention_task(kernel: str, name: str, tensors: list[Tensor], gate: Tensor |
     if kernel == "key_value_gradient":
         present = replace(present, least_share=fused.LEAST_SHARE, enough_programs=fused.ENOUGH_PROGRAMS)
         steps.append(SHARES)
-    return Task(name, make, present, by_eager(torch.float64), by_eager(dtype), steps)
+    return Task(name, make, check_of(expected, triton_attention), present, steps)
 
 
 def relevance_tasks(sizes: Sizes, device: torch.device, only: Wanted) -> Iterator[Task]:
@@ -331,7 +306,19 @@ def relevance_tasks(sizes: Sizes, device: torch.device, only: Wanted) -> Iterato
         if kind == "left":
             present = replace(present, enough_programs=fused_vjp.ENOUGH_PROGRAMS)
             steps.append(RELEVANCE_PROGRAMS)
-        yield Task(name, make, present, plain(results, torch.float64), plain(results, torch.float32), steps)
+        wrong = partial(mismatch, plain(results, torch.float64), plain(results, torch.float32))
+        yield Task(name, make, wrong, present, steps)
+
+
+def mismatch(exact: list[Tensor], plain: list[Tensor], found: list[Tensor]) -> str | None:
+    """What is wrong with results, compared with those in float64 and with the error of plain PyTorch in float32."""
+    for number, (one, truth, other) in enumerate(zip(found, exact, plain, strict=True)):
+        floor = FLOOR * torch.finfo(one.dtype).eps * float(truth.abs().max())
+        allowed = allowed_error(float((other - truth).abs().max()), floor)
+        error = float((one - truth).abs().max())
+        if not error <= allowed:
+            return f"result {number} is off by {error:.1e}, allowed are {allowed:.1e}"
+    return None
 
 
 @dataclass
@@ -467,12 +454,11 @@ def launches_of(kernels: MagicMock, family: str, call: str, dtype: torch.dtype) 
 def attention_launches(sizes: Sizes) -> Iterator[Launch]:
     """Of a forward and a backward pass of every call."""
     for (call, runs), dtype in product(sizes.runs.items(), (torch.bfloat16, torch.float32)):
-        (*inputs, grad_context), gate = attention_inputs(runs, sizes, torch.device("cpu"), dtype)
+        device = torch.device("cpu")
+        workload = attention_workload(call, runs, "forward + backward", sizes, device, dtype)
         # The interpreter asks for no GPU.
         with patch.object(fused, "_kernels", return_value=(kernels := MagicMock(INTERPRETED=True))):
-            of = [one.requires_grad_() for one in inputs]
-            context = triton_attention(*of, head_gate=gate)
-            torch.autograd.grad(context, of, grad_context)
+            workload.timed_call(triton_attention)()
         yield from launches_of(kernels, "attention", call, dtype)
 
 

@@ -91,7 +91,7 @@ def spread(gates: Tensor, shape: AttentionShape) -> Tensor:
     if shape.batch > 1:
         return gates[:, :, None, None].expand(shape.batch, -1, shape.queries, -1).contiguous()
     per_query = gates.repeat_interleave(shape.queries // len(gates), dim=0)
-    return per_query.T[None, :, :, None].contiguous()
+    return per_query.T[None, :, :, None]  # a row of heads for each query, as in the decoder
 
 
 def configuration_gates(configurations: tuple[Configuration, ...]) -> Tensor:

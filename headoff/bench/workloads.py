@@ -119,7 +119,7 @@ def site_shape(
 class AttentionWorkload(Workload):
     """One attention call with random inputs.
 
-    For `backward` the graph is made in the setup, and only the gradients of query, key and value are timed.
+    For `backward` the graph is made in the setup, and only the `gradients` of query, key and value are timed.
     `grad_context` is the gradient of the context; all tensors are as in the attention contract.
     """
 
@@ -131,6 +131,7 @@ class AttentionWorkload(Workload):
     grad_context: Tensor
     attn_mask: Tensor | None
     head_gate: Tensor | None
+    gradients: tuple[Property, ...] = ("dq", "dk", "dv")
 
     @classmethod
     def of(
@@ -171,11 +172,16 @@ class AttentionWorkload(Workload):
     def dtype(self) -> torch.dtype:
         return self.query.dtype
 
+    @property
+    def _inputs(self) -> dict[Property, Tensor]:
+        return {"dq": self.query, "dk": self.key, "dv": self.value}
+
     def timed_call(self, attention: Attention) -> TimedCall:
-        wanted = self.direction != "forward"
-        query, key, value = inputs = [
-            tensor.detach().requires_grad_(wanted) for tensor in (self.query, self.key, self.value)
+        wanted = () if self.direction == "forward" else self.gradients
+        query, key, value = leaves = [
+            tensor.detach().requires_grad_(name in wanted) for name, tensor in self._inputs.items()
         ]
+        inputs = [tensor for tensor in leaves if tensor.requires_grad]
 
         def forward() -> Tensor:
             return attention(query, key, value, self.attn_mask, head_gate=self.head_gate)
@@ -196,7 +202,7 @@ class AttentionWorkload(Workload):
         return TimedCall(both) if self.direction != "backward" else TimedCall(backward, lambda: (forward(),))
 
     def outputs(self, result: tuple[Tensor | None, ...]) -> dict[str, Output]:
-        of: dict[Property, Tensor] = {"dq": self.query, "dk": self.key, "dv": self.value}
+        of = {name: self._inputs[name] for name in self.gradients}
         if self.direction != "backward":
             of = {"context": self.query, **of}
         found = {}
