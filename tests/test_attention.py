@@ -354,7 +354,7 @@ CUMULATIVE = torch.ones(9, 8).triu()
 
 def test_cumulative_sweep_skips_two_fifths():
     query = torch.empty(1, 8, 900, 32)
-    groups = skipping.plan(sweep_gate(CUMULATIVE, 100), query, keys=850)
+    groups = skipping.plan_groups(sweep_gate(CUMULATIVE, 100), query, keys=850)
     attended = sum(group.rows.numel() for group in groups)
     assert attended == 100 * (4 * 8 + 2 * 4 + 1 * 2 + 1 * 1)
     assert len(groups) == 4
@@ -363,10 +363,10 @@ def test_cumulative_sweep_skips_two_fifths():
 def test_heads_that_are_off_everywhere_are_never_attended():
     head_gate = torch.zeros(2, 8, 1, 1)
     head_gate[0, 3] = head_gate[1, 5] = 1
-    (group,) = skipping.plan(head_gate, torch.empty(2, 8, 100, 32), keys=850)
+    (group,) = skipping.plan_groups(head_gate, torch.empty(2, 8, 100, 32), keys=850)
     assert sorted(group.streams.tolist()) == [3, 8 + 5]
-    assert skipping.plan(torch.zeros(1, 8, 1, 1), torch.empty(2, 8, 100, 32), keys=850) == []
-    assert skipping.plan(torch.zeros(1, 1, 1, 1), torch.empty(1, 1, 1, 4), keys=1) == []
+    assert skipping.plan_groups(torch.zeros(1, 8, 1, 1), torch.empty(2, 8, 100, 32), keys=850) == []
+    assert skipping.plan_groups(torch.zeros(1, 1, 1, 1), torch.empty(1, 1, 1, 4), keys=1) == []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -376,7 +376,7 @@ def test_groups_cover_what_is_on(seed):
     share = torch.rand(shape[0], shape[1], 1, generator=generator)
     on = torch.rand(shape, generator=generator) < share
     covered = torch.zeros_like(on).flatten(0, 1)
-    for group in skipping.groups_of(on[..., None].float(), torch.empty(*shape, 4)):
+    for group in skipping.group_streams(on[..., None].float(), torch.empty(*shape, 4)):
         assert not covered[group.streams].any()
         assert all(len(set(rows)) == len(rows) for rows in group.rows.tolist())
         covered[group.streams[:, None], group.rows] = True
@@ -394,14 +394,17 @@ def test_groups_cover_what_is_on(seed):
     ],
 )
 def test_plain_call_otherwise(head_gate):
-    assert skipping.plan(head_gate, torch.empty(1, 8, 900, 32), keys=850) is None
+    assert skipping.plan_groups(head_gate, torch.empty(1, 8, 900, 32), keys=850) is None
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(20, 64), (25, 221)])
 def test_plain_call_for_few_keys(queries, keys, monkeypatch):
     """And without looking for groups: that takes as long as such a call."""
-    monkeypatch.setattr(skipping, "groups_of", None)
-    assert skipping.plan(sweep_gate(CUMULATIVE, queries), torch.empty(1, 8, 9 * queries, 32), keys) is None
+    monkeypatch.setattr(skipping, "group_streams", None)
+    assert (
+        skipping.plan_groups(sweep_gate(CUMULATIVE, queries), torch.empty(1, 8, 9 * queries, 32), keys)
+        is None
+    )
 
 
 @pytest.mark.parametrize("keys", [64, 221, 850])
@@ -410,9 +413,9 @@ def test_what_is_not_looked_at_is_not_worth_it(keys):
     for off in range(1, 8):
         gate = sweep_gate(CUMULATIVE[off : off + 1], 100)
         query = torch.empty(1, 8, 100, 32)
-        ratio = skipping.expected_ratio(skipping.groups_of(gate, query), query, keys)
-        assert (skipping.plan(gate, query, keys) is not None) <= (ratio < 1)
-        assert (ratio < skipping.WORTHWHILE) <= (skipping.plan(gate, query, keys) is not None)
+        ratio = skipping.expected_ratio(skipping.group_streams(gate, query), query, keys)
+        assert (skipping.plan_groups(gate, query, keys) is not None) <= (ratio < 1)
+        assert (ratio < skipping.WORTHWHILE) <= (skipping.plan_groups(gate, query, keys) is not None)
 
 
 def test_whole_sweep_in_one_call():
@@ -420,7 +423,7 @@ def test_whole_sweep_in_one_call():
     query, key, value = inputs((1, 8, 9 * 30, 850, 32), torch.float32)
     tensors = [tensor.requires_grad_() for tensor in (query, key, value)]
     head_gate = sweep_gate(CUMULATIVE, 30)
-    assert skipping.plan(head_gate, query, 850)
+    assert skipping.plan_groups(head_gate, query, 850)
     upstream = torch.randn_like(query)
     context = sdpa(*tensors, head_gate=head_gate)
     plain = scaled_dot_product_attention(*tensors) * head_gate

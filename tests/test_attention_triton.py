@@ -25,7 +25,7 @@ import triton_interpreter  # noqa: E402
 import headoff  # noqa: E402
 from headoff.attention import conform, eager, fused  # noqa: E402
 from headoff.attention.fused import Tiling, Tilings, triton_attention  # noqa: E402
-from headoff.errors import AttentionError  # noqa: E402
+from headoff.errors import AttentionError, root_cause_line  # noqa: E402
 from headoff.gates import cumulative, stack  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -631,7 +631,7 @@ def test_launches_that_fail_are_said_in_a_sentence(monkeypatch):
         "the triton attention cannot run its forward_kernel on cpu (OutOfResources: out of resource: shared memory, "
         "Required: 300000): use the attention 'sdpa'."
     )
-    long = fused.said_by(ValueError("where it is\n" + 40 * "    source\n" + "what it is"))
+    long = root_cause_line(ValueError("where it is\n" + 40 * "    source\n" + "what it is"))
     assert long.startswith("ValueError: where it is source") and long.endswith("source what it is")
     assert len(long) < 220 and "\n" not in long
 
@@ -640,7 +640,7 @@ def test_launches_that_fail_are_said_in_a_sentence(monkeypatch):
 def test_gpus_that_are_too_old(monkeypatch, capability, old):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    reason = fused.too_old.__wrapped__(torch.device("cuda", 0))
+    reason = fused.unsupported_gpu.__wrapped__(torch.device("cuda", 0))
     assert (reason is not None) == old
     if old:
         assert reason == "the kernels need a GPU of compute capability 8.0, and this one's is 7.5"

@@ -175,7 +175,7 @@ def test_context_gradients_of_the_encoder_are_autograds(pre_norm):
     cotangents = torch.randn(2, *memory.shape[1:], dtype=torch.float64)
     cotangents[:, ~features.attn_mask.flatten()] = 0
     with torch.no_grad():
-        trace = EncoderTrace.of(detector, features, gate, lambda record: AttentionVjp(record, "gradient"))
+        trace = EncoderTrace.run(detector, features, gate, lambda record: AttentionVjp(record, "gradient"))
         found = trace.backward(cotangents, keep_cams=False)
     for pair, cotangent in enumerate(cotangents):
         expected = torch.autograd.grad(memory, contexts, cotangent[None], retain_graph=True)

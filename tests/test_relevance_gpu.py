@@ -169,7 +169,7 @@ def test_nothing_is_read_between_gradient_and_map():
             engine = RelevanceEngine(detector, features, method=method, kernels="torch")
             engine.memory.keep_cams = engine.memory.keep_weights = keep
             encoder = engine.encode()
-            decoder = DecoderTrace.of(detector, encoder.memory, gates, engine._make_vjp)
+            decoder = DecoderTrace.run(detector, encoder.memory, gates, engine._make_vjp)
             with fake.FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 on_gpu = elsewhere((encoder, decoder, features), mode, torch.device("cuda", 0))
                 engine.features = on_gpu[2]
@@ -265,7 +265,7 @@ def test_launches_that_fail_are_said_in_a_sentence(monkeypatch):
 
 
 def test_a_gpu_that_is_too_old_is_not_for_the_kernels(monkeypatch):
-    monkeypatch.setattr(fused_vjp, "too_old", lambda device: "too old")
+    monkeypatch.setattr(fused_vjp, "unsupported_gpu", lambda device: "too old")
     if importlib.util.find_spec("triton") is not None:
         reason = fused_vjp.unsupported(torch.device("cuda", 0), torch.float32, "gradient", 32)
         assert reason == "the relevance kernels are not for cuda:0 (too old)"
@@ -344,7 +344,7 @@ def test_kernels_compile_ahead_of_time(arch, tmp_path, monkeypatch):
     types |= dict.fromkeys(("layers", "share", "heads", "queries", "length"), "i32")
     for name in ("cam_kernel", "key_value_gradient_kernel", "right_kernel", "left_kernel"):
         kernel = getattr(fused_kernels, name)
-        left_out = ("mask", "least", "cam") if arch == 80 else ()
+        left_out = ("mask", "threshold", "cam") if arch == 80 else ()
         known = {**constants, "KEYS_BY_RUN": arch == 80, **dict.fromkeys(left_out)}
         known = {name: value for name, value in known.items() if name in kernel.arg_names}
         signature = {
@@ -515,7 +515,7 @@ def waits(device: str = "cpu") -> None:
             engine = RelevanceEngine(detector, features, method=method, kernels=kernels)
             engine.memory.keep_cams = keep
             encoder = engine.encode()
-            decoder = DecoderTrace.of(detector, encoder.memory, gates, engine._make_vjp)
+            decoder = DecoderTrace.run(detector, encoder.memory, gates, engine._make_vjp)
             pairs = [_Pair(run, 0, class_logit(query, 1)) for run, query in ((0, 1), (1, 2))]
             runs, queries, layers = (torch.tensor(each, device=device) for each in ([0, 1], [1, 2], [0, 1]))
             maps = []

@@ -82,8 +82,8 @@ def test_centred_gives_nothing_to_attention_that_cannot_matter(dtype):
             return AttentionVjp(record, rule)
 
         with torch.no_grad():
-            memory = EncoderTrace.of(detector, features, None, make).memory
-            decoder = DecoderTrace.of(detector, memory, gates, make)
+            memory = EncoderTrace.run(detector, features, None, make).memory
+            decoder = DecoderTrace.run(detector, memory, gates, make)
             gradient = torch.randn(2, QUERIES, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
             flow = decoder.backward(gradient, torch.tensor([0, 1]), memory=False)
         return flow.self_cams

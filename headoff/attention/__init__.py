@@ -1,4 +1,4 @@
-"""Attention callables: their contract, the oracle, the fast path, and finding them by name."""
+"""Attention callables: their contract, the oracle, SDPA, Triton, and the registry of names."""
 
 from headoff.attention.contract import AdaptedAttention, Attention, conform, gate_context
 from headoff.attention.eager import eager

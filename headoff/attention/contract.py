@@ -1,4 +1,4 @@
-"""What an attention callable is, and how one that keeps only part of the contract is made to keep all of it.
+"""The contract of an attention callable, and adapting callables that meet only a part of it.
 
 The contract, in one line::
 
@@ -7,28 +7,27 @@ The contract, in one line::
 ============  ==========================  ==================================================================
 argument      shape                       meaning
 ============  ==========================  ==================================================================
-query         (B, H, Q, D)                any float dtype, any strides (a batch expanded with stride 0, too)
-key, value    (B, H, S, D)                of the dtype and on the device of `query`
+query         (B, H, Q, D)                any float dtype, any strides, also 0 (an expanded batch)
+key, value    (B, H, S, D)                in the dtype and on the device of `query`
 attn_mask     broadcasts to (B, H, Q, S)  as in `torch.nn.functional.scaled_dot_product_attention`: bool
-                                          (True = attend), or of the dtype of `query` and added to the scores;
+                                          (True = attend), or in the dtype of `query` and added to the scores;
                                           2 to 4 dimensions
 head_gate     broadcasts to (B, H, Q, 1)  multiplies the weights after softmax: 1 = on, 0 = off, fractions
-                                          are legal; of 4 dimensions, of the dtype and on the device of
+                                          are legal; of 4 dimensions, in the dtype and on the device of
                                           `query`
 context       (B, H, Q, D)                (softmax(query key^T / sqrt(D) + attn_mask) * head_gate) @ value,
-                                          of the dtype of `query`
+                                          in the dtype of `query`
 ============  ==========================  ==================================================================
 
-The caller converts `head_gate` to that form, so that `weights * head_gate` is all that a callable has to do with
-it: the model does, and so does everything in this package that calls an attention.
+Every caller converts `head_gate` to that dtype and shape, so `weights * head_gate` is all that a callable has to do.
 
 Inputs are never modified. A row whose keys are all masked (False, or -inf) has a zero context row and zero
-gradients, never NaN. Nothing else is asked for, no attention weights in particular: relevance needs query,
-key, value, gate and the gradient of the context, and those are at hand with every fused kernel.
+gradients, never NaN. A callable need not return attention weights: relevance is computed from query, key,
+value, gate and the gradient of the context, which are available with every fused kernel.
 
-A gate is one number for each batch item, head and query, and does not depend on the key. So it may as well be
-applied to the context: `(weights * gate) @ value == (weights @ value) * gate`. That is how a kernel that
-knows nothing of gates is gated from outside; `conform` sees to it.
+A gate is one number for each batch item, head and query, and does not depend on the key. So it can also be applied
+to the context: `(weights * gate) @ value == (weights @ value) * gate`. `conform` does that for a callable without a
+`head_gate` parameter.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ from headoff.errors import AttentionError
 SIGNATURE = "(query, key, value, attn_mask=None, *, head_gate=None)"
 
 MASK_NAMES = ("attn_mask", "mask")
-"""The names by which a parameter is known for the mask wherever it stands in a signature."""
+"""Names that mark a parameter as the mask, at any place in a signature."""
 
 
 class Attention(Protocol):
-    """The type of an attention callable; the module's docstring says what it takes and returns."""
+    """The type of an attention callable; see the docstring of this module."""
 
     def __call__(
         self,
@@ -64,7 +63,7 @@ class Attention(Protocol):
 
 
 def gate_context(context: Tensor, head_gate: Tensor | None) -> Tensor:
-    """`context` (B, H, Q, D) times `head_gate` (broadcasts to (B, H, Q, 1)), in its own dtype."""
+    """`context` (B, H, Q, D) times `head_gate` (broadcastable to (B, H, Q, 1)), in the dtype of `context`."""
     if head_gate is None:
         return context
     return context * head_gate.to(context)
@@ -72,11 +71,13 @@ def gate_context(context: Tensor, head_gate: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class AdaptedAttention:
-    """An `Attention` made of a callable that takes its mask elsewhere, or knows nothing of gates.
+    """An `Attention` made from a callable with another mask parameter, or without a gate.
 
-    `mask_keyword` names the parameter to pass the mask by; None passes it in fourth place. `takes_gate`
-    says that `call` applies `head_gate` by itself; without it the gate is applied to the context `call`
-    returns.
+    Attributes:
+        call: the callable.
+        label: its name in messages and reports.
+        mask_keyword: name of the mask parameter; None passes the mask as the fourth positional argument.
+        takes_gate: whether `call` has a parameter `head_gate`. If not, its context is gated here.
     """
 
     call: Callable[..., Tensor]
@@ -93,7 +94,11 @@ class AdaptedAttention:
         *,
         head_gate: Tensor | None = None,
     ) -> Tensor:
-        """As the contract says; `AttentionError` for a context that is no tensor, or misshapen."""
+        """Compute the context, see `headoff.attention.contract`.
+
+        Raises:
+            AttentionError: the callable returned no tensor, or one of another shape than the query.
+        """
         mask = (attn_mask,) if self.mask_keyword is None else ()
         keywords = {} if self.mask_keyword is None else {self.mask_keyword: attn_mask}
         if self.takes_gate:
@@ -103,8 +108,8 @@ class AdaptedAttention:
         return context if self.takes_gate else gate_context(context, head_gate)
 
     def _check(self, context: Any, query: Tensor) -> None:
-        # Before the gate is applied, because a context in (B, Q, H, D) order may well broadcast against the
-        # gate and come out plausible and wrong.
+        # Before the gate is applied: a context in (B, Q, H, D) order may broadcast against the gate, and give a
+        # plausible but wrong result.
         if not isinstance(context, Tensor):
             raise AttentionError(
                 f"{self.label} returned a {type(context).__name__}: it must return its context, one tensor "
@@ -118,15 +123,18 @@ class AdaptedAttention:
 
 
 def conform(call: Any, label: str) -> Attention:
-    """`call` as an `Attention`: itself where it keeps the contract, adapted where that can be done.
+    """`call` as an `Attention`: unchanged where it meets the contract, otherwise adapted.
 
-    Without a `head_gate` among its parameters (or `**kwargs`), `call` is taken for a plain callable
-    shaped like torch's SDPA, and so is one without a signature that Python can inspect (torch's SDPA itself):
-    its context is gated for it. The mask may be called `attn_mask` or `mask` and stand anywhere, or be
-    the fourth parameter under any name, unless that one's default says that it is something else
-    (`dropout_p=0.0`).
-    Raises `AttentionError`, which names `label`, where (query, key, value, attn_mask) cannot be
-    passed.
+    A callable that takes neither `head_gate` nor `**kwargs`, or whose signature Python cannot inspect (torch's SDPA),
+    has its context gated by the caller. The mask parameter is the one named `attn_mask` or `mask`, or else the
+    fourth, unless its default shows that it is something else (`dropout_p=0.0`).
+
+    Args:
+        call: what was given as an attention.
+        label: its name, for messages.
+
+    Raises:
+        AttentionError: `call` is not callable, or (query, key, value, attn_mask) cannot be passed to it.
     """
     if isinstance(call, type):
         raise AttentionError(f"{label} is a class: pass an instance of it, or a function of {SIGNATURE}.")
@@ -143,11 +151,11 @@ def conform(call: Any, label: str) -> Attention:
 
 
 def _signature(call: Any) -> inspect.Signature | None:
-    """What `call` really takes, which may not be what Python first says; None where nobody can tell."""
+    """The signature of the function that does the work behind wrappers; None if it cannot be inspected."""
     owner = getattr(call, "__self__", None)
     if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and call.__name__ == "apply":
         return _apply_signature(owner)
-    # torch.compile hides the module it compiled behind (*args, **kwargs); so does the __call__ of any module.
+    # A compiled module, and the __call__ of any module, has the signature (*args, **kwargs).
     call = getattr(call, "_orig_mod", call)
     if isinstance(call, torch.nn.Module):
         call = call.forward
@@ -158,7 +166,7 @@ def _signature(call: Any) -> inspect.Signature | None:
 
 
 def _apply_signature(function: type[torch.autograd.Function]) -> inspect.Signature:
-    """What the `apply` of an autograd function takes: what its `forward` does, and only by position."""
+    """The signature of the `apply` of an autograd function: that of its `forward`, positional only."""
     parameters = list(inspect.signature(function.forward).parameters.values())
     if function.setup_context is torch.autograd.Function.setup_context:
         parameters = parameters[1:]  # ctx
@@ -175,7 +183,7 @@ def _apply_signature(function: type[torch.autograd.Function]) -> inspect.Signatu
 
 
 def _takes(signature: inspect.Signature, keyword: str) -> bool:
-    """Whether `keyword=...` can be passed."""
+    """Whether the signature accepts `keyword=...`."""
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
     if inspect.Parameter.VAR_KEYWORD in kinds.values():
         return True
@@ -183,7 +191,7 @@ def _takes(signature: inspect.Signature, keyword: str) -> bool:
 
 
 def _mask_keyword(signature: inspect.Signature, label: str) -> str | None:
-    """The keyword to pass the mask by, or None to pass it in fourth place; raises where neither will do."""
+    """The keyword to pass the mask by, or None to pass it as the fourth argument; raises if neither is possible."""
     keyword = None
     if not _fourth_is_mask(signature):
         named = [name for name in MASK_NAMES if name in signature.parameters and _takes(signature, name)]
@@ -191,7 +199,7 @@ def _mask_keyword(signature: inspect.Signature, label: str) -> str | None:
             named = [MASK_NAMES[0]]
         if not named and not _fourth_may_be_mask(signature):
             raise AttentionError(
-                f"{label} takes {_text(signature)}, with no place for the mask: give it a parameter "
+                f"{label} takes {_without_annotations(signature)}, with no place for the mask: give it a parameter "
                 f"attn_mask=None."
             )
         keyword = named[0] if named else None
@@ -202,30 +210,30 @@ def _mask_keyword(signature: inspect.Signature, label: str) -> str | None:
             signature.bind(*"qkv", **{keyword: "m"})
     except TypeError as error:
         raise AttentionError(
-            f"{label} takes {_text(signature)} and cannot be called as (query, key, value, attn_mask): "
+            f"{label} takes {_without_annotations(signature)} and cannot be called as (query, key, value, attn_mask): "
             f"{error}; give the other parameters defaults, or pass a functools.partial."
         ) from None
     return keyword
 
 
-def _by_position(signature: inspect.Signature) -> list[inspect.Parameter]:
+def _positional_parameters(signature: inspect.Signature) -> list[inspect.Parameter]:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [parameter for parameter in signature.parameters.values() if parameter.kind in positional]
 
 
 def _fourth_is_mask(signature: inspect.Signature) -> bool:
-    by_position = _by_position(signature)
-    return len(by_position) > 3 and by_position[3].name in MASK_NAMES
+    positional = _positional_parameters(signature)
+    return len(positional) > 3 and positional[3].name in MASK_NAMES
 
 
 def _fourth_may_be_mask(signature: inspect.Signature) -> bool:
-    by_position = _by_position(signature)
-    if len(by_position) > 3:
-        return by_position[3].default in (None, inspect.Parameter.empty)
+    positional = _positional_parameters(signature)
+    if len(positional) > 3:
+        return positional[3].default in (None, inspect.Parameter.empty)
     return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
 
 
-def _text(signature: inspect.Signature) -> str:
-    """The signature without its annotations, which would bury the names."""
+def _without_annotations(signature: inspect.Signature) -> str:
+    """The signature as text, without annotations, which would make it hard to read."""
     bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
     return str(inspect.Signature(bare))

@@ -1,8 +1,8 @@
-"""The oracle: attention written as its formula reads, in the dtype of its inputs.
+"""The oracle: attention as in its formula, in the dtype of its inputs.
 
-In float64 this is the truth that every other implementation is measured against; in float32, bfloat16 or
-float16 it says how much error that dtype makes by itself. It is meant to be read, not to be fast: the weights
-(B, H, Q, S) are really there, and the gate really multiplies them.
+In float64 its results are the truth that other implementations are compared with; in float32, bfloat16 and float16
+its errors are those of the dtype alone. It is written to be read, not to be fast: it computes the weights (B, H, Q, S),
+and multiplies them by the gate.
 
 Sources: Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1; Michel, Levy, Neubig,
 "Are Sixteen Heads Really Better than One?" (arXiv 1905.10650), for the gate.
@@ -26,17 +26,16 @@ def eager(
 ) -> Tensor:
     """Context (B, H, Q, D) of `query` (B, H, Q, D) over `key` and `value` (B, H, S, D).
 
-    See `headoff.attention.contract` for masks and gates. Differentiable any number of times, with
-    respect to mask and gate, too. Raises what torch raises for shapes and dtypes that do not fit.
+    See `headoff.attention.contract` for masks and gates. Differentiable any number of times, also with respect to
+    mask and gate. Raises what torch raises for shapes and dtypes that do not fit.
     """
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if attn_mask is None:
         weights = scores.softmax(-1)
     else:
         scores = _masked(scores, attn_mask)
-        # The softmax of a row of -inf is 0/0. Such a row gets finite scores before it and zero weights after
-        # it, so that no NaN arises, not in the gradient either, where a later zero would not undo it (0 * NaN
-        # is NaN).
+        # The softmax of a row of -inf is NaN, and so is its gradient, even if it is multiplied by 0 later. So a
+        # fully masked row gets finite scores before the softmax and zero weights after it.
         fully_masked = (scores == -math.inf).all(-1, keepdim=True)
         weights = scores.masked_fill(fully_masked, 0.0).softmax(-1).masked_fill(fully_masked, 0.0)
     if head_gate is not None:

@@ -1,15 +1,14 @@
-"""The fused path on a GPU: attention, gate and gradients in Triton, with no work for heads that are off.
+"""Fused attention in Triton, with the gate in the kernel and without work for heads that are off.
 
-`triton_attention` is an attention callable like any other (`headoff.attention.contract`). What it adds
-to one that is gated from outside:
+`triton_attention` is an attention callable (`headoff.attention.contract`):
 
-- The gate is read where it lies, one number a row, in the kernel. Blocks of rows that are all off are not
-  computed, neither forward nor backward, and the host never looks at a gate's values: nothing waits for the GPU.
-- Nothing of size Q x S exists, and nothing is copied: query, key, value, mask, gate and the gradient of the
-  context are read through their strides, so that an expanded batch or a broadcast mask costs what is really there.
-- Everything is deterministic: sums have a fixed order, and tiles are chosen by shapes, never by timings.
+- The kernels read the gate, one number per row. Blocks of rows that are all off are skipped, forward and backward.
+  The host never reads a gate, so it does not wait for the GPU.
+- No tensor of size Q x S is allocated, and no input is copied: query, key, value, mask, gate and the gradient of the
+  context are read by their strides, also where a batch is expanded or a mask is broadcast.
+- Results are deterministic: sums have a fixed order, and tiles are chosen by shapes, never by timings.
 
-The kernels are in `headoff.attention.triton_kernels`, which is imported by the first call.
+The kernels are in `headoff.attention.triton_kernels`, which the first call imports.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from headoff.errors import AttentionError
+from headoff.errors import AttentionError, root_cause_line
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CHANNELS = 128
 
-LEAST_CAPABILITY = (8, 0)
-"""Of an NVIDIA GPU: what Triton makes for older ones is promised by nobody, and its compiler may end the process."""
+MIN_CAPABILITY = (8, 0)
+"""Minimum compute capability of an NVIDIA GPU. Triton does not support older ones, and its compiler may crash there."""
 
 FEW_PROGRAMS = 264
-"""Two for each of the 132 multiprocessors of an H100 or H200; with fewer programs than that, rows are cut finer."""
+"""Two for each of the 132 multiprocessors of an H100 or H200; with fewer programs than that, tiles have 32 rows."""
 
 ENOUGH_PROGRAMS = 528
-"""What the rows are divided for in the gradients of key and value, which are else one program for 64 keys."""
+"""The gradients of key and value have one program per block of keys; if that is fewer than this, rows are divided."""
 
 LEAST_SHARE = 512
-"""Rows in a program's share, at least: each share costs a partial result that is written, read and added."""
+"""Minimum rows of a share, as every share costs a partial result that is written, read and added."""
 
 
 class Tiling(NamedTuple):
-    """Rows and keys of a tile, and how many warps and pipeline stages a program of such tiles has."""
+    """Rows (queries) and keys of a tile, and the warps and pipeline stages of a program."""
 
     queries: int
     keys: int
@@ -53,6 +52,8 @@ class Tiling(NamedTuple):
 
 
 class Tilings(NamedTuple):
+    """The tiling of every kernel."""
+
     forward: Tiling
     query_gradient: Tiling
     key_value_gradient: Tiling
@@ -69,14 +70,18 @@ def triton_attention(
 ) -> Tensor:
     """Context (B, H, Q, D) of `query` (B, H, Q, D) over `key` and `value` (B, H, S, D), in their dtype.
 
-    See `headoff.attention.contract` for masks and gates. float32, bfloat16 and float16, D up to 128, on a
-    CUDA device; on the CPU where `TRITON_INTERPRET=1` was set before Triton was imported (slow, for tests).
-    Softmax and sums are float32. `precision` is that of the products of float32 tensors: `"ieee"` keeps all
-    of their bits, `"tf32"` keeps 11 and is done by tensor cores, `"tf32x3"` makes three such products of
-    one, which lose about 3 bits. Differentiable once, with respect to query, key and value; the gradient of a
-    row that is off is exactly 0. Raises `AttentionError` for what it does not support, a mask or gate
-    that requires a gradient among it (`eager` has it), and where a kernel can be
-    neither compiled nor launched: no compiler, a GPU of less shared memory than a program takes.
+    Supports float32, bfloat16 and float16 and D up to 128, on CUDA devices; and on the CPU, slowly, for tests, if
+    `TRITON_INTERPRET=1` was set before Triton was imported. Softmax and sums are float32. Differentiable once, with
+    respect to query, key and value; the gradient of a row that is off is exactly 0.
+
+    Args:
+        query, key, value, attn_mask, head_gate: see `headoff.attention.contract`.
+        precision: of products of float32 tensors. `"ieee"` is full float32; `"tf32"` uses tensor cores with 11 bits;
+            `"tf32x3"` uses three such products for one, and loses about 3 bits.
+
+    Raises:
+        AttentionError: an argument is not supported (among them a mask or gate that requires a gradient), or a kernel
+            cannot be compiled or launched.
     """
     _check(query, key, value, precision)
     shape = query.shape
@@ -90,7 +95,7 @@ def triton_attention(
 
 
 class _Call(NamedTuple):
-    """The arguments of a call other than query, key and value; strides are those of the broadcast tensors."""
+    """Arguments other than query, key and value. Strides are those of the tensors broadcast to the full shape."""
 
     mask: Tensor | None
     mask_strides: tuple[int, ...] | None
@@ -100,15 +105,16 @@ class _Call(NamedTuple):
 
     @property
     def by_key(self) -> bool:
-        """Whether the mask is there, and the same for all queries."""
+        """Whether there is a mask, and it is the same for all queries."""
         return self.mask_strides is not None and self.mask_strides[2] == 0
 
     @property
     def by_row(self) -> bool:
-        """Whether the gate is there, and not the same for all queries."""
+        """Whether there is a gate, and it is not the same for all queries."""
         return self.gate_strides is not None and self.gate_strides[2] != 0
 
     def arguments(self) -> tuple[Any, ...]:
+        """The kernel arguments of mask and gate."""
         return self.mask, self.mask_strides, self.gate, self.gate_strides
 
 
@@ -124,7 +130,7 @@ class _Attention(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         context, logsumexp = _forward(query, key, value, call, keep_logsumexp=True)
-        # Mask and gate, too: autograd then notices where one is changed before the backward pass.
+        # Mask and gate too, so that autograd detects in-place changes before the backward pass.
         ctx.save_for_backward(query, key, value, attn_mask, head_gate, context, logsumexp)
         ctx.call = call._replace(mask=None, gate=None)
         return context
@@ -138,27 +144,29 @@ class _Attention(torch.autograd.Function):
         )
         if torch.is_grad_enabled():  # create_graph=True
             gradients = tuple(
-                None if gradient is None else _Once.apply(gradient, grad_context, query, key, value)
+                None
+                if gradient is None
+                else _DifferentiableOnce.apply(gradient, grad_context, query, key, value)
                 for gradient in gradients
             )
         return *gradients, None, None, None
 
 
-class _Once(torch.autograd.Function):
-    """A gradient as it is, except that it refuses to be differentiated.
+class _DifferentiableOnce(torch.autograd.Function):
+    """The identity for a gradient, whose backward pass raises an error.
 
-    torch's `once_differentiable` would not: where the gradient of the context is a constant, it hands out gradients
-    that pass for constants, too, and second derivatives would be wrong without a word.
+    torch's `once_differentiable` raises no error if the gradient of the context requires no gradient: then the
+    gradients do not require any either, and second derivatives are silently wrong.
     """
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *_of: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *_inputs: Tensor) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise AttentionError(
-            "the triton attention is differentiable once, and a gradient of its gradient was asked for: use the "
+            "the triton attention is differentiable once, and a second derivative was requested: use the "
             "attention 'eager'."
         )
 
@@ -166,7 +174,7 @@ class _Once(torch.autograd.Function):
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, call: _Call, *, keep_logsumexp: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Context, and the base-2 log-sum-exp (B, H, Q) of its rows in float32."""
+    """The context, and the base-2 log-sum-exp (B, H, Q) of the scores in float32 if `keep_logsumexp`."""
     batch, heads, queries, channels = query.shape
     context = torch.empty_like(query)
     logsumexp = query.new_empty(batch, heads, queries, dtype=torch.float32) if keep_logsumexp else None
@@ -200,13 +208,13 @@ def _backward(
     call: _Call,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value; the last two are made together, where either is `wanted`."""
+    """Gradients of query, key and value, None where not `wanted`. One kernel computes the last two."""
     batch, heads, queries, channels = query.shape
     length = key.shape[2]
     numbers = (heads, queries, length, _scale(channels))
     tiling = tilings(query, key)
     delta = torch.empty_like(logsumexp)
-    of_query = torch.empty_like(query) if wanted[0] else None
+    grad_query = torch.empty_like(query) if wanted[0] else None
     programs = batch * heads * -(-queries // tiling.query_gradient.queries)
     _launch(
         "query_gradient_kernel",
@@ -216,20 +224,20 @@ def _backward(
         *_with_strides(context, grad_context),
         logsumexp,
         delta,
-        *((None, None) if of_query is None else _with_strides(of_query)),
+        *((None, None) if grad_query is None else _with_strides(grad_query)),
         *numbers,
         **_options(tiling.query_gradient, channels),
         BY_KEY=call.by_key,
         PRECISION=call.precision,
     )
     if not wanted[1] and not wanted[2]:
-        return of_query, None, None
+        return grad_query, None, None
     shares, share = _shares(query, key, tiling.key_value_gradient)
     if shares == 1:
-        of_key, of_value = torch.empty_like(key), torch.empty_like(value)
+        grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     else:
         partial = query.new_empty(2, shares * batch, heads, length, channels, dtype=torch.float32)
-        of_key, of_value = partial[0], partial[1]
+        grad_key, grad_value = partial[0], partial[1]
     _launch(
         "key_value_gradient_kernel",
         shares * batch * heads * -(-length // tiling.key_value_gradient.keys),
@@ -238,7 +246,7 @@ def _backward(
         *_with_strides(grad_context),
         logsumexp,
         delta,
-        *_with_strides(of_key, of_value),
+        *_with_strides(grad_key, grad_value),
         batch,
         *numbers,
         share,
@@ -248,35 +256,43 @@ def _backward(
         PRECISION=call.precision,
     )
     if shares > 1:
-        of_key, of_value = partial.unflatten(1, (shares, batch)).sum(1).to(key.dtype).unbind()
-    return of_query, of_key if wanted[1] else None, of_value if wanted[2] else None
+        grad_key, grad_value = partial.unflatten(1, (shares, batch)).sum(1).to(key.dtype).unbind()
+    return grad_query, grad_key if wanted[1] else None, grad_value if wanted[2] else None
 
 
 def tilings(query: Tensor, key: Tensor) -> Tilings:
     """The tiles of the three kernels for `query` (B, H, Q, D) and `key` (B, H, S, D).
 
+<<<<<<< HEAD
     By dtype and shape alone, so that results repeat. Tensor cores want 64 rows; where that makes too few
     programs to occupy a GPU, 32, which also leaves fewer rows that are off in blocks that are not. Tiles are
     those whose accumulators and operands ptxas fits into the registers of sm_90: of what Triton 3.4, 3.6 and
     3.9 make of them for calls without padding it spills at most 32 bytes a thread
     (`tools/triton_kernels.py resources`). Those of float32 are smaller, as exact products are no work of tensor
     cores and keep their operands in registers.
+=======
+    They depend on dtype and shape only, so that results are reproducible. Tensor cores work best with 64 rows; where
+    that gives too few programs to occupy a GPU, tiles have 32 rows, and fewer rows that are off share a block with
+    rows that are on. Accumulators and operands of these tiles fit into the registers of sm_90: for calls without
+    padding, ptxas spills at most 32 bytes per thread with Triton 3.4, 3.6 and 3.9 (`tools/kernel_resources.py`).
+    Tiles of float32 are smaller, as exact products do not run on tensor cores, and keep their operands in registers.
+>>>>>>> 1f2cdae (attention and relevance in plain words; the trace's layer parts are written once)
     """
     batch, heads, queries, channels = query.shape
     if query.dtype == torch.float32:
         if channels <= 64:
-            of_rows = Tiling(32, 32, 4, 2)
-            return Tilings(of_rows, of_rows, Tiling(16, 32, 4, 2))
+            row_tiling = Tiling(32, 32, 4, 2)
+            return Tilings(row_tiling, row_tiling, Tiling(16, 32, 4, 2))
         return Tilings(Tiling(32, 16, 8, 2), Tiling(32, 32, 8, 2), Tiling(16, 32, 8, 2))
     rows = 32 if batch * heads * -(-queries // 64) < FEW_PROGRAMS else 64
-    of_rows = Tiling(rows, 64 if channels <= 64 else 32, 4, 2)
+    row_tiling = Tiling(rows, 64 if channels <= 64 else 32, 4, 2)
     if channels <= 32:
-        return Tilings(of_rows, of_rows, Tiling(64, 64, 4, 2))
-    return Tilings(of_rows, of_rows, Tiling(32, 64, 4 if channels <= 64 else 8, 2))
+        return Tilings(row_tiling, row_tiling, Tiling(64, 64, 4, 2))
+    return Tilings(row_tiling, row_tiling, Tiling(32, 64, 4 if channels <= 64 else 8, 2))
 
 
 def _shares(query: Tensor, key: Tensor, tiling: Tiling) -> tuple[int, int]:
-    """In how many shares the rows are divided for the gradients of key and value, and rows in a share."""
+    """Number of shares that the rows are divided into for the gradients of key and value, and rows per share."""
     batch, heads, queries, _ = query.shape
     programs = batch * heads * -(-key.shape[2] // tiling.keys)
     shares = max(1, min(-(-ENOUGH_PROGRAMS // max(programs, 1)), queries // LEAST_SHARE))
@@ -292,7 +308,7 @@ def _options(tiling: Tiling, channels: int) -> dict[str, Any]:
         "BLOCK_K": tiling.keys,
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
-        # Whether a * b + c is rounded once or twice is not to change with Triton's default, which does.
+        # Explicit, because Triton's default, whether a * b + c is rounded once or twice, has changed.
         "enable_fp_fusion": True,
     }
 
@@ -306,63 +322,58 @@ def _with_strides(*tensors: Tensor) -> tuple[Any, ...]:
 
 
 def _launch(kernel: str, programs: int, query: Tensor, *rest: Any, **options: Any) -> None:
-    """So many `programs` of a kernel, whose first argument is the query; none where there are no rows or keys."""
+    """Launch `programs` programs of a kernel, whose first argument is the query; nothing if there are none."""
     if not programs:
         return
     launch = getattr(_kernels(), kernel)[(programs,)]
     try:
-        with on_device_of(query):
+        with device_guard(query):
             launch(query, *rest, **options)
-    except Exception as error:  # Triton's own have no common base, and a C compiler may fail as well
+    except Exception as error:  # Triton's errors have no common base, and a C compiler may fail as well
         raise AttentionError(
-            f"the triton attention cannot run its {kernel} on {query.device} ({said_by(error)}): use the "
+            f"the triton attention cannot run its {kernel} on {query.device} ({root_cause_line(error)}): use the "
             f"attention 'sdpa'."
         ) from error
 
 
-def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+def device_guard(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's CUDA device the current one, on which Triton launches kernels."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def said_by(error: Exception) -> str:
-    """What is at the bottom of an error, in one line: its kind, and the beginning and end of what it says."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = " ".join(str(cause).split())
-    # Compilers say where it is and quote the source before they say what it is.
-    return f"{type(cause).__name__}: {text if len(text) <= 200 else f'{text[:60]} ... {text[-135:]}'}"
-
-
 @functools.cache
-def too_old(device: torch.device) -> str | None:
-    """Why the kernels are not for a CUDA device, as a clause; None where they are."""
+def unsupported_gpu(device: torch.device) -> str | None:
+    """Why the kernels do not support a CUDA device, as a clause for a message; None if they support it."""
     if torch.version.hip is not None:
-        return None  # capabilities are another thing there
+        return None  # AMD's capabilities are numbered differently
     capability = torch.cuda.get_device_capability(device)
-    if capability >= LEAST_CAPABILITY:
+    if capability >= MIN_CAPABILITY:
         return None
-    have, need = (".".join(map(str, each)) for each in (capability, LEAST_CAPABILITY))
-    return f"the kernels need a GPU of compute capability {need}, and this one's is {have}"
+    found, needed = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+    return f"the kernels need a GPU of compute capability {needed}, and this one's is {found}"
 
 
 @functools.cache
 def _kernels() -> ModuleType:
     try:
         from headoff.attention import triton_kernels
-    except Exception as error:  # an old Triton lacks names, a broken one raises what it likes
+    except Exception as error:  # an old Triton lacks names, and a broken one may raise anything
         raise AttentionError(
-            f"the triton attention cannot import Triton ({said_by(error)}): install it with 'pip install "
+            f"the triton attention cannot import Triton ({root_cause_line(error)}): install it with 'pip install "
             f"triton', or use the attention 'sdpa'."
         ) from error
     return triton_kernels
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, precision: str) -> None:
-    """Raise `AttentionError` for what the kernels cannot do."""
+    """Raise `AttentionError` for inputs that the kernels do not support."""
     shapes = query.shape, key.shape, value.shape
-    if query.dim() != 4 or key.shape != value.shape or key.dim() != 4 or _outer(query) != _outer(key):
+    if (
+        query.dim() != 4
+        or key.shape != value.shape
+        or key.dim() != 4
+        or _batch_heads_channels(query) != _batch_heads_channels(key)
+    ):
         raise AttentionError(
             f"the triton attention was given query, key and value of shapes "
             f"{', '.join(str(tuple(shape)) for shape in shapes)}: make them (B, H, Q, D), (B, H, S, D) and "
@@ -385,11 +396,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, precision: str) -> None:
         )
     if precision not in get_args(Precision):
         raise AttentionError(
-            f"the triton attention knows no precision {precision!r}: use one of {', '.join(get_args(Precision))}."
+            f"the triton attention has no precision {precision!r}: use one of {', '.join(get_args(Precision))}."
         )
     _check_device("key", key, query)
     _check_device("value", value, query)
-    if query.is_cuda and (reason := too_old(query.device)) is not None:
+    if query.is_cuda and (reason := unsupported_gpu(query.device)) is not None:
         raise AttentionError(f"the triton attention cannot be used on {query.device} ({reason}): use 'sdpa'.")
     if not query.is_cuda and not (query.device.type == "cpu" and _kernels().INTERPRETED):
         raise AttentionError(
@@ -398,7 +409,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, precision: str) -> None:
         )
 
 
-def _outer(tensor: Tensor) -> tuple[int, int, int]:
+def _batch_heads_channels(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.shape[0], tensor.shape[1], tensor.shape[3]
 
 
@@ -415,7 +426,7 @@ def _broadcast_strides(
 ) -> tuple[int, ...] | None:
     """Strides of `tensor` when broadcast to `shape`, 0 where it is repeated; None for None.
 
-    Raises `AttentionError` for a `tensor` that does not broadcast, or cannot be read by the kernels.
+    Raises `AttentionError` if `tensor` does not broadcast, or the kernels do not support it.
     """
     if tensor is None:
         return None

@@ -1,8 +1,7 @@
 """Attention callables by name: registered ones, those in a module, those in a file.
 
-What fails here fails because of a typing mistake or a broken kernel file. So every failure is an
-`AttentionError` of one sentence that says what was asked for, where it failed and what
-to do.
+Failures here come from typing mistakes or broken kernel files. Every one is an `AttentionError` of one sentence that
+says what was asked for, where it failed and what to do.
 """
 
 from __future__ import annotations
@@ -26,29 +25,37 @@ from headoff.attention.sdpa import sdpa
 from headoff.errors import AttentionError, did_you_mean
 
 AUTO = "auto"
-"""Stands for the attention that is used unless another one is asked for by name: `sdpa`, on every device.
+"""The name of the default attention: `sdpa`, on every device.
 
-The Triton kernels have to be asked for: no measurement on a GPU shows yet that they are right and faster there.
+The Triton kernels run only if they are asked for by name, until a measurement on a GPU shows that they are correct and
+faster.
 """
 
 FORMS = "'package.module:name' or 'path/to/file.py:name'"
 
 _registered: dict[str, Attention] = {}
 
-# By identity, because a callable need not be hashable. The callable is kept with its label: the identity of an
-# object that no longer exists may be that of a new one.
+# By identity, because a callable need not be hashable. The callable is stored with its label so that it stays alive: a
+# new object may get the identity of one that was deleted.
 _labels: dict[int, tuple[Any, str]] = {}
 
-# The modules made of files: time of modification and size when the file was executed, path as it was written.
+# Of modules made from files: modification time and size when the file was executed, and the path as given.
 _stamps: dict[str, tuple[int, int]] = {}
 _paths: dict[str, str] = {}
 
 
 def register_attention(name: str, attention: Callable[..., Any]) -> Attention:
-    """Let `resolve_attention` find `attention` as `name`; returns it, adapted where it needs to be.
+    """Register an attention callable under a name, for `resolve_attention`.
 
-    A name that is taken is given to the new callable. Raises `AttentionError` for a callable that does
-    not conform, and for a name that could be mistaken for a module's or a file's.
+    Args:
+        name: replaces an earlier registration under this name.
+        attention: the callable.
+
+    Returns:
+        The callable, adapted to the contract where necessary.
+
+    Raises:
+        AttentionError: the callable cannot be adapted, or the name is empty, `auto` or contains a colon.
     """
     if not name or ":" in name or name == AUTO:
         raise AttentionError(f"{name!r} cannot be the name of an attention: use another word, without ':'.")
@@ -62,13 +69,18 @@ def attention_names() -> tuple[str, ...]:
 
 
 def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
-    """The attention that `spec` stands for, adapted to the contract where it needs to be.
+    """The attention that `spec` names, adapted to the contract where necessary.
 
-    `spec` is a callable, a registered name, `"package.module:name"` or `"path/to/file.py:name"` with a
-    path relative to the current directory; `name` may have dots. While it is imported, the folder of the
-    file (for a module, the current directory) comes first on `sys.path`, so that other modules in that folder can be
-    imported; afterwards last, for what a function imports when it is called. A file is executed once, and
-    again when it has changed since. Raises `AttentionError`.
+    While a module or file is imported, its folder (for a module, the current directory) is the first entry of
+    `sys.path`, so that it can import its neighbours; afterwards the last, for imports inside functions. A file is
+    executed once, and again after it has changed.
+
+    Args:
+        spec: a callable, a registered name, `"package.module:name"` or `"path/to/file.py:name"`, with a path
+            relative to the current directory. `name` may contain dots.
+
+    Raises:
+        AttentionError: there is no such attention, it cannot be imported, or it cannot be adapted.
     """
     if not isinstance(spec, str):
         return conform(spec, attention_label(spec) if callable(spec) else repr(spec))
@@ -77,7 +89,7 @@ def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
     if spec in _registered:
         return _registered[spec]
     source, _, name = spec.rpartition(":")
-    if spec.endswith(".py"):  # before the colon is looked at: it may be that of a drive, C:\kernels\mine.py
+    if spec.endswith(".py"):  # checked first, as its colon may be that of a drive: C:\kernels\mine.py
         raise AttentionError(f"{spec!r} does not say which function of the file: write '{spec}:name'.")
     if not source or not name:
         raise AttentionError(
@@ -86,11 +98,11 @@ def resolve_attention(spec: str | Callable[..., Any]) -> Attention:
         )
     is_file = source.endswith(".py") or "/" in source or "\\" in source
     module = _import_file(source) if is_file else _import_module(source)
-    return _labelled(conform(_member(module, name, source), spec), spec)
+    return _labelled(conform(_find_member(module, name, source), spec), spec)
 
 
 def attention_label(attention: Callable[..., Any]) -> str:
-    """The name of `attention` in reports: what it was resolved by, else its module or file, and name."""
+    """The name of `attention` in reports: the one it was resolved by, or else its module or file and its name."""
     if id(attention) in _labels:
         return _labels[id(attention)][1]
     if isinstance(attention, AdaptedAttention):
@@ -110,22 +122,22 @@ def _labelled(attention: Attention, label: str) -> Attention:
     return attention
 
 
-def _member(module: ModuleType, dotted: str, source: str) -> Any:
+def _find_member(module: ModuleType, dotted: str, source: str) -> Any:
     found: Any = module
     for name in dotted.split("."):
         if not hasattr(found, name):
             public = [known for known in dir(found) if not known.startswith("_")]
             candidates = [known for known in public if callable(getattr(found, known, None))]
-            own = [known for known in candidates if _is_of(module, getattr(found, known))]
-            there = f"; it defines {', '.join(own)}" if own else ""
-            hint = did_you_mean(name, candidates) or there
+            defined = [known for known in candidates if _is_defined_in(module, getattr(found, known))]
+            listed = f"; it defines {', '.join(defined)}" if defined else ""
+            hint = did_you_mean(name, candidates) or listed
             raise AttentionError(f"{source} has no {name!r}{hint}: correct the name.")
         found = getattr(found, name)
     return found
 
 
-def _is_of(module: ModuleType, member: Any) -> bool:
-    """Whether `member` was defined in `module`, not imported there; a partial, say, does not tell."""
+def _is_defined_in(module: ModuleType, member: Any) -> bool:
+    """Whether `member` is known to be defined in `module`, and not imported into it."""
     return getattr(member, "__module__", None) == module.__name__
 
 
@@ -139,16 +151,16 @@ def _import_module(name: str) -> ModuleType:
                 f"there is no module {error.name!r}, neither in the current directory nor installed: correct "
                 f"the name, or write 'path/to/file.py:name' for a file."
             ) from None
-        raise AttentionError(_failure(name, error)) from error
+        raise AttentionError(_import_failure(name, error)) from error
 
 
 def _import_file(text: str) -> ModuleType:
     path = Path(text).expanduser()
     if not path.is_file() or path.suffix != ".py":
-        raise AttentionError(_no_file(path))
+        raise AttentionError(_not_found_message(path))
     path = path.resolve()
-    # A name that no other file has, not even one of the same name elsewhere, and that is the same in every
-    # run, for caches of compiled kernels are keyed by it.
+    # The module's name depends on the file's path, so that two files do not share one, and is the same in every run,
+    # because caches of compiled kernels are keyed by it.
     name = f"headoff_attention_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     stamp = (path.stat().st_mtime_ns, path.stat().st_size)
     if name in sys.modules and _stamps.get(name) == stamp:
@@ -157,44 +169,44 @@ def _import_file(text: str) -> ModuleType:
     assert spec is not None and spec.loader is not None  # there is a loader for .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = (
-        module  # before it is executed: dataclasses and Triton look their module up by its name
+        module  # before it is executed, because dataclasses and Triton look up their module by name
     )
     try:
         with _first_on_path(path.parent):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise AttentionError(_failure(text, error, path)) from error
+        raise AttentionError(_import_failure(text, error, path)) from error
     _stamps[name], _paths[name] = stamp, text
     return module
 
 
 @contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
-    """The folder is looked into before all others, and from then on, where nothing fails, after them."""
+    """Make the folder the first entry of `sys.path` within this context, and the last one after it."""
     entry = str(folder)
     sys.path.insert(0, entry)
     try:
         yield
     finally:
-        # By value, not by position: what was imported may have changed the path itself.
+        # By value, not by position, as the imported module may have changed sys.path.
         if entry in sys.path:
             sys.path.remove(entry)
     if entry not in sys.path:
         sys.path.append(entry)
 
 
-def _no_file(path: Path) -> str:
+def _not_found_message(path: Path) -> str:
     if path.exists():
         return f"{path} is not a Python file: name a file that ends in .py."
     if not path.parent.is_dir():
         return f"{path} does not exist, nor does its folder: correct the path (from {Path.cwd()})."
-    near = did_you_mean(path.name, (entry.name for entry in path.parent.glob("*.py")))
-    return f"{path} does not exist{near}: correct the path (from {Path.cwd()})."
+    suggestion = did_you_mean(path.name, (entry.name for entry in path.parent.glob("*.py")))
+    return f"{path} does not exist{suggestion}: correct the path (from {Path.cwd()})."
 
 
-def _failure(source: str, error: BaseException, path: Path | None = None) -> str:
-    """One sentence on an import that failed: the file, the line where known, what was raised, the remedy."""
+def _import_failure(source: str, error: BaseException, path: Path | None = None) -> str:
+    """One sentence on a failed import: the file, its line if known, the error, the remedy."""
     kind = type(error).__name__
     if isinstance(error, SyntaxError) and error.lineno is not None:
         where = source if path is not None and error.filename == str(path) else error.filename
@@ -206,11 +218,11 @@ def _failure(source: str, error: BaseException, path: Path | None = None) -> str
     elif isinstance(error, ImportError) and "relative import" in message:
         remedy = "name a file that belongs to a package as 'package.module:name'"
     what = f"{kind}: {message}" if message else kind
-    return f"{source}{_where(error, path)} raised {what} while it was imported: {remedy}."
+    return f"{source}{_location(error, path)} raised {what} while it was imported: {remedy}."
 
 
-def _where(error: BaseException, path: Path | None) -> str:
-    """Where in the file at `path` the error was raised or passed; with no `path`, the innermost place."""
+def _location(error: BaseException, path: Path | None) -> str:
+    """The innermost line of the file at `path` in the traceback; without `path`, the innermost line of any file."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     frames = [frame for frame in frames if "importlib" not in frame.filename]
     if path is not None:

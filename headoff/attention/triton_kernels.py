@@ -1,26 +1,26 @@
 """The kernels of `headoff.attention.fused`: forward, gradient of the query, gradients of key and value.
 
-Scores are kept in base 2, s = log2(e) * (q k^T / sqrt(D) + mask), so that P = 2^(s - L) with L the base-2
-log-sum-exp of the row: the GPU's exponential is one of base 2. Softmax and accumulators are float32 whatever
-the inputs are. With g the gate of a row, O its gated context, and P the weights *before* the gate::
+Scores are in base 2, s = log2(e) * (q k^T / sqrt(D) + mask), because the GPU's exponential is in base 2. So P =
+2^(s - L), with L the base-2 log-sum-exp of the row. Softmax and accumulators are float32 whatever the inputs are.
+With g the gate of a row, O its gated context, and P the weights *before* the gate::
 
     forward     O  = g * P V
     backward    dS = g * P * (dO V^T - delta)   with delta = rowsum(dO * O) / g, of the rows that are on
                 dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D),  dV = (g * P)^T dO
 
-which are the formulas of headoff/relevance/attention_vjp.py with a factor g taken out of dS: g * P is then all
-that the gradients of key and value need of P, and the gradient of the query has its gate at the end. delta is made
-of the context as it was returned, rounded to its dtype.
+These are the formulas of headoff/relevance/attention_vjp.py with a factor g taken out of dS: the gradients of key and
+value then need only g * P, and the gradient of the query is multiplied by the gate at the end. delta is computed from
+the context as it was returned, rounded to its dtype.
 
-Rows that are off (g = 0) and rows without keys get L = +inf, hence P = 0, and need no branch of their own in
-the backward pass. Blocks of rows that are all off are never touched; nor are blocks of keys that a mask which is
-the same for all queries hides. Which blocks are left is kept in the bits of an integer (`_live_rows`,
-`_live_keys`), so that the loops over them have a known length and no branches inside, and can be pipelined.
+Rows that are off (g = 0) and rows without keys have L = +inf, hence P = 0, and need no branch in the backward pass.
+Blocks of rows that are all off are skipped, and so are blocks of keys that a mask hides from all queries. The remaining
+blocks are the bits of an integer (`_live_rows`, `_live_keys`), so that loops over them have a known length and no
+branches, and can be pipelined.
 
-Every output has one writer, and sums are in a fixed order: results repeat bit for bit. Offsets are 64-bit.
+Every output element has one writer, and sums have a fixed order: results are reproducible bit for bit. Offsets are
+64-bit.
 
-Importing this module imports Triton. `TRITON_INTERPRET=1` has to be set before that for kernels that run on
-the CPU.
+Importing this module imports Triton. For kernels that run on the CPU, set `TRITON_INTERPRET=1` before.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Whether the kernels run on the CPU, statement by statement, to be tested."""
+"""Whether the kernels run in Triton's interpreter, on the CPU, for tests."""
 
 GROUP = tl.constexpr(32)
-"""Blocks whose liveness is looked up at once, and kept in the bits of one integer."""
+"""Blocks per group; the bits of one integer say which blocks of a group are live."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
-    """Matrix product with a float32 result; operands of 16 bits are multiplied as they are."""
+    """Matrix product with a float32 result; 16-bit operands are not converted."""
     if INTERPRETED:
-        # The interpreter keeps bfloat16 as the integers of its bits, and multiplies those.
+        # The interpreter represents bfloat16 by integers with the same bits, and would multiply those.
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
 def _stream(pointer, strides, batch, head):
-    """Where one head of one batch item begins."""
+    """The pointer to the beginning of one head of one batch item."""
     return pointer + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 
 @triton.jit
-def _place(heads, queries, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of a program that owns a block of rows: which head of all, batch item, head, rows (BLOCK_Q,), channels."""
+def _program_block(heads, queries, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The block of rows of this program: index of (batch item, head), batch item, head, rows (BLOCK_Q,), channels."""
     blocks = tl.cdiv(queries, BLOCK_Q)
     stream = tl.program_id(0) // blocks
     rows = tl.program_id(0) % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -63,7 +63,7 @@ def _place(heads, queries, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _tile(pointer, strides, rows, channels):
-    """Pointers to `rows` (N,) times `channels` (D,)."""
+    """Pointers (N, D) to the elements at `rows` (N,) and `channels` (D,)."""
     return pointer + rows.to(tl.int64)[:, None] * strides[2] + channels.to(tl.int64)[None, :] * strides[3]
 
 
@@ -77,8 +77,10 @@ def _gates(gate, gate_strides, rows, length):
 
 
 @triton.jit
-def _of_keys(mask, mask_strides, keys, length, BY_KEY: tl.constexpr):
-    """What holds for `keys` whatever the query: whether it may attend them, and the base-2 term of its scores."""
+def _key_mask(mask, mask_strides, keys, length, BY_KEY: tl.constexpr):
+    """The part of the mask that is the same for all queries: whether `keys` are attended, and what their base-2
+    scores are shifted by.
+    """
     attended = keys < length
     term = tl.zeros(keys.shape, tl.float32)
     if BY_KEY:
@@ -112,7 +114,7 @@ def _scores(
 
 @triton.jit
 def _bits(live):
-    """A bit for each block of `live` (GROUP, BLOCK) with anything alive in it, and how many there are."""
+    """An integer with a bit for every block of `live` (GROUP, BLOCK) that has a live element, and their number."""
     alive = tl.max(live.to(tl.int32), 1)
     return tl.sum(alive.to(tl.int64) << tl.arange(0, GROUP).to(tl.int64)), tl.sum(alive)
 
@@ -124,21 +126,21 @@ def _positions(start, BLOCK: tl.constexpr):
 
 @triton.jit
 def _live_keys(mask, mask_strides, start, length, BLOCK: tl.constexpr):
-    """Bits and number of those of the `GROUP` blocks of keys from `start` on that are not hidden."""
-    attended, _ = _of_keys(mask, mask_strides, _positions(start, BLOCK), length, True)
+    """Bits and number of the blocks with a key that is attended, among the `GROUP` blocks from `start` on."""
+    attended, _ = _key_mask(mask, mask_strides, _positions(start, BLOCK), length, True)
     return _bits(attended)
 
 
 @triton.jit
 def _live_rows(gate, gate_strides, start, end, BLOCK: tl.constexpr):
-    """Bits and number of those of the `GROUP` blocks of rows from `start` on that are not off."""
+    """Bits and number of the blocks with a row that is on, among the `GROUP` blocks from `start` on."""
     return _bits(_gates(gate, gate_strides, _positions(start, BLOCK), end) != 0)
 
 
 @triton.jit
 def _lowest(bits):
-    """The place of the lowest bit that is set."""
-    # The exponent of a float32, which holds powers of two exactly.
+    """The index of the lowest bit that is set."""
+    # It is the exponent of that power of two as a float32, which is exact.
     return ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
@@ -153,7 +155,7 @@ def _attend_keys(
     inside = (keys < length)[:, None] & (channels < CHANNELS)[None, :]
     key_tile = tl.load(_tile(key, key_strides, keys, channels), mask=inside, other=0)
     products = _dot(query, tl.trans(key_tile), PRECISION)
-    attended, term = _of_keys(mask, mask_strides, keys, length, BY_KEY)
+    attended, term = _key_mask(mask, mask_strides, keys, length, BY_KEY)
     scores = _scores(
         products, scale, attended[None, :], term[None, :],
         mask, mask_strides, rows[:, None], keys[None, :], queries, length, BY_KEY,
@@ -180,7 +182,7 @@ def forward_kernel(
 
     `scale` is log2(e) / sqrt(D); `BY_KEY` says that the mask is the same for all queries.
     """
-    stream, batch, head, rows, channels = _place(heads, queries, BLOCK_Q, BLOCK_D)
+    stream, batch, head, rows, channels = _program_block(heads, queries, BLOCK_Q, BLOCK_D)
     query = _stream(query, query_strides, batch, head)
     key = _stream(key, key_strides, batch, head)
     value = _stream(value, value_strides, batch, head)
@@ -242,16 +244,16 @@ def _query_gradient(
     inside = (keys < length)[:, None] & (channels < CHANNELS)[None, :]
     key_tile = tl.load(_tile(key, key_strides, keys, channels), mask=inside, other=0)
     products = _dot(query, tl.trans(key_tile), PRECISION)
-    attended, term = _of_keys(mask, mask_strides, keys, length, BY_KEY)
+    attended, term = _key_mask(mask, mask_strides, keys, length, BY_KEY)
     scores = _scores(
         products, scale, attended[None, :], term[None, :],
         mask, mask_strides, rows[:, None], keys[None, :], queries, length, BY_KEY,
     )  # fmt: skip
     weights = tl.exp2(scores - sums[:, None])
     value_tile = tl.load(_tile(value, value_strides, keys, channels), mask=inside, other=0)
-    of_weights = _dot(grad_context, tl.trans(value_tile), PRECISION)
-    of_scores = weights * (of_weights - deltas[:, None])
-    return gradient + _dot(of_scores.to(key_tile.dtype), key_tile, PRECISION)
+    grad_weights = _dot(grad_context, tl.trans(value_tile), PRECISION)
+    grad_scores = weights * (grad_weights - deltas[:, None])
+    return gradient + _dot(grad_scores.to(key_tile.dtype), key_tile, PRECISION)
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "length"])
@@ -266,7 +268,7 @@ def query_gradient_kernel(
 
     `grad_context` is dO. `delta` (B, H, Q) is for `key_value_gradient_kernel`.
     """
-    stream, batch, head, rows, channels = _place(heads, queries, BLOCK_Q, BLOCK_D)
+    stream, batch, head, rows, channels = _program_block(heads, queries, BLOCK_Q, BLOCK_D)
     query = _stream(query, query_strides, batch, head)
     key = _stream(key, key_strides, batch, head)
     value = _stream(value, value_strides, batch, head)
@@ -328,11 +330,11 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_value_gradient(
-    start, end, of_key, of_value, query, query_strides, key, value, mask, mask_strides, gate, gate_strides,
+    start, end, grad_key, grad_value, query, query_strides, key, value, mask, mask_strides, gate, gate_strides,
     grad_context, grad_context_strides, logsumexp, delta, keys, attended, term, channels, queries, length, scale,
     CHANNELS: tl.constexpr, BLOCK_Q: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`of_key` and `of_value` plus the shares of the block of rows from `start` on; all transposed."""
+    """`grad_key` and `grad_value` plus the shares of the block of rows from `start` on; all transposed."""
     rows = start + tl.arange(0, BLOCK_Q)
     gates = _gates(gate, gate_strides, rows, end)
     on = gates != 0
@@ -347,24 +349,24 @@ def _key_value_gradient(
     grad_tile = tl.load(_tile(grad_context, grad_context_strides, rows, channels), mask=inside, other=0)
     if gate is not None:
         weights = weights * gates[None, :]
-    of_value += _dot(weights.to(grad_tile.dtype), grad_tile, PRECISION)
-    of_weights = _dot(value, tl.trans(grad_tile), PRECISION)
-    of_scores = weights * (of_weights - tl.load(delta + rows, mask=on, other=0.0)[None, :])
-    of_key += _dot(of_scores.to(query_tile.dtype), query_tile, PRECISION)
-    return of_key, of_value
+    grad_value += _dot(weights.to(grad_tile.dtype), grad_tile, PRECISION)
+    grad_weights = _dot(value, tl.trans(grad_tile), PRECISION)
+    grad_scores = weights * (grad_weights - tl.load(delta + rows, mask=on, other=0.0)[None, :])
+    grad_key += _dot(grad_scores.to(query_tile.dtype), query_tile, PRECISION)
+    return grad_key, grad_value
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "length", "share", "batches"])
 def key_value_gradient_kernel(
     query, query_strides, key, key_strides, value, value_strides, mask, mask_strides, gate, gate_strides,
-    grad_context, grad_context_strides, logsumexp, delta, of_key, of_key_strides, of_value, of_value_strides,
+    grad_context, grad_context_strides, logsumexp, delta, grad_key, grad_key_strides, grad_value, grad_value_strides,
     batches, heads, queries, length, scale, share,
     CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BY_KEY: tl.constexpr, BY_ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV. One program for each block of keys of a head and each `share` of the rows.
 
-    The results of share i stand at batch items i * `batches` and on of `of_key` and `of_value`, for the
+    The results of share i stand at batch items i * `batches` and on of `grad_key` and `grad_value`, for the
     caller to add up. `BY_ROW` says that the gate is not the same for all queries.
     """
     blocks = tl.cdiv(length, BLOCK_K)
@@ -384,7 +386,7 @@ def key_value_gradient_kernel(
 
     if mask is not None:
         mask = _stream(mask, mask_strides, batch, head)
-    attended, term = _of_keys(mask, mask_strides, keys, length, BY_KEY)
+    attended, term = _key_mask(mask, mask_strides, keys, length, BY_KEY)
     alive = tl.max(attended.to(tl.int32), 0)
     if gate is not None:
         gate = _stream(gate, gate_strides, batch, head)
@@ -422,8 +424,10 @@ def key_value_gradient_kernel(
                 )  # fmt: skip
 
     batch += shares_before * batches
-    of_key = _tile(_stream(of_key, of_key_strides, batch, head), of_key_strides, keys, channels)
-    of_value = _tile(_stream(of_value, of_value_strides, batch, head), of_value_strides, keys, channels)
+    grad_key = _tile(_stream(grad_key, grad_key_strides, batch, head), grad_key_strides, keys, channels)
+    grad_value = _tile(
+        _stream(grad_value, grad_value_strides, batch, head), grad_value_strides, keys, channels
+    )
     # scale / log2(e) is 1 / sqrt(D).
-    tl.store(of_key, (key_sum * (scale / LOG2_E)).to(of_key.dtype.element_ty), mask=inside)
-    tl.store(of_value, value_sum.to(of_value.dtype.element_ty), mask=inside)
+    tl.store(grad_key, (key_sum * (scale / LOG2_E)).to(grad_key.dtype.element_ty), mask=inside)
+    tl.store(grad_value, value_sum.to(grad_value.dtype.element_ty), mask=inside)

@@ -105,7 +105,7 @@ def skipping_attention(
     """SDPA that always leaves out the rows of heads that are off, whether or not that is expected to be faster."""
     assert head_gate is not None and attn_mask is None
     attend = SdpaTimesGate()
-    groups = skipping.groups_of(head_gate, query)
+    groups = skipping.group_streams(head_gate, query)
     return gate_context(skipping.attend_groups(groups, attend, query, key, value, None), head_gate)
 
 

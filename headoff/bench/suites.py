@@ -176,8 +176,8 @@ def _skipping_notes(workload: AttentionWorkload) -> dict[str, str]:
     """What the cost model expects and chooses."""
     gate, query, keys = workload.head_gate, workload.query, workload.key.shape[2]
     assert gate is not None
-    expected = skipping.expected_ratio(skipping.groups_of(gate, query), query, keys)
-    skips = skipping.plan(gate, query, keys) is not None
+    expected = skipping.expected_ratio(skipping.group_streams(gate, query), query, keys)
+    skips = skipping.plan_groups(gate, query, keys) is not None
     return {
         ALWAYS_SKIPPING: f"{expected:.2f} expected by the cost model",
         OWN: "skips" if skips else "does not skip",

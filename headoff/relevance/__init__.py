@@ -1,6 +1,6 @@
-"""Where each detection draws its evidence from: relevance maps of any target under any head gates.
+"""Relevance maps: where in the image the evidence for a detection comes from, under any head gates.
 
-`explain` is the entry point and `RelevanceEngine` does the work; `rules` and `oracle` are the dense float64 reference.
+`explain` is the entry point, and `RelevanceEngine` computes the maps. `rules` and `oracle` are the dense reference.
 """
 
 from headoff.relevance.engine import (

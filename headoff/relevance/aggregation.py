@@ -1,13 +1,12 @@
-"""Equations 6 to 11 for single rows: only products of cams with vectors, never of two N x N matrices.
+"""Equations 6 to 11 for single rows, by products of cams with vectors, without products of two N x N matrices.
 
-Of R_qi only one row per target and decoder layer is needed. With E_l, D_m, X_m the cams of encoder layer l, decoder
-self-attention m and cross-attention m, S_m = R_qq - I after layer m, and t the target's query:
+Only one row of R_qi per target and decoder layer is needed. Let E_l, D_m, X_m be the cams of encoder layer l, decoder
+self-attention m and cross-attention m, and t the target's query.
 
-- Decoder. Unrolled, equations 7 and 10 give row t after layer M as the sum over m <= M of
-  (Rbar_m p_m)^T X_m Rbar_ii, with p_M = e_t and p_m = p_(m+1) (I + D_(m+1)). The sums before the factor Rbar_ii are
-  `DecoderRows.rows`.
-- Encoder. Row sums of R_ii - I by a chain from the right, s <- s + E_l (1 + s) for l = 1 ... L; rows times R_ii by one
-  from the left, y <- y + y E_l for l = L ... 1.
+- Decoder: by equations 7 and 10, row t after layer M is the sum over m <= M of (Rbar_m p_m)^T X_m Rbar_ii, with
+  p_M = e_t and p_m = p_(m+1) (I + D_(m+1)). The decoder functions compute the sums without the factor Rbar_ii.
+- Encoder: row sums of R_ii - I by products from the right, s <- s + E_l (1 + s) for l = 1 ... L; rows times R_ii by
+  products from the left, y <- y + y E_l for l = L ... 1.
 
 Shapes: P pairs, M decoder layers, Q queries, N tokens. All in the dtype of the cams.
 """
@@ -41,7 +40,7 @@ class DecoderCams:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the relevance, and the number of identity rows that normalisation put in for rows that sum to zero.
+    """Rows of the relevance, and how many rows summed to zero and were normalised to identity rows.
 
     Attributes:
         rows: (P, M, N).
@@ -53,8 +52,8 @@ class Rows:
     decoder_identity_rows: Tensor
     encoder_identity_rows: Tensor
 
-    def of(self, pairs: slice) -> Rows:
-        """The rows of some pairs."""
+    def select(self, pairs: slice) -> Rows:
+        """The rows of a slice of pairs."""
         return Rows(self.rows[pairs], self.decoder_identity_rows[pairs], self.encoder_identity_rows[pairs])
 
 
@@ -64,13 +63,13 @@ def _without_normalisation(rows: Tensor) -> Rows:
     return Rows(rows, zeros, zeros[:, 0])
 
 
-def _over_sums(excess: Tensor, sums: Tensor) -> Tensor:
-    """Equations 8 and 9 without their I: rows divided by their sums, zero where the sum is zero."""
+def _divide_by_sums(excess: Tensor, sums: Tensor) -> Tensor:
+    """Equations 8 and 9 without adding I: rows divided by their sums, zero where the sum is zero."""
     return excess / sums.masked_fill(sums == 0, 1)
 
 
 def _unit_rows(cams: DecoderCams) -> Tensor:
-    """e_t (P, Q)."""
+    """The unit vectors e_t, (P, Q)."""
     places = torch.arange(cams.self_attention[0].shape[-1], device=cams.queries.device)
     return (cams.queries[:, None] == places).to(cams.self_attention[0])
 
@@ -82,7 +81,7 @@ def chefer_decoder(
     self_in_rule_10: bool = True,
     zero_rows: ZeroRows = "identity",
 ) -> Rows:
-    """The decoder's part of equations 6 to 11, for every layer: `rows` before the factor Rbar_ii."""
+    """The decoder's part of equations 6 to 11, for every layer: rows without the factor Rbar_ii."""
     excess: list[Tensor] = []
     for cam in cams.self_attention:
         excess.append(cam if not excess else excess[-1] + cam + cam @ excess[-1])
@@ -92,15 +91,15 @@ def chefer_decoder(
     layers, tokens = len(cams.self_attention), cams.cross_attention[0].shape[-1]
     unit = _unit_rows(cams)
     rows = unit.new_zeros(len(unit), layers, tokens)
-    path = unit.new_empty(len(unit), 0, unit.shape[1])  # p_m of the maps after layers m, ..., M
+    path = unit.new_empty(len(unit), 0, unit.shape[1])  # p_m for the maps after layers m, ..., M
     for layer in reversed(range(layers)):
         if path.shape[1]:
             path = path + path @ cams.self_attention[layer + 1]
         path = torch.cat((unit[:, None], path), dim=1)
         through = path
         if self_in_rule_10:
-            back = _over_sums(excess[layer], sums[layer]) if normalised else excess[layer]
-            through = path + path @ back.transpose(1, 2)
+            r_qq = _divide_by_sums(excess[layer], sums[layer]) if normalised else excess[layer]
+            through = path + path @ r_qq.transpose(1, 2)
         update = through @ cams.cross_attention[layer]
         if zero_rows == "reference" and normalised and self_in_rule_10:
             update = update.masked_fill((identity_rows[:, layer] > 0)[:, None, None], 0)
@@ -111,33 +110,33 @@ def chefer_decoder(
 
 
 def chefer_encoder(
-    found: Rows,
+    decoder_rows: Rows,
     encoder: EncoderCams,
     tokens: Tensor | None,
     *,
     normalised: bool = True,
     zero_rows: ZeroRows = "identity",
 ) -> Rows:
-    """The factor Rbar_ii; `tokens` (N,) bool, True = image, False = padding; None if there is no padding."""
-    rows, weights, zeros = found.rows, found.rows, found.encoder_identity_rows
+    """Rows times the factor Rbar_ii; `tokens` (N,) bool, True = image, False = padding; None without padding."""
+    rows, weights, zeros = decoder_rows.rows, decoder_rows.rows, decoder_rows.encoder_identity_rows
     if normalised:
         sums = rows.new_zeros(len(rows), rows.shape[-1])
         for layer in range(len(encoder)):
             sums = sums + encoder.right(layer, 1 + sums)
         zero = sums == 0
         zeros = (zero if tokens is None else zero & tokens).sum(-1)
-        weights = torch.where(zero[:, None], 0, _over_sums(rows, sums[:, None]))
-    more = torch.zeros_like(rows)
+        weights = torch.where(zero[:, None], 0, _divide_by_sums(rows, sums[:, None]))
+    update = torch.zeros_like(rows)
     for layer in reversed(range(len(encoder))):
-        more = more + encoder.left(layer, weights + more)
-    rows = rows + more
+        update = update + encoder.left(layer, weights + update)
+    rows = rows + update
     if zero_rows == "reference" and normalised:
         rows = rows.masked_fill((zeros > 0)[:, None, None], 0)
-    return Rows(rows, found.decoder_identity_rows, zeros)
+    return Rows(rows, decoder_rows.decoder_identity_rows, zeros)
 
 
 def no_aggregation_decoder(cams: DecoderCams, *, residual: bool = False) -> Rows:
-    """Column t of D_m ... D_1, times X_m; with `residual`, of the (D + I) whose rows are normalised (rollout)."""
+    """Column t of D_m ... D_1, times X_m; with `residual` (rollout), D + I with normalised rows instead of D."""
     column = _unit_rows(cams)[:, :, None]
     rows = []
     for cam, cross in zip(cams.self_attention, cams.cross_attention, strict=True):
@@ -148,10 +147,10 @@ def no_aggregation_decoder(cams: DecoderCams, *, residual: bool = False) -> Rows
 
 
 def no_aggregation_encoder(
-    found: Rows, encoder: EncoderCams, tokens: Tensor | None, *, residual: bool = False
+    decoder_rows: Rows, encoder: EncoderCams, tokens: Tensor | None, *, residual: bool = False
 ) -> Rows:
-    """Rows times E_L ... E_1; with `residual`, times the (E + I) whose rows are normalised (rollout)."""
-    rows = found.rows
+    """Rows times E_L ... E_1; with `residual` (rollout), E + I with normalised rows instead of E."""
+    rows = decoder_rows.rows
     for layer in reversed(range(len(encoder))):
         if residual:
             sums = 1 + encoder.right(layer, rows.new_ones(len(rows), rows.shape[-1]))
@@ -159,7 +158,7 @@ def no_aggregation_encoder(
             rows = rows + encoder.left(layer, rows)
         else:
             rows = encoder.left(layer, rows)
-    return Rows(rows, found.decoder_identity_rows, found.encoder_identity_rows)
+    return Rows(rows, decoder_rows.decoder_identity_rows, decoder_rows.encoder_identity_rows)
 
 
 def cross_only(cams: DecoderCams) -> Rows:

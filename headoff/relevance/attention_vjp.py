@@ -1,8 +1,8 @@
-"""The backward pass of an attention call, with its cam (equation 5), tile by tile.
+"""The backward pass of an attention call, and its cam (equation 5), tile by tile.
 
-Two identities make it cheap. First, the gradient with respect to the gated weights A is dA = dO V^T, with dO the
-gradient of the gated context: query, key, value, gate and dO are enough, whatever kernel computed the context. Second,
-a gate is a factor of the context, so a gated attention is an ungated one with weights P whose context has the gradient
+It uses two identities. First, the gradient with respect to the gated weights A is dA = dO V^T, with dO the gradient of
+the gated context: query, key, value, gate and dO suffice, whatever kernel computed the context. Second, a gate is a
+factor of the context, so gated attention is ungated attention with weights P whose context has the gradient
 dO' = gate * dO: A * dA = P * (dO' V^T). With O the gated context and W = P * (dO' V^T):
 
     scores    dS = W - P * rowsum(dO * O)
@@ -11,10 +11,10 @@ dO' = gate * dO: A * dA = P * (dO' V^T). With O the gated context and W = P * (d
               mean over heads of relu(dS)       (`centred`)
               relu of the mean of P * gate * c  (`attention` with c = 1, `gradcam` with c the mean of dA per head)
 
-A tile is a few rows of a few heads of one or more pairs: no T x S matrix of all heads has to exist.
+A tile has a few rows of a few heads of one or more pairs, so that no T x S matrix of all heads is allocated.
 
-Shapes: P pairs of (configuration, target), each of which continues one of the G runs of the forward pass; H heads,
-T queries or tokens, S keys, D channels of a head.
+Shapes: P pairs of (configuration, target), every one of which belongs to one of the G runs of the forward pass; H
+heads, T queries or tokens, S keys, D channels of a head.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from torch import Tensor
 from headoff.attention.contract import AdaptedAttention
 from headoff.detr.transformer import Attend
 from headoff.relevance.callable_vjp import gradients_by_callable
-from headoff.relevance.records import AttentionRecord, of_runs
+from headoff.relevance.records import AttentionRecord, select_runs
 from headoff.relevance.rules import CENTRED_RESOLUTION
 
 CamRule = Literal["gradient", "centred", "attention", "gradcam"]
 InputGradients = tuple[Tensor, Tensor, Tensor]
-"""Of query (P, H, T, D), key and value (P, H, S, D)."""
+"""Gradients of query (P, H, T, D), key and value (P, H, S, D)."""
 
 CPU_TILE = 2**17
 """Numbers in a tile of one pair: a tile, its weights and their gradient fit into the second-level cache of a CPU."""
 
 BATCHED_TILE = 2**26
-"""Numbers in a tile of many pairs: so many that the time to launch a kernel does not matter."""
+"""Numbers in a tile of many pairs: so many that the launch of kernels takes no noticeable time."""
 
 TEMPORARIES = 4
-"""Tensors of a tile's size that exist at once: weights, their gradient, and intermediate results of both."""
+"""Tensors of a tile's size in memory at the same time: weights, their gradient, and intermediate results."""
 
 
 class AttentionVjp:
@@ -51,11 +51,11 @@ class AttentionVjp:
     Args:
         record: the call.
         rule: how a cam is computed.
-        attend: if given, the gradients of query, key and value are those of this attention's own backward pass.
+        attend: if given, the gradients of query, key and value come from this attention's backward pass.
         dtype: the dtype in which `attend` is called; the record's by default.
-        tile: numbers in a tile; `CPU_TILE` or `BATCHED_TILE` by default. `TEMPORARIES` such tensors exist at once.
+        tile: numbers in a tile; `CPU_TILE` or `BATCHED_TILE` by default. There are up to `TEMPORARIES` such tensors.
         batched: False, for CPUs: tiles of one pair, and heads without a gradient are skipped. True, for accelerators:
-            tiles of as many pairs as fit, and the host reads no value of a tensor, so it never waits.
+            tiles of as many pairs as fit, and the host reads no tensor's values, so it never waits.
     """
 
     def __init__(
@@ -80,15 +80,15 @@ class AttentionVjp:
     def __call__(
         self, grad_context: Tensor | None, runs: Tensor, *, cam: bool = True, inputs: bool = True
     ) -> tuple[Tensor | None, InputGradients | None]:
-        """Send a gradient back through the call.
+        """The backward pass of the call.
 
         Args:
-            grad_context: (P, H, T, D), of the gated context; None if the cam does not depend on it.
+            grad_context: (P, H, T, D), gradient of the gated context; None if the cam does not depend on it.
             runs: (P,) int64, the run of each pair.
-            cam, inputs: what is wanted.
+            cam, inputs: whether to compute cams, and gradients of the inputs.
 
         Returns:
-            Cams (P, T, S), and the gradients of the inputs; None for what is not wanted.
+            Cams (P, T, S), and the gradients of the inputs; None for what is not requested.
         """
         input_gradients = None
         if inputs and self._attend is not None:
@@ -103,14 +103,14 @@ class AttentionVjp:
         return cams, input_gradients or analytic
 
     def right(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
-        """Cams times vectors (P, S): (P, T). The cams are not kept."""
+        """Cams times vectors (P, S): (P, T). The cams are not stored."""
         result = vectors.new_empty(len(runs), self.record.query.shape[2])
         for pairs, rows, tile in self._tiles(grad_context, runs, None):
             result[pairs, rows] = (tile @ vectors[pairs, :, None])[:, :, 0]
         return result
 
     def left(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
-        """Row vectors (P, M, T) times cams: (P, M, S). The cams are not kept."""
+        """Row vectors (P, M, T) times cams: (P, M, S). The cams are not stored."""
         result = vectors.new_zeros(*vectors.shape[:2], self.record.key.shape[2])
         for pairs, rows, tile in self._tiles(grad_context, runs, None):
             result[pairs].baddbmm_(vectors[pairs, :, rows], tile)
@@ -126,21 +126,21 @@ class AttentionVjp:
         cams = query.new_empty(pairs, queries, keys) if cam else None
         input_gradients: InputGradients | None = None
         if inputs:
-            # Rows of key and value accumulate over tiles, rows of the query are written once.
+            # Gradients of key and value are sums over tiles; that of the query is written once per row.
             input_gradients = (
                 query.new_zeros(pairs, heads, queries, channels),
                 query.new_zeros(pairs, heads, keys, channels),
                 query.new_zeros(pairs, heads, keys, channels),
             )
-        for some, rows, tile in self._tiles(grad_context, runs, input_gradients):
+        for tile_pairs, rows, tile in self._tiles(grad_context, runs, input_gradients):
             if cams is not None:
-                cams[some, rows] = tile
+                cams[tile_pairs, rows] = tile
         return cams, input_gradients
 
     def _tiles(
         self, grad_context: Tensor | None, runs: Tensor, input_gradients: InputGradients | None
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Slices of pairs and rows with their cams (pairs, rows, S); adds to `input_gradients` on the way."""
+        """Slices of pairs and rows with their cams (pairs, rows, S); also adds to `input_gradients`."""
         record, heads = self.record, self.record.query.shape[1]
         weighted = self.rule in ("attention", "gradcam")
         factor = self._factors(grad_context, runs) if weighted else None
@@ -149,7 +149,7 @@ class AttentionVjp:
             gated, centre = self._gated(grad_context, runs)
         pair_slices, row_slices, head_slices = self._slices(len(runs))
         active = self._active(factor if gated is None else gated, head_slices)
-        # A run's number, rather than a tensor of numbers, makes views in place of copies.
+        # Indexing with a slice gives views, indexing with a tensor gives copies.
         numbers = None if self._batched else runs.tolist()
         for pairs in pair_slices:
             runs_here = (
@@ -166,9 +166,9 @@ class AttentionVjp:
                     if gated is None or centre is None:
                         continue
                     gated_here, centre_here = gated[pairs, some_heads, rows], centre[pairs, some_heads, rows]
-                    scores = gated_here @ of_runs(self._value[:, some_heads], runs_here)
+                    scores = gated_here @ select_runs(self._value[:, some_heads], runs_here)
                     if self.rule == "centred":
-                        largest = of_runs(self._largest_value[:, some_heads], runs_here)
+                        largest = select_runs(self._largest_value[:, some_heads], runs_here)
                         cam = _add_heads(cam, centred(scores, centre_here, gated_here, largest).mul_(weights))
                     scores.mul_(weights)
                     if self.rule == "gradient":
@@ -176,13 +176,13 @@ class AttentionVjp:
                     if input_gradients is None:
                         continue
                     scores.addcmul_(weights, centre_here, value=-1)
-                    of_query, of_key, of_value = input_gradients
-                    of_query[pairs, some_heads, rows] = scores @ of_runs(
+                    grad_query, grad_key, grad_value = input_gradients
+                    grad_query[pairs, some_heads, rows] = scores @ select_runs(
                         record.scaled_key[:, some_heads], runs_here
                     )
-                    query = of_runs(record.scaled_query[:, some_heads, rows], runs_here)
-                    _add_product(of_key[pairs, some_heads], scores.mT, query)
-                    _add_product(of_value[pairs, some_heads], weights.mT, gated_here)
+                    query = select_runs(record.scaled_query[:, some_heads, rows], runs_here)
+                    _add_product(grad_key[pairs, some_heads], scores.mT, query)
+                    _add_product(grad_value[pairs, some_heads], weights.mT, gated_here)
                 if cam is None:
                     shape = pairs.stop - pairs.start, rows.stop - rows.start, record.key.shape[2]
                     cam = record.query.new_zeros(shape)
@@ -190,7 +190,7 @@ class AttentionVjp:
                 yield pairs, rows, cam.clamp_min_(0) if self.rule == "gradcam" else cam
 
     def _slices(self, pairs: int) -> tuple[list[slice], list[slice], list[slice]]:
-        """Pairs, rows and heads of the tiles: heads are divided first, then pairs, and rows last."""
+        """Slices of pairs, rows and heads: heads are divided first, then pairs, and rows last."""
         _, heads, queries, _ = self.record.query.shape
         keys = self.record.key.shape[2]
         rows_at_once = max(1, min(queries, self._tile // keys))
@@ -201,9 +201,9 @@ class AttentionVjp:
     def _gated(self, grad_context: Tensor | None, runs: Tensor) -> tuple[Tensor, Tensor]:
         """dO' (P, H, T, D), and rowsum(dO * O) (P, H, T, 1)."""
         assert grad_context is not None
-        gate, context = self.record.gate, of_runs(self.record.context, runs)
+        gate, context = self.record.gate, select_runs(self.record.context, runs)
         centre = (grad_context * context).sum(-1, keepdim=True)
-        gated = grad_context if gate is None else grad_context * of_runs(gate, runs)
+        gated = grad_context if gate is None else grad_context * select_runs(gate, runs)
         return gated.contiguous(), centre
 
     def _factors(self, grad_context: Tensor | None, runs: Tensor) -> Tensor:
@@ -212,35 +212,35 @@ class AttentionVjp:
         _, heads, queries, _ = record.query.shape
         factor = record.query.new_ones(len(runs), heads, queries, 1)
         if record.gate is not None:
-            factor = factor * of_runs(record.gate, runs)
+            factor = factor * select_runs(record.gate, runs)
         if self.rule == "gradcam":
             assert grad_context is not None
-            # The mean of dO V^T over all rows and columns, without the matrix. Padding is masked rather than left out,
-            # because the host would have to wait for the number of tokens.
+            # The mean of dO V^T over all rows and columns, without computing the matrix. Padding is masked instead of
+            # removed, because the host would have to wait for the number of tokens.
             if record.keys is None:
                 mean = record.value.mean(2, keepdim=True)
             else:
                 attended = record.keys[:, None]
                 mean = torch.where(attended, record.value, 0).sum(2, keepdim=True) / attended.sum()
-            values = of_runs(mean, runs)
+            values = select_runs(mean, runs)
             factor = factor * (grad_context.mean(2, keepdim=True) * values).sum(-1, keepdim=True)
         return factor
 
     def _active(self, factor: Tensor | None, head_slices: list[slice]) -> list[list[bool]] | None:
-        """Whether each pair has anything to compute in each slice of heads; None if batched: nothing is skipped.
+        """For every pair and slice of heads, whether any head contributes; None if batched, as nothing is skipped then.
 
         Heads that are off have a factor (P, H, T, n) of zero.
         """
         if self._batched:
             return None
         assert factor is not None
-        # Different from zero, rather than positive: NaN has to come through.
+        # Not `factor > 0`, so that NaN is not skipped.
         nonzero = (factor != 0).flatten(2).any(-1)
         return [[bool(row[heads].any()) for heads in head_slices] for row in nonzero]
 
 
 def centred(grad_weights: Tensor, centre: Tensor, gated: Tensor, largest_value: Tensor) -> Tensor:
-    """relu(dO' V^T - rowsum(dO * O)), with differences that may be rounding errors set to zero.
+    """relu(dO' V^T - rowsum(dO * O)), with differences of the size of rounding errors set to zero.
 
     Args:
         grad_weights: dO' V^T (..., rows, S).
@@ -253,7 +253,7 @@ def centred(grad_weights: Tensor, centre: Tensor, gated: Tensor, largest_value: 
 
 
 def centred_threshold(gated: Tensor, largest_value: Tensor) -> Tensor:
-    """The size of rounding errors of dO' V^T, (..., rows, 1); arguments as of `centred`."""
+    """The size of rounding errors of dO' V^T, (..., rows, 1); see `centred` for the arguments."""
     scale = gated.norm(dim=-1, keepdim=True) * largest_value
     return CENTRED_RESOLUTION * torch.finfo(scale.dtype).eps * scale
 
@@ -282,6 +282,6 @@ def _add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def is_builtin(attention: Callable[..., Tensor]) -> bool:
-    """Whether the analytic backward pass is this attention's own: whether it is one of this package's."""
+    """Whether an attention is one of this package's, so that the analytic backward pass is valid for it."""
     call = attention.call if isinstance(attention, AdaptedAttention) else attention
     return (getattr(call, "__module__", None) or "").startswith("headoff.attention.")

@@ -1,4 +1,4 @@
-"""The encoder's cams, as what they do to vectors.
+"""The encoder's cams as linear maps: their products with vectors.
 
 Shapes: P pairs of (configuration, target), M decoder layers, N image tokens.
 """
@@ -27,7 +27,7 @@ class EncoderCams(Protocol):
         ...
 
 
-class KeptCams:
+class StoredCams:
     """Encoder cams as matrices (P or 1, N, N) per layer."""
 
     def __init__(self, cams: list[Tensor]) -> None:
@@ -44,7 +44,7 @@ class KeptCams:
 
 
 class RecomputedCams:
-    """Encoder cams that are recomputed, tile by tile, for each product: only gradients of contexts are kept."""
+    """Encoder cams that are recomputed tile by tile for each product, from the gradients of the contexts."""
 
     def __init__(self, attention: list[AttentionVjp], grad_contexts: list[Tensor] | None) -> None:
         self._attention = attention
@@ -60,6 +60,6 @@ class RecomputedCams:
         return self._attention[layer].left(*self._arguments(layer, rows), rows)
 
     def _arguments(self, layer: int, like: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The gradient of the layer's context, and the run of each pair: the encoder has only one."""
+        """The gradient of the layer's context, and the run of each pair, which is 0 in the encoder."""
         grad_context = None if self._grad_contexts is None else self._grad_contexts[layer]
         return grad_context, torch.zeros(len(like), dtype=torch.long, device=like.device)

@@ -1,15 +1,15 @@
-"""The engine: encode once, decode all configurations together, send the gradients of all targets back in batches.
+"""The engine: encode once, decode all configurations together, compute the gradients of all targets in batches.
 
-Only what relevance needs is computed: the gradient of the context at each attention, no gradients of weights, and
-nothing of the backbone. A pair of (configuration, target) costs the backward passes of decoder and encoder, and a few
-products of cams with vectors (`headoff.relevance.aggregation`). A memory budget decides
+It computes only what relevance needs: the gradient of the context at every attention, without gradients of weights or
+of the backbone. A pair of (configuration, target) costs the backward passes of decoder and encoder, and a few
+products of cams with vectors (`headoff.relevance.aggregation`). The memory budget determines
 
-- how many configurations are decoded, and how many pairs are sent back, at once;
-- whether attention weights and encoder cams (N x N per layer) are kept or recomputed tile by tile. Without them the
+- how many configurations are decoded together, and how many pairs have their backward pass together;
+- whether attention weights and encoder cams (N x N per layer) are stored or recomputed tile by tile. Without them the
   memory of a pair is O(N).
 
-The implementations of an attention's backward pass (`Kernels`) give the same numbers. On accelerators the host reads no
-value of a tensor between a target's gradient and the finished maps, which are copied back together.
+The implementations of an attention's backward pass (`Kernels`) give the same results up to rounding. On accelerators
+the host reads no tensor's values between a target's gradient and the finished maps, which are copied back together.
 
 Results come one configuration at a time, in the order of the gates if the encoder is not gated.
 """
@@ -29,7 +29,7 @@ from headoff.errors import NonFiniteError, SettingError
 from headoff.gates import Gates
 from headoff.relevance.aggregation import DecoderCams, Rows
 from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
-from headoff.relevance.encoder_cams import EncoderCams, KeptCams, RecomputedCams
+from headoff.relevance.encoder_cams import EncoderCams, RecomputedCams, StoredCams
 from headoff.relevance.fused_vjp import FusedVjp, Precision
 from headoff.relevance.kernels import Kernels, chosen_kernels
 from headoff.relevance.memory import MemoryPlan, default_memory_budget
@@ -43,7 +43,7 @@ from headoff.sweeps import by_encoder_gate
 Backward = Literal["auto", "analytic", "callable"]
 
 TargetsOf = Callable[[int, Tensor, Tensor], Sequence[Target | None]]
-"""From the index of a configuration, its logits (Q, K + 1) and boxes (Q, 4), both on the CPU, to its targets."""
+"""The targets of a configuration, from its index, its logits (Q, K + 1) and its boxes (Q, 4), both on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ class PairRelevance:
 
     Attributes:
         rows: (M, N) float32 or float64, after each decoder layer.
-        value: of the target.
-        decoder_identity_rows: (M,) int64, identity rows that normalisation put in; 0 if nothing was normalised.
+        value: the target's value.
+        decoder_identity_rows: (M,) int64, rows that sum to zero and were normalised to identity rows; 0 if nothing was
+            normalised.
         encoder_identity_rows: the same for the encoder.
         reference_differs: (M,) bool, whether the paper's published code drops a contribution to that map, because of a
             row that sums to zero.
@@ -71,11 +72,11 @@ class ConfigurationRelevance:
     """The results of one configuration.
 
     Attributes:
-        index: of the configuration in the gates.
+        index: of the configuration, in the gates.
         logits: (Q, K + 1).
         boxes: (Q, 4).
         pairs: one result for each target; None for a target of None.
-        heads: (targets, M, H, N), cross-attention weights after the gate; None unless asked for.
+        heads: (targets, M, H, N), cross-attention weights after the gate; None unless requested.
     """
 
     index: int
@@ -87,7 +88,9 @@ class ConfigurationRelevance:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A target of the configuration that is run number `run`; `slot` is its place among that one's targets."""
+    """A target of the configuration with index `run` in a batch; `slot` is its index among that configuration's
+    targets.
+    """
 
     run: int
     slot: int
@@ -102,14 +105,15 @@ class RelevanceEngine:
         features: of one image (`Detector.features`), padded or not.
         method: a name or a `Method`.
         zero_rows: see `headoff.relevance.rules`.
-        backward: how gradients pass an attention: by its own backward pass (`callable`), which tests of a patch need,
-            or by a formula (`analytic`), which is faster. `auto` is `analytic` for this package's attentions and
-            `callable` for any other. Cams are computed from the recorded tensors in both cases.
-        kernels: see `Kernels`. `triton` has to be asked for; it needs CUDA, relevance in float32, and a method whose
-            cams are products with a gradient.
-        precision: of the products in the Triton kernels: `ieee` keeps all bits of float32; `tf32` is faster, and its
-            maps differ by up to 1e-2 of their maximum.
-        memory_budget: bytes; the minimum that is needed is used regardless. By default half of the free memory of a
+        backward: how the gradients of an attention's inputs are computed: by the attention's backward pass
+            (`callable`), which tests of a patch need, or by a formula (`analytic`), which is faster. `auto` is
+            `analytic` for this package's attentions and `callable` for others. Cams are computed from the recorded
+            tensors in both cases.
+        kernels: see `Kernels`. `triton` needs CUDA, relevance in float32, and a method whose cams are products with a
+            gradient.
+        precision: of the products in the Triton kernels: `ieee` is full float32; `tf32` is faster, and its maps differ
+            by up to 1e-2 of their maximum.
+        memory_budget: bytes; a smaller budget than the minimum is exceeded. By default half of the free memory of a
             CUDA device, and `MEMORY_BUDGET` on other devices.
 
     Raises:
@@ -164,7 +168,9 @@ class RelevanceEngine:
 
     @property
     def keeps_cams(self) -> bool:
-        """Whether the memory budget holds the encoder's cams of a pair; else they are recomputed tile by tile."""
+        """Whether the encoder's cams of a pair fit into the memory budget; otherwise they are recomputed tile by
+        tile.
+        """
         return self.memory.keep_cams
 
     @torch.no_grad()
@@ -175,7 +181,7 @@ class RelevanceEngine:
             if cached is gate or (cached is not None and gate is not None and torch.equal(cached, gate)):
                 return trace
         self._encoded = None
-        trace = EncoderTrace.of(self.detector, self.features, gate, self._make_vjp)
+        trace = EncoderTrace.run(self.detector, self.features, gate, self._make_vjp)
         if self.memory.keep_weights:
             for layer in trace.layers:
                 layer.attention.vjp.record.keep_weights()
@@ -189,10 +195,10 @@ class RelevanceEngine:
         """Decode and explain every configuration.
 
         Args:
-            gates: of all sites, the encoder's included.
+            gates: the gates of all sites, including the encoder.
             targets: called for each configuration after it is decoded.
-            layers: decoder layers after which maps are wanted; all of them by default.
-            heads: whether to add per-head cross-attention weights.
+            layers: decoder layers after which maps are computed; all of them by default.
+            heads: whether to return per-head cross-attention weights.
 
         Raises:
             NonFiniteError: NaN or infinity appears.
@@ -223,7 +229,7 @@ class RelevanceEngine:
         layers: list[int],
         heads: bool,
     ) -> Iterator[ConfigurationRelevance]:
-        decoder = DecoderTrace.of(self.detector, encoder.memory, gates, self._make_vjp)
+        decoder = DecoderTrace.run(self.detector, encoder.memory, gates, self._make_vjp)
         if self.kernels != "triton":
             for layer in decoder.layers:
                 layer.self_attention.vjp.record.keep_weights()
@@ -277,9 +283,9 @@ class RelevanceEngine:
                     layers,
                 )
             ]
-            live_there, runs, queries, layers_there = copy_to_device(numbers, gradient.device)
-            grad_states = gradient.index_select(0, live_there) if self.method.needs_gradient else None
-            found, differing = self._backward(encoder, decoder, grad_states, runs, queries, layers_there)
+            live_index, runs, queries, layer_index = copy_to_device(numbers, gradient.device)
+            grad_states = gradient.index_select(0, live_index) if self.method.needs_gradient else None
+            found, differing = self._backward(encoder, decoder, grad_states, runs, queries, layer_index)
             rows[live], decoder_zeros[live] = found.rows.cpu(), found.decoder_identity_rows.cpu()
             encoder_zeros[live], differs[live] = found.encoder_identity_rows.cpu(), differing.cpu()
         if not bool(rows.isfinite().all()):
@@ -300,9 +306,9 @@ class RelevanceEngine:
         queries: Tensor,
         layers: Tensor,
     ) -> tuple[Rows, Tensor]:
-        """From gradients of the decoder's states (P, Q, d) to rows after `layers`, and `reference_differs` (P, M).
+        """Rows after `layers`, and `reference_differs` (P, M), from gradients of the decoder's states (P, Q, d).
 
-        Everything stays on the detector's device. On accelerators the host reads no value of a tensor.
+        All tensors stay on the detector's device. On accelerators the host reads no tensor's values.
         """
         gradients = decoder.backward(
             grad_states, runs, memory=self.method.encoder is not None and self.method.needs_gradient
@@ -318,12 +324,12 @@ class RelevanceEngine:
             in_decoder.encoder_identity_rows,
         )
         grad_memory = gradients.memory
-        del gradients, cams  # the encoder needs the memory
+        del gradients, cams  # frees memory for the encoder
         parts = []
         for start in range(0, len(runs), self.memory.encoder_pairs_at_once):
-            some = slice(start, start + self.memory.encoder_pairs_at_once)
-            gradient = None if grad_memory is None else grad_memory[some]
-            parts.append(self._through_encoder(encoder, in_decoder.of(some), gradient, options))
+            batch = slice(start, start + self.memory.encoder_pairs_at_once)
+            gradient = None if grad_memory is None else grad_memory[batch]
+            parts.append(self._through_encoder(encoder, in_decoder.select(batch), gradient, options))
         rows = Rows(
             torch.cat([part.rows for part in parts]),
             torch.cat([part.decoder_identity_rows for part in parts]),
@@ -334,11 +340,11 @@ class RelevanceEngine:
     def _through_encoder(
         self, encoder: EncoderTrace, rows: Rows, grad_memory: Tensor | None, options: dict[str, object]
     ) -> Rows:
-        """Rows of the decoder times the encoder's factor; `grad_memory` (P, N, d)."""
+        """The decoder's rows times the encoder's factor; `grad_memory` (P, N, d)."""
         if self.method.encoder is None:
             return rows
         has_evidence = rows.rows.flatten(1).any(1)
-        # An accelerator would have to be waited for, which costs more than it saves.
+        # Only on the CPU: waiting for an accelerator would cost more than it saves.
         if has_evidence.device.type == "cpu" and not has_evidence.any():
             return rows
         mask = self.features.attn_mask
@@ -348,7 +354,9 @@ class RelevanceEngine:
         return replace(result, encoder_identity_rows=result.encoder_identity_rows * has_evidence)
 
     def _encoder_cams(self, encoder: EncoderTrace, grad_memory: Tensor | None) -> EncoderCams:
-        """The cams of all pairs of `grad_memory` (P, N, d); without gradients, they are the same for all pairs."""
+        """The encoder's cams of the pairs of `grad_memory` (P, N, d); if that is None, cams are the same for all
+        pairs.
+        """
         attention = [layer.attention.vjp for layer in encoder.layers]
         keep = self.memory.keep_cams
         if grad_memory is None:
@@ -361,13 +369,13 @@ class RelevanceEngine:
             if not keep:
                 return RecomputedCams(attention, [grad_context for _, grad_context in layers])
             kept = [cams for cams, _ in layers]
-        return KeptCams([cams for cams in kept if cams is not None])
+        return StoredCams([cams for cams in kept if cams is not None])
 
     def _target_gradients(self, decoder: DecoderTrace, pairs: list[_Pair]) -> tuple[Tensor, Tensor]:
         """The targets' values (P,), and their gradients with respect to the decoder's states (P, Q, d)."""
         (runs,) = copy_to_device([torch.tensor([pair.run for pair in pairs])], decoder.states.device)
         with torch.enable_grad():
-            # Autograd is good enough here: class and box heads are small and contain no attention.
+            # By autograd, as class and box heads are small and contain no attention.
             states = decoder.states.index_select(0, runs).detach().requires_grad_()
             output = self.detector.heads(states[None])
             values = torch.stack(
@@ -402,14 +410,14 @@ def _head_weights(
 ) -> Tensor:
     """Cross-attention weights after the gate at the targets' queries: (targets, M, H, N); zero for a target of None."""
     queries = [0 if target is None else target.query for target in targets]
-    (there,) = copy_to_device([torch.tensor(queries, dtype=torch.long)], decoder.states.device)
+    (query_index,) = copy_to_device([torch.tensor(queries, dtype=torch.long)], decoder.states.device)
     per_layer = []
     for layer in layers:
         record = decoder.layers[layer].cross_attention.vjp.record
-        weights = record.weights(slice(run, run + 1))[0].index_select(1, there)
+        weights = record.weights(slice(run, run + 1))[0].index_select(1, query_index)
         if record.gate is not None:
             gate = record.gate[run]
-            weights = weights * (gate if gate.shape[1] == 1 else gate.index_select(1, there))
+            weights = weights * (gate if gate.shape[1] == 1 else gate.index_select(1, query_index))
         per_layer.append(weights.transpose(0, 1))
     result = torch.stack(per_layer, dim=1).cpu()
     result[torch.tensor([target is None for target in targets], dtype=torch.bool)] = 0

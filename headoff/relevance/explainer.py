@@ -47,22 +47,22 @@ def explain(
     Args:
         detector: see `headoff.load`.
         image: a path, a `PIL.Image` or an array; see `headoff.images.load_image`.
-        configurations: any number of them, or their text. By default the cumulative sweep: nothing off, first 1 off,
-            ..., all heads off, in every decoder layer.
-        queries: the object queries to explain; by default those that detect something with nothing off.
+        configurations: configurations, or their text. By default the cumulative sweep: none off, first 1 off, ..., all
+            heads off, in every decoder layer.
+        queries: the object queries to explain; by default those that detect an object in the baseline.
         method: one of `headoff.relevance.method_names()`, or a `Method`.
-        layers: decoder layers after which maps are wanted, counted from 0: `all`, `last`, a number or several.
+        layers: decoder layers after which maps are computed, counted from 0: `all`, `last`, a number or several.
         target: the scalar that is explained: the `class` logit of the query, a coordinate of its box (`cx`, `cy`, `w`,
             `h`), or a function of (logits, boxes); or a list with one of these for each object.
-        pick: the query and class that are explained under each configuration. `baseline`: those of the run with
-            nothing off, so that a sweep compares the same scalar. `class`: the same query, and its most likely class.
+        pick: the query and class that are explained under each configuration. `baseline`: those of the baseline, so
+            that a sweep compares the same scalar. `class`: the same query, and its most likely class.
             `object`: the query that detects the object (`headoff.outcomes`), and its class.
         confidence: a query counts as a detection if its score exceeds this.
-        heads: whether to add the cross-attention weights of every head.
+        heads: whether to return the cross-attention weights of every head.
         zero_rows, backward, kernels, memory_budget: see `headoff.relevance.rules` and `RelevanceEngine`.
-        progress: called with (configurations done, configurations in all).
+        progress: called with (number of finished configurations, number of configurations).
 
-    Under `with detector.autocasting(dtype):` only the forward passes run in mixed precision; relevance is float32.
+    Under `with detector.autocasting(dtype):` only the forward passes use mixed precision; relevance is float32.
 
     Returns:
         An `Explanation`, which has no objects if nothing is detected.
@@ -112,11 +112,12 @@ def explain(
 
     def targets(index: int, logits: Tensor, boxes: Tensor) -> list[Target | None]:
         picked = _pick(pick, objects, logits, boxes, confidence)
-        for slot, one in enumerate(picked):
-            if one is not None:
-                picked_queries[index, slot], picked_labels[index, slot] = one
+        for slot, query_and_label in enumerate(picked):
+            if query_and_label is not None:
+                picked_queries[index, slot], picked_labels[index, slot] = query_and_label
         return [
-            None if one is None else make_target(spec, *one) for one, spec in zip(picked, specs, strict=True)
+            None if query_and_label is None else make_target(spec, *query_and_label)
+            for query_and_label, spec in zip(picked, specs, strict=True)
         ]
 
     count = len(chosen), len(objects), len(chosen_layers)
@@ -209,7 +210,7 @@ def _objects(
     confidence: float,
     queries: list[int] | None,
 ) -> Detections:
-    """The baseline's detections; or the answers of `queries`, in that order, whatever their confidence."""
+    """The baseline's detections; or the predictions of `queries`, in that order, whatever their confidence."""
     if queries is None:
         return detections_from(logits, boxes, image_size, class_names, confidence)
     everything = detections_from(logits, boxes, image_size, class_names, 0.0)

@@ -1,4 +1,4 @@
-"""Explanations: relevance maps of an image's objects under several configurations, and the files they are kept in."""
+"""Explanations: relevance maps of an image's objects under several configurations, and their file formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headoff.choices import Pick
 from headoff.detections import Detections, class_probabilities
-from headoff.errors import OutputError, SettingError
+from headoff.errors import OutputError, SettingError, error_line
 from headoff.files import atomic_write
 from headoff.gates import Configuration, parse_configuration
 from headoff.relevance.rules import ZeroRows
@@ -28,7 +28,7 @@ class ExplanationStatus(StrEnum):
 
     OK = "ok"
     NO_EVIDENCE = "no image evidence"
-    """The map is exactly zero: through the heads that are on, no evidence of the image reaches the target."""
+    """The map is exactly zero: no evidence from the image reaches the target through the heads that are on."""
     NOT_FOUND = "not found"
     """With `pick="object"`: no query detects the object under this configuration, so nothing is explained."""
 
@@ -37,22 +37,26 @@ class ExplanationStatus(StrEnum):
 class Explanation:
     """Relevance of C configurations, O objects and M decoder layers over h x w image tokens. Tensors are on the CPU.
 
-    - `configurations`: C, in the order asked for
-    - `objects`: what is explained, O of them: the baseline's detections, by falling score, or the queries asked for, in
-      that order
-    - `layers`: the M decoder layers, from 0; a map is what relevance is *after* that layer
-    - `maps` (C, O, M, h, w): raw relevance, never negative, of no unit; float32, float64 for a float64 detector
-    - `queries` (C, O) int64: the query explained; `labels` (C, O) int64: its class; -1 where not found
-    - `values` (C, O) float64: the target's value under the configuration; NaN where not found
-    - `decoder_identity_rows` (C, O, M), `encoder_identity_rows` (C, O) int64: rows of R - I that summed to zero where
-      equations 8 and 9 normalised (image tokens only). 0 for methods that do not normalise, and where no evidence
-      came to be normalised
-    - `reference_differs` (C, O, M) bool: where the paper's published code drops a contribution to the map, because
-      equation 9 is 0/0 there; see `headoff.relevance.rules`
-    - `logits` (C, Q, K + 1) and `boxes` (C, Q, 4): the detector's answers
-    - `heads` (C, O, M, H, h, w): cross-attention weights after the gate, per head; None unless asked for
-    - `stride`: pixels of the resized picture per token side; `resized`: its (height, width)
-    - `method`, `target`, `pick`, `zero_rows`: how it was made
+    Attributes:
+        configurations: C, in the order given.
+        objects: the O explained objects: the baseline's detections by falling score, or the given queries in that
+            order.
+        layers: the M decoder layers, from 0; a map is the relevance *after* a layer.
+        maps: (C, O, M, h, w), raw relevance, not negative, without a unit; float32, or float64 for a float64 detector.
+        queries: (C, O) int64, the explained query; -1 if not found.
+        labels: (C, O) int64, the explained class; -1 if not found.
+        values: (C, O) float64, the target's value under the configuration; NaN if not found.
+        decoder_identity_rows: (C, O, M) int64, the number of rows of R_qq - I that sum to zero, which equations 8 and 9
+            cannot normalise. 0 for methods without normalisation, and where there is no evidence to normalise.
+        encoder_identity_rows: (C, O) int64, the same for R_ii - I, without padding.
+        reference_differs: (C, O, M) bool, whether the paper's published code drops a contribution to the map, because
+            equation 9 is 0/0; see `headoff.relevance.rules`.
+        logits: (C, Q, K + 1), the detector's output.
+        boxes: (C, Q, 4), the detector's output.
+        heads: (C, O, M, H, h, w), cross-attention weights after the gate, per head; None unless requested.
+        stride: pixels of the resized picture per token, along one side.
+        resized: (height, width) of the resized picture.
+        method, target, pick, zero_rows: the arguments of `explain`.
     """
 
     configurations: tuple[Configuration, ...]
@@ -93,9 +97,10 @@ class Explanation:
         """The labels along each axis of `maps`."""
         rows, columns = self.grid
         return {
-            "configuration": tuple(each.name for each in self.configurations),
+            "configuration": tuple(configuration.name for configuration in self.configurations),
             "object": tuple(
-                f"query {each.query}: {each.class_name} {each.score:.2f}" for each in self.objects
+                f"query {detection.query}: {detection.class_name} {detection.score:.2f}"
+                for detection in self.objects
             ),
             "layer": self.layers,
             "row": tuple(range(rows)),
@@ -109,11 +114,11 @@ class Explanation:
 
     @property
     def scores(self) -> Tensor:
-        """(C, O) float64: probability of the explained class at the explained query; NaN where not found."""
-        probabilities = torch.stack([class_probabilities(each) for each in self.logits])
-        each = torch.arange(len(self))[:, None]
+        """(C, O) float64: probability of the explained class at the explained query; NaN if not found."""
+        probabilities = torch.stack([class_probabilities(logits) for logits in self.logits])
+        configurations = torch.arange(len(self))[:, None]
         found = self.queries >= 0
-        scores = probabilities[each, self.queries.clamp(min=0), self.labels.clamp(min=0)]
+        scores = probabilities[configurations, self.queries.clamp(min=0), self.labels.clamp(min=0)]
         return scores.masked_fill(~found, torch.nan)
 
     @property
@@ -135,9 +140,9 @@ class Explanation:
 
     @property
     def box_shares(self) -> Tensor:
-        """(C, O, M) float64: the share of the mass inside the object's box, 0..1; NaN where there is no mass.
+        """(C, O, M) float64: the share of the mass inside the object's box, 0..1; NaN if the mass is zero.
 
-        The box is the baseline's under every configuration; a token that it covers in part counts in part.
+        The box is that of the baseline under every configuration. A token that it covers partly counts partly.
         """
         cover = torch.stack(
             [self._cover(box) for box in self.objects.boxes.double()] or [torch.zeros(self.grid)]
@@ -147,8 +152,8 @@ class Explanation:
 
     @property
     def peaks(self) -> Tensor:
-        """(C, O, M, 2) float64: (x, y) in pixels of the original image, the middle of the token with the greatest
-        relevance; NaN where there is no mass."""
+        """(C, O, M, 2) float64: (x, y) in pixels of the original image, the centre of the token with the greatest
+        relevance; NaN if the mass is zero."""
         edges_y, edges_x = self._edges()
         middles_y, middles_x = (edges_y[1:] + edges_y[:-1]) / 2, (edges_x[1:] + edges_x[:-1]) / 2
         flat = self.maps.flatten(-2)
@@ -161,9 +166,9 @@ class Explanation:
         """`maps` scaled to 0..1 for drawing.
 
         Args:
-            per: `sweep`: one scale from 0 to the greatest relevance, so that maps can be compared. `object`: one such
-                scale for each object, over configurations and layers. `map`: each map from its least to its greatest
-                relevance, as in the notebook of the paper.
+            per: `sweep`: one scale from 0 to the greatest relevance, so that maps can be compared. `object`: such a
+                scale for each object, over configurations and layers. `map`: each map from its smallest to its
+                greatest relevance, as in the paper's notebook.
 
         Maps that are constant up to rounding become 0.
         """
@@ -183,7 +188,7 @@ class Explanation:
         return ((maps - least) / span.masked_fill(constant, 1)).masked_fill(constant, 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the maps, in types that JSON knows; NaN becomes None."""
+        """Everything but the maps as JSON types; NaN becomes None."""
 
         def plain(values: Tensor) -> Any:
             return _without_nan(values.tolist())
@@ -197,7 +202,8 @@ class Explanation:
             "grid": list(self.grid),
             "objects": self.objects.as_dict(),
             "configurations": [
-                {"name": each.name, "configuration": each.text} for each in self.configurations
+                {"name": configuration.name, "configuration": configuration.text}
+                for configuration in self.configurations
             ],
             "queries": plain(self.queries),
             "labels": plain(self.labels),
@@ -216,7 +222,7 @@ class Explanation:
         """Write all tensors, and the labels of their axes as JSON, to a .npz or .safetensors file.
 
         Arrays have the names of the attributes. The JSON is the array `metadata` of a .npz file, and the metadata
-        entry `headoff` of a .safetensors file. The file is written completely or not at all.
+        entry `headoff` of a .safetensors file. The file is written atomically.
 
         Raises:
             SettingError: `path` has another suffix.
@@ -234,7 +240,9 @@ class Explanation:
                     "maps": ["configuration", "object", "layer", "row", "column"],
                     **{name: list(labels) for name, labels in self.axes.items()},
                 },
-                "configurations": [[each.name, each.text] for each in self.configurations],
+                "configurations": [
+                    [configuration.name, configuration.text] for configuration in self.configurations
+                ],
                 "image_size": list(self.image_size),
                 "class_names": list(self.objects.class_names),
                 **{name: getattr(self, name) for name in _PLAIN},
@@ -255,7 +263,7 @@ class Explanation:
                     file.write(safetensors.torch.save(tensors, {"headoff": metadata}))
         except OSError as error:
             raise OutputError(
-                f"{path} cannot be written ({error.strerror or error}): choose another place"
+                f"{path} cannot be written ({error_line(error)}): choose another path"
             ) from error
         return path
 
@@ -267,7 +275,7 @@ class Explanation:
         return edges[0], edges[1]
 
     def _cover(self, box: Tensor) -> Tensor:
-        """How much of each token `box` (left, top, right, bottom) covers: (h, w), 0..1."""
+        """The share of each token that `box` (left, top, right, bottom) covers: (h, w), 0..1."""
         shares = []
         for edges, low, high in zip(self._edges(), (box[1], box[0]), (box[3], box[2]), strict=True):
             inside = edges.clamp(float(low), float(high)).diff()
@@ -285,7 +293,11 @@ _PLAIN = ("layers", "stride", "resized", "method", "target", "pick", "zero_rows"
 
 
 def load_explanation(path: str | Path) -> Explanation:
-    """Read a file written by `Explanation.save`. Raises SettingError if `path` is not such a file."""
+    """Read a file written by `Explanation.save`.
+
+    Raises:
+        SettingError: `path` is not such a file.
+    """
     path = Path(path)
     try:
         if path.suffix == ".npz":
@@ -319,13 +331,12 @@ def load_explanation(path: str | Path) -> Explanation:
             **rest,
         )
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise SettingError(
-            f"{path} cannot be read as an explanation ({reason}): give a file that Explanation.save wrote"
+            f"{path} cannot be read as an explanation ({error_line(error)}): give a file that Explanation.save wrote"
         ) from error
 
 
 def _without_nan(values: Any) -> Any:
     if isinstance(values, list):
-        return [_without_nan(each) for each in values]
+        return [_without_nan(value) for value in values]
     return None if values != values else values

@@ -1,8 +1,8 @@
-"""The attention's backward pass in Triton: cams and gradients with no T x S matrix of a head ever written.
+"""The attention's backward pass in Triton: cams and gradients, without a T x S matrix per head in memory.
 
-For float32 on CUDA, and for cams that are made of products with the gradient (rules `gradient` and `centred`). What the
-kernels compute, and why the work is divided as it is, is documented in `headoff.relevance.fused_kernels`, which the
-first launch imports. Apart from the kernels' products in `precision`, all is float32.
+For float32 on CUDA, and for cams that are products with the gradient (rules `gradient` and `centred`). The kernels, and
+how the work is divided, are documented in `headoff.relevance.fused_kernels`, which the first launch imports. Everything
+is float32, except for the products of the kernels, which have `precision`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from headoff.attention.fused import on_device_of, said_by, too_old
+from headoff.attention.fused import device_guard, unsupported_gpu
 from headoff.detr.transformer import Attend
-from headoff.errors import SettingError
+from headoff.errors import SettingError, root_cause_line
 from headoff.relevance.attention_vjp import AttentionVjp, CamRule, centred_threshold
-from headoff.relevance.records import AttentionRecord, of_runs
+from headoff.relevance.records import AttentionRecord, select_runs
 
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
@@ -29,13 +29,13 @@ RULES: tuple[CamRule, ...] = ("gradient", "centred")
 MAX_CHANNELS = 128
 
 PARTIAL = 2**26
-"""Numbers in the partial results of one launch, by default."""
+"""Default number of elements in the partial results of one launch."""
 
 MOST_PAIRS = 65535
-"""Programs along the second dimension of a grid in CUDA."""
+"""Maximum size of the second dimension of a grid in CUDA."""
 
 ENOUGH_PROGRAMS = 528
-"""Four for each of the 132 multiprocessors of an H100 or H200: what a launch is divided for."""
+"""Four for each of the 132 multiprocessors of an H100 or H200; rows are divided into shares to have that many."""
 
 
 class Tiling(NamedTuple):
@@ -48,20 +48,22 @@ class Tiling(NamedTuple):
 
 
 def tiling(channels: int) -> Tiling:
-    """The tiles of all kernels, by the channels of a head: exact products keep their operands in registers."""
+    """The tiles of all kernels, by the channels of a head. Exact products keep their operands in registers."""
     return Tiling(64, 64, 8, 2) if channels <= 32 else Tiling(32, 32, 8, 2)
 
 
 class FusedVjp(AttentionVjp):
-    """As `AttentionVjp`, for float32 tensors on CUDA, or on the CPU under `TRITON_INTERPRET=1`.
+    """`AttentionVjp` for float32 tensors on CUDA, or on the CPU with `TRITON_INTERPRET=1`.
 
     Args:
-        record, rule, attend, dtype: see there; `rule` is one of `RULES`.
-        tile: numbers in the partial results of one launch; pairs are divided among launches accordingly.
-        precision: of products: `"ieee"` keeps all bits, `"tf32"` 11 of them, `"tf32x3"` makes three such products of
+        record, rule, attend, dtype: see `AttentionVjp`; `rule` is one of `RULES`.
+        tile: number of elements in the partial results of one launch, which limits the pairs of a launch.
+        precision: of products: `"ieee"` is full float32, `"tf32"` has 11 bits, `"tf32x3"` uses three such products for
             one.
 
-    Raises SettingError for what the kernels cannot do; any call does where one can be neither compiled nor launched.
+    Raises:
+        SettingError: the kernels do not support these arguments; also raised by calls, if a kernel cannot be compiled
+            or launched.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class FusedVjp(AttentionVjp):
         super().__init__(record, rule, attend, dtype, tile)
         reason = unsupported(record.query.device, record.query.dtype, rule, record.query.shape[3])
         if reason is not None:
-            raise SettingError(f"{reason}: use kernels='auto', which chooses what can be")
+            raise SettingError(f"{reason}: use kernels='auto', which chooses supported ones")
         if precision not in get_args(Precision):
             raise SettingError(
                 f"precision cannot be {precision!r}: use one of {', '.join(get_args(Precision))}"
@@ -87,97 +89,106 @@ class FusedVjp(AttentionVjp):
         self._mask = None if record.keys is None else record.keys.contiguous()
 
     def right(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
-        given, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
+        all_inputs, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
         result = vectors.new_empty(len(runs), self.record.query.shape[2])
-        for some in self._launches(len(runs), key_blocks * result.shape[1]):
-            part = given.of(some)
-            partial = vectors.new_empty(key_blocks, *result[some].shape)
+        for batch in self._launches(len(runs), key_blocks * result.shape[1]):
+            part = all_inputs.select(batch)
+            partial = vectors.new_empty(key_blocks, *result[batch].shape)
             self._launch(
-                "right_kernel", key_blocks * row_blocks, part, part.least, vectors[some].contiguous(), partial
+                "right_kernel",
+                key_blocks * row_blocks,
+                part,
+                part.threshold,
+                vectors[batch].contiguous(),
+                partial,
             )
-            torch.sum(partial, 0, out=result[some])
+            torch.sum(partial, 0, out=result[batch])
         return result
 
     def left(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
-        given, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
+        all_inputs, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
         pairs, layers, queries = vectors.shape
-        # As many shares as make enough programs: each is a partial result.
+        # As few shares as give enough programs, as every share is a partial result.
         blocks_of_share = -(-row_blocks // max(1, -(-ENOUGH_PROGRAMS // (key_blocks * pairs))))
         shares = -(-row_blocks // blocks_of_share)
         result = vectors.new_empty(pairs, layers, self.record.key.shape[2])
-        for some in self._launches(pairs, shares * result[0].numel()):
-            part = given.of(some)
-            partial = vectors.new_empty(shares, *result[some].shape)
+        for batch in self._launches(pairs, shares * result[0].numel()):
+            part = all_inputs.select(batch)
+            partial = vectors.new_empty(shares, *result[batch].shape)
             self._launch(
                 "left_kernel",
                 key_blocks * shares,
                 part,
-                part.least,
-                vectors[some].contiguous(),
+                part.threshold,
+                vectors[batch].contiguous(),
                 partial,
                 layers,
                 blocks_of_share * self._tiling.rows,
                 BLOCK_M=max(16, 1 << (layers - 1).bit_length()),
             )
-            torch.sum(partial, 0, out=result[some])
+            torch.sum(partial, 0, out=result[batch])
         return result
 
     def _analytic(
         self, grad_context: Tensor | None, runs: Tensor, cam: bool, inputs: bool
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
-        given, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
+        all_inputs, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
         query, key = self.record.query, self.record.key
         _, heads, queries, channels = query.shape
         cams = query.new_empty(len(runs), queries, key.shape[2]) if cam else None
         input_gradients = None
         if inputs:
-            of_query, of_key, of_value = (query.new_empty(len(runs), *x.shape[1:]) for x in (query, key, key))
-            input_gradients = of_query, of_key, of_value
+            grad_query, grad_key, grad_value = (
+                query.new_empty(len(runs), *x.shape[1:]) for x in (query, key, key)
+            )
+            input_gradients = grad_query, grad_key, grad_value
         scale = 1 / math.sqrt(channels)
-        for some in self._launches(len(runs), key_blocks * query[0].numel() if inputs else 0):
-            part = given.of(some)
-            partial = None if input_gradients is None else query.new_empty(key_blocks, *of_query[some].shape)
+        for batch in self._launches(len(runs), key_blocks * query[0].numel() if inputs else 0):
+            part = all_inputs.select(batch)
+            partial = (
+                None if input_gradients is None else query.new_empty(key_blocks, *grad_query[batch].shape)
+            )
             self._launch(
                 "cam_kernel",
                 key_blocks * row_blocks,
                 part,
-                part.least,
-                None if cams is None else cams[some],
+                part.threshold,
+                None if cams is None else cams[batch],
                 partial,
                 scale,
             )
             if partial is not None:
-                torch.sum(partial, 0, out=of_query[some])
+                torch.sum(partial, 0, out=grad_query[batch])
                 self._launch(
-                    "key_value_gradient_kernel", key_blocks * heads, part, of_key[some], of_value[some]
+                    "key_value_gradient_kernel", key_blocks * heads, part, grad_key[batch], grad_value[batch]
                 )
         return cams, input_gradients
 
     def _inputs(self, grad_context: Tensor | None, runs: Tensor) -> _Inputs:
         gated, centre = self._gated(grad_context, runs)
-        least = None
+        threshold = None
         if self.rule == "centred":
-            least = centred_threshold(gated, of_runs(self._largest_value, runs)).contiguous()
-        return _Inputs(runs, gated, centre.contiguous(), least)
+            threshold = centred_threshold(gated, select_runs(self._largest_value, runs)).contiguous()
+        return _Inputs(runs, gated, centre.contiguous(), threshold)
 
     def _blocks(self) -> tuple[int, int]:
-        """Blocks of keys, and of rows."""
+        """Numbers of blocks of keys and of blocks of rows."""
         keys, rows = self.record.key.shape[2], self.record.query.shape[2]
         return -(-keys // self._tiling.keys), -(-rows // self._tiling.rows)
 
     def _launches(self, pairs: int, numbers: int) -> list[slice]:
-        """The pairs of each launch, of which each has `numbers` partial results."""
+        """The pairs of each launch, if a pair has partial results of `numbers` elements."""
         at_once = max(1, min(MOST_PAIRS, self._tile // max(numbers, 1)))
         return [slice(start, start + at_once) for start in range(0, pairs, at_once)]
 
     def _launch(self, kernel: str, programs: int, part: _Inputs, *rest: Any, **constants: Any) -> None:
-        """`programs` programs for each pair of `part`; `rest` are the kernel's own arguments."""
+        """Launch `programs` programs for every pair of `part`; `rest` are arguments of this kernel only."""
         record = self.record
         _, heads, queries, channels = record.query.shape
         given = (record.scaled_query, record.key, record.value, self._mask, record.log_sum)
         try:
             launch = getattr(_kernels(), kernel)[(programs, len(part.runs))]
-            with on_device_of(record.query):
+            with device_guard(record.query):
                 launch(
                     part.runs,
                     *given,
@@ -195,55 +206,55 @@ class FusedVjp(AttentionVjp):
                     PRECISION=self._precision,
                     num_warps=self._tiling.warps,
                     num_stages=self._tiling.stages,
-                    # Whether a * b + c is rounded once or twice is not to change with Triton's default, which does.
+                    # Explicit, because Triton's default, whether a * b + c is rounded once or twice, has changed.
                     enable_fp_fusion=True,
                     **constants,
                 )
-        except Exception as error:  # Triton's own have no common base, and a C compiler may fail as well
+        except Exception as error:  # Triton's errors have no common base, and a C compiler may fail as well
             raise SettingError(
-                f"the relevance kernels cannot run {kernel} on {record.query.device} ({said_by(error)}): use "
+                f"the relevance kernels cannot run {kernel} on {record.query.device} ({root_cause_line(error)}): use "
                 "kernels='torch'"
             ) from error
 
 
 class _Inputs(NamedTuple):
-    """The kernels' arguments in addition to the record, all contiguous.
+    """The kernels' arguments in addition to the record's tensors, all contiguous.
 
     Attributes:
         runs: (P,) int64.
         gated: dO' (P, H, T, D).
         centre: rowsum(dO * O) (P, H, T, 1).
-        least: the size of rounding errors of a centred gradient (P, H, T, 1), or None.
+        threshold: the size of rounding errors of a centred gradient (P, H, T, 1), or None.
     """
 
     runs: Tensor
     gated: Tensor
     centre: Tensor
-    least: Tensor | None
+    threshold: Tensor | None
 
-    def of(self, some: slice) -> _Inputs:
-        """Those of some pairs."""
-        least = None if self.least is None else self.least[some]
-        return _Inputs(self.runs[some], self.gated[some], self.centre[some], least)
+    def select(self, pairs: slice) -> _Inputs:
+        """The inputs of a slice of pairs."""
+        threshold = None if self.threshold is None else self.threshold[pairs]
+        return _Inputs(self.runs[pairs], self.gated[pairs], self.centre[pairs], threshold)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, rule: CamRule, channels: int) -> str | None:
-    """Why the kernels cannot do it, as the beginning of a sentence; None where they can."""
+    """Why the kernels do not support this, as the beginning of a sentence; None if they do."""
     if dtype != torch.float32:
         return f"the relevance kernels compute in float32, not {str(dtype).removeprefix('torch.')}"
     if rule not in RULES:
-        return f"the relevance kernels make cams by the rules {' and '.join(RULES)}, not {rule}"
+        return f"the relevance kernels compute cams by the rules {' and '.join(RULES)}, not {rule}"
     if channels > MAX_CHANNELS:
         return f"the relevance kernels take heads of up to {MAX_CHANNELS} channels, not {channels}"
     if importlib.util.find_spec("triton") is None:
         return "the relevance kernels need Triton, which is not installed"
     if device.type == "cuda":
-        reason = too_old(device)
-        return None if reason is None else f"the relevance kernels are not for {device} ({reason})"
+        reason = unsupported_gpu(device)
+        return None if reason is None else f"the relevance kernels do not support {device} ({reason})"
     if not _kernels().INTERPRETED:
         return (
-            f"the relevance kernels run on CUDA, not on {device.type} (there, for tests, where TRITON_INTERPRET=1 "
-            "was set before Python started)"
+            f"the relevance kernels run on CUDA, not on {device.type} (on the CPU only for tests, with "
+            "TRITON_INTERPRET=1 set before Python starts)"
         )
     return None
 

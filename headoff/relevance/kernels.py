@@ -22,10 +22,10 @@ Kernels = Literal["auto", "tiles", "torch", "triton"]
 
 
 def chosen_kernels(kernels: Kernels, detector: Detector, compute: torch.dtype, method: Method) -> Kernels:
-    """The implementation that `kernels` stands for.
+    """The implementation that `kernels` names.
 
     Raises:
-        SettingError: `triton` was asked for and cannot run.
+        SettingError: `kernels` is `triton`, which cannot run here.
     """
     if kernels == "auto":
         return "tiles" if detector.device.type == "cpu" else "torch"

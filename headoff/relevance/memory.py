@@ -1,4 +1,4 @@
-"""How the engine spends a memory budget."""
+"""How the engine uses a memory budget: what is stored, and how much is computed together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ MEMORY_BUDGET = 2**30
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """Bytes: half of the free memory of a CUDA device, torch's own reserve included; else `MEMORY_BUDGET`."""
+    """Bytes: half of the free memory of a CUDA device, including memory that torch has reserved; else
+    `MEMORY_BUDGET`.
+    """
     if device.type != "cuda":
         return MEMORY_BUDGET
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -22,12 +24,12 @@ def default_memory_budget(device: torch.device) -> int:
 
 
 class MemoryPlan:
-    """What fits into a memory budget.
+    """Sizes and choices that fit into a memory budget.
 
     Attributes:
         tile: numbers in a tile, see `AttentionVjp` and `FusedVjp`.
-        keep_weights: whether the encoder's attention weights are kept, or recomputed tile by tile.
-        keep_cams: whether the encoder's cams (N x N per layer and pair) are kept, or recomputed tile by tile.
+        keep_weights: whether the encoder's attention weights are stored, or recomputed tile by tile.
+        keep_cams: whether the encoder's cams (N x N per layer and pair) are stored, or recomputed tile by tile.
         configurations_at_once: configurations decoded together.
         pairs_at_once: pairs of (configuration, target) sent back through the decoder together.
         encoder_pairs_at_once: pairs sent back through the encoder together.

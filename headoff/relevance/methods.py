@@ -1,7 +1,7 @@
-"""The methods by name: how cams are made of attention, and how cams make a map.
+"""Relevance methods by name: how cams are computed from attention, and maps from cams.
 
-A method is written twice: `dense`, a plain reading on whole matrices, for one pair (`headoff.relevance.rules`), and
-in parts for the engine, `decoder` and `encoder` on the cams that `rule` makes (`headoff.relevance.aggregation`).
+A method has two implementations: `dense`, with whole matrices and for one pair (`headoff.relevance.rules`), which is
+the oracle; and `rule`, `decoder` and `encoder` for the engine (`headoff.relevance.aggregation`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from headoff.relevance.rules import DenseRelevance
 
 @dataclass(frozen=True)
 class Method:
-    """One way from attention to a map.
+    """A method that computes maps from attention.
 
     Attributes:
         name, summary: for people.
-        rule: how a cam is made of one attention.
+        rule: how the cam of one attention call is computed.
         decoder: `DecoderCams` to `Rows`.
-        encoder: (`Rows`, `EncoderCams`, tokens) to `Rows`; None where the encoder has no part in it, which makes a
-            method much cheaper.
+        encoder: (`Rows`, `EncoderCams`, tokens) to `Rows`; None if the encoder plays no part, which makes the
+            method much faster.
         dense: `Evidence` to `DenseRelevance`, the oracle.
-        takes_zero_rows: whether all three take `zero_rows`.
+        takes_zero_rows: whether these three functions take `zero_rows`.
     """
 
     name: str
@@ -41,11 +41,11 @@ class Method:
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether a map depends on the target's value, or on its query only."""
+        """Whether maps depend on the gradient of the target, and not only on its query."""
         return self.rule != "attention"
 
     def options(self, zero_rows: rules.ZeroRows) -> dict[str, Any]:
-        """Keywords for `decoder`, `encoder` and `dense`."""
+        """Keyword arguments for `decoder`, `encoder` and `dense`."""
         return {"zero_rows": zero_rows} if self.takes_zero_rows else {}
 
 
@@ -53,7 +53,7 @@ _methods: dict[str, Method] = {}
 
 
 def register_method(method: Method) -> Method:
-    """Let `resolve_method` find it by its name; a name that is taken is given to the new one."""
+    """Register a method under its name, for `resolve_method`; it replaces an earlier method of that name."""
     _methods[method.name] = method
     return method
 
@@ -64,7 +64,11 @@ def method_names() -> tuple[str, ...]:
 
 
 def resolve_method(method: Method | str) -> Method:
-    """The method of that name. Raises SettingError, with the nearest name, where there is none."""
+    """The method of that name.
+
+    Raises:
+        SettingError: there is no such method.
+    """
     if isinstance(method, Method):
         return method
     if method in _methods:
@@ -109,7 +113,7 @@ register_method(
 register_method(
     Method(
         "chefer_no_aggregation",
-        "every layer's update overwrites what it would be added to (ablation)",
+        "every layer's update replaces the relevance instead of being added to it (ablation)",
         "gradient",
         aggregation.no_aggregation_decoder,
         aggregation.no_aggregation_encoder,
@@ -119,8 +123,8 @@ register_method(
 register_method(
     Method(
         "chefer_centred",
-        "as chefer, with the gradient of the scores before softmax in equation 5: no relevance for attention that "
-        "cannot matter",
+        "as chefer, with the gradient of the scores before softmax in equation 5: attention that has no effect gets no "
+        "relevance",
         "centred",
         aggregation.chefer_decoder,
         aggregation.chefer_encoder,

@@ -1,6 +1,7 @@
-"""The oracle's other half: weights and gradients of every attention by plain autograd, nothing shared or skipped.
+"""Weights and gradients of every attention by plain autograd, the input of `headoff.relevance.rules`.
 
-One configuration, one target, one forward pass, one backward pass. Meant for float64 and small models.
+One configuration and one target per forward and backward pass, without sharing or skipping. For float64 and small
+models.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from headoff.relevance.targets import Target
 
 
 class _DenseAttention:
-    """Eager attention whose post-gate weights (1, H, Q, S) are kept, and may be differentiated by."""
+    """Eager attention that records weights after the gate (1, H, Q, S), values and contexts, for autograd."""
 
     def __init__(self) -> None:
         self.weights: dict[AttentionAddress, Tensor] = {}
@@ -34,7 +35,7 @@ class _DenseAttention:
         weights = scores.softmax(-1)
         if head_gate is not None:
             weights = weights * head_gate.to(weights)
-        # With frozen parameters the first self-attention of the decoder depends on nothing that has a gradient.
+        # With frozen parameters, the first self-attention of the decoder depends on nothing that requires a gradient.
         weights = weights if weights.requires_grad else weights.detach().requires_grad_()
         self.weights[address], self.values[address] = weights, value
         self.contexts[address] = weights @ value
@@ -44,7 +45,7 @@ class _DenseAttention:
 def dense_evidence(detector: Detector, features: Features, gates: Gates | None, target: Target) -> Evidence:
     """Weights and gradients of every attention, for one image, one configuration (`gates` of length 1) and a target.
 
-    The detector's own encoder, decoder and heads run, under eager attention.
+    The detector's encoder, decoder and heads run, with eager attention.
     """
     attention = _DenseAttention()
     encoder_gate = None if gates is None or gates.encoder_self is None else gates.encoder_self[0]
@@ -71,22 +72,22 @@ def dense_evidence(detector: Detector, features: Features, gates: Gates | None, 
         )
         output = detector.heads(states[-1], plan)
         value = target.value(output.logits[0, 0], output.boxes[0, 0])
-        # Attention that the target does not see has no gradient.
+        # Attention that the target does not depend on has no gradient.
         addresses = list(attention.weights)
-        wanted = [kept[address] for kept in (attention.weights, attention.contexts) for address in addresses]
+        inputs = [*attention.weights.values(), *attention.contexts.values()]
         gradients = [
-            torch.zeros_like(one) if gradient is None else gradient
-            for one, gradient in zip(
-                wanted, torch.autograd.grad(value, wanted, allow_unused=True), strict=True
+            torch.zeros_like(tensor) if gradient is None else gradient
+            for tensor, gradient in zip(
+                inputs, torch.autograd.grad(value, inputs, allow_unused=True), strict=True
             )
         ]
     found: dict[str, list[AttentionEvidence]] = {site: [] for site in SITES}
-    of_weights, of_contexts = gradients[: len(addresses)], gradients[len(addresses) :]
-    for address, of_weight, of_context in zip(addresses, of_weights, of_contexts, strict=True):
-        longest = attention.values[address].detach().norm(dim=-1).amax(-1)
-        scale = of_context.norm(dim=-1, keepdim=True) * longest[..., None, None]
+    grad_weights, grad_contexts = gradients[: len(addresses)], gradients[len(addresses) :]
+    for address, grad_weight, grad_context in zip(addresses, grad_weights, grad_contexts, strict=True):
+        largest_value = attention.values[address].detach().norm(dim=-1).amax(-1)
+        scale = grad_context.norm(dim=-1, keepdim=True) * largest_value[..., None, None]
         found[address.site].append(
-            AttentionEvidence(attention.weights[address].detach()[0], of_weight[0], scale[0])
+            AttentionEvidence(attention.weights[address].detach()[0], grad_weight[0], scale[0])
         )
     mask = features.attn_mask
     image = torch.ones(features.tokens.shape[1], dtype=torch.bool) if mask is None else mask.flatten()

@@ -1,4 +1,4 @@
-"""Recorded attention calls: what their backward pass and their weights are computed from.
+"""Recorded attention calls, from which weights and gradients are computed.
 
 Shapes: G runs (configurations in the decoder, 1 in the encoder), T tokens or queries, S keys, H heads, D channels of
 a head.
@@ -14,15 +14,15 @@ from torch import Tensor
 from headoff.detr.transformer import AttentionAddress
 
 LOG_SUM_TILE = 2**17
-"""Scores held at once while log-sum-exps are computed: as many as a CPU's cache holds."""
+"""Scores in memory while log-sum-exps are computed: as many as fit into a CPU's cache."""
 
 ACCELERATOR_LOG_SUM_TILE = 2**25
-"""The same on accelerators: so many that the time to launch a kernel does not matter."""
+"""The same on accelerators: so many that the launch of kernels takes no noticeable time."""
 
 
 @dataclass
 class AttentionRecord:
-    """One attention call, in the dtype that relevance is computed in.
+    """One attention call, in the dtype of relevance.
 
     Attributes:
         address: site and layer.
@@ -49,23 +49,23 @@ class AttentionRecord:
         self.scaled_key = self.key / math.sqrt(self.query.shape[-1])
 
     def keep_weights(self) -> None:
-        """Keep the weights (G, H, T, S) in memory, rather than recompute each tile of them."""
+        """Store the weights (G, H, T, S), instead of recomputing tiles of them."""
         if self._weights is None:
             self._weights = self._scores(slice(None), slice(None), slice(None)).softmax(-1)
             if self.keys is not None:
                 self._weights.nan_to_num_(nan=0.0)  # the weights of fully masked rows are zero
 
     def weights(self, runs: Tensor | slice, heads: slice = slice(None), rows: slice = slice(None)) -> Tensor:
-        """Weights after softmax, before the gate: (P, heads, rows, S), or (1, ...) if G = 1. Not to be written to.
+        """Weights after softmax, before the gate: (P, heads, rows, S), or (1, ...) if G = 1. Read only.
 
         Args:
             runs: (P,) int64, or a slice.
-            heads, rows: which of them.
+            heads, rows: slices of heads and rows.
         """
         if self._weights is not None:
-            return of_runs(self._weights[:, heads, rows], runs)
+            return select_runs(self._weights[:, heads, rows], runs)
         scores = self._scores(runs, heads, rows)
-        return scores.sub_(of_runs(self.log_sum[:, heads, rows], runs)).exp_()
+        return scores.sub_(select_runs(self.log_sum[:, heads, rows], runs)).exp_()
 
     @property
     def log_sum(self) -> Tensor:
@@ -83,24 +83,27 @@ class AttentionRecord:
             for start in range(0, queries, at_once):
                 part = slice(run, run + 1), slice(None), slice(start, start + at_once)
                 result[part] = self._scores(*part).logsumexp(-1, keepdim=True)
-        # In fully masked rows all scores are -inf, and so is this; exp(-inf - 0) is the weight 0.
+        # The scores of fully masked rows are -inf, and so is their log-sum-exp; with 0 instead, their weights are
+        # exp(-inf).
         return result.masked_fill_(result == -math.inf, 0)
 
     def _scores(self, runs: Tensor | slice, heads: slice, rows: slice) -> Tensor:
-        query = of_runs(self.scaled_query[:, heads, rows], runs)
-        scores = query @ of_runs(self.key[:, heads], runs).transpose(-2, -1)
+        query = select_runs(self.scaled_query[:, heads, rows], runs)
+        scores = query @ select_runs(self.key[:, heads], runs).transpose(-2, -1)
         return scores if self.keys is None else scores.masked_fill_(~self.keys, -math.inf)
 
 
-def of_runs(x: Tensor, runs: Tensor | slice) -> Tensor:
-    """The runs (P,) of x (G, ...): (P, ...); x itself if G = 1, because it broadcasts. A slice gives a view."""
+def select_runs(x: Tensor, runs: Tensor | slice) -> Tensor:
+    """x (G, ...) at the indices `runs` (P,): (P, ...); x itself if G = 1, because it broadcasts. A slice gives a
+    view.
+    """
     if len(x) == 1:
         return x
     return x[runs] if isinstance(runs, slice) else x.index_select(0, runs)
 
 
 def unfold_runs(record: AttentionRecord, runs: int) -> AttentionRecord:
-    """A cross-attention call (1, H, G * Q, D), whose runs lie end to end, as (G, H, Q, D)."""
+    """A cross-attention call (1, H, G * Q, D), with runs concatenated along the query axis, as (G, H, Q, D)."""
 
     def unfold(x: Tensor) -> Tensor:
         return x.unflatten(2, (runs, -1))[0].transpose(0, 1)

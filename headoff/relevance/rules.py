@@ -1,17 +1,17 @@
-"""The rules of relevance as the paper writes them, on dense matrices: the oracle's half of this package.
+"""The rules of relevance as in the paper, with dense matrices: the oracle of this package.
 
 Chefer, Gur, Wolf, "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder
-Transformers" (ICCV 2021, arXiv 2103.15679); equation numbers are that paper's. Every matrix is really there,
-N x N ones included: this is to be read and to be measured against, in float64; `headoff.relevance.engine` is what
-to run. Letters: H heads, Q object queries, N image tokens, L decoder layers.
+Transformers" (ICCV 2021, arXiv 2103.15679); equation numbers are that paper's. All matrices are computed, also the
+N x N ones. This code is for reading, and for comparison in float64; `headoff.relevance.engine` is the fast one.
+Shapes: H heads, Q object queries, N image tokens, L decoder layers.
 
-Two things are done otherwise than in the paper's published code, and both are written down here only:
+There are two differences from the paper's published code:
 
 - Where a row of R - I sums to zero, equation 9 is 0/0. Here the normalised row is then the identity row: a token
-  that has gathered nothing from others stands for itself. The published code lets the NaN spread and then clears the
-  *whole layer's* contribution; `zero_rows="reference"` does that, for comparison.
-- R - I is carried, not R. The entries of R - I are as small as gradients are, and adding 1 to them only to
-  subtract it again would leave few of their digits.
+  that has received no relevance from others represents itself. The published code computes NaN, and then clears the
+  *whole layer's* contribution; `zero_rows="reference"` does the same, for comparison.
+- R - I is computed, not R. Its entries are as small as gradients; adding 1 and subtracting it again would lose most
+  of their digits.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ ZeroRows = Literal["identity", "reference"]
 
 @dataclass(frozen=True)
 class AttentionEvidence:
-    """One attention call.
+    """The evidence in one attention call.
 
-    - `weights` (H, Q, S): after softmax and gate
-    - `gradient` (H, Q, S): of the target, with respect to them; dA = dO V^T
-    - `scale` (H, Q, 1): norm of dO's row times the largest norm of V's: rounding errors of dA are a few times the
-      dtype's epsilon of this
+    Attributes:
+        weights: (H, Q, S), after softmax and gate.
+        gradient: (H, Q, S), of the target with respect to the weights; dA = dO V^T.
+        scale: (H, Q, 1), the norm of dO's row times the largest norm of a row of V. Rounding errors of dA are a few
+            epsilons of the dtype times this.
     """
 
     weights: Tensor
@@ -43,11 +44,13 @@ class AttentionEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All attention calls of one forward pass, with the gradients of one target.
+    """The evidence in all attention calls of one forward pass, for one target.
 
-    - `encoder`: (H, N, N) per encoder layer
-    - `decoder_self`: (H, Q, Q), and `decoder_cross`: (H, Q, N), per decoder layer
-    - `tokens` (N,) bool: True = image, False = padding
+    Attributes:
+        encoder: (H, N, N) per encoder layer.
+        decoder_self: (H, Q, Q) per decoder layer.
+        decoder_cross: (H, Q, N) per decoder layer.
+        tokens: (N,) bool, True = image, False = padding.
     """
 
     encoder: tuple[AttentionEvidence, ...]
@@ -58,11 +61,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class DenseRelevance:
-    """What a dense method finds.
+    """The result of a dense method.
 
-    - `relevance` (L, Q, N): R_qi after every decoder layer
-    - `decoder_identity_rows` (L,) int64: rows of R_qq - I that sum to zero at that layer
-    - `encoder_identity_rows`: rows of R_ii - I that sum to zero, padding left out
+    Attributes:
+        relevance: (L, Q, N), R_qi after every decoder layer.
+        decoder_identity_rows: (L,) int64, the number of rows of R_qq - I that sum to zero at that layer.
+        encoder_identity_rows: the number of rows of R_ii - I that sum to zero, without padding.
     """
 
     relevance: Tensor
@@ -71,7 +75,7 @@ class DenseRelevance:
 
 
 CENTRED_RESOLUTION = 16
-"""Differences below this many epsilons of `AttentionEvidence.scale` are rounding, and zero to `centred_cam`."""
+"""`centred_cam` takes differences below this many epsilons times `AttentionEvidence.scale` for rounding errors."""
 
 Cam = Callable[[AttentionEvidence], Tensor]
 
@@ -82,11 +86,11 @@ def gradient_cam(evidence: AttentionEvidence) -> Tensor:
 
 
 def centred_cam(evidence: AttentionEvidence) -> Tensor:
-    """Equation 5 with the gradient less its mean over a row, weighted by the weights (which sum to the gate).
+    """Equation 5 with the gradient minus its weighted mean over a row; the weights of the mean are those of attention.
 
-    That is the gradient with respect to the scores before softmax: raising all weights of a row alike is nothing a
-    softmax can do. Attention over values that are all the same gets no relevance at all; and none it is, not rounding
-    errors, for equation 9 would make as much of those as of anything.
+    Up to a factor, that is the gradient with respect to the scores before softmax, which cannot change all weights of a
+    row alike. Attention over equal values gets no relevance: differences of the size of rounding errors are set to
+    exactly zero, because equation 9 would normalise them to the same total as real relevance.
     """
     weights, gradient = evidence.weights, evidence.gradient
     gate = weights.sum(-1, keepdim=True)
@@ -99,12 +103,12 @@ def centred_cam(evidence: AttentionEvidence) -> Tensor:
 
 
 def attention_cam(evidence: AttentionEvidence) -> Tensor:
-    """The mean of the weights over all heads, (Q, S): no gradient."""
+    """The mean of the weights over all heads, (Q, S), without a gradient."""
     return evidence.weights.mean(0)
 
 
 def encoder_excess(cams: list[Tensor]) -> Tensor:
-    """R_ii - I (N, N) of the cams of all encoder layers, by equation 6: R_ii <- R_ii + cam R_ii, from I."""
+    """R_ii - I (N, N) from the cams of all encoder layers, by equation 6: R_ii <- R_ii + cam R_ii, beginning with I."""
     excess = torch.zeros_like(cams[0])
     for cam in cams:
         excess = excess + cam + cam @ excess
@@ -137,15 +141,15 @@ def chefer(
     """Equations 5 to 11.
 
     Args:
-        cam: equation 5 or something in its place.
-        normalised: False leaves out equations 8 and 9 (an ablation of the paper).
-        self_in_rule_10: False puts the cam alone in equation 10's place (another).
-        zero_rows: see the head of this module.
+        cam: equation 5, or a replacement.
+        normalised: False leaves out equations 8 and 9 (an ablation in the paper).
+        self_in_rule_10: False adds the cam alone in equation 10 (an ablation in the paper).
+        zero_rows: see the docstring of this module.
     """
-    encoder = encoder_excess([cam(each) for each in evidence.encoder])
+    encoder = encoder_excess([cam(layer) for layer in evidence.encoder])
     identity = _identity(len(encoder), encoder)
     r_ii = normalise(encoder) if normalised else encoder + identity
-    # Padding attends but is attended by nobody: its rows are always zero and say nothing.
+    # Padding is left out: no token attends to it, and its rows are always zero.
     encoder_zeros = zero_row_count(encoder[evidence.tokens])
 
     queries = evidence.decoder_self[0].weights.shape[-1]
@@ -167,10 +171,10 @@ def chefer(
 
 
 def no_aggregation(evidence: Evidence) -> DenseRelevance:
-    """The paper's ablation without aggregation: every rule overwrites what it would have been added to."""
+    """The paper's ablation without aggregation: every layer's update replaces the relevance."""
     r_ii = _identity(len(evidence.tokens), evidence.decoder_cross[0].weights)
-    for each in evidence.encoder:
-        r_ii = gradient_cam(each) @ r_ii
+    for layer in evidence.encoder:
+        r_ii = gradient_cam(layer) @ r_ii
     r_qq = _identity(evidence.decoder_self[0].weights.shape[-1], r_ii)
     after = []
     for self_evidence, cross_evidence in zip(evidence.decoder_self, evidence.decoder_cross, strict=True):
@@ -180,14 +184,14 @@ def no_aggregation(evidence: Evidence) -> DenseRelevance:
 
 
 def raw(evidence: Evidence) -> DenseRelevance:
-    """The cross-attention of each decoder layer, the mean over its heads."""
-    return _unnormalised([attention_cam(each) for each in evidence.decoder_cross])
+    """The cross-attention of each decoder layer, as the mean over its heads."""
+    return _unnormalised([attention_cam(layer) for layer in evidence.decoder_cross])
 
 
 def rollout(evidence: Evidence) -> DenseRelevance:
     """Attention rollout (Abnar, Zuidema, arXiv 2005.00928) of both self-attentions around the cross-attention.
 
-    Each layer's mean weights plus I, rows normalised to 1, multiplied up; equation 10 puts them together.
+    R is the product over layers of (mean weights + I) with rows normalised to 1; equation 10 combines both R.
     """
 
     def step(cam: Tensor) -> Tensor:
@@ -195,8 +199,8 @@ def rollout(evidence: Evidence) -> DenseRelevance:
         return residual / residual.sum(-1, keepdim=True)
 
     r_ii = _identity(len(evidence.tokens), evidence.decoder_cross[0].weights)
-    for each in evidence.encoder:
-        r_ii = step(attention_cam(each)) @ r_ii
+    for layer in evidence.encoder:
+        r_ii = step(attention_cam(layer)) @ r_ii
     r_qq = _identity(evidence.decoder_self[0].weights.shape[-1], r_ii)
     after = []
     for self_evidence, cross_evidence in zip(evidence.decoder_self, evidence.decoder_cross, strict=True):
@@ -208,14 +212,14 @@ def rollout(evidence: Evidence) -> DenseRelevance:
 def attention_gradcam(evidence: Evidence) -> DenseRelevance:
     """Grad-CAM (Selvaraju et al., arXiv 1610.02391) of each layer's cross-attention.
 
-    Heads are weighted by the mean of their gradient over all queries and image tokens, then relu of the mean.
+    Heads are weighted by their mean gradient over all queries and image tokens; the map is relu of the mean over heads.
     """
 
-    def cam(each: AttentionEvidence) -> Tensor:
-        importance = each.gradient[..., evidence.tokens].mean((1, 2), keepdim=True)
-        return (each.weights * importance).mean(0).clamp(min=0)
+    def cam(layer: AttentionEvidence) -> Tensor:
+        importance = layer.gradient[..., evidence.tokens].mean((1, 2), keepdim=True)
+        return (layer.weights * importance).mean(0).clamp(min=0)
 
-    return _unnormalised([cam(each) for each in evidence.decoder_cross])
+    return _unnormalised([cam(layer) for layer in evidence.decoder_cross])
 
 
 def _unnormalised(after: list[Tensor]) -> DenseRelevance:

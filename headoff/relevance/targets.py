@@ -1,7 +1,7 @@
-"""What is explained: one scalar of a detector's answer, and the query whose row of the relevance is read.
+"""Targets: the scalar of a detector's output that is explained, and the query whose row of the relevance is the map.
 
-A target is a function of one configuration's `logits` (Q, K + 1) and `boxes` (Q, 4; centre x, centre y, width,
-height as fractions of the image). Class logits and box coordinates have names; any other function will do.
+A target is a function of one configuration's `logits` (Q, K + 1) and `boxes` (Q, 4; centre x, centre y, width, height
+as fractions of the image). Class logits and box coordinates have names; any other function is allowed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,24 @@ TargetSpec = str | Scalar
 
 @dataclass(frozen=True)
 class Target:
-    """A scalar to explain. `query` is the row of R_qi that becomes the map; `name` is for people."""
+    """A scalar to explain.
+
+    Attributes:
+        query: the row of R_qi that is the map.
+        name: for people.
+        function: computes the scalar from logits (Q, K + 1) and boxes (Q, 4).
+    """
 
     query: int
     name: str
     function: Scalar
 
     def value(self, logits: Tensor, boxes: Tensor) -> Tensor:
-        """The scalar, a tensor of no dimensions. Raises SettingError where the function returns anything else."""
+        """The scalar, a tensor without dimensions.
+
+        Raises:
+            SettingError: the function returns no scalar tensor that can be differentiated.
+        """
         value = self.function(logits, boxes)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             raise SettingError(
@@ -50,7 +60,11 @@ def box_coordinate(query: int, name: str) -> Target:
 
 
 def make_target(spec: TargetSpec, query: int, label: int) -> Target:
-    """The target that `spec` means for `query` and the class `label`. Raises SettingError for an unknown name."""
+    """The target that `spec` names, for `query` and the class `label`.
+
+    Raises:
+        SettingError: the name is unknown.
+    """
     if callable(spec):
         return Target(query, getattr(spec, "__name__", type(spec).__name__), spec)
     if spec == "class":

@@ -1,10 +1,10 @@
-"""A forward pass through encoder and decoder, recorded so that gradients can be sent back through it in batches.
+"""A recorded forward pass through encoder and decoder, and its backward pass for batches of targets.
 
-The model's own modules run, with the detector's own attention; nothing is recomputed. `Recorder` keeps attention calls
-by an interceptor, and the inputs of layer norms and feed-forward blocks by forward hooks.
+The detector's modules and its attention compute the forward pass. `Recorder` records attention calls by an interceptor,
+and the inputs of layer norms and feed-forward blocks by forward hooks.
 
-Shapes: G runs (configurations in the decoder, 1 in the encoder); P pairs of (configuration, target), each of which
-continues one of the G runs; T tokens or queries, N image tokens, Q object queries, H heads, D channels of a head.
+Shapes: G runs (configurations in the decoder, 1 in the encoder); P pairs of (configuration, target), every one of which
+belongs to one of the G runs; T tokens or queries, N image tokens, Q object queries, H heads, D channels of a head.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ MakeVjp = Callable[[AttentionRecord], AttentionVjp]
 
 
 class Recorder:
-    """Keeps what the backward pass of encoder or decoder needs, while the detector runs on one image.
+    """Records what the backward pass of encoder or decoder needs, while the detector runs on one image.
 
     Attributes:
         compute: the dtype of relevance, float32 or float64.
         attention: the attention calls.
-        norms: the input of each layer norm, (1, [G,] T, d); for the decoder's final norm, all layers in front.
+        norms: the input of each layer norm, (1, [G,] T, d); for the decoder's final norm, with a dimension for layers
+            first.
         hidden: the hidden layer of each feed-forward block before its ReLU, (1, [G,] T, hidden).
     """
 
@@ -63,18 +64,18 @@ class Recorder:
         handles = []
         for module in (*self.detector.encoder.modules(), *self.detector.decoder.modules()):
             if isinstance(module, nn.LayerNorm):
-                handles.append(module.register_forward_hook(self._keep_norm))
+                handles.append(module.register_forward_hook(self._record_norm))
             elif isinstance(module, FeedForward):
-                handles.append(module.expand.register_forward_hook(self._keep_hidden(module)))
+                handles.append(module.expand.register_forward_hook(self._record_hidden(module)))
         try:
-            with self.detector.intercepting(self._keep_attention):
+            with self.detector.intercepting(self._record_attention):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def check(self, features: Tensor, result: Iterable[Tensor]) -> None:
-        """Raise NonFiniteError, naming where NaN or infinity appeared first, unless all of `result` is finite."""
+        """Raise NonFiniteError, which says where NaN or infinity appeared first, unless all of `result` is finite."""
         if all(bool(tensor.isfinite().all()) for tensor in result):
             return
         for where, value in (("the backbone or the input projection", features), *self._order):
@@ -85,19 +86,23 @@ class Recorder:
                 )
         raise NonFiniteError("NaN or infinity first appears in the class or box head: check their weights")
 
-    def projections(self, attention: MultiHeadAttention) -> ProjectionVjp:
-        """The backward pass of the projections around an attention."""
-        return ProjectionVjp(attention, self.compute)
+    def attention_trace(
+        self, vjp: AttentionVjp, attention: MultiHeadAttention, residual: Residual
+    ) -> _AttentionTrace:
+        """What the backward pass of an attention block needs; `vjp` is that of its attention call."""
+        return _AttentionTrace(vjp, ProjectionVjp(attention, self.compute), self._residual(residual))
 
-    def residual(self, residual: Residual) -> ResidualVjp:
-        """The backward pass of a residual connection."""
-        return ResidualVjp.of(residual, _runs(self.norms[residual.norm]), self.compute)
+    def feedforward_trace(self, layer: EncoderLayer | DecoderLayer) -> _FeedForwardTrace:
+        """What the backward pass of a layer's feed-forward block needs."""
+        hidden = _without_image_dimension(self.hidden[layer.feedforward])
+        vjp = FeedForwardVjp.from_hidden(layer.feedforward, hidden, self.compute)
+        return _FeedForwardTrace(vjp, self._residual(layer.feedforward_residual))
 
-    def feedforward(self, block: FeedForward) -> FeedForwardVjp:
-        """The backward pass of a feed-forward block."""
-        return FeedForwardVjp.of(block, _runs(self.hidden[block]), self.compute)
+    def _residual(self, residual: Residual) -> ResidualVjp:
+        x = _without_image_dimension(self.norms[residual.norm])
+        return ResidualVjp.from_input(residual, x, self.compute)
 
-    def _keep_attention(self, call: AttentionCall, proceed: Attend) -> Tensor:
+    def _record_attention(self, call: AttentionCall, proceed: Attend) -> Tensor:
         context = proceed(call)
         address, query, key, value, attn_mask, head_gate = call
         self._order.append((f"the {address.site} attention of layer {address.layer}", context))
@@ -112,22 +117,22 @@ class Recorder:
         )
         return context
 
-    def _keep_norm(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _record_norm(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.norms[module] = inputs[0]
 
-    def _keep_hidden(self, block: FeedForward) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _record_hidden(self, block: FeedForward) -> Callable[[nn.Module, Any, Tensor], None]:
         name = next(name for name, module in self.detector.named_modules() if module is block)
         stack, _, layer, *_ = name.split(".")
 
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
             self._order.append((f"the {stack}'s feed-forward block of layer {layer}", output))
             self.hidden[block] = output
 
-        return keep
+        return record
 
 
-def _runs(x: Tensor) -> Tensor:
-    """(1, T, d) of the encoder as it is, (1, G, T, d) of the decoder without the image's dimension."""
+def _without_image_dimension(x: Tensor) -> Tensor:
+    """(G, T, d): in the encoder x is (1, T, d), and G = 1; in the decoder x is (1, G, T, d)."""
     return x if x.ndim == 3 else x[0]
 
 
@@ -143,6 +148,22 @@ class _AttentionTrace:
         """The gradients of the residual sum (P, T, d) and of the context (P, H, T, D), from that of the output."""
         grad_sum = self.residual.grad_sum(gradient, runs)
         return grad_sum, self.projections.grad_context(grad_sum)
+
+    def self_attention_backward(
+        self, gradient: Tensor, runs: Tensor, *, cam: bool, inputs: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The backward pass of a self-attention block, from the gradient of its output (P, T, d).
+
+        Returns:
+            Cams (P, T, T), None unless `cam`; the gradient of the context (P, H, T, D); the gradient of the block's
+            input (P, T, d), None unless `inputs`.
+        """
+        grad_sum, grad_context = self.grad_context(gradient, runs)
+        cams, grads = self.vjp(grad_context, runs, cam=cam, inputs=inputs)
+        if grads is None:
+            return cams, grad_context, None
+        grad_block = self.projections.merge(*grads) @ self.projections.query_key_value
+        return cams, grad_context, self.residual.grad_input(grad_sum, grad_block, runs)
 
 
 @dataclass
@@ -160,18 +181,20 @@ class _FeedForwardTrace:
 
 @dataclass
 class _EncoderLayerTrace:
+    """An encoder layer."""
+
     attention: _AttentionTrace
     feedforward: _FeedForwardTrace
 
 
 @dataclass
 class EncoderTrace:
-    """One image through the encoder, under one encoder gate.
+    """The recorded encoder pass of one image, under one encoder gate.
 
     Attributes:
-        memory: what the decoder reads.
+        memory: the encoder's output.
         layers: what the backward pass of each layer needs.
-        final: that of the final norm, if there is one.
+        final: the backward pass of the final norm, if there is one.
     """
 
     memory: Memory
@@ -179,10 +202,14 @@ class EncoderTrace:
     final: NormVjp | None
 
     @classmethod
-    def of(
+    def run(
         cls, detector: Detector, features: Features, gate: Tensor | None, make_vjp: MakeVjp
     ) -> EncoderTrace:
-        """Encode features of one image under `gate` (layers, N or 1, H). Raises NonFiniteError."""
+        """Encode the features of one image under `gate` (layers, N or 1, H).
+
+        Raises:
+            NonFiniteError: the memory is not finite.
+        """
         recorder = Recorder(detector)
         gate = None if gate is None else gate.to(features.tokens)
         with recorder.recording():
@@ -196,19 +223,13 @@ class EncoderTrace:
             record = recorder.attention[AttentionAddress("encoder_self", index)]
             layers.append(
                 _EncoderLayerTrace(
-                    _AttentionTrace(
-                        make_vjp(record),
-                        recorder.projections(layer.self_attention),
-                        recorder.residual(layer.self_residual),
-                    ),
-                    _FeedForwardTrace(
-                        recorder.feedforward(layer.feedforward), recorder.residual(layer.feedforward_residual)
-                    ),
+                    recorder.attention_trace(make_vjp(record), layer.self_attention, layer.self_residual),
+                    recorder.feedforward_trace(layer),
                 )
             )
         norm = detector.encoder.norm
         final = (
-            NormVjp.of(norm, recorder.norms[norm], recorder.compute)
+            NormVjp.from_input(norm, recorder.norms[norm], recorder.compute)
             if isinstance(norm, nn.LayerNorm)
             else None
         )
@@ -228,19 +249,20 @@ class EncoderTrace:
         for index in reversed(range(len(self.layers))):
             layer = self.layers[index]
             gradient = layer.feedforward(gradient, runs)
-            grad_sum, grad_context = layer.attention.grad_context(gradient, runs)
-            # Nothing is explained below the first layer's attention.
-            cams, grads = layer.attention.vjp(grad_context, runs, cam=keep_cams, inputs=index > 0)
+            # No gradient is needed before the first layer's attention.
+            cams, grad_context, grad_input = layer.attention.self_attention_backward(
+                gradient, runs, cam=keep_cams, inputs=index > 0
+            )
             results.append((cams, grad_context))
-            if grads is not None:
-                projections = layer.attention.projections
-                grad_input = projections.merge(*grads) @ projections.query_key_value
-                gradient = layer.attention.residual.grad_input(grad_sum, grad_input, runs)
+            if grad_input is not None:
+                gradient = grad_input
         return results[::-1]
 
 
 @dataclass
 class _DecoderLayerTrace:
+    """A decoder layer."""
+
     self_attention: _AttentionTrace
     cross_attention: _AttentionTrace
     feedforward: _FeedForwardTrace
@@ -248,12 +270,12 @@ class _DecoderLayerTrace:
 
 @dataclass(frozen=True)
 class DecoderGradients:
-    """What comes back through the decoder for P pairs.
+    """The results of the decoder's backward pass for P pairs.
 
     Attributes:
         self_cams: (P, Q, Q) for each layer.
         cross_cams: (P, Q, N) for each layer.
-        memory: (P, N, d), the gradient of the memory; None if it was not asked for.
+        memory: (P, N, d), the gradient of the memory; None if not requested.
     """
 
     self_cams: list[Tensor]
@@ -263,13 +285,13 @@ class DecoderGradients:
 
 @dataclass
 class DecoderTrace:
-    """G configurations through the decoder, each in a run of its own.
+    """The recorded decoder pass of G configurations, every one in a separate run.
 
     Attributes:
-        states: (G, Q, d), normalised queries after the last layer.
+        states: (G, Q, d), the normalised decoder states after the last layer.
         output: logits and boxes, (G, 1, Q, ...).
         layers: what the backward pass of each layer needs.
-        final: that of the final norm.
+        final: the backward pass of the final norm.
     """
 
     states: Tensor
@@ -278,8 +300,12 @@ class DecoderTrace:
     final: NormVjp
 
     @classmethod
-    def of(cls, detector: Detector, memory: Memory, gates: Gates, make_vjp: MakeVjp) -> DecoderTrace:
-        """Decode the memory of one image under G configurations. Raises NonFiniteError."""
+    def run(cls, detector: Detector, memory: Memory, gates: Gates, make_vjp: MakeVjp) -> DecoderTrace:
+        """Decode the memory of one image under G configurations.
+
+        Raises:
+            NonFiniteError: a logit or box is not finite.
+        """
         recorder = Recorder(detector)
         positions = detector.query_embedding.weight
         with recorder.recording():
@@ -305,32 +331,26 @@ class DecoderTrace:
             )
             layers.append(
                 _DecoderLayerTrace(
-                    _AttentionTrace(
-                        make_vjp(self_record),
-                        recorder.projections(layer.self_attention),
-                        recorder.residual(layer.self_residual),
+                    recorder.attention_trace(
+                        make_vjp(self_record), layer.self_attention, layer.self_residual
                     ),
-                    _AttentionTrace(
-                        make_vjp(cross_record),
-                        recorder.projections(layer.cross_attention),
-                        recorder.residual(layer.cross_residual),
+                    recorder.attention_trace(
+                        make_vjp(cross_record), layer.cross_attention, layer.cross_residual
                     ),
-                    _FeedForwardTrace(
-                        recorder.feedforward(layer.feedforward), recorder.residual(layer.feedforward_residual)
-                    ),
+                    recorder.feedforward_trace(layer),
                 )
             )
         norm = detector.decoder.norm
-        final = NormVjp.of(norm, recorder.norms[norm][-1, 0], recorder.compute)
+        final = NormVjp.from_input(norm, recorder.norms[norm][-1, 0], recorder.compute)
         return cls(states[0], output, layers, final)
 
     def backward(self, gradient: Tensor | None, runs: Tensor, *, memory: bool) -> DecoderGradients:
         """Send the gradient of the states (P, Q, d) back.
 
         Args:
-            gradient: None for methods without gradients: then only cams are computed.
+            gradient: None for methods that need no gradients; only cams are computed then.
             runs: (P,) int64, the run of each pair.
-            memory: whether the gradient of the memory is wanted.
+            memory: whether to compute the gradient of the memory.
         """
         self_cams: list[Tensor] = []
         cross_cams: list[Tensor] = []
@@ -354,17 +374,17 @@ class DecoderTrace:
             if memory:
                 update = cross.projections.merge(grad_key, grad_value) @ cross.projections.key_value
                 grad_memory = update if grad_memory is None else grad_memory.add_(update)
-            grad_input = cross.projections.merge(grad_query) @ cross.projections.query
-            gradient = cross.residual.grad_input(grad_sum, grad_input, runs)
+            grad_block = cross.projections.merge(grad_query) @ cross.projections.query
+            gradient = cross.residual.grad_input(grad_sum, grad_block, runs)
 
-            attention = layer.self_attention
-            grad_sum, grad_context = attention.grad_context(gradient, runs)
-            # The first self-attention's input is the same whatever is explained.
-            cams, grads = attention.vjp(grad_context, runs, inputs=index > 0)
-            self_cams.append(_cams((cams, grads)))
-            if grads is not None:
-                grad_input = attention.projections.merge(*grads) @ attention.projections.query_key_value
-                gradient = attention.residual.grad_input(grad_sum, grad_input, runs)
+            # No gradient is needed before the first layer's self-attention.
+            cams, _, grad_input = layer.self_attention.self_attention_backward(
+                gradient, runs, cam=True, inputs=index > 0
+            )
+            assert cams is not None
+            self_cams.append(cams)
+            if grad_input is not None:
+                gradient = grad_input
         return DecoderGradients(self_cams[::-1], cross_cams[::-1], grad_memory)
 
 

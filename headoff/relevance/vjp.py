@@ -1,11 +1,11 @@
-"""Vector-Jacobian products of the transformer's blocks, written out.
+"""Vector-Jacobian products of the transformer's blocks, without autograd.
 
 Relevance needs the gradient of the context at every attention, for many targets of the same forward pass. Autograd
-would repeat the forward pass for each target, or go through them one by one, and would compute gradients of weights as
-well. Written out, a block's VJP is a few matrix products for a whole batch of targets: P pairs of (configuration,
-target), each of which continues one of the G runs of the forward pass; `runs` (P,) int64 says which.
+would repeat the forward pass for each target or process the targets one by one, and would compute gradients of
+weights as well. Here a block's VJP is a few matrix products for a batch of targets: P pairs of (configuration,
+target). Every pair belongs to one of the G runs of the forward pass; `runs` (P,) int64 are their indices.
 
-A layer is `x + block(norm(x))` where `pre_norm`, else `norm(x + block(x))`.
+A layer is `x + block(norm(x))` with `pre_norm`, and `norm(x + block(x))` without.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headoff.detr.transformer import FeedForward, MultiHeadAttention, Residual
-from headoff.relevance.records import of_runs
+from headoff.relevance.records import select_runs
 
 
 @dataclass
@@ -34,7 +34,7 @@ class NormVjp:
     weight: Tensor
 
     @classmethod
-    def of(cls, norm: nn.LayerNorm, x: Tensor, compute: torch.dtype) -> NormVjp:
+    def from_input(cls, norm: nn.LayerNorm, x: Tensor, compute: torch.dtype) -> NormVjp:
         """From the layer norm's input x (G, T, d)."""
         x = x.to(compute)
         variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
@@ -43,7 +43,7 @@ class NormVjp:
 
     def __call__(self, gradient: Tensor, runs: Tensor) -> Tensor:
         """The gradient of the input from that of the output, both (P, T, d)."""
-        normal, scale = of_runs(self.normal, runs), of_runs(self.scale, runs)
+        normal, scale = select_runs(self.normal, runs), select_runs(self.scale, runs)
         weighted = gradient * self.weight
         along = (weighted * normal).mean(-1, keepdim=True)
         weighted -= weighted.mean(-1, keepdim=True)
@@ -64,33 +64,34 @@ class FeedForwardVjp:
     contract: Tensor
 
     @classmethod
-    def of(cls, block: FeedForward, hidden: Tensor, compute: torch.dtype) -> FeedForwardVjp:
+    def from_hidden(cls, block: FeedForward, hidden: Tensor, compute: torch.dtype) -> FeedForwardVjp:
         """From the hidden layer before its ReLU, (G, T, hidden)."""
         weights = (block.expand.weight.detach().to(compute), block.contract.weight.detach().to(compute))
         return cls((hidden > 0).to(compute), *weights)
 
     def __call__(self, gradient: Tensor, runs: Tensor) -> Tensor:
         """The gradient of the input from that of the output, both (P, T, d)."""
-        return (gradient @ self.contract).mul_(of_runs(self.active, runs)) @ self.expand
+        return (gradient @ self.contract).mul_(select_runs(self.active, runs)) @ self.expand
 
 
 @dataclass
 class ResidualVjp:
-    """The sum around a block, and its norm."""
+    """The residual connection around a block, and its norm."""
 
     norm: NormVjp
     pre_norm: bool
 
     @classmethod
-    def of(cls, residual: Residual, x: Tensor, compute: torch.dtype) -> ResidualVjp:
-        return cls(NormVjp.of(residual.norm, x, compute), residual.pre_norm)
+    def from_input(cls, residual: Residual, x: Tensor, compute: torch.dtype) -> ResidualVjp:
+        """From the norm's input x (G, T, d)."""
+        return cls(NormVjp.from_input(residual.norm, x, compute), residual.pre_norm)
 
     def grad_sum(self, gradient: Tensor, runs: Tensor) -> Tensor:
-        """The gradient of the sum, and so of the block's output, from that of the whole output."""
+        """The gradient of the sum, which is also that of the block's output, from that of the layer's output."""
         return gradient if self.pre_norm else self.norm(gradient, runs)
 
     def grad_input(self, grad_sum: Tensor, grad_block: Tensor, runs: Tensor) -> Tensor:
-        """The gradient of x from those of the sum and of the block's input."""
+        """The gradient of the layer's input from those of the sum and of the block's input."""
         return grad_sum + (self.norm(grad_block, runs) if self.pre_norm else grad_block)
 
 
