@@ -26,7 +26,7 @@ result = headoff.sweep(detector, image)
 
 for configuration, outcome in zip(result.configurations, result.outcomes, strict=True):
     counts = {status.value: count for status, count in outcome.counts.items() if count}
-    print(f"{configuration.name:12s} {counts}, {len(outcome.of_nothing)} of nothing")
+    print(f"{configuration.name:12s} {counts}, {len(outcome.unmatched)} unmatched")
 
 # %%
 figure = Figure(figsize=(11, 4), layout="constrained")

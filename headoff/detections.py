@@ -1,4 +1,4 @@
-"""Class logits and boxes to detections, the way the published DETR models are read."""
+"""Detections from class logits and boxes, as in the postprocessing of the published DETR models."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Detection:
     box: tuple[float, float, float, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same, of types that JSON knows."""
+        """As a dict of JSON types."""
         return {
             "query": self.query,
             "label": self.label,
@@ -37,14 +37,16 @@ class Detection:
 class Detections:
     """The n detections of one image under one configuration, by falling score. All tensors are on the CPU.
 
-    - `queries` (n,) int64: the object query that made each; no query makes two
-    - `labels` (n,) int64: index into `class_names`
-    - `scores` (n,) float32: probability of that class, 0..1
-    - `boxes` (n, 4) float32: left, top, right, bottom in pixels of the original image, within it
-    - `image_size`: (height, width) of the original image in pixels
-    - `class_names`: names by label; gaps in a checkpoint's numbering are "N/A"
+    Attributes:
+        queries: (n,) int64, the object query of each detection, all different.
+        labels: (n,) int64, indices into `class_names`.
+        scores: (n,) float32, the probability of that class, 0..1.
+        boxes: (n, 4) float32, left, top, right, bottom in pixels of the original image, clipped to it.
+        image_size: (height, width) of the original image in pixels.
+        class_names: names by label; gaps in a checkpoint's numbering are "N/A".
 
-    Raises `SettingError` where these shapes do not agree.
+    Raises:
+        SettingError: the shapes do not agree, or two detections have the same query.
     """
 
     queries: torch.Tensor
@@ -60,9 +62,9 @@ class Detections:
         for name, shape in shapes.items():
             given = tuple(getattr(self, name).shape)
             if given != shape:
-                raise SettingError(f"{name} of {n} detections cannot be of shape {given}: give {shape}")
+                raise SettingError(f"{name} of {n} detections have shape {given}: they must have {shape}")
         if len(set(self.queries.tolist())) < n:
-            raise SettingError("a query makes one detection at most: give queries that differ")
+            raise SettingError("two detections have the same query: give queries that differ")
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -82,17 +84,17 @@ class Detections:
         return (self[index] for index in range(len(self)))
 
     def of_query(self, query: int) -> Detection | None:
-        """The detection that `query` made; None when it made none."""
+        """The detection of `query`; None if it has none."""
         return next(
             (self[index] for index, other in enumerate(self.queries.tolist()) if other == query), None
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dictionary per detection, of types that JSON knows."""
+        """One dict of JSON types per detection."""
         return [detection.as_dict() for detection in self]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it but the table of class names, of types that JSON knows."""
+        """Everything but the class names, as a dict of JSON types."""
         height, width = self.image_size
         return {"image_size": {"height": height, "width": width}, "detections": self.rows()}
 
@@ -106,20 +108,24 @@ def detections_from(
 ) -> Detections:
     """The detections in a detector's output for one image.
 
-    `logits` (Q, K+1): one column per class name and, last, one for "no object". `boxes` (Q, 4): centre x,
-    centre y, width, height in 0..1 of the image. Both may be of any floating point dtype and on any device;
-    probabilities and boxes are computed in float64. `image_size`: (height, width) of the original
-    image in pixels.
+    A query is a detection if the probability of its most likely class (other than "no object") exceeds `confidence`.
+    Detections are sorted by falling score, and by query if scores are equal. Boxes are clipped to the image.
+    Probabilities and boxes are computed in float64.
 
-    A query counts when the probability of its likeliest class ("no object" left out) is above `confidence`,
-    0..1. Detections are sorted by falling score, equal scores by query; boxes are clipped to the image.
+    Args:
+        logits: (Q, K + 1), one column per class name and a last one for "no object"; any floating dtype and device.
+        boxes: (Q, 4), centre x, centre y, width, height as fractions of the image; any floating dtype and device.
+        image_size: (height, width) of the original image in pixels.
+        class_names: K names.
+        confidence: 0..1.
 
-    Raises `SettingError` for a confidence outside 0..1 or shapes that do not fit, `NonFiniteError`, naming
-    the first query, for NaN or infinity in logits or boxes.
+    Raises:
+        SettingError: the confidence is outside 0..1, or the shapes do not agree.
+        NonFiniteError: a logit or box is NaN or infinite; the message names the first query.
     """
     if not 0 <= confidence <= 1:
-        raise SettingError(f"confidence {confidence} is no probability: give a number from 0 to 1")
-    logits, boxes = _wide(logits), _wide(boxes)
+        raise SettingError(f"confidence {confidence} is not a probability: give a number from 0 to 1")
+    logits, boxes = _float64_on_cpu(logits), _float64_on_cpu(boxes)
     check_output(logits, boxes, len(class_names))
     height, width = image_size
     if height < 1 or width < 1:
@@ -128,7 +134,7 @@ def detections_from(
         )
 
     probabilities, labels = class_probabilities(logits)[:, :-1].max(dim=-1)
-    # Rounded before anything is compared: so what is stored is above the confidence, and in order.
+    # Rounded before comparing and sorting, so that the stored scores exceed the confidence and are sorted.
     scores = probabilities.float()
     order = torch.sort(scores, descending=True, stable=True).indices
     queries = order[scores[order] > confidence]
@@ -147,9 +153,11 @@ def detections_from(
 
 
 def detect(detector: Detector, image: ImageSource, confidence: float = 0.5) -> Detections:
-    """What `detector` finds in `image` (a path, a `PIL.Image` or an array), all heads on.
+    """The detections of `detector` in `image` (a path, a `PIL.Image` or an array), with all heads on.
 
-    Raises `ImageError` for an image that cannot be read, and what `detections_from` raises.
+    Raises:
+        ImageError: the image cannot be read.
+        SettingError, NonFiniteError: as `detections_from` does.
     """
     picture = load_image(image)
     with torch.inference_mode():
@@ -166,13 +174,15 @@ def detect(detector: Detector, image: ImageSource, confidence: float = 0.5) -> D
 
 def class_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """Softmax over the last dimension in float64, on the CPU; same shape as `logits`."""
-    return _wide(logits).softmax(dim=-1)
+    return _float64_on_cpu(logits).softmax(dim=-1)
 
 
 def check_output(logits: torch.Tensor, boxes: torch.Tensor | None, classes: int) -> None:
-    """Refuse an output that is not finite, or other than `logits` (Q, classes + 1) and `boxes` (Q, 4).
+    """Check that `logits` are (Q, classes + 1), `boxes` (Q, 4) or None, and both finite.
 
-    Raises `SettingError` for shapes, `NonFiniteError`, naming the first query, for NaN and infinity.
+    Raises:
+        SettingError: a shape is wrong.
+        NonFiniteError: a value is NaN or infinite; the message names the first query.
     """
     if logits.ndim != 2 or logits.shape[1] != classes + 1:
         raise SettingError(
@@ -194,6 +204,6 @@ def check_output(logits: torch.Tensor, boxes: torch.Tensor | None, classes: int)
             )
 
 
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    # A hundred rows are small: float64 costs nothing and makes results independent of the device's softmax.
+def _float64_on_cpu(values: torch.Tensor) -> torch.Tensor:
+    # float64 costs little for a hundred rows, and makes results independent of the device's softmax.
     return values.detach().to(device="cpu", dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What another precision changes in the results: of a sweep, and of relevance maps. Each effect is one sentence."""
+"""The effect of another precision on the results of a sweep and on relevance maps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from headoff.sweeps import SweepResult
 
 @dataclass(frozen=True)
 class DetectionEffect:
-    """How the detections of one sweep differ from those of another, of the same image and configurations.
+    """How the detections of a sweep differ from those of a reference, for the same image and configurations.
 
-    - `score`: largest difference of a probability, over configurations, queries and classes
-    - `box`: largest difference of a side, in pixels of the original image, of detections that both have
-    - `detections`: how many the reference has, over all configurations
-    - `gained`, `lost`: detections (query and class, under a configuration) that only this one, only the reference has
+    Attributes:
+        score: largest difference of a probability, over configurations, queries and classes.
+        box: largest difference of a side of a box, in pixels of the original image, of detections that both have.
+        detections: number of detections of the reference, over all configurations.
+        gained: number of detections (query and class, under a configuration) that only the other sweep has.
+        lost: number of detections that only the reference has.
     """
 
     score: float
@@ -31,7 +33,7 @@ class DetectionEffect:
     lost: int
 
     def sentence(self, name: str) -> str:
-        """For people; `name` is what was changed."""
+        """The effect in one sentence; `name` is what was changed."""
         return (
             f"{name} compared with full precision: scores differ by at most {self.score:.2g}, boxes by "
             f"{self.box:.2g} pixels; "
@@ -41,12 +43,13 @@ class DetectionEffect:
 
 @dataclass(frozen=True)
 class MapEffect:
-    """How relevance maps differ from others of the same objects.
+    """How relevance maps differ from those of a reference, for the same objects.
 
-    - `error`: largest difference in a map, relative to the reference map's peak; infinite where only one of them is
-      zero, or not finite; 0 where no map was compared
-    - `compared`: how many maps
-    - `other_targets`: maps left out, because another class is explained in one than in the other
+    Attributes:
+        error: largest difference in a map, relative to the maximum of the reference map; infinite if only one of the
+            two is zero, or one is not finite; 0 if no map was compared.
+        compared: number of maps.
+        other_targets: number of maps that were not compared, because they explain different classes.
     """
 
     error: float
@@ -54,7 +57,7 @@ class MapEffect:
     other_targets: int
 
     def sentence(self, name: str) -> str:
-        """For people; `name` is what was changed."""
+        """The effect in one sentence; `name` is what was changed."""
         left_out = (
             f"; {self.other_targets} explain another class and are left out" if self.other_targets else ""
         )
@@ -68,13 +71,17 @@ class MapEffect:
 
 
 def effect_on_detections(reference: SweepResult, found: SweepResult) -> DetectionEffect:
-    """Raises SettingError where the two are not of the same configurations and image size."""
+    """Compare the detections of two sweeps.
+
+    Raises:
+        SettingError: they have different configurations or image sizes.
+    """
     _check_same(reference.configurations, found.configurations, reference.image_size, found.image_size)
     scores = class_probabilities(found.logits) - class_probabilities(reference.logits)
     box, gained, lost = 0.0, 0, 0
     for then, now in zip(reference.detections, found.detections, strict=True):
-        before = {(each.query, each.label): each.box for each in then}
-        after = {(each.query, each.label): each.box for each in now}
+        before = {(detection.query, detection.label): detection.box for detection in then}
+        after = {(detection.query, detection.label): detection.box for detection in now}
         gained += len(after.keys() - before.keys())
         lost += len(before.keys() - after.keys())
         for key in before.keys() & after.keys():
@@ -89,7 +96,11 @@ def effect_on_detections(reference: SweepResult, found: SweepResult) -> Detectio
 
 
 def effect_on_maps(reference: Explanation, found: Explanation) -> MapEffect:
-    """Raises SettingError where the two are not of the same configurations, queries, layers and tokens."""
+    """Compare relevance maps.
+
+    Raises:
+        SettingError: they have different configurations, queries, layers or tokens.
+    """
     _check_same(reference.configurations, found.configurations, reference.maps.shape, found.maps.shape)
     if not torch.equal(reference.objects.queries, found.objects.queries) or reference.layers != found.layers:
         raise SettingError(
@@ -113,5 +124,6 @@ def _check_same(
     expected: tuple[int, ...],
     got: tuple[int, ...],
 ) -> None:
-    if [each.text for each in reference] != [each.text for each in found] or tuple(expected) != tuple(got):
+    texts, found_texts = ([one.text for one in group] for group in (reference, found))
+    if texts != found_texts or tuple(expected) != tuple(got):
         raise SettingError("the two results are of other configurations or sizes: make both of the same")

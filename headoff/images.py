@@ -1,8 +1,8 @@
-"""Image files to RGB pictures, and RGB pictures to what a detector eats.
+"""Loading image files as RGB pictures, and preprocessing pictures for a detector.
 
-`load_image` turns any still picture into an upright 8-bit RGB `PIL.Image`; `preprocess` resizes, normalises
-and pads a batch of them as the published DETR models were evaluated. Whatever is wrong with a file is an
-`ImageError` of one sentence that names the file and the remedy.
+`load_image` converts any still picture to an upright 8-bit RGB `PIL.Image`. `preprocess` resizes, normalises and pads
+a batch of pictures as in the evaluation of the published DETR models. A file that cannot be read raises `ImageError`,
+whose message is one sentence with the file's name and a remedy.
 """
 
 import os
@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from headoff.errors import ImageError, SettingError
+from headoff.errors import ImageError, SettingError, error_line
 
 ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 MAX_PIXELS = 100_000_000
-"""Largest picture that is decoded (100 megapixels, 300 MB as RGB); compared with the file's header."""
+"""Largest picture that is decoded: 100 megapixels, 300 MB as RGB. Checked before decoding."""
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""What `find_images` takes for an image, in lower case. `load_image` goes by contents and reads more."""
+"""Suffixes of image files for `find_images`, in lower case. `load_image` ignores suffixes and reads more formats."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,27 +39,28 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow hands the first to Ghostscript and the second to Windows: a picture must not start a program.
+# Pillow opens EPS with Ghostscript and WMF with Windows: a picture must not start a program.
 _DRAWINGS = {"EPS", "WMF"}
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Any still picture as an upright 8-bit RGB image.
+    """Load any still picture as an upright 8-bit RGB image.
 
-    `source` is a path, a `PIL.Image` (left as it is) or a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W,
-    4) of bool, uint8, uint16 or floats in 0..1. From whatever it is, this is made:
+    - EXIF orientation is applied.
+    - Of an animation or a file with several pages, the first frame is used.
+    - Transparent pictures are drawn on white.
+    - 16-bit greyscale is scaled to 8 bits (65535 becomes 255), not clipped. Modes without a defined range are scaled
+      by their values: integers within 0..65535 as 16 bits, floats within 0..1 or 0..255 by that range, and other
+      values from their minimum to their maximum.
+    - Palettes, CMYK and other colour spaces are converted by Pillow. Embedded colour profiles are ignored, as in the
+      training of the published models.
 
-    - EXIF orientation is applied;
-    - of an animation or a file of several pages, the first frame is taken;
-    - transparency, of any kind, is laid on white: what is under a transparent pixel is arbitrary;
-    - greyscale of 16 bits is scaled to 8 (65535 becomes 255), not clipped. Modes that declare no range are
-      scaled by what they hold: integers within 0..65535 as 16 bits, floats within 0..1 or 0..255 as such, all
-      else is stretched from its minimum to its maximum;
-    - palettes, CMYK and other colour spaces are converted as Pillow does; embedded colour profiles are
-      ignored, as they were when the published models were trained.
+    Args:
+        source: a path, a `PIL.Image` (which is not modified), or a numpy array (H, W), (H, W, 1), (H, W, 3) or
+            (H, W, 4) of bool, uint8, uint16 or floats in 0..1.
 
-    Raises `ImageError` for whatever cannot be read, and for pictures of more than `MAX_PIXELS` pixels, before
-    decoding them.
+    Raises:
+        ImageError: the picture cannot be read, or has more than `MAX_PIXELS` pixels.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, _name_of(source))
@@ -72,9 +73,10 @@ def load_image(source: ImageSource) -> Image.Image:
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """The image files directly in `folder` (by suffix, see `IMAGE_SUFFIXES`), by name; hidden ones left out.
+    """The image files directly in `folder` (by suffix, see `IMAGE_SUFFIXES`), sorted by name, without hidden files.
 
-    Raises `ImageError` when the folder cannot be read or holds no image.
+    Raises:
+        ImageError: the folder cannot be read, or contains no image.
     """
     root = Path(folder)
     try:
@@ -88,9 +90,8 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
     except NotADirectoryError:
         raise ImageError(f"{str(root)!r} is a file, not a folder: give the folder that it is in") from None
     except (OSError, ValueError) as error:
-        reason = _reason(error)
         raise ImageError(
-            f"folder {str(root)!r} cannot be read ({reason}): check path and permissions"
+            f"folder {str(root)!r} cannot be read ({error_line(error)}): check path and permissions"
         ) from error
     if not found:
         known = " ".join(sorted(IMAGE_SUFFIXES))
@@ -102,9 +103,12 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a detector wants its pictures: sides in pixels, mean and standard deviation of RGB in 0..1.
+    """How pictures are resized and normalised. The defaults are those of the published DETR models.
 
-    The defaults are those of the published DETR models (evaluation at 800, ImageNet statistics).
+    Attributes:
+        short_side: pixels of the short side after resizing.
+        long_side: most pixels of the long side.
+        mean, std: mean and standard deviation of R, G and B, whose range is 0..1.
     """
 
     short_side: int = 800
@@ -124,13 +128,15 @@ class Preprocessing:
             )
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels, after resizing, of a picture of `height` x `width` pixels.
+        """(height, width) in pixels after resizing a picture of `height` x `width` pixels.
 
-        The short side becomes `short_side`, or less where the long side would exceed `long_side`. Roundings
-        are those of DETR's original code: the short side is rounded to whole pixels first and the long side
-        follows from it, cut off, so that it may miss `long_side` by a little, and a picture whose short side
-        is right already is left alone. Where a picture is so narrow that its short side would round to 0, it
-        is 1, and the long side is `long_side`.
+        The short side becomes `short_side`, or less if the long side would exceed `long_side`. Rounding is that of
+        DETR's original code (`datasets/transforms.py`): the short side is rounded, the long side is computed from it
+        and truncated, and a picture whose short side has the right size is not resized. If the short side of a very
+        narrow picture would be 0, it is 1, and the long side is `long_side`.
+
+        Raises:
+            ImageError: the picture is empty.
         """
         low, high = min(height, width), max(height, width)
         if low < 1:
@@ -157,15 +163,23 @@ def preprocess(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixel values and mask of a batch of RGB pictures, which may differ in size.
 
-    Each is resized (bilinear with antialiasing, as the published models were evaluated), scaled to 0..1,
-    normalised, and padded at the bottom and the right with zeros.
+    Pictures are resized (bilinear with antialiasing, as in the evaluation of the published models), scaled to 0..1,
+    normalised, and padded with zeros at the bottom and the right. Everything is computed on the CPU in float32 or
+    float64, so values do not depend on `device`.
 
-    Returns `pixel_values` (B, 3, H, W) of `dtype` and `pixel_mask` (B, H, W) bool, True where the picture is;
-    H and W are the largest in the batch. All is computed on the CPU, in float32 or wider, so that the values
-    do not depend on `device`, where the result is put (the CPU when None).
+    Args:
+        images: RGB pictures, see `load_image`.
+        preprocessing: sizes and normalisation; those of the published models by default.
+        dtype: of the pixel values.
+        device: of the results; None is the CPU.
 
-    Raises `ImageError` for an empty batch or a picture that is not RGB (see `load_image`), `SettingError` for
-    a dtype that is not floating point.
+    Returns:
+        `pixel_values` (B, 3, H, W) and `pixel_mask` (B, H, W) bool, True = picture, False = padding. H and W are the
+        largest in the batch.
+
+    Raises:
+        ImageError: the batch is empty, or a picture is not RGB.
+        SettingError: the dtype is not floating point.
     """
     preprocessing = preprocessing or Preprocessing()
     if not dtype.is_floating_point:
@@ -197,7 +211,7 @@ def preprocess(
 def _put(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
     target = torch.device("cpu") if device is None else torch.device(device)
     if target.type == "cuda":
-        # From pinned memory the copy overlaps with the GPU's other work; torch keeps the pages until then.
+        # A copy from pinned memory overlaps with the GPU's other work; torch frees the memory after the copy.
         return tensor.pin_memory().to(target, non_blocking=True)
     return tensor.to(target)
 
@@ -205,13 +219,6 @@ def _put(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tenso
 def _name_of(image: Image.Image) -> str:
     filename = getattr(image, "filename", "")
     return repr(os.fsdecode(filename)) if filename else "the image"
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, as a part of a sentence."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    return first_line.rstrip(".").replace("\x00", "")
 
 
 def _from_file(path: str) -> Image.Image:
@@ -223,7 +230,7 @@ def _from_file(path: str) -> Image.Image:
         if stat.S_ISDIR(status.st_mode):
             raise ImageError(f"{name} is a folder: give an image file in it")
         if not stat.S_ISREG(status.st_mode):
-            # Reading a pipe or a device might never end.
+            # Reading a pipe or a device might block forever.
             raise ImageError(f"{name} is not a regular file: save the image to a file first")
         if status.st_size == 0:
             raise ImageError(f"{name} is empty (0 bytes): copy or download it again")
@@ -238,9 +245,9 @@ def _from_file(path: str) -> Image.Image:
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{name} cannot be opened ({_reason(error)}): check the path") from error
+        raise ImageError(f"{name} cannot be opened ({error_line(error)}): check the path") from error
 
-    # Pillow warns of pictures above a limit of its own, of odd metadata and of odd palettes: no news here.
+    # Pillow's warnings (its size limit, unusual metadata, unusual palettes) do not matter here.
     with file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -252,15 +259,15 @@ def _from_file(path: str) -> Image.Image:
                 f"{name} has too many pixels (the limit is {MAX_PIXELS:,}): make it smaller first"
             ) from None
         except Exception as error:
-            raise _broken(name, error) from error
+            raise _corrupt_error(name, error) from error
         if image.format in _DRAWINGS:
             raise ImageError(f"{name} is a drawing ({image.format}), not pixels: convert it to PNG")
         return _to_rgb(image, name)
 
 
-def _broken(name: str, error: Exception) -> ImageError:
+def _corrupt_error(name: str, error: Exception) -> ImageError:
     return ImageError(
-        f"{name} is truncated or corrupt ({_reason(error)}): copy it again or convert it to PNG"
+        f"{name} is truncated or corrupt ({error_line(error)}): copy it again or convert it to PNG"
     )
 
 
@@ -274,7 +281,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Decoders raise whatever their parsing ran into (OSError, SyntaxError, struct.error, and more).
+        # Decoders raise various errors: OSError, SyntaxError, struct.error and others.
         try:
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
@@ -285,17 +292,17 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             image = image.convert("RGB")
             if turn is not None:
                 image = image.transpose(turn)
-            # Metadata describes the file: the orientation it gives must not be applied a second time.
+            # Without metadata, so that its orientation is not applied a second time.
             image.info.clear()
             return image
         except ImageError:
             raise
         except Exception as error:
-            raise _broken(name, error) from error
+            raise _corrupt_error(name, error) from error
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1..8. Upright when the EXIF block is damaged: the pixels may still be good."""
+    """The EXIF orientation, 1..8; 1 (upright) if the EXIF block is damaged, as the pixels may be good."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
@@ -304,14 +311,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # premultiplied greyscale converts to nothing but this
+    if image.mode == "La":  # premultiplied greyscale can only be converted to LA
         image = image.convert("LA")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _to_8_bit(image: Image.Image, name: str) -> Image.Image:
-    """Greyscale of more than 8 bits, as mode L."""
+    """Greyscale of more than 8 bits as mode L; see `load_image` for the scaling."""
     values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ImageError(f"{name} holds NaN or infinity: replace them by numbers first")
@@ -337,7 +344,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if 0 in array.shape:
         raise ImageError(f"an array of shape {array.shape} is empty: give an image of at least 1 x 1")
     if array.dtype.kind == "f":
-        # The negation also refuses NaN.
+        # Negated, so that it also rejects NaN.
         if not (array.min() >= 0 and array.max() <= 1):
             raise ImageError(
                 "an array of floats must lie in 0..1 to be an image: scale it, or convert it to uint8"

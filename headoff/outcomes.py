@@ -1,24 +1,23 @@
 """What becomes of each baseline detection when heads are switched off.
 
-Counting detections does not answer that: with heads off a detector first finds things twice and draws loose
-boxes before it finds nothing, so that counts go up as well as down. Here every detection of the baseline (an
-*object*) is followed: found again, found elsewhere, found twice, found as something else, or not found.
+Counting detections does not answer that: with heads off, a detector often finds an object twice or with an inexact box
+before it loses it, so counts go up as well as down. Here every detection of the baseline (an *object*) is followed: it
+is found again, found elsewhere, found twice, found with another label, or not found.
 
-How detections are handed out, each to one object or to nothing:
+Detections are assigned to objects in these steps. A detection belongs to at most one object.
 
-1. **Own query.** An object that its own query still finds (same label, IoU at least `keep_iou`) gets that
-   detection: it is never said to be lost, or found by another query, while its own query has it.
-2. **Takeover.** The other objects and detections of the same label, IoU at least `touch_iou`, are paired one
-   to one, greedily by falling IoU; of equal IoUs the object's own query goes first.
-3. **Duplicates.** A detection still free that overlaps objects of its label by at least `touch_iou` is a
-   duplicate of the one it overlaps most. (Step 2 saw to it that this one is found already.)
-4. **Other label.** Objects still without, and detections still free, of different label, IoU at least
-   `keep_iou`, are paired as in step 2. This comes last: whatever the object's own label explains is not a
-   change of label.
-5. What is left is a detection **of nothing**: where it is, the baseline has nothing of that label.
+1. **Same query.** An object gets the detection of its baseline query, if that has the same label and an IoU of at least
+   `keep_iou`.
+2. **Other query.** The remaining objects and detections of the same label with an IoU of at least `touch_iou` are
+   paired one to one, greedily by falling IoU; of equal IoUs, that of the object's query comes first.
+3. **Duplicates.** An unassigned detection that overlaps objects of its label by at least `touch_iou` is a duplicate
+   of the one that it overlaps most, which has a detection by step 2.
+4. **Other label.** The remaining objects and detections of different labels with an IoU of at least `keep_iou` are
+   paired as in step 2.
+5. The remaining detections are **unmatched**: the baseline has no object of that label there.
 
-The classes are those of TIDE (Bolya et al., ECCV 2020: localisation, classification, duplicate and background
-errors), with the baseline in the place of the ground truth.
+The categories are those of TIDE (Bolya et al., ECCV 2020: localisation, classification, duplicate and background
+errors), with the baseline instead of the ground truth.
 """
 
 from collections.abc import Iterable
@@ -33,13 +32,13 @@ from headoff.detections import Detections, check_output, class_probabilities
 from headoff.errors import SettingError
 
 KEEP_IOU = 0.5
-"""IoU from which two boxes are in the same place: what PASCAL VOC and COCO's AP50 mean by found. Two boxes of
-equal size have it when they are a third of their width apart."""
+"""Minimum IoU of two boxes in the same place, as in PASCAL VOC and COCO's AP50. Two boxes of equal size have it if they
+are a third of their width apart."""
 
 TOUCH_IOU = 0.3
-"""IoU from which two boxes of the same label mean the same object, loosely. Two boxes of equal size have it
-when they are half their width apart; neighbours in a row or a crowd stay below it, which TIDE's 0.1 does not
-ensure."""
+"""Minimum IoU of two boxes of the same label that are taken for the same object. Two boxes of equal size have it if
+they are half their width apart. Neighbouring objects in a row or a crowd have less, but often more than TIDE's
+0.1."""
 
 
 class Status(StrEnum):
@@ -50,11 +49,11 @@ class Status(StrEnum):
     MOVED = "moved"
     """Found once: same label, IoU at least `touch_iou` but below `keep_iou`."""
     DUPLICATED = "duplicated"
-    """Found more than once with the same label (be its best box kept or moved)."""
+    """Found more than once with the same label."""
     RELABELLED = "relabelled"
     """Not found, but a detection with another label is in its place (IoU at least `keep_iou`)."""
     LOST = "lost"
-    """None of these."""
+    """Not found."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +68,19 @@ class Outcome:
     """The object's label in the baseline."""
     status: Status
     detections: tuple[int, ...]
-    """Indices, in the configuration's detections, of those that belong to the object: the one it is paired
-    with first, then duplicates by falling IoU. Empty when lost."""
+    """Indices of the detections that belong to the object, in the configuration's detections: first the one that it is
+    paired with, then duplicates by falling IoU. Empty if lost."""
     iou: float
-    """IoU of the object's box with that of the first of `detections`; 0 when lost."""
+    """IoU of the object's box with that of the first of `detections`; 0 if lost."""
     score: float
-    """Score of the first of `detections`; 0 when lost."""
+    """Score of the first of `detections`; 0 if lost."""
     query_score: float
-    """Probability of the object's label at the object's own query in this configuration, detected or not."""
+    """Probability of the object's label at the object's baseline query in this configuration, detected or not."""
     new_label: int | None = None
-    """The label found instead, when relabelled."""
+    """The label that was found instead, if relabelled."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The same, of types that JSON knows."""
+        """As a dict of JSON types."""
         return {
             "object": self.object,
             "query": self.query,
@@ -101,8 +100,8 @@ class ConfigurationOutcome:
 
     outcomes: tuple[Outcome, ...]
     """One per object, in the order of the baseline."""
-    of_nothing: tuple[int, ...]
-    """Indices, in the configuration's detections, of those that belong to no object."""
+    unmatched: tuple[int, ...]
+    """Indices of the detections that belong to no object, in the configuration's detections."""
 
     @property
     def counts(self) -> dict[Status, int]:
@@ -116,11 +115,11 @@ class ConfigurationOutcome:
         return sum(max(len(outcome.detections) - 1, 0) for outcome in self.outcomes)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same, of types that JSON knows."""
+        """As a dict of JSON types."""
         return {
             "counts": {status.value: count for status, count in self.counts.items()},
             "duplicates": self.duplicates,
-            "of_nothing": list(self.of_nothing),
+            "unmatched": list(self.unmatched),
             "outcomes": [outcome.as_dict() for outcome in self.outcomes],
         }
 
@@ -132,14 +131,20 @@ def outcomes_of(
     keep_iou: float = KEEP_IOU,
     touch_iou: float = TOUCH_IOU,
 ) -> ConfigurationOutcome:
-    """What became of the objects in `baseline` under the configuration that gave `detections` and `logits`.
+    """What became of the objects in `baseline` under a configuration; see this module's docstring for the rules.
 
-    `logits` (Q, K+1), any floating point dtype, any device, are the detector's under that configuration. The
-    rules are at the head of this module; 0 < `touch_iou` <= `keep_iou` <= 1. The baseline against itself is
-    all kept, whatever in it overlaps; the order of either side changes nothing but indices.
+    The baseline compared with itself is all kept. The order of detections affects indices only.
 
-    Raises `SettingError` when the two are not of the same image and classes, when `logits` do not fit them,
-    or for thresholds out of order; `NonFiniteError` for NaN or infinity in `logits`.
+    Args:
+        baseline: the objects.
+        detections: the detections under the configuration.
+        logits: (Q, K + 1), the detector's class logits under the configuration; any floating dtype and device.
+        keep_iou, touch_iou: thresholds, 0 < `touch_iou` <= `keep_iou` <= 1.
+
+    Raises:
+        SettingError: baseline and detections are of different images or classes, `logits` have the wrong shape, or
+            the thresholds are out of order.
+        NonFiniteError: a logit is NaN or infinite.
     """
     if not 0 < touch_iou <= keep_iou <= 1:
         raise SettingError(
@@ -164,7 +169,7 @@ def outcomes_of(
     queries, labels = detections.queries.tolist(), detections.labels.tolist()
 
     pairs = [(o, d) for o, d in (iou >= touch_iou).nonzero().tolist()]
-    # Queries, not indices, break what ties are left: they do not depend on the order of either side.
+    # Remaining ties are broken by queries, not by indices, so that results do not depend on the order of detections.
     pairs.sort(
         key=lambda pair: (
             -overlaps[pair[0]][pair[1]],
@@ -174,32 +179,32 @@ def outcomes_of(
         )
     )
     same_label = [(o, d) for o, d in pairs if object_labels[o] == labels[d]]
-    kept_by_own_query = [
+    same_query = [
         (o, d) for o, d in same_label if object_queries[o] == queries[d] and overlaps[o][d] >= keep_iou
     ]
     other_label = [(o, d) for o, d in pairs if object_labels[o] != labels[d] and overlaps[o][d] >= keep_iou]
 
-    belonging: dict[int, list[int]] = {}
+    assigned: dict[int, list[int]] = {}
     free = set(range(len(detections)))
-    _pair(kept_by_own_query, belonging, free)
-    _pair(same_label, belonging, free)
+    _pair(same_query, assigned, free)
+    _pair(same_label, assigned, free)
     for o, d in same_label:
         if d in free:
-            belonging[o].append(d)
+            assigned[o].append(d)
             free.remove(d)
-    _pair(other_label, belonging, free)
+    _pair(other_label, assigned, free)
 
     query_scores = class_probabilities(logits)[baseline.queries, baseline.labels].tolist()
     scores = detections.scores.tolist()
     outcomes = []
     for o, label in enumerate(object_labels):
-        mine = belonging.get(o, [])
-        first = mine[0] if mine else None
+        object_detections = assigned.get(o, [])
+        first = object_detections[0] if object_detections else None
         if first is None:
             status = Status.LOST
         elif labels[first] != label:
             status = Status.RELABELLED
-        elif len(mine) > 1:
+        elif len(object_detections) > 1:
             status = Status.DUPLICATED
         else:
             status = Status.KEPT if overlaps[o][first] >= keep_iou else Status.MOVED
@@ -209,29 +214,29 @@ def outcomes_of(
                 query=object_queries[o],
                 label=label,
                 status=status,
-                detections=tuple(mine),
+                detections=tuple(object_detections),
                 iou=0.0 if first is None else overlaps[o][first],
                 score=0.0 if first is None else scores[first],
                 query_score=query_scores[o],
                 new_label=labels[first] if status is Status.RELABELLED and first is not None else None,
             )
         )
-    return ConfigurationOutcome(outcomes=tuple(outcomes), of_nothing=tuple(sorted(free)))
+    return ConfigurationOutcome(outcomes=tuple(outcomes), unmatched=tuple(sorted(free)))
 
 
-def _pair(candidates: Iterable[tuple[int, int]], belonging: dict[int, list[int]], free: set[int]) -> None:
-    """Give each object that has none the first of its candidates that is still free."""
+def _pair(candidates: Iterable[tuple[int, int]], assigned: dict[int, list[int]], free: set[int]) -> None:
+    """Assign to each object without a detection the first of its candidates that is free."""
     for o, d in candidates:
-        if o not in belonging and d in free:
-            belonging[o] = [d]
+        if o not in assigned and d in free:
+            assigned[o] = [d]
             free.remove(d)
 
 
 def _overlaps(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """IoU (n, m) in float64 of boxes (n, 4) and (m, 4)."""
-    # In float64 the areas of float32 boxes are as good as exact: rounding decides no threshold and no tie.
+    # In float64 the areas of float32 boxes are nearly exact, so that rounding decides no threshold and no tie.
     boxes, others = boxes.double(), others.double()
     overlaps = box_iou(boxes, others)
-    # A box without area, at the image's edge, has 0/0 even with itself.
+    # The IoU of a box without area (at the image's edge) is 0/0, even with itself.
     overlaps = overlaps.nan_to_num(nan=0.0)
     return overlaps.masked_fill((boxes[:, None] == others[None]).all(dim=-1), 1.0)

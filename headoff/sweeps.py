@@ -1,8 +1,7 @@
-"""The sweep: one encode, every configuration decoded, and what becomes of each object.
+"""The sweep: an image is encoded once and decoded under every configuration, and the outcomes are computed.
 
-A cross-attention gate changes neither backbone nor encoder, so the image is encoded once. The decoder then runs
-all configurations as one batch that shares what they have in common (`headoff.detr.sharing`). A further
-configuration costs its share of the decoder and nothing else.
+Gates of the decoder change neither backbone nor encoder, so the image is encoded once. The decoder runs all
+configurations as one batch, in which configurations share layers where their gates agree (`headoff.detr.sharing`).
 """
 
 from __future__ import annotations
@@ -24,20 +23,21 @@ from headoff.images import ImageSource, load_image
 from headoff.outcomes import KEEP_IOU, TOUCH_IOU, ConfigurationOutcome, outcomes_of
 
 MEMORY_BUDGET = 256 * 2**20
-"""Bytes of activations that the decoder may hold at once, by default; see `configurations_at_once`."""
+"""Default limit of decoder activations in bytes; see `configurations_at_once`."""
 
 
 @dataclass(frozen=True, eq=False)
 class SweepResult:
     """One image under C configurations. All tensors are on the CPU.
 
-    - `configurations`: as asked for, in order; `len(result)` is C
-    - `logits` (C, Q, K + 1): class logits, the last one "no object"
-    - `boxes` (C, Q, 4): (centre x, centre y, width, height) as fractions of the image
-    - `detections`: per configuration
-    - `baseline`: the detections with nothing off; each of them is an *object*
-    - `outcomes`: per configuration, what becomes of each object
-    - `confidence`: the score from which a query's answer counts as a detection
+    Attributes:
+        configurations: in the order given; `len(result)` is C.
+        logits: (C, Q, K + 1), class logits, the last one "no object".
+        boxes: (C, Q, 4), (centre x, centre y, width, height) as fractions of the image.
+        detections: per configuration.
+        baseline: the detections with nothing off; each of them is an *object*.
+        outcomes: what became of each object, per configuration.
+        confidence: the score above which a query's prediction is a detection.
     """
 
     configurations: tuple[Configuration, ...]
@@ -61,12 +61,12 @@ class SweepResult:
         return self.baseline.class_names
 
     def survival(self) -> Tensor:
-        """(objects, C) float32: probability of each object's class at its own query, detected or not."""
-        rows = [[outcome.query_score for outcome in each.outcomes] for each in self.outcomes]
+        """(objects, C) float32: probability of each object's class at the object's query, detected or not."""
+        rows = [[outcome.query_score for outcome in one.outcomes] for one in self.outcomes]
         return torch.tensor(rows, dtype=torch.float32).reshape(len(self), len(self.baseline)).T
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the logits, of types that JSON knows."""
+        """Everything but the logits, as a dict of JSON types."""
         return {
             "image_size": list(self.image_size),
             "confidence": self.confidence,
@@ -99,29 +99,30 @@ def sweep(
     autocast: torch.dtype | None = None,
     graphs: DecodeGraphs | None = None,
 ) -> SweepResult:
-    """Run one image under every configuration.
+    """Run a detector on one image under every configuration.
 
-    On a GPU the host waits once, for logits and boxes; with `object_index` also for the answer of which query it is.
+    On a GPU the host waits only for logits and boxes; with `object_index`, also for the baseline's detections.
 
     Args:
         detector: see `headoff.load`.
         image: a path, a `PIL.Image` or an array; see `headoff.images.load_image`.
-        configurations: any number of them, or their text (`"first 3"`, `"query 17: L5H2"`). By default the
-            cumulative sweep: nothing off, first 1 off, ..., all heads off, in every decoder layer.
-        object_index: switch the heads off for this one object's query alone; objects are the detections with
-            nothing off, counted from 0 by falling score.
-        confidence: score above which a query's answer is a detection.
+        configurations: configurations, or their text (`"first 3"`, `"query 17: L5H2"`). By default the cumulative
+            sweep: none off, first 1 off, ..., all heads off, in every decoder layer.
+        object_index: switch heads off for the query of this object only; objects are the detections with nothing
+            off, counted from 0 by falling score.
+        confidence: score above which a query's prediction is a detection.
         keep_iou, touch_iou: thresholds of `headoff.outcomes`.
-        memory_budget: bytes of decoder activations held at once. It bounds how many configurations are decoded
-            together and changes results by rounding at most.
-        autocast: compute in bfloat16 (or float16) what can be; see `Detector.autocasting`, and
-            `headoff.effects.effect_on_detections` for what it changes.
-        graphs: the same for all images of a folder: on a GPU their decodes are then captured and replayed.
+        memory_budget: limit of decoder activations in bytes. It limits how many configurations are decoded together,
+            and changes results by rounding at most.
+        autocast: mixed precision in bfloat16 or float16, see `Detector.autocasting`;
+            `headoff.effects.effect_on_detections` says what it changes.
+        graphs: one object for all images of a folder, whose decodes are then CUDA graphs on a GPU.
 
     Raises:
-        ImageError, GateError: for an image or a configuration that cannot be.
-        SettingError: for an object that is not there, or an autocast that cannot be.
-        NonFiniteError: when the detector's answer is not finite.
+        ImageError: the image cannot be read.
+        GateError: a configuration cannot be read, or does not fit the detector.
+        SettingError: another argument is invalid.
+        NonFiniteError: the detector's output is not finite.
     """
     layout = detector.head_layout
     chosen = (
@@ -142,12 +143,12 @@ def sweep(
             chosen = tuple(
                 c.for_queries(query_of_object(objects, object_index)) if c.clauses else c for c in chosen
             )
-        # The baseline is decoded with the rest: what it shares with the others is not computed twice.
+        # The baseline is decoded in the same batch, so that layers it shares with others are computed once.
         gates = stack((none_off().named("baseline of the sweep"), *chosen), layout)
         output = decode_all(detector, features, gates, memory_budget=memory_budget, graphs=graphs)
-        # One copy and one wait for both.
-        answers = torch.cat((output.logits[:, 0], output.boxes[:, 0]), dim=-1).cpu()
-        logits, boxes = answers[..., :-4].contiguous(), answers[..., -4:].contiguous()
+        # Concatenated, so that the host waits for one copy only.
+        predictions = torch.cat((output.logits[:, 0], output.boxes[:, 0]), dim=-1).cpu()
+        logits, boxes = predictions[..., :-4].contiguous(), predictions[..., -4:].contiguous()
     found = [
         detections_from(one, box, image_size, detector.class_names, confidence)
         for one, box in zip(logits, boxes, strict=True)
@@ -168,12 +169,16 @@ def sweep(
 
 
 def query_of_object(objects: Detections, index: int) -> int:
-    """The query that found an object. Raises SettingError, with the objects there are, for one that is not."""
+    """The query that detected an object.
+
+    Raises:
+        SettingError: there is no such object; the message lists the objects.
+    """
     if 0 <= index < len(objects):
         return objects[index].query
-    there = ", ".join(f"#{number} {each.class_name}" for number, each in enumerate(objects)) or "none"
+    listed = ", ".join(f"#{number} {found.class_name}" for number, found in enumerate(objects)) or "none"
     raise SettingError(
-        f"object {index} does not exist; with nothing off there are {len(objects)} ({there}): "
+        f"object {index} does not exist; with nothing off there are {len(objects)} ({listed}): "
         "name one of them, or lower the confidence"
     )
 
@@ -186,10 +191,10 @@ def decode_all(
     memory_budget: int = MEMORY_BUDGET,
     graphs: DecodeGraphs | None = None,
 ) -> DetectorOutput:
-    """Logits and boxes of every configuration, encoder gates included.
+    """Logits and boxes of every configuration, including encoder gates.
 
-    The encoder runs once for each distinct encoder gate (once in all where there is none), the decoder in batches
-    that fit `memory_budget`, by `graphs` where they are given and can be used. The host reads nothing back.
+    The encoder runs once per distinct encoder gate, and the decoder in batches that fit `memory_budget`, by `graphs` if
+    they are given and can be used. The host does not wait for the device.
 
     Returns:
         Logits (C, B, Q, K + 1) and boxes (C, B, Q, 4), on the detector's device.
@@ -210,20 +215,21 @@ def decode_all(
             order.append(batch)
     if len(parts) == 1:
         return parts[0]
-    (back,) = copy_to_device([torch.cat(order).argsort()], detector.device)
+    (original_order,) = copy_to_device([torch.cat(order).argsort()], detector.device)
     return DetectorOutput(
-        torch.cat([part.logits for part in parts])[back], torch.cat([part.boxes for part in parts])[back]
+        torch.cat([part.logits for part in parts])[original_order],
+        torch.cat([part.boxes for part in parts])[original_order],
     )
 
 
 def configurations_at_once(detector: Detector, features: Features, memory_budget: int) -> int:
     """How many configurations' decoder activations fit in `memory_budget` bytes; at least one.
 
-    Counted per query: the feed-forward's hidden layer, a dozen rows of the width, and the attention weights of
-    all heads over all tokens, which a fused kernel never stores but a patch may.
+    Per query these are the hidden layer of the feed-forward block, a dozen vectors of the model's width, and the
+    attention weights of all heads over all tokens, which a fused kernel does not store but a patch may.
     """
     if memory_budget <= 0:
-        raise SettingError(f"a memory budget of {memory_budget} bytes holds nothing; give a positive one")
+        raise SettingError(f"a memory budget of {memory_budget} bytes is too small; give a positive number")
     config = detector.config
     weights = config.heads * (features.tokens.shape[1] + config.queries)
     numbers = len(features) * config.queries * (config.feedforward + 12 * config.width + weights)
@@ -231,12 +237,12 @@ def configurations_at_once(detector: Detector, features: Features, memory_budget
 
 
 def by_encoder_gate(gates: Gates) -> list[tuple[Tensor | None, Tensor]]:
-    """Distinct encoder gates, each with the indices of the configurations that have it."""
-    everyone = torch.arange(len(gates))
+    """Distinct encoder gates (None for all on), with the indices of the configurations that have them."""
+    indices = torch.arange(len(gates))
     if gates.encoder_self is None:
-        return [(None, everyone)]
+        return [(None, indices)]
     distinct, which = torch.unique(gates.encoder_self, dim=0, return_inverse=True)
     return [
-        (None if bool((gate == 1).all()) else gate, everyone[which == index])
+        (None if bool((gate == 1).all()) else gate, indices[which == index])
         for index, gate in enumerate(distinct)
     ]

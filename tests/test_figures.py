@@ -11,7 +11,7 @@ from headoff.figures import object_colour, plot_detections, plot_outcomes, plot_
 from headoff.figures.captions import heads_off_counts, slug, title_of, views
 from headoff.figures.charts import spread
 from headoff.figures.marks import Line, Marks
-from headoff.figures.palette import NOTHING_COLOUR, OBJECT_COLOURS
+from headoff.figures.palette import OBJECT_COLOURS, UNMATCHED_COLOUR
 from headoff.figures.placing import Rect, place_label
 from headoff.figures.sheets import MOST_PICTURES
 from headoff.gates import all_subsets, cumulative, first_off, heads_off, none_off, single_heads
@@ -111,10 +111,10 @@ def test_colours_stay_with_objects():
         ax = plot_detections(image, detections, outcome=outcome, baseline=result.baseline)
         marks = marks_on(ax).marks
         for mark in marks:
-            colour = NOTHING_COLOUR if mark.object is None else object_colour(mark.object)
+            colour = UNMATCHED_COLOUR if mark.object is None else object_colour(mark.object)
             assert mark.colour == colour
         assert {mark.object for mark in marks} >= {each.object for each in outcome.outcomes}
-        assert sum(mark.object is None for mark in marks) == len(outcome.of_nothing)
+        assert sum(mark.object is None for mark in marks) == len(outcome.unmatched)
 
 
 def test_every_status_has_its_looks():

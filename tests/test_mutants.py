@@ -100,7 +100,7 @@ def test_dtypes_that_are_left_out_raise(attention: Right):
     for case in CASES:
         if case.dtype not in attention.dtypes:
             with pytest.raises(TypeError, match="not supported"):
-                case.call().of(attention.make())
+                case.call().run(attention.make())
 
 
 def test_building_blocks_are_the_formula():
@@ -128,8 +128,8 @@ def test_attentions_are_made_fresh():
     attention = WRONG["state_cached_by_shape"]
     first, second = CASES[0].call(), CASES[0].call(seed=1)
     used = attention.make()
-    assert torch.equal(first.of(used), second.of(used))
-    assert not torch.equal(first.of(used), second.of(attention.make()))
+    assert torch.equal(first.run(used), second.run(used))
+    assert not torch.equal(first.run(used), second.run(attention.make()))
 
 
 def test_right_attentions_without_a_gate_are_adapted():

@@ -59,7 +59,7 @@ def test_kept_by_its_own_query():
 
 def test_kept_by_another_query_taking_over():
     found = outcomes_of(scene(PERSON), scene((3, 0, (10, 10, 50, 50))), LOGITS)
-    assert counts(found) == {"kept": 1} and found.of_nothing == ()
+    assert counts(found) == {"kept": 1} and found.unmatched == ()
 
 
 def test_moved():
@@ -70,7 +70,7 @@ def test_moved():
 
 def test_far_away_is_lost_and_of_nothing():
     found = outcomes_of(scene(PERSON), scene((0, 0, (34, 10, 74, 50))), LOGITS)  # IoU 16/64
-    assert counts(found) == {"lost": 1} and found.of_nothing == (0,)
+    assert counts(found) == {"lost": 1} and found.unmatched == (0,)
     (outcome,) = found.outcomes
     assert (outcome.iou, outcome.score, outcome.detections, outcome.new_label) == (0.0, 0.0, (), None)
 
@@ -79,12 +79,12 @@ def test_relabelled():
     found = outcomes_of(scene(PERSON), scene((0, 2, (10, 10, 50, 48))), LOGITS)
     (outcome,) = found.outcomes
     assert (outcome.status, outcome.new_label, outcome.detections) == (Status.RELABELLED, 2, (0,))
-    assert found.of_nothing == ()
+    assert found.unmatched == ()
 
 
 def test_a_loose_box_with_another_label_is_not_the_object():
     found = outcomes_of(scene(PERSON), scene((0, 2, (28, 10, 68, 50))), LOGITS)
-    assert counts(found) == {"lost": 1} and found.of_nothing == (0,)
+    assert counts(found) == {"lost": 1} and found.unmatched == (0,)
 
 
 def test_duplicated_lists_the_paired_one_first_then_by_overlap():
@@ -101,7 +101,7 @@ def test_duplicated_lists_the_paired_one_first_then_by_overlap():
     assert counts(found) == {"duplicated": 1}
     assert found.outcomes[0].detections == (2, 1, 0)
     assert found.duplicates == 2
-    assert found.of_nothing == (3,)  # a horse where a person is: nothing of its label is there
+    assert found.unmatched == (3,)  # a horse where a person is: nothing of its label is there
 
 
 def test_twice_moved_is_duplicated():
@@ -157,7 +157,7 @@ def test_query_score_is_the_probability_at_the_objects_query(dtype):
 
 def test_nothing_on_either_side():
     assert counts(outcomes_of(scene(), scene(), LOGITS)) == {}
-    assert outcomes_of(scene(), scene(PERSON), LOGITS).of_nothing == (0,)
+    assert outcomes_of(scene(), scene(PERSON), LOGITS).unmatched == (0,)
     assert counts(outcomes_of(scene(PERSON), scene(), LOGITS)) == {"lost": 1}
     assert set(outcomes_of(scene(), scene(), LOGITS).counts) == set(Status)
 
@@ -232,7 +232,7 @@ def test_the_baseline_against_itself_is_all_kept(baseline):
     assert [outcome.status for outcome in found.outcomes] == [Status.KEPT] * len(baseline)
     assert [outcome.detections for outcome in found.outcomes] == [(i,) for i in range(len(baseline))]
     assert all(outcome.iou == 1 for outcome in found.outcomes)
-    assert found.of_nothing == () and found.duplicates == 0
+    assert found.unmatched == () and found.duplicates == 0
 
 
 @fast
@@ -251,7 +251,7 @@ def test_every_detection_belongs_to_one_object_or_to_nothing(baseline, detection
     found = outcomes_of(baseline, detections, LOGITS)
     assert len(found.outcomes) == len(baseline) == sum(found.counts.values())
     belonging = [index for outcome in found.outcomes for index in outcome.detections]
-    assert sorted([*belonging, *found.of_nothing]) == list(range(len(detections)))
+    assert sorted([*belonging, *found.unmatched]) == list(range(len(detections)))
 
 
 @fast
@@ -290,7 +290,7 @@ def test_statuses_mean_what_they_say(baseline, detections):
             ]
             assert ious[i] == max(others)
         assert [ious[i] for i in mine[1:]] == sorted((ious[i] for i in mine[1:]), reverse=True)
-    for i in found.of_nothing:
+    for i in found.unmatched:
         touched = [
             overlap(item.box, detections[i].box) for item in baseline if item.label == detections[i].label
         ]
@@ -307,7 +307,7 @@ def test_order_changes_nothing_but_indices(baseline, detections, random):
             assert outcome.query == query
             members = tuple(queries[i] for i in outcome.detections)
             told[query] = dataclasses.replace(outcome, object=0, detections=members)
-        return told, {queries[i] for i in found.of_nothing}
+        return told, {queries[i] for i in found.unmatched}
 
     orders = list(range(len(baseline))), list(range(len(detections)))
     for order in orders:

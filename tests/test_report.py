@@ -94,8 +94,8 @@ def test_csv_has_a_row_for_each(written):
         objects = [*csv.DictReader(file)]
     assert len(detections) == sum(len(each) for each in result.detections)
     assert len(objects) == len(result) * len(result.baseline)
-    nothing = [row for row in detections if row["status"] == "of nothing"]
-    assert len(nothing) == sum(len(each.of_nothing) for each in result.outcomes)
+    nothing = [row for row in detections if row["status"] == "unmatched"]
+    assert len(nothing) == sum(len(each.unmatched) for each in result.outcomes)
     assert all(row["object"] == "" for row in nothing)
     duplicates = [row for row in detections if row["status"] == "duplicate"]
     assert len(duplicates) == sum(each.duplicates for each in result.outcomes) > 0

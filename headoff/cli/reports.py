@@ -93,9 +93,9 @@ def sweep_summary(image: Path, result: SweepResult) -> str:
     title = f"{image}: {counted(len(result.baseline), 'object')} with nothing off" + (
         f" ({objects})" if objects else ""
     )
-    header = ("configuration", "found", *(status.value for status in Status), "of nothing")
+    header = ("configuration", "found", *(status.value for status in Status), "unmatched")
     rows = [
-        (configuration.name, len(detections), *outcome.counts.values(), len(outcome.of_nothing))
+        (configuration.name, len(detections), *outcome.counts.values(), len(outcome.unmatched))
         for configuration, detections, outcome in zip(
             result.configurations, result.detections, result.outcomes, strict=True
         )

@@ -1,19 +1,19 @@
 """Pictures of detections and sweeps, as matplotlib figures.
 
-The plotting functions take and return matplotlib axes. They use no pyplot: without axes they make a figure
-that belongs to nobody (`ax.figure.savefig(...)` writes it), needs no display and can be made in any thread.
+The plotting functions take and return matplotlib axes. Without axes they create a figure, which
+`ax.figure.savefig(...)` writes. They do not use pyplot, so they need no display and work in any thread.
 
-    captions.py   words: titles, file names, numbered objects
-    palette.py    object colours, looks of a status
-    placing.py    where labels go
+    captions.py   titles, file names, names of objects
+    palette.py    colours of objects, styles of statuses
+    placing.py    places of labels
     marks.py      the matplotlib artist for boxes and labels
     canvas.py     figures of an image's shape
     pictures.py   plot_detections
     charts.py     plot_survival, plot_outcomes
     sheets.py     all figures of a sweep
     colouring.py  relevance to colours
-    object_views.py  explained objects, in words and boxes
-    tiles.py      what grids of maps consist of
+    object_views.py  explained objects: texts and boxes
+    tiles.py      the parts of grids of maps
     relevance.py  plot_map, plot_relevance_grid, plot_head_attention
     relevance_sheets.py  all figures of an explanation
 """

@@ -1,6 +1,6 @@
 """Figures whose axes have exactly the shape of an image, with room for titles and captions.
 
-Made without pyplot: no window, no global state, so that threads can draw at the same time.
+Created without pyplot: no window and no global state, so that threads can draw at the same time.
 """
 
 from math import ceil
@@ -11,46 +11,46 @@ from matplotlib.figure import Figure
 DPI = 150
 TITLE_POINTS = 10.5
 LEAST_TITLE = 2.2
-"""Inches that a title has, however narrow the image is."""
+"""Minimum width of a title in inches."""
 MARGIN, ABOVE, CAPTION = 0.12, 0.32, 0.24
 """Inches around images, above them for a title, and below for a caption."""
 LEGEND_ENTRY, LEGEND_ROW = (1.25, 0.18)
-"""Inches that an entry of the legend of lines takes at most; there are up to four entries."""
+"""Width and height in inches of an entry of the legend of lines, which has up to four entries."""
 
 
 def fitted(image_size: tuple[int, int], area: float = 36.0, longest: float = 10.0) -> tuple[float, float]:
-    """(width, height) in inches of an image's shape: `area` square inches, no side above `longest`."""
+    """(width, height) in inches with an image's shape: `area` square inches, no side longer than `longest`."""
     height, width = image_size
     scale = min((area / (width * height)) ** 0.5, longest / max(width, height))
     return width * scale, height * scale
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The figure that the axes are in, of which a subfigure is a part only."""
+    """The figure of the axes; that of the whole figure, if they are in a subfigure."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure
 
 
 def width_of(ax: Axes) -> float:
-    """Inches."""
+    """The width of the axes in inches."""
     return float(ax.get_window_extent().width / figure_of(ax).dpi)
 
 
 def legend_columns(width: float) -> int:
-    """How many entries of the legend of lines go side by side below an image of `width` inches."""
+    """Columns of the legend of lines below an image of `width` inches."""
     return min(max(1, int(max(width, LEAST_TITLE) / LEGEND_ENTRY)), 4)
 
 
 def legend_height(image_size: tuple[int, int]) -> float:
-    """Inches that the legend of lines needs below an image in a figure of its own."""
+    """Height in inches of the legend of lines below a single image."""
     return ceil(4 / legend_columns(fitted(image_size)[0])) * LEGEND_ROW
 
 
 def image_figure(
     image_size: tuple[int, int], panels: int = 1, *, above: float = ABOVE, below: float = CAPTION
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with axes for 1 to 4 images of one size: in a row where they are tall, a column where wide."""
+    """A figure with axes for 1 to 4 images of one size: in a row if they are tall, in a column if they are wide."""
     image_width, image_height = _panel_size(image_size, panels)
     columns = _columns(image_size, panels)
     rows = ceil(panels / columns)
@@ -69,7 +69,7 @@ def image_figure(
 
 
 def caption_width(image_size: tuple[int, int], panels: int) -> float:
-    """Inches that text above and below each panel of `image_figure` may take."""
+    """Width in inches of the text above and below each panel of `image_figure`."""
     return max(_panel_size(image_size, panels)[0], LEAST_TITLE)
 
 

@@ -1,4 +1,4 @@
-"""Words for configurations: titles, file names, which sweeps are cumulative, and the baseline as a view."""
+"""Titles and file names of configurations, and the list of pictures of a sweep."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ _FIRST_OFF = re.compile(rf"(?:({'|'.join(SITES)}) )?first (\d+) off")
 
 @dataclass(frozen=True)
 class View:
-    """One picture of a sweep: a configuration, or the baseline where no configuration shows it."""
+    """One picture of a sweep: a configuration, or the baseline if no configuration equals it."""
 
     title: str
     stem: str
@@ -29,7 +29,7 @@ class View:
 
 
 def views(result: SweepResult) -> tuple[View, ...]:
-    """What there is to show, in order. The baseline comes first unless a configuration is the baseline."""
+    """The pictures of a sweep, in order. The baseline comes first, unless a configuration equals it."""
     digits = max(2, len(str(max(len(result) - 1, 0))))
     shown = [
         View(
@@ -53,10 +53,10 @@ def baseline_outcome(baseline: Detections) -> ConfigurationOutcome:
     """The baseline against itself: every object kept."""
     return ConfigurationOutcome(
         outcomes=tuple(
-            Outcome(index, each.query, each.label, Status.KEPT, (index,), 1.0, each.score, each.score)
-            for index, each in enumerate(baseline)
+            Outcome(index, found.query, found.label, Status.KEPT, (index,), 1.0, found.score, found.score)
+            for index, found in enumerate(baseline)
         ),
-        of_nothing=(),
+        unmatched=(),
     )
 
 
@@ -72,22 +72,22 @@ def title_of(configuration: Configuration) -> str:
 
 
 def heads_off_counts(configurations: Sequence[Configuration]) -> tuple[int, ...] | None:
-    """0, 1, 2, ... when the configurations are a cumulative sweep, in order; None when they are not.
+    """0, 1, 2, ... if the configurations are a cumulative sweep, in order; None if they are not.
 
-    They are by name (`first k off`), whatever the order of heads, or by what they do: nothing off, then one
-    head more each time, in all layers, at one site and for the same queries.
+    They are one by name (`first k off`), whatever the order of heads, or by their clauses: none off, then one more
+    head in every configuration, in all layers, at one site and for the same queries.
     """
     if len(configurations) < 2 or configurations[0].clauses:
         return None
     steps = configurations[1:]
     named = [_first_off(step.name) for step in steps]
     site = named[0][0] if named[0] else None
-    if named == [(site, k) for k in range(1, len(configurations))] or _one_head_more_each(steps):
+    if named == [(site, k) for k in range(1, len(configurations))] or _adds_one_head_each(steps):
         return tuple(range(len(configurations)))
     return None
 
 
-def _one_head_more_each(steps: Sequence[Configuration]) -> bool:
+def _adds_one_head_each(steps: Sequence[Configuration]) -> bool:
     if any(len(step.clauses) != 1 for step in steps):
         return False
     clauses = [step.clauses[0] for step in steps]
@@ -104,7 +104,7 @@ def _one_head_more_each(steps: Sequence[Configuration]) -> bool:
 
 
 def slug(name: str) -> str:
-    """`name` as a part of a file name: lower case ASCII letters, digits and dashes, at most 60 of them."""
+    """`name` as a part of a file name: at most 60 lower case ASCII letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].rstrip("-") or "configuration"
 
 
@@ -114,12 +114,12 @@ def object_name(baseline: Detections, index: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and control characters, of which a picture can make nothing."""
+    """`text` without line breaks and control characters, which a picture cannot show."""
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def shorten(text: str, length: int) -> str:
-    """`text`, with an ellipsis in the place of what is beyond `length` characters."""
+    """`text`, cut to `length` characters with an ellipsis at the end."""
     return text if len(text) <= length else text[: max(length - 1, 0)].rstrip() + "…"
 
 

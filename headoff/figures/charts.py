@@ -1,4 +1,4 @@
-"""Charts of a whole sweep: who survives what."""
+"""Charts of a sweep: survival of objects, and outcomes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +16,15 @@ from headoff.sweeps import SweepResult
 
 _LABEL_POINTS = 8.0
 _LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-"""Objects of one colour differ in their line: eight of each."""
+"""Line styles distinguish objects with the same colour; there are eight colours."""
 
 
 def plot_survival(result: SweepResult, ax: Axes | None = None) -> Axes:
-    """Each object's probability, of its class at its own query, over the configurations.
+    """The probability of each object's class at the object's query, over the configurations.
 
-    Lines have the objects' colours and, at their right end, their numbers and classes; markers say what
-    became of the object; the dotted line is the confidence from which an answer is a detection. A cumulative
-    sweep is drawn against the number of heads off, other configurations by name, side by side.
+    Lines have the objects' colours, and numbers and classes at their right end. Markers show the object's status. The
+    dotted line is the confidence above which a prediction is a detection. The x axis of a cumulative sweep is the
+    number of heads off; that of other sweeps are the names of configurations.
     """
     configurations, objects = len(result), len(result.baseline)
     counts = heads_off_counts(result.configurations)
@@ -33,7 +33,7 @@ def plot_survival(result: SweepResult, ax: Axes | None = None) -> Axes:
         ax = _new_axes(width, max(4.0, 1.2 + objects * 0.155))
     _clean(ax)
     if objects == 0 or configurations == 0:
-        return _empty(ax, "No object with nothing off: there is nothing to follow.")
+        return _empty(ax, "No object is detected with nothing off.")
 
     survival = result.survival().tolist()
     ordered = counts is not None
@@ -42,11 +42,11 @@ def plot_survival(result: SweepResult, ax: Axes | None = None) -> Axes:
     for index, scores in enumerate(survival):
         colour = object_colour(index)
         style = _LINE_STYLES[index // 8 % len(_LINE_STYLES)]
-        # Configurations without an order are no course of events: their line only leads the eye.
+        # The line between configurations without an order has no meaning, and is drawn faintly.
         alpha = 1.0 if ordered else 0.3 if not dense else 0.15
         ax.plot(scores, color=colour, linestyle=style, linewidth=1.7, alpha=alpha, zorder=2)
         for status, look in STATUS_STYLES.items():
-            at = [c for c, each in enumerate(result.outcomes) if each.outcomes[index].status is status]
+            at = [c for c, one in enumerate(result.outcomes) if one.outcomes[index].status is status]
             if at:
                 ax.plot(
                     at,
@@ -64,7 +64,7 @@ def plot_survival(result: SweepResult, ax: Axes | None = None) -> Axes:
     ends = [row[-1] for row in survival]
     names = [shorten(object_name(result.baseline, index), 26) for index in range(objects)]
     _label_ends(ax, names, ends)
-    seen = {each.status for one in result.outcomes for each in one.outcomes}
+    seen = {outcome.status for one in result.outcomes for outcome in one.outcomes}
     handles = [
         Line2D([], [], linestyle="none", label=status.value, **_marker(look, MUTED, 5.2))
         for status, look in STATUS_STYLES.items()
@@ -77,7 +77,7 @@ def plot_survival(result: SweepResult, ax: Axes | None = None) -> Axes:
         handles=handles,
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
-        # An entry takes 0.9 inches.
+        # An entry is 0.9 inches wide.
         ncols=max(1, min(len(handles), int(width_of(ax) / 0.9))),
         frameon=False,
         fontsize=8,
@@ -90,9 +90,9 @@ def plot_survival(result: SweepResult, ax: Axes | None = None) -> Axes:
 
 
 def plot_outcomes(result: SweepResult, ax: Axes | None = None) -> Axes:
-    """What became of each object (rows) under each configuration (columns), a letter and a colour per status.
+    """The status of each object (rows) under each configuration (columns), as letters and colours.
 
-    Two rows below count surplus detections: duplicates, and those of nothing.
+    Two rows below count surplus detections: duplicates and unmatched ones.
     """
     configurations, objects = len(result), len(result.baseline)
     cell = 0.3 if configurations <= 60 else 0.085
@@ -102,20 +102,20 @@ def plot_outcomes(result: SweepResult, ax: Axes | None = None) -> Axes:
         ax = _new_axes(width, 1.7 + 0.3 * (objects + 2))
     _clean(ax, grid=False)
     if configurations == 0:
-        return _empty(ax, "No configuration: there is nothing to compare.")
+        return _empty(ax, "There is no configuration to compare.")
     letters = cell >= 0.2
     cells: list[tuple[float, float, str, str]] = []
     for column, one in enumerate(result.outcomes):
-        for each in one.outcomes:
-            look = STATUS_STYLES[each.status]
-            cells.append((column, each.object, look.fill, look.letter))
-        for row, count in ((objects + 0.35, one.duplicates), (objects + 1.35, len(one.of_nothing))):
-            # Shades of grey up to four: beyond that the number says it.
+        for outcome in one.outcomes:
+            look = STATUS_STYLES[outcome.status]
+            cells.append((column, outcome.object, look.fill, look.letter))
+        for row, count in ((objects + 0.35, one.duplicates), (objects + 1.35, len(one.unmatched))):
+            # Four shades of grey; larger numbers have the same shade.
             cells.append((column, row, f"{1 - 0.09 * min(count, 4):.2f}", str(count) if count else "·"))
     _draw_cells(ax, cells, letters)
     names = [shorten(object_name(result.baseline, index), 26) for index in range(objects)]
     ax.set_yticks(
-        [*range(objects), objects + 0.35, objects + 1.35], [*names, "duplicates", "detections of nothing"]
+        [*range(objects), objects + 0.35, objects + 1.35], [*names, "duplicates", "unmatched detections"]
     )
     for tick in ax.get_yticklabels():
         tick.set_parse_math(False)
@@ -191,8 +191,8 @@ def _marker(look: StatusStyle, colour: str, size: float) -> dict[str, Any]:
 
 
 def _draw_cells(ax: Axes, cells: Sequence[tuple[float, float, str, str]], letters: bool) -> None:
-    """Cells of a table: column, row, colour and letter of each."""
-    # One collection: hundreds of patches of their own would take seconds.
+    """Draw cells of a table, given as (column, row, colour, letter)."""
+    # One collection, because hundreds of separate patches would take seconds.
     shapes = [Rectangle((column - 0.47, row - 0.44), 0.94, 0.88) for column, row, _, _ in cells]
     fills = [fill for _, _, fill, _ in cells]
     ax.add_collection(PatchCollection(shapes, facecolors=fills, edgecolors="none"))
@@ -206,7 +206,7 @@ def _name_configurations(ax: Axes, result: SweepResult) -> None:
         ax.set_xticks(counts, [str(count) for count in counts])
         ax.set_xlabel("number of heads off")
         return
-    # Names stand upright; where they cannot all be told apart every nth is left.
+    # Names are vertical; if there are too many to read, only every nth is shown.
     every = max(1, len(result) // 60)
     names = [shorten(title_of(configuration), 28) for configuration in result.configurations]
     shown = range(0, len(names), every)
@@ -219,7 +219,7 @@ def _name_configurations(ax: Axes, result: SweepResult) -> None:
 
 
 def _label_ends(ax: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
-    """Names right of the lines' ends, pushed apart so that each can be read, with a line to its end."""
+    """Names at the right of the lines, moved apart to be readable, and connected to the ends of the lines."""
     points = ax.get_window_extent().height / figure_of(ax).dpi * 72
     low, high = ax.get_ylim()
     size = min(_LABEL_POINTS, points / len(names) / 1.15)
@@ -247,13 +247,13 @@ def _label_ends(ax: Axes, names: Sequence[str], ends: Sequence[float]) -> None:
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """`values` moved as little as need be to lie `gap` apart, in their order, between `low` and `high`."""
+    """`values` moved to be at least `gap` apart, in the same order, between `low` and `high`."""
     order = sorted(range(len(values)), key=lambda index: (values[index], -index))
     gap = min(gap, (high - low) / max(len(values), 1))
     placed: list[float] = []
     for index in order:
         placed.append(max(values[index], low + gap / 2, placed[-1] + gap if placed else low))
-    # Whoever was pushed out at the top pushes back.
+    # Values that were moved above the top are moved back down, and with them those below.
     ceiling = high - gap / 2
     for place in reversed(range(len(placed))):
         placed[place] = min(placed[place], ceiling)

@@ -1,4 +1,4 @@
-"""Numbers from 0 to 1 to colours: the one rule by which figures and page draw maps."""
+"""Values from 0 to 1 as colours, for the maps of figures and pages."""
 
 from dataclasses import dataclass
 
@@ -10,23 +10,25 @@ from headoff.choices import SCALES, Scale
 from headoff.errors import SettingError, did_you_mean
 
 PLAIN_CMAP = "Blues_r"
-"""As the notebook of the paper draws maps."""
+"""The colour map of the paper's notebook."""
 OVERLAY_CMAP = "inferno"
-"""Over an image in grey: its bright end is seen on dark and on light."""
+"""For maps over a grey image: its bright end is visible on dark and on light pixels."""
 OPACITY = 0.88
-"""Of the greatest relevance on an image; none hides nothing."""
+"""Opacity of the greatest relevance over an image; zero relevance is transparent."""
 
 
 @dataclass(frozen=True)
 class MapStyle:
     """How maps are drawn.
 
-    - `scale`: what full colour stands for: the greatest relevance of the whole `sweep`, of each `object`, or of each
-      `map` (which starts from its own least instead of from 0). See `Explanation.scaled`
-    - `overlay`: on the image in grey, the more opaque the more relevance; a plain map otherwise
-    - `cmap`: name of a matplotlib colour map; None stands for `Blues_r`, on an image for `inferno`
+    Attributes:
+        scale: the maximum of the colour scale: the greatest relevance of the whole `sweep`, of each `object`, or of
+            each `map` (whose scale begins at its minimum instead of 0). See `Explanation.scaled`.
+        overlay: draw maps over the grey image, with an opacity that grows with relevance, instead of plain maps.
+        cmap: name of a matplotlib colour map; None is `Blues_r`, or `inferno` for an overlay.
 
-    Raises SettingError for a scale or a colour map that does not exist.
+    Raises:
+        SettingError: the scale or the colour map does not exist.
     """
 
     scale: Scale = "sweep"
@@ -44,7 +46,7 @@ class MapStyle:
 
     @property
     def colours(self) -> np.ndarray:
-        """(256, 3) uint8: the colours from 0 to 1."""
+        """(256, 3) uint8: the colours of the values from 0 to 1."""
         name = self.cmap or (OVERLAY_CMAP if self.overlay else PLAIN_CMAP)
         return (colormaps[name](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
 
@@ -52,7 +54,7 @@ class MapStyle:
 def coloured(values: Tensor, style: MapStyle) -> np.ndarray:
     """`values` (h, w) in 0..1 as (h, w, 4) uint8, red, green, blue and opacity."""
     numbers = values.double().clamp(0, 1).numpy()
-    # The root, for what is faint is of a dark colour already: both together would hide it.
+    # The square root, because faint relevance already has a dark colour, and would be invisible if transparent too.
     opacity = np.sqrt(numbers) * OPACITY if style.overlay else np.ones_like(numbers)
     colours = style.colours[(numbers * 255).round().astype(np.uint8)]
     return np.concatenate([colours, (opacity * 255).round().astype(np.uint8)[..., None]], axis=-1)

@@ -1,7 +1,7 @@
 """Boxes and their labels on an image, laid out when they are drawn.
 
-Only then is it known how large a letter is on the image: the figure's size, its resolution and the place of
-the axes are settled. So a label stays within the image whatever becomes of the figure.
+Only then are the figure's size, its resolution and the place of the axes final, so that labels can be kept within the
+image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from headoff.figures.palette import ink_on
 from headoff.figures.placing import Rect, place_label
 
 LONGEST_NAME = 32
-"""Characters of a class name before it is cut: no label should hide the image."""
+"""Most characters of a class name; longer names are cut, so that labels do not hide the image."""
 
 
 class Line(Enum):
@@ -30,7 +30,7 @@ class Line(Enum):
     FOUND = (1.8, None)
     DUPLICATE = (1.8, (3.2, 2.0))
     WAS = (1.1, (1.2, 1.8))
-    """Where the baseline had an object that has moved or is lost."""
+    """The baseline's box of an object that has moved or is lost."""
 
     @property
     def width(self) -> float:
@@ -50,14 +50,14 @@ class Mark:
     line: Line = Line.FOUND
     name: str = ""
     note: str = ""
-    """The part of the label that is not cut where room is short: the score."""
+    """The part of the label that is cut last: the score."""
     object: int | None = None
 
 
 class Marks(Artist):
     """Draws marks, the first on top, within the image of `width` x `height` pixels.
 
-    After a draw, `texts` and `label_boxes` hold the labels as they were laid out, in display coordinates.
+    After drawing, `texts` and `label_boxes` are the labels as they were laid out, in display coordinates.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Marks(Artist):
         self.texts: list[Text] = []
         self.label_boxes: list[Rect] = []
         self.set_zorder(3)
-        # All of it is within the axes: there is nothing for a layout engine to make room for.
+        # Marks stay within the axes, so layout engines can ignore them.
         self.set_in_layout(False)
 
     def get_window_extent(self, renderer: RendererBase | None = None) -> Bbox:
@@ -83,7 +83,7 @@ class Marks(Artist):
             return
         points = float(renderer.points_to_pixels(1.0))  # type: ignore[arg-type]
         image = self._image()
-        # Moved inwards at the border, so that the line there is whole.
+        # Moved inwards at the border of the image, so that lines are not cut.
         boxes = [
             self._to_display(mark.box).within(image.shrunk((mark.line.width / 2 + 0.9) * points))
             for mark in self.marks
@@ -106,9 +106,9 @@ class Marks(Artist):
 
     def _draw_box(self, renderer: RendererBase, mark: Mark, box: Rect) -> None:
         width, dashes = mark.line.width, mark.line.dashes
-        # Dark around light around the colour: one of the two rims is seen on any image.
+        # A dark rim around a light rim around the colour: one of them is visible on any image.
         for colour, rim, alpha in (("#000000", 1.8, 0.55), ("#FFFFFF", 1.0, 0.9), (mark.colour, 0.0, 1.0)):
-            # Dashes count in line widths, and all three lines must break in the same places.
+            # Dashes are in units of the line width, and all three lines must have the same gaps.
             pattern = None if dashes is None else tuple(dash * width / (width + rim) for dash in dashes)
             rectangle = Rectangle((box.x0, box.y0), box.width, box.height, fill=False)
             rectangle.set(edgecolor=colour, linewidth=width + rim, alpha=alpha, joinstyle="miter")
@@ -129,7 +129,9 @@ class Marks(Artist):
         labels: list[tuple[Mark, Rect, Rect, str]] = []
         for mark, box in zip(self.marks, boxes, strict=True):
             room = image.width - 2 * pad
-            text = next((text for text in _ever_shorter(mark.name, mark.note) if width_of(text) <= room), "")
+            text = next(
+                (text for text in _shorter_labels(mark.name, mark.note) if width_of(text) <= room), ""
+            )
             if text:
                 spot = place_label(box, width_of(text) + 2 * pad, height, image, self.label_boxes, boxes)
                 self.label_boxes.append(spot)
@@ -148,12 +150,12 @@ class Marks(Artist):
             words = Text(
                 spot.x0 + pad, spot.y0 + pad + descent, text, color=ink_on(fill), fontproperties=font
             )
-            words.set_parse_math(False)  # a class may be called "$"
+            words.set_parse_math(False)  # a class name may contain "$"
             self._paint(renderer, words)
             self.texts.append(words)
 
     def _draw_leader(self, renderer: RendererBase, colour: str, spot: Rect, box: Rect) -> None:
-        """A line from a label to its box where there was no room for it there."""
+        """A line from a label to its box, which it does not touch."""
         x, y = spot.centre
         to_x, to_y = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
         for ink, width in (("#000000", 1.8), (colour, 1.0)):
@@ -167,13 +169,13 @@ class Marks(Artist):
         artist.draw(renderer)
 
     def _readable_size(self, image: Rect, points: float) -> float:
-        """Letters grow with the image, and shrink a little in a crowd."""
+        """The font size: it grows with the image, and is smaller for many labels."""
         size = min(max((image.width * image.height) ** 0.5 / points / 42, 6.5), 9.0)
         return size * 0.85 if sum(bool(mark.name) for mark in self.marks) > 15 else size
 
 
-def _ever_shorter(name: str, note: str) -> Iterator[str]:
-    """The label, cut more and more: the name letter by letter, then all of it, then the note too."""
+def _shorter_labels(name: str, note: str) -> Iterator[str]:
+    """The label, then shorter versions of it: with ever shorter names, and finally the note alone."""
     name = one_line(name)
     for length in range(min(len(name), LONGEST_NAME), 1, -1):
         yield f"{shorten(name, length)} {note}".strip()

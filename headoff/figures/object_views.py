@@ -1,4 +1,4 @@
-"""The objects of an explanation under one configuration, in words and boxes, for figures and for the page."""
+"""The objects of an explanation under one configuration: texts and boxes for figures and for the page."""
 
 from dataclasses import dataclass
 
@@ -13,18 +13,18 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class ObjectView:
-    """One object of an explanation under one configuration, in words and boxes."""
+    """Texts and boxes of one object of an explanation under one configuration."""
 
     name: str
-    """`#2 star`; `star` alone where it is no object of the baseline."""
+    """`#2 star`; `star` alone if it is not an object of the baseline."""
     colour: str
     query: int | None
     score: float | None
     first_score: float
     box: Box | None
-    """None where the query detects nothing any more."""
+    """None if the query detects nothing under the configuration."""
     first_box: Box
-    """With nothing off."""
+    """The baseline's box."""
 
     @property
     def heading(self) -> str:
@@ -33,7 +33,7 @@ class ObjectView:
 
     @property
     def origin(self) -> str:
-        """`query 8`, and what the score was if it has changed."""
+        """`query 8`, and the baseline's score if that differs."""
         was = f"was {self.first_score:.2f}"
         if self.query is None:
             return was
@@ -51,23 +51,25 @@ def object_views(
     """The objects of `explanation` under one configuration.
 
     Args:
-        baseline: what is detected with nothing off, by which objects are numbered and coloured; the explained
-            objects themselves by default.
-        confidence: above which the explained class at the query counts as detected.
+        explanation: the explanation.
+        configuration: the configuration's index.
+        baseline: the baseline's detections, by which objects are numbered and coloured; by default the explained
+            objects.
+        confidence: the probability of the explained class above which the query's prediction is a detection.
     """
     height, width = explanation.image_size
     numbered = explanation.objects if baseline is None else baseline
     numbers = {query: number for number, query in enumerate(numbered.queries.tolist())}
     scores = explanation.scores[configuration].tolist()
     views = []
-    for index, each in enumerate(explanation.objects):
+    for index, detection in enumerate(explanation.objects):
         query = int(explanation.queries[configuration, index])
         found = query >= 0
-        label = int(explanation.labels[configuration, index]) if found else each.label
-        number = numbers.get(each.query)
+        label = int(explanation.labels[configuration, index]) if found else detection.label
+        number = numbers.get(detection.query)
         cx, cy, w, h = explanation.boxes[configuration, query].tolist()
         box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        left, top, right, bottom = each.box
+        left, top, right, bottom = detection.box
         views.append(
             ObjectView(
                 name=one_line(
@@ -76,7 +78,7 @@ def object_views(
                 colour=object_colour(len(numbers) + index if number is None else number),
                 query=query if found else None,
                 score=scores[index] if found else None,
-                first_score=each.score,
+                first_score=detection.score,
                 box=box if found and scores[index] > confidence else None,
                 first_box=(left / width, top / height, right / width, bottom / height),
             )

@@ -1,8 +1,8 @@
 """Colours and symbols: one colour per object, the same in every picture, chart and page.
 
-The object colours keep apart from each other for normal sight, protanopia and deuteranopia (OKLab distance at
-least 0.07 between any two, simulated after Machado et al. 2009), and from a white and a black page. No eight
-colours do more, which is why objects are numbered as well: beyond the eighth, colours come again.
+The object colours can be distinguished with normal sight, protanopia and deuteranopia (OKLab distance of at least 0.07
+between any two, simulated as in Machado et al. 2009), and from a white and a black page. From the ninth object on they
+repeat, so objects are numbered as well.
 """
 
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ OBJECT_COLOURS = (
     "#AA3377",  # plum
 )
 
-NOTHING_COLOUR = "#FFFFFF"
-"""Detections that belong to no object."""
+UNMATCHED_COLOUR = "#FFFFFF"
+"""The colour of unmatched detections, which belong to no object."""
 
 INK = "#1F2430"
-"""Text and axes. The page replaces it where it is dark."""
+"""The colour of text and axes. Dark pages replace it."""
 MUTED = "#6B7280"
 GRID = "#D5D9E0"
 
 
 @dataclass(frozen=True)
 class StatusStyle:
-    """How a status is drawn: `letter` and `fill` in tables, `marker` (matplotlib's) in charts."""
+    """How a status is drawn: `letter` and colour `fill` in tables, matplotlib `marker` in charts."""
 
     letter: str
     fill: str
@@ -49,12 +49,12 @@ STATUS_STYLES = {
 
 
 def object_colour(index: int) -> str:
-    """The colour of object `index`, wherever it is shown."""
+    """The colour of object `index` in all pictures."""
     return OBJECT_COLOURS[index % len(OBJECT_COLOURS)]
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever reads better on `colour` ("#RRGGBB")."""
+    """Black or white, whichever is more readable on `colour` ("#RRGGBB")."""
     channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -22,13 +22,13 @@ from headoff.figures.canvas import (
 )
 from headoff.figures.captions import one_line, shorten
 from headoff.figures.marks import Line, Mark, Marks
-from headoff.figures.palette import GRID, INK, MUTED, NOTHING_COLOUR, OBJECT_COLOURS
+from headoff.figures.palette import GRID, INK, MUTED, OBJECT_COLOURS, UNMATCHED_COLOUR
 from headoff.images import ImageSource, load_image
 from headoff.outcomes import ConfigurationOutcome, Status
 from headoff.wording import counted
 
 LONGEST_SIDE = 1600
-"""Pixels of an image in a figure: more would only slow the drawing, no figure shows them."""
+"""Longest side of an image in a figure, in pixels; figures do not show more."""
 
 
 def plot_detections(
@@ -45,21 +45,23 @@ def plot_detections(
 ) -> Axes:
     """Boxes with class and score on an image.
 
-    With the `outcome` of the configuration that gave `detections`, colours are those of the baseline's
-    objects, and labels begin with the object's number; without, each detection has a colour of its own.
+    With `outcome`, colours are those of the baseline's objects, and labels begin with the object's number. Without it,
+    every detection has a different colour.
 
-    - solid: found; dashed: found once more (a duplicate); white: of nothing;
-    - dotted (needs `baseline`): where the baseline has an object that moved, or that is lost;
-    - an object found with another class is labelled `old → new`.
+    - Solid boxes are found objects, dashed boxes are duplicates, white boxes are unmatched detections.
+    - Dotted boxes (with `baseline`) are the baseline's boxes of objects that moved or are lost.
+    - An object that is found with another class has the label `old → new`.
 
     Args:
-        image: anything `headoff.images.load_image` takes; None draws the boxes alone.
-        ax: axes to draw in; by default those of a new figure, fitted to the image, that no window shows.
+        image: an argument of `headoff.images.load_image`; None draws only the boxes.
+        detections: what is drawn.
+        ax: axes to draw in; by default those of a new figure with the image's shape.
+        outcome: of the configuration that gave `detections`.
         baseline: the detections with nothing off.
         title: above the image.
-        legend: below the image, the meaning of those lines that occur.
-        colours: "#RRGGBB" by object, again from the start when there are more objects.
-        font_size: of labels, in points; by default it follows the size of the axes.
+        legend: whether to explain lines below the image.
+        colours: "#RRGGBB" by object; they repeat if there are more objects.
+        font_size: of labels, in points; by default it depends on the size of the axes.
     """
     height, width = detections.image_size
     if ax is None:
@@ -81,7 +83,7 @@ def plot_detections(
 
 
 def set_title(ax: Axes, title: str) -> None:
-    """A title at the left, cut where the axes (or the little that a figure is wide at least) end."""
+    """A title at the left, cut to the width of the axes (or to a minimum width, if they are narrow)."""
     room = max(width_of(ax), LEAST_TITLE)
     letters = int(room * 72 / (TITLE_POINTS * 0.6))
     text = shorten(one_line(title), letters)
@@ -89,7 +91,7 @@ def set_title(ax: Axes, title: str) -> None:
 
 
 def small_picture(image: ImageSource) -> Image.Image:
-    """The image as RGB, no larger than figures need."""
+    """The image as RGB, with no side longer than `LONGEST_SIDE`."""
     picture = load_image(image)
     if max(picture.size) > LONGEST_SIDE:
         picture = picture.copy()
@@ -98,28 +100,28 @@ def small_picture(image: ImageSource) -> Image.Image:
 
 
 def summary(outcome: ConfigurationOutcome) -> str:
-    """`3 kept, 1 lost, 2 detections of nothing`; what does not occur is left out."""
+    """`3 kept, 1 lost, 2 unmatched detections`, without counts of zero."""
     parts = [f"{count} {status.value}" for status, count in outcome.counts.items() if count]
-    if outcome.of_nothing:
-        parts.append(f"{counted(len(outcome.of_nothing), 'detection')} of nothing")
+    if outcome.unmatched:
+        parts.append(counted(len(outcome.unmatched), "unmatched detection"))
     return ", ".join(parts) or "nothing found"
 
 
 def explain_lines(ax: Axes, drop: float = 5.0) -> None:
-    """A legend below the picture, by `drop` points, that says what the lines mean, of those that occur."""
+    """A legend of the lines that occur in the picture, `drop` points below it."""
     marks = [mark for artist in ax.artists if isinstance(artist, Marks) for mark in artist.marks]
     entries = (
         ("found", Line.FOUND, MUTED, lambda mark: mark.line is Line.FOUND and mark.object is not None),
         ("found again", Line.DUPLICATE, MUTED, lambda mark: mark.line is Line.DUPLICATE),
         ("where it was", Line.WAS, MUTED, lambda mark: mark.line is Line.WAS),
-        ("of nothing", Line.FOUND, NOTHING_COLOUR, lambda mark: mark.colour == NOTHING_COLOUR),
+        ("unmatched", Line.FOUND, UNMATCHED_COLOUR, lambda mark: mark.colour == UNMATCHED_COLOUR),
     )
     handles = []
     for label, line, colour, occurs in entries:
         if any(occurs(mark) for mark in marks):
             handle = Line2D([], [], color=colour, linewidth=line.width, label=label)
             handle.set_linestyle("-" if line.dashes is None else (0, line.dashes))
-            if colour == NOTHING_COLOUR:
+            if colour == UNMATCHED_COLOUR:
                 handle.set_path_effects([withStroke(linewidth=line.width + 1.4, foreground=MUTED)])
             handles.append(handle)
     if handles:
@@ -145,29 +147,29 @@ def _marks(
     baseline: Detections | None,
     colours: tuple[str, ...],
 ) -> Iterator[Mark]:
-    """By falling score, so that the surest is on top; then what is no detection."""
+    """Detections by falling score, so that the best is on top; then baseline boxes."""
     if outcome is None:
-        for index, found in enumerate(detections):
+        for index, detection in enumerate(detections):
             colour = colours[index % len(colours)]
-            yield Mark(found.box, colour, name=found.class_name, note=f"{found.score:.2f}")
+            yield Mark(detection.box, colour, name=detection.class_name, note=f"{detection.score:.2f}")
         return
-    owner = {d: (each, rank) for each in outcome.outcomes for rank, d in enumerate(each.detections)}
+    owners = {d: (found, rank) for found in outcome.outcomes for rank, d in enumerate(found.detections)}
     for index, detection in enumerate(detections):
         note = f"{detection.score:.2f}"
-        if index not in owner:
-            yield Mark(detection.box, NOTHING_COLOUR, name=detection.class_name, note=note)
+        if index not in owners:
+            yield Mark(detection.box, UNMATCHED_COLOUR, name=detection.class_name, note=note)
             continue
-        each, rank = owner[index]
-        name = f"#{each.object} {detection.class_name}"
-        if each.status is Status.RELABELLED:
-            name = f"#{each.object} {detections.class_names[each.label]} → {detection.class_name}"
+        found, rank = owners[index]
+        name = f"#{found.object} {detection.class_name}"
+        if found.status is Status.RELABELLED:
+            name = f"#{found.object} {detections.class_names[found.label]} → {detection.class_name}"
         line = Line.DUPLICATE if rank else Line.FOUND
-        yield Mark(detection.box, colours[each.object % len(colours)], line, name, note, each.object)
-    for each in outcome.outcomes if baseline is not None else ():
+        yield Mark(detection.box, colours[found.object % len(colours)], line, name, note, found.object)
+    for found in outcome.outcomes if baseline is not None else ():
         assert baseline is not None
-        was = baseline[each.object]
-        colour = colours[each.object % len(colours)]
-        if each.status is Status.LOST:
-            yield Mark(was.box, colour, Line.WAS, f"#{each.object} {was.class_name}", "lost", each.object)
-        elif each.status is Status.MOVED:
-            yield Mark(was.box, colour, Line.WAS, object=each.object)
+        was = baseline[found.object]
+        colour = colours[found.object % len(colours)]
+        if found.status is Status.LOST:
+            yield Mark(was.box, colour, Line.WAS, f"#{found.object} {was.class_name}", "lost", found.object)
+        elif found.status is Status.MOVED:
+            yield Mark(was.box, colour, Line.WAS, object=found.object)

@@ -1,4 +1,4 @@
-"""Where a label goes: by its box, within the image, clear of other labels if there is room."""
+"""Places of labels: at their boxes, within the image, without overlap if possible."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Rect(NamedTuple):
         return (self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2
 
     def within(self, other: "Rect") -> "Rect":
-        """This one with all that is outside of `other` pushed onto its edge."""
+        """This rectangle, clipped to `other`; sides outside of it are moved to its edge."""
         return Rect(
             min(max(self.x0, other.x0), other.x1),
             min(max(self.y0, other.y0), other.y1),
@@ -34,12 +34,12 @@ class Rect(NamedTuple):
         )
 
     def shrunk(self, margin: float) -> "Rect":
-        """Smaller by `margin` on each side, by less where there is not so much."""
+        """This rectangle, smaller by `margin` on each side; at most to its centre."""
         x, y = min(margin, self.width / 2), min(margin, self.height / 2)
         return Rect(self.x0 + x, self.y0 + y, self.x1 - x, self.y1 - y)
 
     def overlap(self, other: "Rect") -> float:
-        """The area that both have in common."""
+        """The area of the intersection."""
         wide = min(self.x1, other.x1) - max(self.x0, other.x0)
         high = min(self.y1, other.y1) - max(self.y0, other.y0)
         return wide * high if wide > 0 and high > 0 else 0.0
@@ -56,10 +56,10 @@ class Rect(NamedTuple):
 def place_label(
     box: Rect, width: float, height: float, image: Rect, placed: Sequence[Rect], boxes: Sequence[Rect]
 ) -> Rect:
-    """A place for the label of `box`, of `width` x `height`, which must not be larger than `image`.
+    """A place of `width` x `height`, not larger than `image`, for the label of `box`.
 
-    The usual places come first (on the box, under its upper edge, below it), then those further away; each is
-    shifted into the image. Other labels weigh more than other boxes, and those more than distance.
+    Candidates are places at the edges of the box, then places further away, all shifted into the image. Overlap with
+    labels that were `placed` costs more than overlap with `boxes`, and that costs more than distance.
     """
     best, least = Rect(image.x0, image.y0, image.x0 + width, image.y0 + height), float("inf")
     for rank, (x, y) in enumerate(_places(box, width, height)):
@@ -69,7 +69,7 @@ def place_label(
         left = min(max(x, image.x0), image.x1 - width)
         lower = min(max(y, image.y0), image.y1 - height)
         spot = Rect(left, lower, left + width, lower + height)
-        # Shifted sideways a label is still at its box; shifted up or down it is in another place than meant.
+        # A label that is shifted sideways is still at its box; one that is shifted up or down may not be.
         cost = distance + (0.5 if abs(lower - y) > 0.5 else 0.0)
         cost += 10 * sum(spot.overlap(other) for other in placed)
         cost += 0.3 * sum(

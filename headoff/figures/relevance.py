@@ -1,7 +1,7 @@
 """Pictures of an `Explanation`: one map, the grid of objects and layers of a configuration, the heads' attention.
 
-Tokens are squares of the image and coloured as such: nothing is made up between them. A map without evidence is said
-to be one, in words. Each picture is one axes, whatever it consists of (`headoff.figures.tiles`).
+Tokens are drawn as squares, without interpolation. A map without evidence is replaced by a text. Every picture is drawn
+in one axes (`headoff.figures.tiles`).
 """
 
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from headoff.figures.tiles import EDGE, LINE, SMALL, Place, Sheet, pixels_of, wr
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation, ExplanationStatus
 
-NOTHING_TO_EXPLAIN = "Nothing is detected with nothing off: there is nothing to explain."
+NOTHING_TO_EXPLAIN = "No object is detected with nothing off: there is nothing to explain."
 
 _GAP, _HEAD_GAP = 0.16, 0.06
 """Inches between columns of maps, and between heads."""
 _LEAST_COLUMN, _LEAST_WIDTH = 1.78, 3.6
-"""Inches that words need above a map, and above a grid, however narrow they are."""
+"""Minimum widths in inches of the text above a map, and above a grid."""
 
 
 def plot_map(
@@ -45,13 +45,16 @@ def plot_map(
     """One relevance map with the object's box.
 
     Args:
-        configuration, object: which, by their index in `explanation`.
-        layer: the decoder layer after which; by default the last there is a map of.
-        image: to lay the map over, unless `style` says otherwise; None draws the map alone.
+        explanation: the maps.
+        configuration, object: indices in `explanation`.
+        layer: the map after this decoder layer; by default after the last one that has a map.
+        ax: axes to draw in; by default those of a new figure.
+        image: the map is drawn over it, unless `style` says otherwise; None draws the map alone.
         style: by default one scale for the whole sweep.
         title: by default class, score, query and layer.
 
-    Raises SettingError for a map that is not there.
+    Raises:
+        SettingError: there is no such map.
     """
     _check(explanation, configuration, object)
     at = len(explanation.layers) - 1 if layer is None else _layer(explanation, layer)
@@ -69,7 +72,7 @@ def plot_map(
         _draw(sheet, place, values, style, _under(image, style, place), grid_span(explanation))
         sheet.boxes(place, view, 1.6)
     else:
-        sheet.say(place, explanation.statuses[configuration][object][at].value)
+        sheet.message(place, explanation.statuses[configuration][object][at].value)
     return sheet.ax
 
 
@@ -84,19 +87,22 @@ def plot_relevance_grid(
     confidence: float = 0.5,
     objects: Sequence[int] | None = None,
 ) -> Axes:
-    """Objects side by side: each with its box on top, and below it its map after every decoder layer.
+    """The maps of all objects: a column for each object, with its box at the top and a row for every decoder layer.
 
-    The solid box is the query's under this configuration, where it still detects the object; the dotted one is that
-    with nothing off. Above a map stand its mass and the share of it within the box of nothing off.
+    The solid box is that of the query under this configuration, if it detects the object; the dotted box is the
+    baseline's. Above a map are its mass and the share of the mass within the baseline's box.
 
     Args:
-        configuration: which one, by its index in `explanation`.
-        image: shown on top, and under the maps of an overlay.
+        explanation: the maps.
+        configuration: index in `explanation`.
+        ax: axes to draw in; by default those of a new figure.
+        image: shown at the top, and under the maps of an overlay.
         style: by default one scale for the whole sweep.
         baseline, confidence: see `headoff.figures.object_views`.
-        objects: only these, by index.
+        objects: indices of the objects to draw; all by default.
 
-    Raises SettingError for a configuration or an object that is not there.
+    Raises:
+        SettingError: there is no such configuration or object.
     """
     chosen = range(len(explanation.objects)) if objects is None else objects
     _check(explanation, configuration, *chosen)
@@ -138,7 +144,7 @@ def plot_relevance_grid(
             above = place.top - 0.35 * LINE
             sheet.write(left, above, f"layer {layer}")
             if statuses[index][at] is not ExplanationStatus.OK:
-                sheet.say(place, statuses[index][at].value)
+                sheet.message(place, statuses[index][at].value)
                 continue
             note = f"mass {float(masses[index, at]):.3g}, {float(shares[index, at]):.0%} in box"
             sheet.write(left + room, above, note, SMALL, colour=MUTED, right=True)
@@ -159,15 +165,17 @@ def plot_head_attention(
     baseline: Detections | None = None,
     confidence: float = 0.5,
 ) -> Axes:
-    """What each head (columns) of each decoder layer (rows) looks at: the cross-attention weights of one query.
+    """Cross-attention weights of one query, for every head (columns) and decoder layer (rows).
 
-    They are as they act, after the gate: a head that is off has none, and is said to be off. Arguments as for
-    `plot_relevance_grid`. Raises SettingError where `explain` was not asked for `heads`.
+    Weights are after the gate; heads that are off are marked as `off`. See `plot_relevance_grid` for the arguments.
+
+    Raises:
+        SettingError: there is no such configuration or object, or `explain` was called without `heads=True`.
     """
     _check(explanation, configuration, object)
     if explanation.heads is None:
         raise SettingError(
-            "this explanation has no attention of the heads: make it with explain(..., heads=True)"
+            "this explanation has no attention weights per head: make it with explain(..., heads=True)"
         )
     style = style or MapStyle()
     weights = explanation.heads[configuration, object]
@@ -190,7 +198,7 @@ def plot_head_attention(
         for head in range(heads):
             place = Place(left + head * pitch, top + at * row, cell_width, cell_height)
             if view.query is None or not weights[at, head].any():
-                sheet.say(place, "not found" if view.query is None else "off")
+                sheet.message(place, "not found" if view.query is None else "off")
                 continue
             _draw(sheet, place, scaled[at, head], style, under, span)
             sheet.boxes(place, view, 0.5)
@@ -199,26 +207,26 @@ def plot_head_attention(
 
 
 def head_maps(explanation: Explanation, style: MapStyle) -> Tensor:
-    """`explanation.heads` (C, O, M, H, h, w) in 0..1, scaled as relevance maps are."""
+    """`explanation.heads` (C, O, M, H, h, w) in 0..1, scaled like relevance maps."""
     assert explanation.heads is not None
     flat = replace(explanation, maps=explanation.heads.flatten(2, 3), heads=None)
     return flat.scaled(style.scale).unflatten(2, explanation.heads.shape[2:4])
 
 
 def grid_span(explanation: Explanation) -> tuple[float, float]:
-    """(width, height) of the grid of tokens as multiples of the image's: the last row and column may jut out."""
+    """(width, height) of the grid of tokens, divided by those of the image; the last row and column may exceed it."""
     rows, columns = explanation.grid
     height, width = explanation.resized
     return columns * explanation.stride / width, rows * explanation.stride / height
 
 
 def target_words(explanation: Explanation) -> str:
-    """`class logits`, `cx`: what is explained."""
+    """The explained targets in words: `class logits`, `cx`."""
     return listed("class logits" if name == "class" else name for name in dict.fromkeys(explanation.target))
 
 
 def _under(image: ImageSource | None, style: MapStyle, place: Place) -> np.ndarray | None:
-    """What lies under maps on the image."""
+    """The grey image under the maps of an overlay; None for plain maps."""
     return pixels_of(small_picture(image), place, grey=True) if style.overlay and image is not None else None
 
 
@@ -247,8 +255,8 @@ def _explained(explanation: Explanation, configuration: int, width: float) -> li
 
 def _layer(explanation: Explanation, layer: int) -> int:
     if layer not in explanation.layers:
-        there = listed(map(str, explanation.layers))
-        raise SettingError(f"there is no map after decoder layer {layer}: there is one after {there}")
+        layers = listed(map(str, explanation.layers))
+        raise SettingError(f"there is no map after decoder layer {layer}: use one of {layers}")
     return explanation.layers.index(layer)
 
 

@@ -1,4 +1,4 @@
-"""The figures of an explanation, one after the other: nothing is drawn before it is asked for."""
+"""The figures of an explanation, drawn one at a time, on request."""
 
 from collections.abc import Iterator
 
@@ -14,8 +14,8 @@ from headoff.figures.sheets import MOST_PICTURES, SweepFigure
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
 
-ABREAST = 6
-"""Objects side by side in a figure; more of them go on in the next one."""
+OBJECTS_PER_FIGURE = 6
+"""Most objects in a figure; further objects are in further figures."""
 
 
 def relevance_figures(
@@ -26,9 +26,9 @@ def relevance_figures(
     baseline: Detections | None = None,
     confidence: float = 0.5,
 ) -> Iterator[SweepFigure]:
-    """One grid of objects and layers per configuration, and one of the heads per object where there is their attention.
+    """A grid of objects and layers for every configuration, and, if there are weights, one of heads for every object.
 
-    As with sweeps, the first `MOST_PICTURES` configurations are drawn; the numbers are in the tables of all of them.
+    As for sweeps, only the first `MOST_PICTURES` configurations are drawn; tables have all of them.
     """
     picture = small_picture(image)
     objects = len(explanation.objects)
@@ -36,10 +36,10 @@ def relevance_figures(
     for number, configuration in enumerate(explanation.configurations[:MOST_PICTURES]):
         title = title_of(configuration)
         stem = f"relevance-{number:0{digits}}-{slug(configuration.name)}"
-        for start in range(0, max(objects, 1), ABREAST):
-            some = range(start, min(start + ABREAST, objects))
+        for start in range(0, max(objects, 1), OBJECTS_PER_FIGURE):
+            indices = range(start, min(start + OBJECTS_PER_FIGURE, objects))
 
-            def grid(number: int = number, some: range = some) -> Figure:
+            def grid(number: int = number, indices: range = indices) -> Figure:
                 return figure_of(
                     plot_relevance_grid(
                         explanation,
@@ -48,11 +48,11 @@ def relevance_figures(
                         style=style,
                         baseline=baseline,
                         confidence=confidence,
-                        objects=some,
+                        objects=indices,
                     )
                 )
 
-            part = f"-objects-{some[0]}-{some[-1]}" if objects > ABREAST else ""
+            part = f"-objects-{indices[0]}-{indices[-1]}" if objects > OBJECTS_PER_FIGURE else ""
             yield SweepFigure(stem + part, f"Relevance, {title}", grid)
         for index in range(objects if explanation.heads is not None else 0):
 

@@ -1,4 +1,4 @@
-"""The figures of a sweep, one after the other: nothing is drawn before it is asked for."""
+"""The figures of a sweep, drawn one at a time, on request."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +22,12 @@ PANELS = 4
 _CAPTION_POINTS = 8.5
 
 MOST_PICTURES = 64
-"""Configurations with a figure of their own (all single heads of DETR are 48). Of all 256 subsets of eight
-heads, say, the first 64 are drawn; tables, charts and the page have them all."""
+"""Most configurations that get a figure; DETR has 48 single heads. Tables, charts and the page have all of them."""
 
 
 @dataclass(frozen=True)
 class SweepFigure:
-    """A figure that is yet to be drawn; `stem` is the name of its file without suffix."""
+    """A figure that `draw` draws; `stem` is the name of its file without suffix."""
 
     stem: str
     title: str
@@ -38,8 +37,8 @@ class SweepFigure:
 def sweep_figures(image: ImageSource, result: SweepResult) -> Iterator[SweepFigure]:
     """One figure per configuration, grids of four, the survival chart and the table of outcomes.
 
-    A cumulative sweep has the grids `nothing off`, `first 1-4 heads off`, `first 5-8 heads off`; for other
-    configurations four follow on four. See `MOST_PICTURES` for how many are drawn.
+    A cumulative sweep has the grids `nothing off`, `first 1-4 heads off`, `first 5-8 heads off`; others have a grid for
+    every four configurations. At most `MOST_PICTURES` configurations are drawn.
     """
     picture = small_picture(image)
     shown = views(result)[:MOST_PICTURES]
@@ -77,7 +76,7 @@ def _sheet(picture: Image.Image, result: SweepResult, members: Sequence[View]) -
     caption = CAPTION + (max(map(len, captions)) - 1) * 0.15
     below = caption + (legend_height(result.image_size) if alone else 0.0)
     figure, axes = image_figure(result.image_size, len(members), below=below)
-    # No larger than it will be seen: matplotlib's own resampling takes as long as all the rest.
+    # Reduced to the displayed size, because matplotlib's resampling takes as long as everything else.
     pixels = axes[0].get_window_extent()
     picture = picture.copy()
     picture.thumbnail((ceil(pixels.width), ceil(pixels.height)), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""What grids of maps consist of: a sheet measured in inches, and on it pictures, maps, boxes, words, a scale."""
+"""The parts of grids of maps: a sheet measured in inches, with pictures, maps, boxes, texts and a colour scale."""
 
 from collections.abc import Iterator
 from textwrap import wrap
@@ -21,15 +21,15 @@ from headoff.figures.palette import GRID, INK, MUTED
 EDGE = 0.14
 """Inches around a grid."""
 LINE = 0.15
-"""Inches that a line of words takes."""
+"""Height of a line of text in inches."""
 POINTS, SMALL = 7.5, 6.5
 _EMPTY = "#E9EBEF"
 _SAME = 0.015
-"""Boxes whose sides are nowhere further apart than this fraction of the image are one box to the eye."""
+"""Boxes whose sides differ by at most this fraction of the image look the same."""
 
 
 class Place(NamedTuple):
-    """Where a picture goes: left, top, width and height, y downwards."""
+    """The place of a picture on a sheet, in inches: left, top, width and height; y grows downwards."""
 
     left: float
     top: float
@@ -37,7 +37,7 @@ class Place(NamedTuple):
     height: float
 
     def box(self, fractions: Box) -> "Place":
-        """The place of a box on the picture, cut at its border."""
+        """The place of a box on the picture, clipped to the picture."""
         left, top, right, bottom = (min(max(side, 0.0), 1.0) for side in fractions)
         return Place(
             self.left + left * self.width,
@@ -48,9 +48,9 @@ class Place(NamedTuple):
 
 
 class Sheet:
-    """Axes whose unit is the inch, in a figure of that size; in axes that are given, all of it shrinks to fit.
+    """Axes whose unit is the inch, in a new figure of the given size; or, scaled to fit, in given axes.
 
-    Pictures are pixels as numpy arrays (h, w, 3 or 4), uint8.
+    Pictures are numpy arrays (h, w, 3 or 4) of uint8.
     """
 
     def __init__(self, width: float, height: float, ax: Axes | None = None) -> None:
@@ -84,7 +84,7 @@ class Sheet:
         bold: bool = False,
         right: bool = False,
     ) -> None:
-        """One line from `x` on, or up to it; cut where it would be longer than `room`."""
+        """Write one line that begins (with `right`: ends) at `x`, and is cut to `room` inches."""
         if room is not None:
             text = shorten(one_line(text), int(room * 72 / (points * (0.64 if bold else 0.56))))
         self.ax.text(
@@ -100,9 +100,9 @@ class Sheet:
         )
 
     def paint(self, pixels: np.ndarray, place: Place, span: tuple[float, float] = (1.0, 1.0)) -> None:
-        """A picture in its place, or over `span` times the place where it juts out, and is cut."""
+        """Draw a picture in its place, or scaled to `span` times the place and clipped to it."""
         right, bottom = place.left + span[0] * place.width, place.top + span[1] * place.height
-        # Maps have opacity and are drawn token by token; photographs are smoothed.
+        # Maps, which have an opacity, are drawn without smoothing.
         smoothing = "nearest" if pixels.shape[-1] == 4 else "antialiased"
         image = AxesImage(self.ax, extent=(place.left, right, bottom, place.top), interpolation=smoothing)
         image.set_data(pixels)
@@ -110,10 +110,11 @@ class Sheet:
         image.set_clip_path(Rectangle(place[:2], place.width, place.height, transform=self.ax.transData))
 
     def frame(self, place: Place) -> None:
+        """Draw a frame around a picture."""
         self._rectangle(place, fill=False, edgecolor=GRID, linewidth=0.6, zorder=2)
 
-    def say(self, place: Place, words: str) -> None:
-        """Words in the place of a map."""
+    def message(self, place: Place, words: str) -> None:
+        """Write a message in the place of a map."""
         self._rectangle(place, facecolor=_EMPTY, edgecolor=GRID, linewidth=0.6, hatch="///", zorder=1)
         self.ax.text(
             place.left + place.width / 2,
@@ -127,13 +128,13 @@ class Sheet:
         )
 
     def boxes(self, place: Place, view: ObjectView, width: float) -> None:
-        """An object's boxes on a picture, in lines of `width` points; dotted where it was with nothing off."""
-        for box, dashes in _boxes_of(view):
+        """Draw an object's boxes on a picture, in lines of `width` points; the baseline's box is dotted."""
+        for box, dashes in _visible_boxes(view):
             line = width * self._factor * (0.7 if dashes else 1)
-            # Dark around light around the colour, as on detections: one of the rims is seen on any map.
+            # A dark rim around a light rim around the colour: one of them is visible on any map.
             rims = (("#000000", 1.4, 0.5), ("#FFFFFF", 0.8, 0.9)) if width > 1 else (("#000000", 0.7, 0.55),)
             for colour, rim, alpha in (*rims, (view.colour, 0.0, 1.0)):
-                # Dashes count in line widths, and all lines must break in the same places.
+                # Dashes are in units of the line width, and all lines must have the same gaps.
                 pattern = tuple(dash * line / (line + rim) for dash in dashes) if dashes else ()
                 self._rectangle(
                     place.box(box),
@@ -147,19 +148,19 @@ class Sheet:
                 )
 
     def scale(self, style: MapStyle, what: str, greatest: float) -> None:
-        """A strip of the colours at the foot, and what they stand for."""
+        """Draw the colour scale at the bottom, with its meaning."""
         bar = Place(EDGE, self.height - 0.25, min(1.2, self.width / 3), 0.1)
         self.paint(np.repeat(style.colours[None], 2, axis=0), bar)
         self.frame(bar)
         ends = {
             "sweep": f"0 to {greatest:.3g}, one scale for all",
-            "object": "0 to the object's greatest",
-            "map": "each map's least to its greatest",
+            "object": "0 to the object's maximum",
+            "map": "each map's minimum to its maximum",
         }[style.scale]
         self.write(bar.left + bar.width + 0.07, bar.top + 0.085, f"{what}, {ends}", SMALL, colour=MUTED)
 
     def _rectangle(self, place: Place, **look: Any) -> None:
-        # Not add_patch, which would look at every corner to learn limits that are settled.
+        # Not add_patch, which would compute limits that are fixed here.
         self.ax.add_artist(Rectangle(place[:2], place.width, place.height, **look))
 
 
@@ -169,15 +170,15 @@ def wrapped(text: str, width: float) -> list[str]:
 
 
 def pixels_of(picture: Image.Image, place: Place, grey: bool = False) -> np.ndarray:
-    """A picture no larger than it will be seen; where it lies under a map in grey, for colours are the map's alone."""
+    """The pixels of a picture, reduced to its displayed size; in grey for maps drawn over it."""
     side = int(max(place.width, place.height) * DPI * 1.3)
     small = picture.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(small.convert("L").convert("RGB") if grey else small)
 
 
-def _boxes_of(view: ObjectView) -> Iterator[tuple[Box, tuple[float, float] | None]]:
-    """Boxes and their dashes. That of nothing off is left out where the query's own is the same to the eye."""
+def _visible_boxes(view: ObjectView) -> Iterator[tuple[Box, tuple[float, float] | None]]:
+    """Boxes and their dashes. The baseline's box is left out if the query's box looks the same."""
     if view.box is None or max(abs(a - b) for a, b in zip(view.box, view.first_box, strict=True)) > _SAME:
         yield view.first_box, Line.WAS.dashes
     if view.box is not None:

@@ -57,7 +57,7 @@ class Gates:
         return gate
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Gates":
-        """The same gates on another device or in another dtype; None keeps what there is."""
+        """The same gates on another device or in another dtype; None means no change."""
         return self._map(lambda gate: gate.to(device=device, dtype=dtype or gate.dtype), self.names)
 
     def __getitem__(self, index: "int | slice | Sequence[int] | Tensor") -> "Gates":

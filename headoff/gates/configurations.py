@@ -1,4 +1,4 @@
-"""Configurations: named sets of clauses, and the ones that sweeps are made of."""
+"""Configurations: named sets of clauses, and functions that make them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace

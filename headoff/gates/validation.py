@@ -1,4 +1,4 @@
-"""Checks of what people pass as heads, layers, gates and matrices. Every one raises GateError with a remedy."""
+"""Checks of arguments: heads, layers, gates and matrices. All of them raise GateError with a remedy."""
 
 import operator
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 from headoff.choices import SITES, Site
 from headoff.errors import GateError
 
-# No detector comes near this many of anything: a larger number is a typing error, and would only eat memory.
+# No detector has as many layers, heads or queries; a larger number is a typing error, and would fill the memory.
 MAX_NUMBER = 9999
 
 
@@ -34,7 +34,7 @@ def numbers(noun: str, values: Iterable[int] | None) -> tuple[int, ...] | None:
     if values is None:
         return None
     if isinstance(values, (str, int)):
-        raise GateError(f"{noun} numbers must come as a list: {values!r} is none")
+        raise GateError(f"{noun} numbers must be a list: {values!r} is not")
     indices = tuple(sorted({number(f"a {noun} number", value) for value in values}))
     if not indices:
         raise GateError(f"the list of {noun} numbers is empty: name at least one, or None for all")
@@ -48,7 +48,7 @@ def fraction(what: str, value: Any) -> float:
     except (TypeError, ValueError):
         result = -1.0
     if not 0 <= result <= 1:  # NaN fails this as well
-        raise GateError(f"{what} {value!r} is impossible: it must be a number from 0 to 1")
+        raise GateError(f"{what} {value!r} is invalid: it must be a number from 0 to 1")
     return result + 0.0  # -0.0 becomes 0.0
 
 

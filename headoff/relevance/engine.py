@@ -139,7 +139,9 @@ class RelevanceEngine:
         if memory_budget is None:
             memory_budget = default_memory_budget(detector.device)
         if memory_budget <= 0:
-            raise SettingError(f"a memory budget of {memory_budget} bytes holds nothing; give a positive one")
+            raise SettingError(
+                f"a memory budget of {memory_budget} bytes is too small; give a positive number"
+            )
         for name, value, known in (
             ("backward", backward, get_args(Backward)),
             ("kernels", kernels, get_args(Kernels)),

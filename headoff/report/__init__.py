@@ -1,11 +1,11 @@
-"""A sweep on disk: figures, tables, and a page that shows it all in a browser without a network.
+"""A sweep on disk: figures, tables, and a page that a browser shows without a network.
 
 story.py    sentences: the verdict, and what became of each object
-evidence.py what an explanation shows, in sentences
+evidence.py sentences on an explanation
 tables.py   rows for CSV, the contents of sweep.json
 maps.py     relevance maps as data for the page's script
 page.py     index.html, from templates/
-output.py   the output folder: every file whole or not there, sweep.json last
+output.py   the output folder: files are written atomically, sweep.json last
 folder.py   the index page of a folder of images
 """
 

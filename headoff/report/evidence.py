@@ -1,4 +1,4 @@
-"""What an explanation shows, in sentences."""
+"""The results of an explanation, in sentences."""
 
 import math
 
@@ -8,19 +8,20 @@ from headoff.report.story import verdict
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
 
-_NAMED = 4
-"""Configurations named in a sentence; of more their number is enough."""
+_MOST_NAMED = 4
+"""Most configurations named in a sentence; more are counted."""
 
 
 def evidence(explanation: Explanation) -> str:
-    """Where the relevance is with nothing off, and under which configurations there is none."""
+    """How much relevance is in the boxes in the baseline, and which configurations have no relevance."""
     objects = len(explanation.objects)
     if not objects:
-        return "There is no object, hence nothing to explain."
+        return "There is no object to explain."
     parts = []
-    unharmed = next((i for i, each in enumerate(explanation.configurations) if not each.clauses), None)
-    if unharmed is not None:
-        inside = [each for each in explanation.box_shares[unharmed, :, -1].tolist() if not math.isnan(each)]
+    names = [configuration.text for configuration in explanation.configurations]
+    if "none" in names:
+        shares = explanation.box_shares[names.index("none"), :, -1].tolist()
+        inside = [share for share in shares if not math.isnan(share)]
         if inside:
             whose = "its box" if objects == 1 else "their boxes"
             spread = f" ({min(inside):.0%} to {max(inside):.0%})" if len(inside) > 1 else ""
@@ -31,16 +32,16 @@ def evidence(explanation: Explanation) -> str:
     without = [
         title_of(configuration)
         for configuration, statuses in zip(explanation.configurations, explanation.statuses, strict=True)
-        if all(each[-1] is ExplanationStatus.NO_EVIDENCE for each in statuses)
+        if all(layers[-1] is ExplanationStatus.NO_EVIDENCE for layers in statuses)
     ]
     if without:
-        named = ", ".join(without) if len(without) <= _NAMED else counted(len(without), "configuration")
+        named = ", ".join(without) if len(without) <= _MOST_NAMED else counted(len(without), "configuration")
         parts.append(f"No image evidence at all: {named}.")
     return " ".join(parts)
 
 
 def headline(result: SweepResult, explanation: Explanation | None = None) -> str:
-    """The verdict on the sweep; where its one configuration is nothing off, what an explanation says of that."""
+    """The verdict on the sweep; or the sentences on an explanation, if its only configuration is the baseline."""
     if explanation is None or len(result) != 1 or result.configurations[0].clauses:
         return verdict(result)
     if not len(explanation.objects):

@@ -1,4 +1,4 @@
-"""The index page of a folder of images: what became of each, and the way to its page."""
+"""The index page of a folder of images: a sentence on every image, and the link to its page."""
 
 import json
 import os
@@ -21,11 +21,13 @@ def folder_index(
     """Write `folder`/index.html, which links the pages of `entries`, and return its path.
 
     Args:
-        entries: folders that `write_report` finished, in `folder` or elsewhere, in order. What is said of
-            them is read from their sweep.json, so that results of an earlier run count like new ones.
-        failures: by name of an image, why it has no results.
+        folder: where the page is written.
+        entries: folders with a finished report, in `folder` or elsewhere, in order. Their sentences are read from
+            their sweep.json, so that reports of earlier runs can be included.
+        failures: why an image has no report, by the image's name.
 
-    Raises OutputError when an entry is not finished or the page cannot be written.
+    Raises:
+        OutputError: an entry has no finished report, or the page cannot be written.
     """
     folder = Path(folder)
     cards = [_card(folder, Path(entry)) for entry in entries]

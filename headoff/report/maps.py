@@ -1,7 +1,7 @@
-"""An explanation as compact data for the page, whose script colours it: scale and colours are a choice there.
+"""An explanation as compact data for the page, whose script lets the reader choose scale and colours.
 
-Each map is a byte per token between its own least and greatest, which are given beside it. So a map that is faint in
-the whole sweep keeps all its shades for the moment in which it is drawn on its own scale.
+A map is stored as a byte per token between its minimum and its maximum, which are stored with it. So a map that is
+faint on the scale of the sweep has all its shades when it is drawn on its own scale.
 """
 
 import base64
@@ -21,23 +21,25 @@ from headoff.relevance.explanations import Explanation
 from headoff.sweeps import SweepResult
 
 MOST_BYTES = 8 * 2**20
-"""Of maps on a page. Beyond, the heads' attention is left out, then the last configurations; files have it all."""
+"""Most bytes of maps on a page. Above that the heads' attention is left out, then the last configurations."""
 
 
 def page_maps(
     explanation: Explanation, result: SweepResult, style: MapStyle, frames: Sequence[int | None]
 ) -> dict[str, Any]:
-    """What the page's script needs.
+    """The data for the page's script.
 
     Args:
-        style: with which the maps are drawn at first.
-        frames: by picture of the page, the configuration's index in `explanation`.
+        explanation: the maps.
+        result: the sweep, for its baseline and confidence.
+        style: the initial choice of scale and colours.
+        frames: for every picture of the page, the configuration's index in `explanation`.
     """
     channels = [("relevance", explanation.maps)]
     size = max(explanation.maps.numel(), 1)
     if explanation.heads is not None and explanation.heads.numel() + size <= MOST_BYTES:
-        channels += [(f"head {head}", each) for head, each in enumerate(explanation.heads.unbind(3))]
-    # Of the first configurations, as many as fit; at least one.
+        channels += [(f"head {head}", maps) for head, maps in enumerate(explanation.heads.unbind(3))]
+    # As many of the first configurations as fit, but at least one.
     count = min(len(explanation), max(1, MOST_BYTES * len(explanation) // size))
     views = [
         object_views(explanation, index, baseline=result.baseline, confidence=result.confidence)
@@ -83,17 +85,17 @@ def page_maps(
 
 
 def as_script(data: dict[str, Any]) -> str:
-    """JSON that stays within a <script> element, whatever names it has."""
+    """JSON that cannot end the <script> element that it is in, whatever names it contains."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _packed(maps: Tensor) -> dict[str, Any]:
-    """(C, O, M, h, w) as bytes, with each map's least and greatest; a constant map has them equal."""
+    """Maps (C, O, M, h, w) as bytes, with minimum and maximum per map, which are equal for a constant map."""
     flat = maps.flatten(3).double()
     if not flat.numel():
         return {"bytes": "", "least": [], "greatest": []}
     least, greatest = flat.amin(-1), flat.amax(-1)
-    # The same bound as Explanation.scaled: what differs by rounding is constant.
+    # The bound of Explanation.scaled: a map whose values differ only by rounding is constant.
     constant = greatest - least <= 4 * torch.finfo(maps.dtype).eps * greatest
     least = torch.where(constant, greatest, least)
     span = (greatest - least).masked_fill(constant, 1)
@@ -110,9 +112,9 @@ def _base64(contents: bytes) -> str:
 
 
 def _short(value: float) -> float | None:
-    """Five digits are more than a page shows."""
+    """Five digits, which are more than a page shows; None for NaN."""
     return None if math.isnan(value) else float(f"{value:.5g}")
 
 
 def _rounded(values: Any) -> Any:
-    return _short(values) if isinstance(values, float | int) else [_rounded(each) for each in values]
+    return _short(values) if isinstance(values, float | int) else [_rounded(value) for value in values]

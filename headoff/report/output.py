@@ -1,8 +1,7 @@
 """The output folder of one image.
 
-An interruption at any moment leaves whole files only: each is written under another name and then renamed.
-The last one is sweep.json, so that where it is, everything is; and it is the first to go when a folder is
-written again.
+Files are written atomically, so an interruption leaves no damaged file. sweep.json is written last, and removed first
+when a folder is written again: where it is, the report is complete.
 """
 
 import io
@@ -16,7 +15,7 @@ from typing import Literal
 
 from PIL import Image
 
-from headoff.errors import OutputError, SettingError
+from headoff.errors import OutputError, SettingError, error_line
 from headoff.figures import sweep_figures
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
@@ -54,20 +53,26 @@ def write_report(
     style: MapStyle | None = None,
     maps: Literal["npz", "safetensors"] = "npz",
 ) -> Path:
-    """Write everything about a sweep into `folder`, which is made if need be, and return its index.html.
+    """Write the report on a sweep into `folder`, and return the path of its index.html.
 
-    Also: detections.csv, objects.csv, figures/*.png (not if `figures` is False), a thumbnail, and
-    sweep.json, which comes last. Files of an earlier report in the same folder are replaced or removed, other
-    files stay.
+    The report also has detections.csv, objects.csv, figures/*.png, a thumbnail, and sweep.json, which is written last.
+    Files of an earlier report in the same folder are replaced or removed; other files are not touched.
 
     Args:
-        provenance: what to say about where the results come from, in order: `image`, `model`, `attention`,
-            `device`, `dtype`, `confidence`, `order`, versions, `command`. `image` is used as a title.
-        explanation: relevance maps of the same configurations, in the same order: on the page, in relevance.csv,
-            in figures and, as numbers with named axes, in maps.npz or maps.safetensors, as `maps` says.
+        folder: is created if it does not exist.
+        image: the image of the sweep.
+        result: the sweep.
+        provenance: the origin of the results, shown in this order: `image`, `model`, `attention`, `device`, `dtype`,
+            `confidence`, `order`, versions, `command`. `image` is also the page's title.
+        figures: whether to draw figures/*.png.
+        explanation: relevance maps of the same configurations, in the same order. They are shown on the page and in
+            figures, and written to relevance.csv and, as arrays with named axes, to maps.npz or maps.safetensors.
         style: how maps are drawn; by default plain and on one scale.
+        maps: the format of the arrays.
 
-    Raises OutputError when something cannot be written, SettingError for an explanation of other configurations.
+    Raises:
+        OutputError: a file cannot be written.
+        SettingError: the explanation is of other configurations than the sweep.
     """
     if explanation is not None and explanation.configurations != result.configurations:
         raise SettingError(
@@ -82,7 +87,7 @@ def write_report(
         write_file(folder / file, contents)
         written.append(file)
 
-    with _one_sentence(folder):
+    with _output_errors(folder):
         earlier = _files_of_earlier_report(folder)
         (folder / FINISHED).unlink(missing_ok=True)
         write("detections.csv", csv_text(DETECTION_COLUMNS, detection_rows(result, name)))
@@ -106,7 +111,7 @@ def write_report(
                 )
             for figure in drawn:
                 buffer = io.BytesIO()
-                # Level 3 takes half the time of the usual 6 and a few per cent more space.
+                # Level 3 takes half the time of the default 6, and a few per cent more space.
                 figure.draw().savefig(
                     buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3}
                 )
@@ -120,41 +125,42 @@ def write_report(
 
 
 def is_finished(folder: str | os.PathLike[str]) -> bool:
-    """Whether `folder` holds a whole report."""
+    """Whether `folder` has a complete report."""
     return (Path(folder) / FINISHED).is_file()
 
 
 def write_file(path: Path, contents: bytes | str) -> None:
-    """Write a file so that it is never seen half written: it is there as a whole or not at all.
+    """Write a file atomically, and its folder if that does not exist.
 
-    Raises OutputError, and leaves nothing behind, when it cannot be written.
+    Raises:
+        OutputError: the file cannot be written.
     """
     data = contents.encode() if isinstance(contents, str) else contents
-    with _one_sentence(path):
+    with _output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(data)
 
 
 @contextmanager
-def _one_sentence(where: Path) -> Iterator[None]:
+def _output_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError into an OutputError that names `target`."""
     try:
         yield
     except OutputError:
         raise
     except OSError as error:
-        culprit = error.filename if isinstance(error.filename, str) else str(where)
-        reason = error.strerror or str(error) or type(error).__name__
-        if culprit != str(where):
-            reason += f": {culprit!r}"
+        reason = error_line(error)
+        if isinstance(error.filename, str) and error.filename != str(target):
+            reason += f": {error.filename!r}"
         raise OutputError(
-            f"cannot write results to {str(where)!r} ({reason}):"
+            f"cannot write results to {str(target)!r} ({reason}):"
             " choose another output folder, or free space and permissions there"
         ) from error
 
 
 def _files_of_earlier_report(folder: Path) -> set[str]:
-    """What an earlier sweep.json says that its report consists of; only names that stay within the folder."""
+    """The files that an earlier sweep.json lists, without names that point outside of the folder."""
     try:
         files = json.loads((folder / FINISHED).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):

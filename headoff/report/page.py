@@ -1,8 +1,8 @@
 """The page of a sweep: one HTML file with everything in it.
 
-The image is in it once. What differs from configuration to configuration is drawn as a transparent picture to
-lie over it, once for wide screens and once for narrow ones, so that labels are of a readable size on both.
-The page works without scripts (all pictures one below the other); with them it steps through the configurations.
+The image is stored once. The boxes of every configuration are a transparent picture that is shown on top of it. There
+is one for wide screens and one for narrow ones, so that labels are readable on both. Without scripts the page shows
+all pictures one below the other; with scripts it steps through the configurations.
 """
 
 import base64
@@ -36,23 +36,23 @@ from headoff.relevance.explanations import Explanation
 from headoff.report.evidence import evidence, headline
 from headoff.report.maps import as_script, page_maps
 from headoff.report.story import sentences
-from headoff.report.tables import belongings
+from headoff.report.tables import object_assignments
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
 
 MOST_PICTURES = 256
-"""Configurations with a picture on the page: all subsets of eight heads. Beyond, there are numbers only."""
+"""Most configurations with a picture on the page: all subsets of eight heads. Others have numbers only."""
 
 MOST_DRAWN_TWICE = 64
-"""Pictures that are drawn for narrow screens as well; with more of them those for wide screens must do."""
+"""Most pictures that are also drawn for narrow screens; with more, narrow screens show those for wide ones."""
 
 MANY = 12
-"""Configurations or objects beyond this are too many to see at a glance: a filter and counts help."""
+"""With more configurations or objects than this, the page has a filter and counts."""
 
 _CSS_PIXELS = 96.0
 _STATUS_MEANINGS = {
-    Status.KEPT: "found once, in its place",
-    Status.MOVED: "found once, some way off its place",
+    Status.KEPT: "found once, in the same place",
+    Status.MOVED: "found once, at some distance",
     Status.DUPLICATED: "found more than once",
     Status.RELABELLED: "another class is found in its place",
     Status.LOST: "not found",
@@ -61,7 +61,7 @@ _STATUS_MEANINGS = {
 
 @dataclass(frozen=True)
 class Screen:
-    """A kind of screen: the space that a picture has there in CSS pixels, its sharpness, size of letters."""
+    """A kind of screen: space for a picture in CSS pixels, device pixels per CSS pixel, font size in points."""
 
     width: int
     height: int
@@ -69,10 +69,10 @@ class Screen:
     points: float
 
     def size(self, image_size: tuple[int, int]) -> tuple[float, float]:
-        """(width, height) of the picture in CSS pixels; very narrow and very flat images may exceed it."""
+        """(width, height) of the picture in CSS pixels; very narrow and very flat images may exceed the space."""
         aspect = image_size[1] / image_size[0]
         width = min(self.width, self.height * aspect)
-        # At least this wide or high, for labels to find room, unless that makes it absurdly long.
+        # A minimum width and height, so that labels fit, unless that makes the picture extremely long.
         width = max(width, min(280, 2600 * aspect), min(110 * aspect, 1400))
         return width, width / aspect
 
@@ -88,7 +88,7 @@ def render_page(
     explanation: Explanation | None = None,
     style: MapStyle | None = None,
 ) -> str:
-    """The HTML of the page. Arguments as for `headoff.report.write_report`."""
+    """The HTML of the page. See `headoff.report.write_report` for the arguments."""
     picture = small_picture(image)
     shown = views(result)
     pictured = shown[:MOST_PICTURES]
@@ -130,7 +130,7 @@ def render_page(
         finds=[_findable(result, view) for view in shown],
         flat=result.image_size[1] > 3.2 * result.image_size[0],
         styles={status.value: (style, _STATUS_MEANINGS[status]) for status, style in STATUS_STYLES.items()},
-        # With few objects the table shows at a glance what the counts would say.
+        # With few objects, the table is easier to read than counts.
         statuses=[status.value for status in Status] if len(result.baseline) > MANY else [],
         confidence=result.confidence,
         size=f"{result.image_size[1]} × {result.image_size[0]} pixels",
@@ -140,7 +140,7 @@ def render_page(
 
 @cache
 def template(name: str) -> jinja2.Template:
-    """A template of this package. What is put into it is escaped: names come from checkpoints and files."""
+    """A template of this package. Values are escaped, as names come from checkpoints and files."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read),
         autoescape=True,
@@ -157,10 +157,10 @@ def data_uri(kind: str, contents: bytes) -> str:
 
 
 def inline_svg(ax: Axes, name: str) -> str:
-    """The figure of `ax` as an <svg> element that takes its ink from the page, be that light or dark.
+    """The figure of `ax` as an <svg> element whose colours are the page's CSS variables, for light and dark pages.
 
-    What an HTML page does not need is left out: prolog, metadata, name spaces. Ids become numbers behind
-    `name`: no other element of the page has them, and equal charts are equal to the letter.
+    Prolog, metadata and name spaces are removed. Ids are replaced by `name` and a number, so that they are unique in
+    the page, and equal charts have equal text.
     """
     figure = figure_of(ax)
     figure.patch.set_alpha(0)
@@ -182,7 +182,7 @@ def inline_svg(ax: Axes, name: str) -> str:
     text = re.sub(r'(href="#|url\(#)([^")]+)', lambda m: m[1] + numbers[m[2]], text)
     for colour, variable in ((INK, "--ink"), (MUTED, "--muted"), (GRID, "--line")):
         text = re.sub(re.escape(colour), f"var({variable})", text, flags=re.IGNORECASE)
-    # The chart grows and shrinks with the page, but one of many configurations not beyond what can be read.
+    # The chart scales with the page; a chart of many configurations has a minimum width, to be readable.
     width = figure.get_figwidth()
     least = f' style="min-width: {width * 72:.0f}px"' if width > 8 else ""
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1{least}", text, count=1)
@@ -191,7 +191,7 @@ def inline_svg(ax: Axes, name: str) -> str:
 
 
 def _overlay(result: SweepResult, view: View, screen: Screen) -> str:
-    """The boxes of a configuration on nothing, as large as its screen wants them."""
+    """The boxes of a configuration on a transparent background, as a data URI."""
     width, height = screen.size(result.image_size)
     figure = Figure(
         figsize=(width / _CSS_PIXELS, height / _CSS_PIXELS),
@@ -208,13 +208,13 @@ def _overlay(result: SweepResult, view: View, screen: Screen) -> str:
         baseline=result.baseline,
         font_size=screen.points * crowded,
     )
-    # The picture's shape is the image's but for rounding; an equal aspect would leave a gap for it.
+    # Except for rounding, the picture has the image's shape; an equal aspect would leave a gap.
     ax.set_aspect("auto")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     buffer = io.BytesIO()
     drawing = Image.fromarray(np.asarray(canvas.buffer_rgba()))
-    # A few flat colours and their soft edges: 200 shades do, and make a crowded picture five times smaller.
+    # 200 shades suffice for a few flat colours with soft edges, and make a crowded picture five times smaller.
     shades = drawing.quantize(200, method=Image.Quantize.FASTOCTREE).convert("RGBA")
     shades.save(buffer, "WEBP", lossless=True, quality=40, method=1)
     return data_uri("webp", buffer.getvalue())
@@ -238,7 +238,7 @@ def _relevance(
 
 
 def _charts(result: SweepResult) -> dict[str, str]:
-    """The survival chart as SVG, and one for narrow screens where a narrow one can be read."""
+    """The survival chart as SVG, and one for narrow screens if it would be readable."""
     charts = {"wide": inline_svg(plot_survival(result), "survival")}
     if len(result) <= MANY and len(result.baseline) <= 16:
         narrow = Figure(figsize=(4.3, 4.0), layout="constrained").add_subplot()
@@ -247,7 +247,7 @@ def _charts(result: SweepResult) -> dict[str, str]:
 
 
 def _background(picture: Image.Image) -> str:
-    """The image itself: a small one to the pixel, a large one compressed."""
+    """The image as a data URI: PNG if it is small, else WebP."""
     buffer = io.BytesIO()
     if max(picture.size) < 400:
         picture.save(buffer, "PNG")
@@ -257,28 +257,28 @@ def _background(picture: Image.Image) -> str:
 
 
 def _detection_rows(result: SweepResult, view: View) -> list[dict[str, Any]]:
-    belongs = belongings(view.outcome)
+    assignments = object_assignments(view.outcome)
     rows = []
-    for index, each in enumerate(view.detections):
-        number, status = belongs.get(index, (None, "of nothing"))
+    for index, detection in enumerate(view.detections):
+        number, status = assignments.get(index, (None, "unmatched"))
         rows.append(
             {
                 "object": number,
                 "colour": None if number is None else object_colour(number),
-                "name": each.class_name,
-                "score": f"{each.score:.3f}",
+                "name": detection.class_name,
+                "score": f"{detection.score:.3f}",
                 "status": status,
-                "query": each.query,
-                "box": ", ".join(f"{side:.0f}" for side in each.box),
+                "query": detection.query,
+                "box": ", ".join(f"{side:.0f}" for side in detection.box),
             }
         )
     return rows
 
 
 def _findable(result: SweepResult, view: View) -> str:
-    """What the page's filter looks through."""
-    told = sentences(result.baseline, view.detections, view.outcome)
-    return " ".join([view.title, view.text, *told]).lower()
+    """The text that the page's filter searches."""
+    lines = sentences(result.baseline, view.detections, view.outcome)
+    return " ".join([view.title, view.text, *lines]).lower()
 
 
 def _read(name: str) -> str:

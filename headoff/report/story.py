@@ -1,4 +1,4 @@
-"""What a sweep shows, in sentences."""
+"""The results of a sweep, in sentences."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ from headoff.outcomes import ConfigurationOutcome, Outcome, Status
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
 
-_AT_MOST = 6
-"""Objects named in a sentence; of more their number is enough, the tables name them."""
+_MOST_NAMED = 6
+"""Most objects named in a sentence; more are counted, and the tables name them."""
 
 
 def verdict(result: SweepResult) -> str:
@@ -19,19 +19,19 @@ def verdict(result: SweepResult) -> str:
     if not len(result):
         return opening
     if not objects:
-        most = max(len(each.of_nothing) for each in result.outcomes)
+        most = max(len(outcome.unmatched) for outcome in result.outcomes)
         return f"{opening} " + (
-            f"With heads off, up to {counted(most, 'detection')} of nothing."
+            f"With heads off, up to {counted(most, 'unmatched detection')}."
             if most
             else "Nothing is found under any other configuration either."
         )
-    lost = [each.counts[Status.LOST] for each in result.outcomes]
+    lost = [outcome.counts[Status.LOST] for outcome in result.outcomes]
     if heads_off_counts(result.configurations) is None:
-        return f"{opening} {_of_any_configurations(result, lost)}"
-    return f"{opening} {_of_cumulative(result, lost)}"
+        return f"{opening} {_other_sentences(result, lost)}"
+    return f"{opening} {_cumulative_sentences(result, lost)}"
 
 
-def _of_cumulative(result: SweepResult, lost: Sequence[int]) -> str:
+def _cumulative_sentences(result: SweepResult, lost: Sequence[int]) -> str:
     objects, last = len(result.baseline), len(result) - 1
     first = next((k for k, count in enumerate(lost) if count), None)
     if first is None:
@@ -46,12 +46,12 @@ def _of_cumulative(result: SweepResult, lost: Sequence[int]) -> str:
     return f"First lost at {_heads(first)} off: {names}. All gone at {gone}."
 
 
-def _of_any_configurations(result: SweepResult, lost: Sequence[int]) -> str:
+def _other_sentences(result: SweepResult, lost: Sequence[int]) -> str:
     many = f"{counted(len(lost), 'configuration')}"
     losing = sum(1 for count in lost if count)
     if not losing:
-        changed = sum(1 for each in result.outcomes if each.counts[Status.KEPT] < len(result.baseline))
-        rest = f"; {changed} of them {_verb(changed)} something else" if changed else ""
+        changed = sum(outcome.counts[Status.KEPT] < len(result.baseline) for outcome in result.outcomes)
+        rest = f"; {changed} of them {_change_verb(changed)} something else" if changed else ""
         return f"None is lost under {'the' if len(lost) == 1 else 'any of the'} {many}{rest}."
     worst = max(range(len(lost)), key=lost.__getitem__)
     name = title_of(result.configurations[worst])
@@ -65,51 +65,51 @@ def _of_any_configurations(result: SweepResult, lost: Sequence[int]) -> str:
 def sentences(baseline: Detections, detections: Detections, outcome: ConfigurationOutcome) -> list[str]:
     """What became of each object under one configuration; one sentence for each status that occurs."""
 
-    def those(status: Status) -> list[Outcome]:
-        return [each for each in outcome.outcomes if each.status is status]
+    def with_status(status: Status) -> list[Outcome]:
+        return [found for found in outcome.outcomes if found.status is status]
 
-    def name(each: Outcome) -> str:
-        return object_name(baseline, each.object)
+    def name(found: Outcome) -> str:
+        return object_name(baseline, found.object)
 
-    def class_of(label: int | None) -> str:
+    def class_name(label: int | None) -> str:
         return "?" if label is None else baseline.class_names[label]
 
-    told = []
+    lines = []
     if outcome.counts[Status.KEPT] == len(baseline) > 0:
-        told.append("All kept." if len(baseline) > 1 else f"{object_name(baseline, 0)} kept.")
+        lines.append("All kept." if len(baseline) > 1 else f"{object_name(baseline, 0)} kept.")
     elif outcome.counts[Status.LOST] == len(baseline) > 1:
-        told.append("All lost.")
+        lines.append("All lost.")
     else:
         phrases = {
-            Status.KEPT: [name(each) for each in those(Status.KEPT)],
-            Status.MOVED: [f"{name(each)} (IoU {each.iou:.2f})" for each in those(Status.MOVED)],
+            Status.KEPT: [name(found) for found in with_status(Status.KEPT)],
+            Status.MOVED: [f"{name(found)} (IoU {found.iou:.2f})" for found in with_status(Status.MOVED)],
             Status.DUPLICATED: [
-                f"{name(each)} ({len(each.detections)} times)" for each in those(Status.DUPLICATED)
+                f"{name(found)} ({len(found.detections)} times)" for found in with_status(Status.DUPLICATED)
             ],
             Status.RELABELLED: [
-                f"{name(each)} as {class_of(each.new_label)}" for each in those(Status.RELABELLED)
+                f"{name(found)} as {class_name(found.new_label)}" for found in with_status(Status.RELABELLED)
             ],
-            Status.LOST: [name(each) for each in those(Status.LOST)],
+            Status.LOST: [name(found) for found in with_status(Status.LOST)],
         }
         for status, words in phrases.items():
             if words:
-                told.append(f"{status.value.capitalize()}: {listed(words)}.")
-    if outcome.of_nothing:
+                lines.append(f"{status.value.capitalize()}: {listed(words)}.")
+    if outcome.unmatched:
         classes = listed(
             f"{detections[index].class_name} {detections[index].score:.2f}"
-            for index in outcome.of_nothing[:_AT_MOST]
+            for index in outcome.unmatched[:_MOST_NAMED]
         )
-        rest = len(outcome.of_nothing) - _AT_MOST
-        told.append(
-            f"{counted(len(outcome.of_nothing), 'detection')} of nothing: {classes}"
+        rest = len(outcome.unmatched) - _MOST_NAMED
+        lines.append(
+            f"{counted(len(outcome.unmatched), 'unmatched detection')}: {classes}"
             f"{f' and {rest} more' if rest > 0 else ''}."
         )
-    return told or ["Nothing found."]
+    return lines or ["Nothing found."]
 
 
 def _named(baseline: Detections, outcome: ConfigurationOutcome, status: Status) -> str:
-    names = [object_name(baseline, each.object) for each in outcome.outcomes if each.status is status]
-    return listed(names) if len(names) <= _AT_MOST else counted(len(names), "object")
+    names = [object_name(baseline, found.object) for found in outcome.outcomes if found.status is status]
+    return listed(names) if len(names) <= _MOST_NAMED else counted(len(names), "object")
 
 
 def _heads(count: int) -> str:
@@ -120,5 +120,5 @@ def _all_heads(count: int) -> str:
     return "the one head" if count == 1 else f"all {count} heads"
 
 
-def _verb(count: int) -> str:
+def _change_verb(count: int) -> str:
     return "changes" if count == 1 else "change"

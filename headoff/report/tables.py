@@ -1,4 +1,4 @@
-"""The numbers of a sweep as rows and as JSON."""
+"""The results of a sweep as table rows and as JSON."""
 
 import csv
 import io
@@ -12,8 +12,8 @@ from headoff.relevance.explanations import Explanation
 from headoff.report.evidence import headline
 from headoff.sweeps import SweepResult
 
-SCHEMA_VERSION = 1
-"""Of sweep.json. It changes when a key is renamed, removed or means something else, not when one is added."""
+SCHEMA_VERSION = 2
+"""Version of sweep.json. It changes when a key is renamed or removed or gets another meaning, not when one is added."""
 
 DETECTION_COLUMNS = (
     *("image", "configuration", "text", "query", "label", "class", "score"),
@@ -33,22 +33,22 @@ Row = dict[str, str | int]
 
 
 def detection_rows(result: SweepResult, image: str = "") -> Iterator[Row]:
-    """One row for each detection of each configuration; `object` is empty where it belongs to none."""
+    """One row for each detection of each configuration; `object` is empty for an unmatched detection."""
     for configuration, detections, outcome in zip(
         result.configurations, result.detections, result.outcomes, strict=True
     ):
-        belongs = belongings(outcome)
-        for index, each in enumerate(detections):
-            number, status = belongs.get(index, ("", "of nothing"))
-            sides = (f"{side:.2f}" for side in each.box)
+        assignments = object_assignments(outcome)
+        for index, detection in enumerate(detections):
+            number, status = assignments.get(index, ("", "unmatched"))
+            sides = (f"{side:.2f}" for side in detection.box)
             yield {
                 "image": image,
                 "configuration": configuration.name,
                 "text": configuration.text,
-                "query": each.query,
-                "label": each.label,
-                "class": each.class_name,
-                "score": f"{each.score:.6g}",
+                "query": detection.query,
+                "label": detection.label,
+                "class": detection.class_name,
+                "score": f"{detection.score:.6g}",
                 **dict(zip(("left", "top", "right", "bottom"), sides, strict=True)),
                 "object": number,
                 "status": status,
@@ -58,25 +58,25 @@ def detection_rows(result: SweepResult, image: str = "") -> Iterator[Row]:
 def object_rows(result: SweepResult, image: str = "") -> Iterator[Row]:
     """One row for each object under each configuration."""
     for configuration, outcome in zip(result.configurations, result.outcomes, strict=True):
-        for each in outcome.outcomes:
+        for found in outcome.outcomes:
             yield {
                 "image": image,
                 "configuration": configuration.name,
                 "text": configuration.text,
-                "object": each.object,
-                "query": each.query,
-                "label": each.label,
-                "class": result.class_names[each.label],
-                "status": each.status.value,
-                "iou": f"{each.iou:.6g}",
-                "score": f"{each.score:.6g}",
-                "query_score": f"{each.query_score:.6g}",
-                "new_class": "" if each.new_label is None else result.class_names[each.new_label],
+                "object": found.object,
+                "query": found.query,
+                "label": found.label,
+                "class": result.class_names[found.label],
+                "status": found.status.value,
+                "iou": f"{found.iou:.6g}",
+                "score": f"{found.score:.6g}",
+                "query_score": f"{found.query_score:.6g}",
+                "new_class": "" if found.new_label is None else result.class_names[found.new_label],
             }
 
 
 def relevance_rows(explanation: Explanation, image: str = "") -> Iterator[Row]:
-    """One row for each map. What is not there is empty: a query that was not found, the peak of no evidence."""
+    """One row for each map. Values that do not exist are empty, such as the peak of a map without evidence."""
     scores, values = explanation.scores.tolist(), explanation.values.tolist()
     masses, shares = explanation.masses.tolist(), explanation.box_shares.tolist()
     peaks = explanation.peaks.tolist()
@@ -109,17 +109,17 @@ def relevance_rows(explanation: Explanation, image: str = "") -> Iterator[Row]:
                 }
 
 
-def belongings(outcome: ConfigurationOutcome) -> dict[int, tuple[int, str]]:
-    """By index of a detection, its object and its part there: the object's status, or `duplicate`."""
+def object_assignments(outcome: ConfigurationOutcome) -> dict[int, tuple[int, str]]:
+    """For every detection that belongs to an object, by its index: the object, and its status or `duplicate`."""
     return {
-        index: (each.object, "duplicate" if rank else each.status.value)
-        for each in outcome.outcomes
-        for rank, index in enumerate(each.detections)
+        index: (found.object, "duplicate" if rank else found.status.value)
+        for found in outcome.outcomes
+        for rank, index in enumerate(found.detections)
     }
 
 
 def csv_text(columns: Sequence[str], rows: Iterator[Row]) -> str:
-    """CSV with a header, as RFC 4180 has it but for line ends, which are plain."""
+    """CSV with a header (RFC 4180, but with line feeds as line ends)."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
@@ -133,8 +133,7 @@ def sweep_json(
     files: Sequence[str] = (),
     explanation: Explanation | None = None,
 ) -> str:
-    """The whole sweep but for its logits, and of an explanation all but its maps. `files` are the other files of the
-    output folder."""
+    """The sweep without logits, and the explanation without maps; `files` are the other files of the output folder."""
     contents: dict[str, Any] = {
         "schema": "headoff.sweep",
         "schema_version": SCHEMA_VERSION,

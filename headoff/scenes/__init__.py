@@ -1,1 +1,1 @@
-"""The procedural data set, and what is trained and evaluated on it."""
+"""The procedural data set: scenes of shapes, and training and evaluation of the bundled detector."""

@@ -1,7 +1,7 @@
-"""Seeded scenes of simple shapes with exact boxes: an unlimited detection data set that needs no files.
+"""Seeded scenes of simple shapes with exact boxes: an unlimited detection data set without files.
 
-A scene is a pure function of (split, seed): `plan_scene` decides everything in units of the image side, and
-`render_scene` draws that plan at any size, so a scene drawn larger is the same scene, scaled.
+A scene is a function of (split, seed) only. `plan_scene` makes the plan, in units of the image side, and `render_scene`
+draws it at any size.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ CLASS_NAMES: tuple[str, ...] = SHAPE_NAMES
 """The classes; a label is an index into this tuple."""
 
 SPLITS: dict[str, int] = {"train": 0x7261696E, "held_out": 0x68656C64}
-"""The constant of each split. It is part of the seed sequence, so no two splits share a random stream."""
+"""A constant per split, which is a part of the random seed, so that splits have different scenes."""
 
 MAX_OBJECTS = 5
 MIN_SIDE = 0.13
 MAX_SIDE = 0.45
 MAX_BOX_OVERLAP = 0.3
-"""Largest intersection of two boxes of a scene, over the area of the smaller one."""
+"""Largest intersection of two boxes of a scene, divided by the area of the smaller one."""
 MIN_VISIBLE = 0.6
-"""Smallest fraction of an object's own pixels that later objects leave visible."""
+"""Smallest fraction of an object that is visible, as later objects may cover it."""
 
 _MARGIN = 0.01
 _MIN_CONTRAST = 0.38
 _OWNER_CELLS = 96
-# Above MIN_VISIBLE by what counting on a coarse grid can be wrong by.
+# Larger than MIN_VISIBLE by the error of counting on a coarse grid.
 _MIN_VISIBLE_CELLS = MIN_VISIBLE + 0.04
 _TRIES_PER_SIDE = 12
 _SHRINKING = (1.0, 0.8, 0.65, 0.5, 0.3)
@@ -61,9 +61,11 @@ _SHRINKING = (1.0, 0.8, 0.65, 0.5, 0.3)
 class Scene:
     """A drawn scene.
 
-    image: uint8 (H, W, 3), RGB. boxes: float32 (n, 4), xyxy in pixels (counted from edges of pixels, not from
-    centres), the exact extents of each whole object, whether or not another one covers a part of it.
-    labels: int64 (n,).
+    Attributes:
+        image: uint8 (H, W, 3), RGB.
+        boxes: float32 (n, 4), xyxy in pixels (0 is the edge of the first pixel, not its centre), the exact extents of
+            the whole object, even if another object covers a part of it.
+        labels: int64 (n,).
     """
 
     image: NDArray[np.uint8]
@@ -82,7 +84,7 @@ class PlannedObject:
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """Everything about a scene but its size, in the order of painting: later objects cover earlier ones."""
+    """A scene before it is drawn at some size. Objects are in the order of painting: later ones cover earlier ones."""
 
     background: Background
     strokes_below: tuple[Stroke, ...]
@@ -90,15 +92,15 @@ class ScenePlan:
     strokes_above: tuple[Stroke, ...]
 
     def boxes(self, size: int) -> NDArray[np.float32]:
-        """float32 (n, 4), xyxy in pixels of an image of `size` x `size`."""
+        """The boxes, float32 (n, 4), xyxy in pixels of an image of `size` x `size`."""
         return np.stack([contours_box(item.contours) * size for item in self.objects]).astype(np.float32)
 
     def labels(self) -> NDArray[np.int64]:
-        """int64 (n,)."""
+        """The labels, int64 (n,)."""
         return np.array([item.label for item in self.objects], dtype=np.int64)
 
     def masks(self, size: int) -> NDArray[np.uint8]:
-        """uint8 (n, size, size): how much of each pixel each object, taken alone, covers, 0..255."""
+        """uint8 (n, size, size): how much of each pixel an object covers, 0..255, without regard to other objects."""
         masks = np.zeros((len(self.objects), size, size), dtype=np.uint8)
         for mask, item in zip(masks, self.objects, strict=True):
             crop, left, top = coverage(item.contours, size)
@@ -109,20 +111,26 @@ class ScenePlan:
 def draw_scene(seed: int, size: int = 192, split: str = "train") -> Scene:
     """The scene of a seed (>= 0), `size` x `size` pixels.
 
-    The same arguments always give the same scene (the shades of antialiased pixels can differ by a little
-    between versions of Pillow). Raises ValueError for an unknown split, a negative seed or a size under 16.
+    The same arguments always give the same scene, except that antialiased pixels may differ slightly between versions
+    of Pillow.
+
+    Raises:
+        ValueError: the split is unknown, the seed negative or the size below 16.
     """
     return render_scene(plan_scene(seed, split), size)
 
 
 def plan_scene(seed: int, split: str = "train") -> ScenePlan:
-    """What is in the scene of a seed. Raises ValueError for an unknown split or a negative seed."""
+    """The plan of the scene of a seed.
+
+    Raises:
+        ValueError: the split is unknown, or the seed negative.
+    """
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
     if seed < 0:
         raise ValueError(f"the seed {seed} is negative; seeds count from 0")
-    # PCG64 by name and nothing but `random` below: those streams are fixed, whatever NumPy's version, while
-    # `default_rng` may change its generator, and the other distributions their algorithms.
+    # Only PCG64 and `random` are the same in all versions of NumPy; `default_rng` and other distributions may change.
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([SPLITS[split], seed])))
     background = _background(rng)
     count = 1 + _integer(rng, MAX_OBJECTS)
@@ -133,7 +141,11 @@ def plan_scene(seed: int, split: str = "train") -> ScenePlan:
 
 
 def render_scene(plan: ScenePlan, size: int = 192) -> Scene:
-    """The plan drawn at `size` x `size` pixels. Raises ValueError for a size under 16."""
+    """Draw a plan at `size` x `size` pixels.
+
+    Raises:
+        ValueError: the size is below 16.
+    """
     if size < 16:
         raise ValueError(f"a scene of {size} pixels is too small to draw; use 16 or more")
     canvas = paint_background(plan.background, size)
@@ -299,7 +311,7 @@ def _background(rng: np.random.Generator) -> Background:
 
 
 def _stroke(rng: np.random.Generator) -> Stroke:
-    """A distractor: a scribble, a straight line or a dot, too thin to be an object or to hide one."""
+    """A distractor: a scribble, a straight line or a dot, too thin to be taken for an object or to hide one."""
     kind = rng.random()
     colour = rng.random(3)
     start = rng.random((1, 2))
@@ -321,10 +333,10 @@ def _stroke(rng: np.random.Generator) -> Stroke:
 
 
 def _objects(rng: np.random.Generator, count: int, background: Background) -> tuple[PlannedObject, ...]:
-    """Up to `count` objects, at least one; one that finds no place, however small, is left out."""
+    """Between one and `count` objects; an object that fits nowhere is left out."""
     objects: list[PlannedObject] = []
     boxes = np.zeros((0, 4))
-    # Which object is on top in each cell of a coarse grid of the scene, and how many cells each has in all.
+    # For a coarse grid: the topmost object of each cell, and the total number of cells of each object.
     owner = np.full((_OWNER_CELLS, _OWNER_CELLS), -1, dtype=np.int8)
     cells: list[int] = []
     ground = background.cells[::2, ::2].reshape(REFERENCE_CELLS // 2, REFERENCE_CELLS // 2, 3) / 255.0
@@ -355,9 +367,9 @@ def _place(
     owner: NDArray[np.int8],
     cells: list[int],
 ) -> tuple[Contours, FloatArray] | None:
-    """The contours at a place where they neither overlap nor hide too much, and their box, or None.
+    """Contours at a random place without too much overlap, and their box; None if no place was found.
 
-    Enters the object into `owner` and `cells`.
+    Adds the object to `owner` and `cells`.
     """
     for shrinking in _SHRINKING:
         contours = rotated(upright, angle, max(MIN_SIDE, side * shrinking))
@@ -378,7 +390,7 @@ def _place(
 
 
 def _claim(contours: Contours, owner: NDArray[np.int8], cells: list[int]) -> bool:
-    """Enter an object on top of the others into `owner` and `cells`, unless that hides too much of one."""
+    """Add an object on top of the others to `owner` and `cells`, unless it hides too much of one; whether it did."""
     mask, left, top = coverage(contours, _OWNER_CELLS, supersampling=1)
     inside = np.asarray(mask) > 127
     window = owner[top : top + mask.height, left : left + mask.width]
@@ -394,7 +406,7 @@ def _claim(contours: Contours, owner: NDArray[np.int8], cells: list[int]) -> boo
 
 
 def _intersections(first: FloatArray, second: FloatArray) -> FloatArray:
-    """Areas (k, n) that boxes (k, 4) and (n, 4), xyxy, have in common."""
+    """Areas (k, n) of the intersections of boxes (k, 4) and (n, 4), xyxy."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     return np.asarray(np.clip(high - low, 0.0, None).prod(axis=-1))
@@ -409,7 +421,7 @@ def _ground_under(ground: FloatArray, box: FloatArray) -> FloatArray:
 
 
 def _paint(rng: np.random.Generator, ground: FloatArray, near: list[FloatArray], longer_side: float) -> Paint:
-    """A random paint that stands out from all colours of `ground` (k, 3) and `near`, as far as one can."""
+    """A random paint with as much contrast as possible to all colours of `ground` (k, 3) and `near`."""
     candidates = rng.random((12, 3))
     others = np.concatenate([ground, np.stack(near)]) if near else ground
     # Squared distances by |a|^2 - 2ab + |b|^2, whose largest part is a single small matrix product.

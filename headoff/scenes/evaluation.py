@@ -1,4 +1,4 @@
-"""Average precision on held-out scenes under every configuration, by COCO's definition.
+"""Average precision (COCO's definition) on held-out scenes under every configuration.
 
 The computation of AP is faster-coco-eval's (a C++ rewrite of pycocotools), not our own.
 """
@@ -47,7 +47,8 @@ def evaluate(
     Every query's best class counts, whatever its score, as DETR is evaluated. `progress` is told the number of
     scenes done after every batch.
 
-    Raises SettingError for a detector of other classes, or when faster-coco-eval is not installed.
+    Raises:
+        SettingError: the detector has other classes, `count` is below 1, or faster-coco-eval is not installed.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster

@@ -1,7 +1,7 @@
 """The set loss of DETR (Carion et al., ECCV 2020, section 3.1), for many predictions of one batch at once.
 
-All functions work on P sets of predictions (decoder layers x query groups) of B images with Q queries each, and
-on targets padded to M objects. Nothing loops over images but the assignment itself.
+All functions take P sets of predictions (decoder layers x query groups) of B images with Q queries, and targets padded
+to M objects. Only the assignment loops over images.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Targets:
 
 
 def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
-    """GIoU (Rezatofighi et al., CVPR 2019) of cxcywh boxes, element by element with broadcasting.
+    """GIoU (Rezatofighi et al., CVPR 2019) of cxcywh boxes, elementwise with broadcasting.
 
-    torchvision has the all-pairs form for two lists only; the cost matrices here have leading batch dimensions.
+    torchvision only has all pairs of two lists, without batch dimensions.
     """
     a, b = box_convert(first, "cxcywh", "xyxy"), box_convert(second, "cxcywh", "xyxy")
     overlap = (
@@ -50,7 +50,7 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
-    """The bipartite matching of least cost.
+    """The bipartite matching of minimum cost.
 
     Args:
         logits: (P, B, Q, classes + 1). boxes: (P, B, Q, 4).
@@ -88,7 +88,7 @@ def set_loss(logits: Tensor, boxes: Tensor, targets: Targets, matched: Tensor) -
     """
     sets, batch, queries, classes = logits.shape
     valid = targets.valid.expand(sets, -1, -1)
-    # Padding writes into a spare query that is cut off again: one scatter without a loop.
+    # Padding is written to an extra query, which is removed again, so that one scatter suffices.
     slot = torch.where(valid, matched, queries)
     wanted = torch.full((sets, batch, queries + 1), classes - 1, device=logits.device)
     wanted.scatter_(2, slot, targets.labels.expand(sets, -1, -1))

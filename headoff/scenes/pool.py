@@ -1,4 +1,4 @@
-"""A pool of training scenes drawn ahead into a memory-mapped file.
+"""A pool of training scenes, drawn in advance into a memory-mapped file.
 
 Drawing a scene costs a fifth of a training step on it. A pool is drawn once, by all processes, and read many
 times; with the 96 augmentations of each scene it is as good as endless. It is left behind for the next run and is
@@ -38,7 +38,7 @@ class ScenePool:
         self._path = folder / f"pool-{size}px-{first_seed}-{count}.npy"
         self._objects_path = self._path.with_suffix(".npz")
         self._size, self._count, self._first_seed = size, count, first_seed
-        # The objects are written last: their file says that the images are all there.
+        # The objects are written last: if their file exists, all images have been drawn.
         if not self._objects_path.exists():
             self._draw(workers)
         self._images = np.load(self._path, mmap_mode="r")
@@ -69,14 +69,14 @@ class ScenePool:
                     boxes[index, : len(scene_labels)] = scene_boxes
                     labels[index, : len(scene_labels)] = scene_labels
                 progress.update(stop - start)
-        # np.savez appends .npz to names without it; keep the suffix last so that the rename is of what was written.
+        # np.savez appends .npz to names without it, so the temporary name ends in it as well.
         unfinished = self._objects_path.with_suffix(".part.npz")
         np.savez(unfinished, boxes=boxes, labels=labels, counts=counts)
         unfinished.rename(self._objects_path)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Targets]:
         """A random augmented batch: pixels uint8 (size, 3, S, S) and targets."""
-        # In the order of the file, which is read faster so.
+        # Sorted, because reading in the order of the file is faster.
         chosen = np.sort(torch.randint(len(self), (size,), generator=generator).numpy())
         images = torch.from_numpy(self._images[chosen])
         counts = self._counts[chosen]
@@ -93,7 +93,7 @@ class ScenePool:
 
 @contextmanager
 def _parallel_map(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
-    """`map` over so many processes of one thread each, results in any order; in this process for one."""
+    """`map` by `workers` processes of one thread each, with results in any order; for one worker, in this process."""
     if workers == 1:
         yield map
         return

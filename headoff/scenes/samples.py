@@ -1,4 +1,4 @@
-"""Held-out scenes that come with the package, with their true boxes in COCO's format."""
+"""The bundled scenes, which are held out from training, with their true boxes in COCO's format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from headoff.errors import OutputError, SettingError
+from headoff.errors import OutputError, SettingError, error_line
 from headoff.scenes.dataset import CLASS_NAMES, Scene, draw_scene
 
 ANNOTATIONS = "annotations.json"
@@ -18,7 +18,7 @@ ANNOTATIONS = "annotations.json"
 
 def sample_folder() -> Path:
     """Folder of the bundled scenes: `scene-000.png`, ... and `annotations.json`."""
-    # Packages are unpacked by every installer that can install torch: a plain path is enough.
+    # A plain path suffices, because every installer that can install torch unpacks packages.
     return Path(str(importlib.resources.files("headoff.scenes"))) / "samples"
 
 
@@ -28,7 +28,11 @@ def sample_images() -> tuple[Path, ...]:
 
 
 def sample_image(index: int = 0) -> Path:
-    """One bundled scene. Raises SettingError for one that is not there."""
+    """The path of a bundled scene.
+
+    Raises:
+        SettingError: there is no such scene.
+    """
     images = sample_images()
     if not 0 <= index < len(images):
         raise SettingError(f"sample {index} does not exist; there are {len(images)}, counted from 0")
@@ -36,14 +40,15 @@ def sample_image(index: int = 0) -> Path:
 
 
 def sample_annotations() -> dict[str, Any]:
-    """True boxes of the bundled scenes, as COCO's `instances` files have them."""
+    """True boxes of the bundled scenes, in COCO's `instances` format."""
     return json.loads((sample_folder() / ANNOTATIONS).read_text())
 
 
 def write_scenes(folder: Path, seeds: Iterable[int], size: int, split: str = "held_out") -> list[Path]:
-    """Draw scenes into `folder` as PNG, with one `annotations.json` for all; returns the images.
+    """Draw scenes into `folder` as PNG files, with one `annotations.json`; returns the paths of the images.
 
-    Raises OutputError where the folder cannot be written.
+    Raises:
+        OutputError: the folder cannot be written to.
     """
     paths = []
     drawn: list[tuple[int, str, Scene]] = []
@@ -58,7 +63,7 @@ def write_scenes(folder: Path, seeds: Iterable[int], size: int, split: str = "he
         (folder / ANNOTATIONS).write_text(json.dumps(coco_annotations(drawn), indent=1) + "\n")
     except OSError as error:
         raise OutputError(
-            f"the scenes cannot be written to {folder} ({error}); name another folder"
+            f"the scenes cannot be written to {folder} ({error_line(error)}); name another folder"
         ) from error
     return paths
 

@@ -1,17 +1,17 @@
-"""Training of the bundled detector, from nothing, on drawn scenes, on CPU cores.
+"""Training of the bundled detector, from scratch, on drawn scenes, on CPU cores.
 
-What makes a small DETR learn in about an hour on two cores, where plain DETR training learns nothing at all:
+These make a small DETR learn in about an hour on two cores, in which plain DETR training does not learn at all:
 
-- a dense loss on every encoder token through the decoder's own class and box heads, alone at first (the decoder
-  is not run), then as an auxiliary loss that fades out;
-- queries that start from noisy true boxes (Li et al., DN-DETR, CVPR 2022), with far-off ones that must answer "no
-  object" (Zhang et al., DINO, ICLR 2023), and a second group of ordinary queries (Chen et al., Group DETR, ICCV
-  2023). Both are extra runs of the decoder, next to the real one, and are dropped afterwards;
-- cross-attention keys that start equal to the queries, so that attention begins by comparing positions;
-- small images first; an exponential moving average of the weights; bfloat16 where it is autocast.
+- a dense loss on every encoder token, by the decoder's class and box heads: alone at first, without the decoder, then
+  as an auxiliary loss whose weight falls to zero;
+- queries that start from noisy true boxes (Li et al., DN-DETR, CVPR 2022), distant ones that must predict "no object"
+  (Zhang et al., DINO, ICLR 2023), and a second group of ordinary queries (Chen et al., Group DETR, ICCV 2023). They are
+  additional runs of the decoder in training only;
+- cross-attention keys that are initialised equal to the queries, so that attention begins by comparing positions;
+- small images first, an exponential moving average of the weights, and bfloat16 under autocast.
 
-One process per core with averaged gradients: multi-threaded small operations lose to it by far as soon as the
-other core has something else to do.
+There is one process per core, and gradients are averaged: multi-threaded small operations are much slower as soon as
+another program uses a core.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ SCENES_CONFIG = DetrConfig(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is learnt.
+    """The hyperparameters of training.
 
     Attributes:
         steps: optimiser steps.
-        batch: images a step, over all processes.
-        learning_rate, weight_decay: of AdamW; the rate follows a cosine after `warmup` steps.
+        batch: images per step, over all processes.
+        learning_rate, weight_decay: of AdamW; the rate decays by a cosine after `warmup` steps.
         small_size, small_until: side of the images, in pixels, during the first fraction of the steps.
         dense_only_until: fraction of the steps that trains backbone and encoder alone.
-        dense_until: fraction of the steps at which the dense loss has faded to nothing.
-        pool: scenes drawn ahead, per size.
+        dense_until: fraction of the steps after which the dense loss has a weight of zero.
+        pool: scenes drawn in advance, per size.
         ema: decay of the moving average of the weights, per step.
         clip: largest norm of the gradient.
     """
@@ -95,7 +95,7 @@ class Recipe:
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
     def dense_weight(self, step: int) -> float:
-        """Weight of the dense loss at `step`: 1 while it is alone, then a straight line to 0."""
+        """Weight of the dense loss at `step`: 1 while it is the only loss, then falling linearly to 0."""
         progress = step / self.steps
         if progress < self.dense_only_until:
             return 1.0
@@ -115,10 +115,10 @@ class TrainingQueries(nn.Module):
     def forward(
         self, detector: Detector, targets: Targets, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Content and positions (B, 3, Q, d) of the three runs, and the object each noisy query denotes (B, Q).
+        """Content and positions (B, 3, Q, d) of the three runs, and the object that each noisy query must find (B, Q).
 
-        Query j < n starts near object j and must find it (0.4 of half its size away at most); the others start
-        farther from object j modulo n (up to 1.5) and must say "no object". The latter's object is -1.
+        Query j < n starts near object j (at most 0.4 of half its size away) and must find it. The others start farther
+        from object j modulo n (up to 1.5) and must predict "no object"; their object is -1.
         """
         batch, objects = targets.labels.shape
         slot = torch.arange(self.queries)
@@ -145,12 +145,16 @@ class TrainingQueries(nn.Module):
         real = detector.query_embedding.weight.expand(batch, -1, -1)
         second = self.second_group.weight.expand(batch, -1, -1)
         zeros = torch.zeros_like(content)
-        denoted = torch.where(near, owner, -1)
-        return torch.stack((zeros, zeros, content), 1), torch.stack((real, second, positions), 1), denoted
+        assigned_objects = torch.where(near, owner, -1)
+        return (
+            torch.stack((zeros, zeros, content), 1),
+            torch.stack((real, second, positions), 1),
+            assigned_objects,
+        )
 
 
 def _box_positions(centres: Tensor, width: int) -> Tensor:
-    """The sine embedding of box centres (..., 2) in 0..1, as tokens at those places have it: (..., width)."""
+    """The sine embedding of tokens at box centres (..., 2) in 0..1: (..., width)."""
     half = width // 2
     exponent = torch.arange(half).div(2, rounding_mode="floor") * (2 / half)
     angle = centres.flip(-1).unsqueeze(-1) * (2 * math.pi) * 10_000.0**-exponent
@@ -165,10 +169,10 @@ def _attention(
     *,
     head_gate: Tensor | None = None,
 ) -> Tensor:
-    """Attention as training needs it: all heads on, nothing padded, and in the dtype of its inputs.
+    """Attention for training: all heads on, no padding, in the dtype of its inputs.
 
-    torch's fused CPU attention has a bfloat16 backward pass 15 times slower than these three lines (1.2 s of a
-    1.9 s step), and autocast would put the softmax of the largest tensors of the model into float32.
+    The bfloat16 backward pass of torch's fused CPU attention is 15 times slower than this (1.2 s of a 1.9 s step), and
+    autocast would compute the softmax, on the largest tensors of the model, in float32.
     """
     assert attn_mask is None and head_gate is None
     with torch.autocast(query.device.type, enabled=False):
@@ -176,7 +180,7 @@ def _attention(
 
 
 class Trainer(nn.Module):
-    """The detector with what it needs only in training; `forward` is the loss of a batch."""
+    """The detector with the modules that only training needs; `forward` is the loss of a batch."""
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
@@ -209,14 +213,18 @@ class Trainer(nn.Module):
             parts["dense"] = part.item()
             loss = loss + recipe.dense_weight(step) * part
         if states is not None:
-            (queries_states, denoted) = states
+            (queries_states, assigned_objects) = states
             output = DetectorOutput(detector.class_head(queries_states), detector.box_head(queries_states))
             # The first two runs: (layers, B, runs, Q, ..) to (sets, B, Q, ..)
             logits, boxes = (
                 each[:, :, :2].movedim(2, 0).flatten(0, 1) for each in (output.logits, output.boxes)
             )
             part = set_loss(logits, boxes, on_device, match(logits, boxes, on_device)) / 2
-            known = _denoted_queries(denoted, targets).to(pixels.device).expand(len(output.logits), -1, -1)
+            known = (
+                _denoted_queries(assigned_objects, targets)
+                .to(pixels.device)
+                .expand(len(output.logits), -1, -1)
+            )
             noise_part = set_loss(output.logits[:, :, 2], output.boxes[:, :, 2], on_device, known)
             parts["set"], parts["denoise"] = part.item(), noise_part.item()
             loss = loss + part + 0.5 * noise_part
@@ -224,17 +232,17 @@ class Trainer(nn.Module):
 
     def _decode(self, memory: Memory, targets: Targets, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         detector = self.detector
-        content, positions, denoted = self.queries(detector, targets, generator)
+        content, positions, assigned_objects = self.queries(detector, targets, generator)
         states = detector.decoder(
             content, positions, memory.tokens, memory.positions, detector.attend, memory.attn_mask
         )
-        return states.float(), denoted
+        return states.float(), assigned_objects
 
 
-def _denoted_queries(denoted: Tensor, targets: Targets) -> Tensor:
+def _denoted_queries(assigned_objects: Tensor, targets: Targets) -> Tensor:
     """(B, Q) objects of queries to (B, M) queries of objects."""
     objects = torch.arange(targets.labels.shape[1])
-    return (denoted[:, None] == objects[:, None]).int().argmax(-1)
+    return (assigned_objects[:, None] == objects[:, None]).int().argmax(-1)
 
 
 def _initialise(detector: Detector) -> None:
@@ -260,19 +268,21 @@ def train(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Train the bundled detector, or continue where an interrupted run in `folder` stopped.
+    """Train the bundled detector, or continue an interrupted run in `folder`.
 
     Args:
         folder: for the pools, `recipe.json`, `state.pt` (everything needed to continue), `log.jsonl` and, at
             the end, `scenes.safetensors`: the averaged weights in float16, ready for `headoff.load`.
         workers: processes, each with one thread; by default one per core.
 
-    Ctrl-C stops after the step at hand, saves, and raises KeyboardInterrupt.
+    Ctrl-C finishes the current step, saves, and raises KeyboardInterrupt.
 
     Returns:
         The path of the averaged weights.
 
-    Raises CheckpointError when `folder` holds a run with another recipe, NonFiniteError when the loss explodes.
+    Raises:
+        CheckpointError: `folder` has a run with another recipe.
+        NonFiniteError: the loss is not finite.
     """
     recipe = recipe or Recipe()
     workers = workers or os.cpu_count() or 1
@@ -293,13 +303,13 @@ def train(
             while not processes.join():
                 pass
         except mp.ProcessRaisedException as error:
-            # A process hands over its traceback as text; the last line has the sentence.
+            # The traceback of another process is text; its last line is the message.
             kind, _, sentence = str(error).strip().splitlines()[-1].partition(": ")
             if kind.endswith(NonFiniteError.__name__):
                 raise NonFiniteError(sentence) from error
             raise
         except KeyboardInterrupt:
-            # A terminal's Ctrl-C reaches all processes: they finish their step and save. Wait for them.
+            # Ctrl-C in a terminal reaches all processes, which finish their step and save. Wait for them.
             for process in processes.processes:
                 process.join()
             raise
@@ -349,7 +359,7 @@ def _worker(
     parameters = list(trainer.parameters())
     stop, stopping = _StopAfterStep(), False
     for step in range(start, recipe.steps):
-        # Every step has its own generator, so that a continued run sees the batches it would have seen.
+        # Every step has a separate generator, so that a continued run draws the same batches.
         generator = torch.Generator().manual_seed((recipe.seed * recipe.steps + step) * workers + rank)
         size = (
             recipe.small_size if step < recipe.small_until * recipe.steps else config.preprocessing.short_side
@@ -413,13 +423,13 @@ def _parameter_groups(trainer: Trainer, recipe: Recipe) -> list[dict]:
 
 
 class _StopAfterStep:
-    """Ctrl-C as a wish instead of an exception: a step that is cut in half cannot be continued."""
+    """Records Ctrl-C instead of raising KeyboardInterrupt, because an incomplete step could not be continued."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        self._before = signal.signal(signal.SIGINT, self._request_stop)
 
-    def _ask(self, *_: object) -> None:
+    def _request_stop(self, *_: object) -> None:
         self.asked = True
 
     def restore(self) -> None:
@@ -427,7 +437,7 @@ class _StopAfterStep:
 
 
 def _average_gradients(parameters: list[nn.Parameter], workers: int, stop: bool) -> bool:
-    """Average gradients over the processes; returns whether any of them was asked to stop, to all alike."""
+    """Average gradients over the processes; returns to all of them whether any was asked to stop."""
     if workers == 1:
         return stop
     gradients = [p.grad for p in parameters if p.grad is not None]

@@ -1,7 +1,7 @@
 """Attentions to test the harness with: `WRONG`, mutants with one realistic fault each, and `RIGHT`, in many styles.
 
-Both are dicts by name (`mutants.registry`); `make()` returns a fresh attention callable. The cases and the truth of
-`mutants.cases` and `mutants.effects` repeat some of what the harness does: they say what is wrong without asking it.
+Both are dicts by name (`mutants.registry`); `make()` returns a new attention callable. `mutants.cases` and
+`mutants.effects` compute a mutant's effects independently of the harness, so they repeat some of its code.
 """
 
 from mutants import (

@@ -1,4 +1,4 @@
-"""Calls in which faults show, with their features, their truth and the errors that are allowed.
+"""Calls in which faults have an effect, with their features, their truth and the errors that are allowed.
 
 The features of a case (`gate by query`, `fully masked row`, `strided input`) are computed from its tensors. A wrong
 attention registers the features that its fault needs; in cases that lack one of them it must be right.
@@ -18,10 +18,10 @@ from headoff.attention import Attention, eager
 from mutants.parts import FORWARD, run, start
 
 ERROR_FACTOR = 4.0
-"""An error may be this much larger than eager's in the same dtype: another order of the same sums."""
+"""An error may be this many times eager's in the same dtype, because sums may have another order."""
 
 ROUNDINGS = 1
-"""And by this many units in the last place of what is summed up (`natural_scales`), where eager is exact by luck."""
+"""Allowed in addition, in units of the last place of the summands (`natural_scales`): eager may be exact by chance."""
 
 PRECISE = (torch.float32, torch.float64)
 
@@ -42,7 +42,7 @@ class Call:
         every = (self.query, self.key, self.value, self.attn_mask, self.head_gate, self.gradient)
         return tuple(x for x in every if x is not None)
 
-    def of(self, attention: Attention) -> Tensor:
+    def run(self, attention: Attention) -> Tensor:
         return attention(self.query, self.key, self.value, self.attn_mask, head_gate=self.head_gate)
 
 
@@ -52,8 +52,8 @@ class Case:
 
     Attributes:
         sizes: (B, H, Q, S, D).
-        gate, mask: from a generator and sizes to a tensor, or None.
-        arrange: from a contiguous tensor to an equal one with other strides.
+        gate, mask: functions of a random generator and sizes that return a tensor, or None.
+        arrange: a function that returns an equal tensor with other strides.
         arrange_value, arrange_gradient: the same for the value, and for the gradient of the context.
         logits: factor of query and key.
         mean, spread: of the values.
@@ -80,14 +80,14 @@ class Case:
     device: str = field(default="cpu", kw_only=True)
 
     def call(self, seed: int = 0, sizes: tuple[int, int, int, int, int] | None = None) -> Call:
-        """The tensors; other ones for another `seed`, and smaller ones for other `sizes`."""
+        """The tensors of the case, for a random `seed` and other `sizes` if given."""
         batch, heads, queries, keys, channels = sizes = sizes or self.sizes
-        coin = torch.Generator().manual_seed(self.seed + 1000 * seed)
+        generator = torch.Generator().manual_seed(self.seed + 1000 * seed)
 
         def made(
             length: int, factor: float, arrange: Callable[[Tensor], Tensor], mean: float = 0.0
         ) -> Tensor:
-            x = torch.randn(batch, heads, length, channels, generator=coin, dtype=torch.float64)
+            x = torch.randn(batch, heads, length, channels, generator=generator, dtype=torch.float64)
             return arrange((x * factor + mean).to(self.device, self.dtype))
 
         query = made(queries, self.logits, self.arrange)
@@ -96,8 +96,10 @@ class Case:
         if self.value_is_key:
             value = key.detach()
         gradient = made(queries, self.gradients, self.arrange_gradient)
-        mask = None if self.mask is None else self.mask(coin, *sizes).to(self.device)
-        gate = None if self.gate is None else in_dtype(self.gate(coin, *sizes), self.dtype).to(self.device)
+        mask = None if self.mask is None else self.mask(generator, *sizes).to(self.device)
+        gate = (
+            None if self.gate is None else in_dtype(self.gate(generator, *sizes), self.dtype).to(self.device)
+        )
         for name, x in (("query", query), ("key", key), ("value", value)):
             x.requires_grad_(name in self.wanted)
         return Call(query, key, value, mask, gate, gradient)
@@ -108,7 +110,7 @@ class Case:
 
     @cached_property
     def allowed(self) -> dict[str, float]:
-        """How far numbers may be from the truth."""
+        """The largest allowed difference from the truth."""
         call = self.call()
         found, scales = numbers(call, eager, self.dtype), natural_scales(call)
         unit = torch.finfo(self.dtype).eps
@@ -146,21 +148,21 @@ def numbers(call: Call, attention: Attention, dtype: torch.dtype) -> dict[str, T
 
 
 def natural_scales(call: Call) -> dict[str, float]:
-    """How large the numbers are that context and gradients are sums of; rounding errors are in proportion to that.
+    """The size of the summands of context and gradients, to which rounding errors are proportional.
 
-    An error of a score is one of its weight, relative to the weight: so everything grows with the largest score.
+    An error of a score is a relative error of its weight, so all sizes grow with the largest score.
     """
     s = start(*(x.detach().double() for x in inputs(call)), call.attn_mask, call.head_gate)
     run(FORWARD, s)
     mask = 0.0 if s.mask is None or s.mask.dtype == torch.bool else s.mask.abs().nan_to_num(posinf=0.0)
     size = 1 + float((s.query.abs() @ s.key.abs().mT * s.scale + mask).max())
     gradient = call.gradient.double().abs() * s.gate.abs()
-    of_weights = gradient @ s.value.abs().mT
-    of_scores = s.weights * (of_weights + (s.weights * of_weights).sum(-1, keepdim=True))
+    grad_weights = gradient @ s.value.abs().mT
+    grad_scores = s.weights * (grad_weights + (s.weights * grad_weights).sum(-1, keepdim=True))
     sums = {
         "context": s.gated.abs() @ s.value.abs(),
-        "dq": of_scores @ s.key.abs() * s.scale,
-        "dk": of_scores.mT @ s.query.abs() * s.scale,
+        "dq": grad_scores @ s.key.abs() * s.scale,
+        "dk": grad_scores.mT @ s.query.abs() * s.scale,
         "dv": s.weights.mT @ gradient,
     }
     return {name: size * float(x.max()) for name, x in sums.items()}
@@ -189,13 +191,13 @@ def expanded(x: Tensor | None) -> bool:
 
 
 def has_gaps(x: Tensor) -> bool:
-    """Whether there is something else in memory between the elements."""
+    """Whether the memory between the elements belongs to other tensors."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return not expanded(x) and last + 1 > x.numel()
 
 
 def is_narrow_causal(mask: Tensor) -> bool:
-    """Whether it is square, has its diagonal on and nothing above, and not all below."""
+    """Whether a square mask attends to the diagonal, to nothing above it, and not to all keys below it."""
     if mask.dtype != torch.bool or mask.shape[-1] != mask.shape[-2]:
         return False
     causal = torch.ones_like(mask).tril()
@@ -204,7 +206,7 @@ def is_narrow_causal(mask: Tensor) -> bool:
 
 
 def has_padding_first(call: Call) -> bool:
-    """Whether the mask is of keys alone, of the first item the first so many of them, and of another item others."""
+    """Whether the mask depends on keys only, and is right padding for the first item but not for all others."""
     mask = call.attn_mask
     if mask is None or mask.dtype != torch.bool or mask.dim() < 4 or mask.shape[1:3] != (1, 1):
         return False
@@ -371,77 +373,79 @@ FEATURES: dict[str, Callable[[Case, Call], bool]] = {
 }
 
 OFF = torch.tensor([0, 1, 0, 1, 1, 0, 0, 0])
-"""An off vector that is another one when it is reversed, rotated or inverted."""
+"""An off vector that changes when it is reversed, rotated or inverted."""
 
 
-def heads_off(coin, batch, heads, queries, keys, channels) -> Tensor:
+def heads_off(generator, batch, heads, queries, keys, channels) -> Tensor:
     return 1.0 - OFF.repeat(2)[:heads].view(1, heads, 1, 1)
 
 
-def fractions(coin, batch, heads, queries, keys, channels) -> Tensor:
+def fractions(generator, batch, heads, queries, keys, channels) -> Tensor:
     return torch.tensor([0.3, 1.0, 0.007, 0.0, 0.77, 0.55, 0.123, 0.9])[:heads].view(1, heads, 1, 1)
 
 
-def fractions_by_row(coin, batch, heads, queries, keys, channels) -> Tensor:
-    return torch.rand(batch, heads, queries, 1, generator=coin)
+def fractions_by_row(generator, batch, heads, queries, keys, channels) -> Tensor:
+    return torch.rand(batch, heads, queries, 1, generator=generator)
 
 
-def on_by_row(coin, batch, heads, queries, keys, channels) -> Tensor:
-    return (torch.rand(batch, heads, queries, 1, generator=coin) > 0.4).float()
+def on_by_row(generator, batch, heads, queries, keys, channels) -> Tensor:
+    return (torch.rand(batch, heads, queries, 1, generator=generator) > 0.4).float()
 
 
-def on_by_query(coin, batch, heads, queries, keys, channels) -> Tensor:
-    return (torch.rand(1, heads, queries, 1, generator=coin) > 0.4).float()
+def on_by_query(generator, batch, heads, queries, keys, channels) -> Tensor:
+    return (torch.rand(1, heads, queries, 1, generator=generator) > 0.4).float()
 
 
-def fractions_by_item(coin, batch, heads, queries, keys, channels) -> Tensor:
-    gate = torch.rand(batch, heads, 1, 1, generator=coin)
+def fractions_by_item(generator, batch, heads, queries, keys, channels) -> Tensor:
+    gate = torch.rand(batch, heads, 1, 1, generator=generator)
     gate[0, 0] = 0
     return gate
 
 
-def above_1(coin, batch, heads, queries, keys, channels) -> Tensor:
+def above_1(generator, batch, heads, queries, keys, channels) -> Tensor:
     return torch.linspace(0.5, 2, heads).view(1, heads, 1, 1)
 
 
-def padding(coin, batch, heads, queries, keys, channels) -> Tensor:
+def padding(generator, batch, heads, queries, keys, channels) -> Tensor:
     lengths = torch.linspace(keys - 1, keys // 3, batch).long().clamp_min(1).view(batch, 1, 1, 1)
     return torch.arange(keys) < lengths
 
 
-def scattered(coin, batch, heads, queries, keys, channels) -> Tensor:
-    mask = torch.rand(queries, keys, generator=coin) > 0.5
+def scattered(generator, batch, heads, queries, keys, channels) -> Tensor:
+    mask = torch.rand(queries, keys, generator=generator) > 0.5
     mask[:, 0] |= ~mask.any(-1)
     return mask
 
 
-def by_head(coin, batch, heads, queries, keys, channels) -> Tensor:
-    mask = torch.rand(batch, heads, 1, keys, generator=coin) > 0.5
+def by_head(generator, batch, heads, queries, keys, channels) -> Tensor:
+    mask = torch.rand(batch, heads, 1, keys, generator=generator) > 0.5
     mask[..., 1] = True
     return mask
 
 
-def expanded_padding(coin, batch, heads, queries, keys, channels) -> Tensor:
-    return padding(coin, batch, heads, queries, keys, channels).expand(batch, heads, queries, keys)
+def expanded_padding(generator, batch, heads, queries, keys, channels) -> Tensor:
+    return padding(generator, batch, heads, queries, keys, channels).expand(batch, heads, queries, keys)
 
 
-def biases(coin, batch, heads, queries, keys, channels) -> Tensor:
-    return 2 * torch.randn(1, heads, queries, keys, generator=coin)
+def biases(generator, batch, heads, queries, keys, channels) -> Tensor:
+    return 2 * torch.randn(1, heads, queries, keys, generator=generator)
 
 
-def biases_and_rows(coin, batch, heads, queries, keys, channels) -> Tensor:
-    mask = torch.randn(batch, 1, queries, keys, generator=coin)
-    mask[torch.rand(mask.shape, generator=coin) < 0.3] = -math.inf
+def biases_and_rows(generator, batch, heads, queries, keys, channels) -> Tensor:
+    mask = torch.randn(batch, 1, queries, keys, generator=generator)
+    mask[torch.rand(mask.shape, generator=generator) < 0.3] = -math.inf
     mask[:, :, :: max(2, queries // 2)] = -math.inf
     return mask
 
 
-def fully_masked_rows(coin, batch, heads, queries, keys, channels) -> Tensor:
-    return scattered(coin, batch, heads, queries, keys, channels) & (torch.arange(queries) % 3 > 0)[:, None]
+def fully_masked_rows(generator, batch, heads, queries, keys, channels) -> Tensor:
+    return (
+        scattered(generator, batch, heads, queries, keys, channels) & (torch.arange(queries) % 3 > 0)[:, None]
+    )
 
 
-def shifted_rows(coin, batch, heads, queries, keys, channels) -> Tensor:
-    """A bias of every key of a row, which softmax takes out again."""
+def shifted_rows(generator, batch, heads, queries, keys, channels) -> Tensor:
+    """The same bias for all keys of a row, which does not change the softmax."""
     return (
         torch.tensor([-300.0, 0.0, 300.0, -150.0])
         .repeat(queries)[:queries]
@@ -450,60 +454,60 @@ def shifted_rows(coin, batch, heads, queries, keys, channels) -> Tensor:
     )
 
 
-def small_gates(coin, batch, heads, queries, keys, channels) -> Tensor:
+def small_gates(generator, batch, heads, queries, keys, channels) -> Tensor:
     return torch.tensor([0.5, 0.007, -0.008, 0.9])[:heads].view(1, heads, 1, 1)
 
 
-def gates_near_1(coin, batch, heads, queries, keys, channels) -> Tensor:
+def gates_near_1(generator, batch, heads, queries, keys, channels) -> Tensor:
     return torch.tensor([1.0, 0.993, 1.007, 0.998])[:heads].view(1, heads, 1, 1)
 
 
-def by_query_alone(coin, batch, heads, queries, keys, channels) -> Tensor:
-    return torch.rand(1, 1, queries, 1, generator=coin)
+def by_query_alone(generator, batch, heads, queries, keys, channels) -> Tensor:
+    return torch.rand(1, 1, queries, 1, generator=generator)
 
 
-def from_a_table(coin, batch, heads, queries, keys, channels) -> Tensor:
-    return torch.rand(heads, 6, generator=coin)[None, :, 2, None, None]
+def from_a_table(generator, batch, heads, queries, keys, channels) -> Tensor:
+    return torch.rand(heads, 6, generator=generator)[None, :, 2, None, None]
 
 
-def mixed_padding(coin, batch, heads, queries, keys, channels) -> Tensor:
-    """Right padding, left padding and holes in turns."""
+def mixed_padding(generator, batch, heads, queries, keys, channels) -> Tensor:
+    """Right padding, left padding and holes, in turn."""
     right = torch.arange(keys) < keys // 2
     holes = torch.arange(keys) % 3 > 0
     return torch.stack([(right, right.flip(0), holes)[item % 3] for item in range(batch)])[:, None, None]
 
 
-def rows_alone(coin, batch, heads, queries, keys, channels) -> Tensor:
+def rows_alone(generator, batch, heads, queries, keys, channels) -> Tensor:
     """(1, 1, Q, 1): every third row has no keys."""
     return (torch.arange(queries) % 3 > 0).view(1, 1, queries, 1)
 
 
-def window(coin, batch, heads, queries, keys, channels) -> Tensor:
+def window(generator, batch, heads, queries, keys, channels) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool).tril().triu(-2)
 
 
-def by_distance(coin, batch, heads, queries, keys, channels) -> Tensor:
+def by_distance(generator, batch, heads, queries, keys, channels) -> Tensor:
     return -0.3 * (torch.arange(queries)[:, None] - torch.arange(keys)).abs()
 
 
 def low_rows(depth: float) -> Callable[..., Tensor]:
-    """A mask: a bias of every second row."""
-    return lambda coin, batch, heads, queries, keys, channels: (
-        torch.randn(queries, keys, generator=coin) - depth * (torch.arange(queries) % 2)[:, None]
+    """A random bias, and a large negative one in every second row."""
+    return lambda generator, batch, heads, queries, keys, channels: (
+        torch.randn(queries, keys, generator=generator) - depth * (torch.arange(queries) % 2)[:, None]
     )
 
 
-def hundreds(coin, batch, heads, queries, keys, channels) -> Tensor:
-    """Far apart from row to row, but near each other within one."""
-    return 120.0 * (1 - torch.arange(queries) % 3)[:, None] + torch.randn(queries, keys, generator=coin)
+def hundreds(generator, batch, heads, queries, keys, channels) -> Tensor:
+    """Biases that differ much between rows, but little within a row."""
+    return 120.0 * (1 - torch.arange(queries) % 3)[:, None] + torch.randn(queries, keys, generator=generator)
 
 
 def with_gaps(mask: Tensor) -> Tensor:
     return torch.cat([mask, ~mask], -1)[..., : mask.shape[-1]]
 
 
-def of_3_heads(coin, batch, heads, queries, keys, channels) -> Tensor:
-    return scattered(coin, batch, heads, heads * queries, keys, channels).view(heads, queries, keys)
+def of_3_heads(generator, batch, heads, queries, keys, channels) -> Tensor:
+    return scattered(generator, batch, heads, heads * queries, keys, channels).view(heads, queries, keys)
 
 
 def one_head(x: Tensor) -> Tensor:
@@ -541,7 +545,7 @@ def one_number(x: Tensor) -> Tensor:
 
 
 def then(make: Callable[..., Tensor], change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Makes the same gate in another form."""
+    """A function that applies `change` to what `make` returns."""
     return lambda *arguments: change(make(*arguments))
 
 

@@ -32,7 +32,7 @@ def effects_on_one_call(attention: Attention, case: Case, margin: float = 1.0) -
     copies = [x.detach().clone() for x in call.tensors]
     try:
         with settings_kept():
-            context = call.of(attention)
+            context = call.run(attention)
     except Exception:
         return {"crash"}
     found: set[Effect] = set()
@@ -68,7 +68,7 @@ def effects_across_calls(make: Callable[[], Attention], case: Case) -> set[Effec
     """What is wrong across calls with an attention whose single calls are right."""
     found: set[Effect] = set()
     with settings_kept() as changed:
-        case.call().of(make())
+        case.call().run(make())
     if changed:
         found.add("settings")
     if set(changed) - {"random state", "Python's random state"}:
@@ -180,11 +180,11 @@ def keeps(make: Callable[[], Attention], case: Case) -> bool:
 def minds_threads(make: Callable[[], Attention], case: Case) -> bool:
     """Whether numbers are others, by more than roundings, where torch has another number of threads."""
     before = torch.get_num_threads()
-    usual = case.call().of(make())
+    usual = case.call().run(make())
     try:
         for threads in (2, 3, 5):
             torch.set_num_threads(threads)
-            if distance(case.call().of(make()), usual) > case.allowed["context"]:
+            if distance(case.call().run(make()), usual) > case.allowed["context"]:
                 return True
     finally:
         torch.set_num_threads(before)
@@ -263,7 +263,7 @@ def minds_grad_mode(make: Callable[[], Attention], case: Case) -> bool:
 def called(attention: Attention, call: Call) -> Tensor:
     """The context, and torch's settings as they were."""
     with settings_kept():
-        return call.of(attention)
+        return call.run(attention)
 
 
 def spoils_second_backward(make: Callable[[], Attention], case: Case) -> bool:
@@ -281,7 +281,7 @@ def outcome(attention: Attention, call: Call, *, seed: int = 0) -> tuple[Tensor 
     """Context and gradients."""
     with settings_kept():
         torch.manual_seed(seed)
-        context = call.of(attention)
+        context = call.run(attention)
         return context.detach().clone(), *gradients(context, call)
 
 

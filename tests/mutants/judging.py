@@ -1,4 +1,4 @@
-"""What each suite finds wrong with an attention, in this process: the checks that the suites' tests are made of."""
+"""The suites' checks of an attention, run in this process."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Judge:
 
     Attributes:
         seed: of random inputs.
-        scenes: how many of the bundled scenes the model is tried on.
-        dtype: the dtype asked for; a fault that is in half precision alone needs that one.
+        scenes: number of bundled scenes that the model runs on.
+        dtype: the dtype of the run; a fault in half precision only needs that one.
     """
 
     seed: int = 0
@@ -36,7 +36,7 @@ class Judge:
     dtype: torch.dtype = torch.float32
 
     def suites(self) -> dict[str, Callable[[Attention], Iterator[Finding]]]:
-        """By name, a function that yields what a suite finds wrong; lazily, for often the first finding is enough."""
+        """Functions that yield the findings of each suite, by its name; lazily, as the first finding often suffices."""
         return {
             "operator": self.operator,
             "calls": self.calls,
@@ -46,17 +46,17 @@ class Judge:
         }
 
     def operator(self, attention: Attention) -> Iterator[Finding]:
-        """Side effects first: an attention that changes settings is known before other calls depend on them."""
+        """Side effects first, so that changed settings are found before other calls depend on them."""
         yield from self.side_effects(attention)
         yield from self.numbers(attention)
 
     def side_effects(self, attention: Attention) -> Iterator[Finding]:
-        """What the operator suite finds wrong apart from the numbers of single calls."""
+        """The operator suite's findings other than wrong values of single calls."""
         for check in SIDE_EFFECTS:
             yield from side_effect_findings(attention, check, self.dtype, CPU, self.seed)
 
     def numbers(self, attention: Attention) -> Iterator[Finding]:
-        """What the operator suite finds wrong with the numbers of single calls, the cheapest cases first."""
+        """The operator suite's findings of wrong values of single calls, the cheapest cases first."""
         for case in sorted(operator_cases(self.dtype, self.seed), key=lambda case: case.weights):
             yield from operator_findings(attention, case, CPU)
 

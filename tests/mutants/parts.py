@@ -1,16 +1,15 @@
-"""Attention in steps: what the wrong attentions, and some of the right ones, are made of.
+"""Attention in steps, from which the wrong attentions, and some of the right ones, are made.
 
-A call is a namespace that is filled step by step. A step is a function of that namespace, and its result is kept there
-under the step's name. So a wrong attention is a right one with one step replaced:
+A call is a namespace that is filled step by step. A step is a function of that namespace, and its result is stored
+there under the step's name. So a wrong attention is a right one with one step replaced:
 
     plain(gate=lambda s: s.gate.flip(1))            # heads in reversed order; autograd differentiates it
     by_hand(dquery=lambda s: s.dscores @ s.key)     # the context is right, the query's gradient lacks the scale
 
-In the namespace from the start: `query`, `key`, `value` in the dtype of computation, `asked` that of the call;
-`attn_mask` and `head_gate` as
-passed; `mask`, which is `attn_mask` expanded to (B, H, Q, S), or None; `gate` (B, H, Q, 1), ones where none is passed.
-The steps `mask` and `gate` are left out of calls that pass none. In the backward pass there are `grad_output`, as
-autograd passes it, and `gradient`, that in the dtype of computation.
+The namespace initially has `query`, `key` and `value` in the dtype of computation; `asked`, the dtype of the call;
+`attn_mask` and `head_gate` as passed; `mask`, which is `attn_mask` expanded to (B, H, Q, S), or None; and `gate` (B,
+H, Q, 1), ones if none is passed. The steps `mask` and `gate` are skipped in calls without them. In the backward pass
+it also has `grad_output`, as autograd passes it, and `gradient`, the same in the dtype of computation.
 
 Half precision is computed in float32 and rounded at the end, as kernels do.
 """
@@ -52,7 +51,7 @@ def fully_masked(s: SimpleNamespace) -> Tensor:
 
 
 def filled(s: SimpleNamespace) -> Tensor:
-    """Scores that have a softmax in every row."""
+    """Scores without fully masked rows, so that every row has a softmax."""
     return s.masked.masked_fill(s.fully_masked, 0.0)
 
 
@@ -88,7 +87,7 @@ FORWARD: dict[str, Step] = {
 
 
 def gated_gradient(s: SimpleNamespace) -> Tensor:
-    """Gradient of the context that the weights had without a gate, (B, H, Q, D)."""
+    """Gradient of the ungated context, (B, H, Q, D)."""
     return s.gradient * s.gate
 
 
@@ -140,7 +139,7 @@ def _plain(steps: Mapping[str, Step]) -> Attention:
 
 
 def by_hand(**steps: Step) -> Attention:
-    """Attention whose backward pass is written out, with these steps replaced in that pass only.
+    """Attention with a hand-written backward pass, with these steps replaced in that pass only.
 
     It recomputes the weights, so its first steps are those of the forward pass.
     """
@@ -205,16 +204,15 @@ def run(steps: Mapping[str, Step], s: SimpleNamespace) -> SimpleNamespace:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` as `dtype` can hold it, in its own dtype; the gradient passes through."""
+    """`x` rounded to `dtype`, in the dtype of `x`; the gradient passes through."""
     change = x.detach().to(dtype).to(x.dtype) - x.detach()
-    return x + change.nan_to_num(0.0, math.inf, -math.inf)  # -inf stays what it is
+    return x + change.nan_to_num(0.0, math.inf, -math.inf)  # -inf is unchanged
 
 
 def as_stored(x: Tensor, strides: tuple[int, ...] | None = None, offset: int | None = None) -> Tensor:
-    """What a kernel sees that reads the memory of `x` by other strides (by default, those of a contiguous tensor).
+    """`x` as read by a kernel that uses other strides (by default, those of a contiguous tensor).
 
-    Where that runs past the memory of `x` there are zeros, in place of whatever comes next. The gradient passes
-    through.
+    Reads past the end of the memory of `x` give zeros. The gradient passes through.
     """
     if strides is None:
         strides = tuple(math.prod(x.shape[at + 1 :]) for at in range(x.dim()))
@@ -227,7 +225,7 @@ def as_stored(x: Tensor, strides: tuple[int, ...] | None = None, offset: int | N
 
 
 def blocks(length: int, size: int) -> list[slice]:
-    """`length` in blocks of `size`, the last of what is left."""
+    """Slices of `size` that cover `length`; the last one may be smaller."""
     return [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
 
 

@@ -1,4 +1,4 @@
-"""How wrong and right attentions are registered, and which of them every test run tries."""
+"""Registration of wrong and right attentions, and the sample of them that is in every test run."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Family = Literal[
 FAMILIES: tuple[str, ...] = get_args(Family)
 
 Effect = Literal[
-    "context",  # its numbers
-    "dq",  # the numbers of the query's gradient
+    "context",  # wrong values
+    "dq",  # wrong values of the query's gradient
     "dk",
     "dv",
     "no gradient",  # the context requires no gradient
@@ -62,15 +62,15 @@ ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Wrong:
-    """A mutant: an attention that is wrong in one way, and otherwise keeps the contract.
+    """A mutant: an attention with one fault, which otherwise meets the contract.
 
     Attributes:
-        name: of the function that makes it.
-        family: the part of attention code that the fault is in.
+        name: of the decorated function.
+        family: the part of attention code that has the fault.
         fault: a sentence for people.
         needs: features of a call (`mutants.cases`) without which the fault has no effect.
-        shows: what is wrong then; effects on gradients only where the context is right.
-        make: returns a fresh one, which was never called.
+        shows: what is wrong then; effects on gradients only if the context is right.
+        make: returns a new callable.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Wrong:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the suites are to detect it: the verdict is about the dtypes asked for."""
+        """The dtype in which the suites must detect it, as a verdict is about the dtypes that were asked for."""
         return next(
             (dtype for feature, dtype in DTYPE_NEEDED.items() if feature in self.needs), torch.float32
         )
@@ -90,16 +90,16 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Right:
-    """An attention that keeps the contract.
+    """An attention that meets the contract.
 
     Attributes:
-        name: of the function that makes it.
+        name: of the decorated function.
         family: the style, in a word or two.
         style: a sentence for people.
         dtypes: those that it takes; it raises TypeError for others.
-        missing: returns why it cannot run here, or None where it can.
+        missing: returns why it cannot run here, or None if it can.
         slow: whether it takes more than a few seconds to compile.
-        make: returns a fresh one.
+        make: returns a new callable.
     """
 
     name: str
@@ -124,7 +124,7 @@ def wrong(
     needs: tuple[str, ...] = (),
     shows: tuple[Effect, ...] = ("context",),
 ) -> Callable[[Maker], Maker]:
-    """Register what the decorated function makes, under the function's name."""
+    """Register the attention that the decorated function makes, under the function's name."""
 
     def register(make: Maker) -> Maker:
         name = make.__name__
@@ -143,7 +143,7 @@ def right(
     missing: Callable[[], str | None] = lambda: None,
     slow: bool = False,
 ) -> Callable[[Maker], Maker]:
-    """Register what the decorated function makes, under the function's name."""
+    """Register the attention that the decorated function makes, under the function's name."""
 
     def register(make: Maker) -> Maker:
         name = make.__name__
@@ -155,7 +155,7 @@ def right(
 
 
 def in_every_run(attentions: Mapping[str, Wrong | Right], per_family: int) -> frozenset[str]:
-    """Names of a fixed sample: of each family so many, evenly spaced in the order of registration."""
+    """Names of a fixed sample: `per_family` of each family, evenly spaced in the order of registration."""
     by_family: dict[str, list[str]] = {}
     for attention in attentions.values():
         by_family.setdefault(attention.family, []).append(attention.name)
@@ -165,7 +165,7 @@ def in_every_run(attentions: Mapping[str, Wrong | Right], per_family: int) -> fr
 
 
 def sampled(attentions: Iterable[Wrong | Right], sample: frozenset[str]) -> list:
-    """Parameters: a sample is in every run, all others are in the long run (`tox -e mutation`)."""
+    """pytest parameters; attentions outside of the sample have the marker of the long run (`tox -e mutation`)."""
     parameters = []
     for attention in attentions:
         marks = [] if attention.name in sample else [pytest.mark.mutation]

@@ -1,4 +1,4 @@
-"""Right attentions, in as many styles as engineers have: each must pass whatever refuses the wrong ones.
+"""Right attentions in many styles; all of them must pass the checks that reject the wrong ones.
 
 What they may do: sum in another order, return any strides, compute more precisely than asked, leave dtypes out
 by raising TypeError, take the mask under another name, know nothing of gates.

@@ -1,4 +1,4 @@
-"""Slips in hand-written backward passes, under a context that is right."""
+"""Faults in hand-written backward passes; the context is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slips with the head gate."""
+"""Faults in the handling of the head gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slips with the attention mask."""
+"""Faults in the handling of the attention mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slips with numbers themselves: precision, dtypes of results, randomness."""
+"""Faults of precision, dtypes of results and randomness."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slips on ways that an ordinary call does not take: without gradients, in other dtypes, after other first calls."""
+"""Faults in code that ordinary calls do not run: without gradients, in other dtypes, after certain first calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slips that most calls do not show: shapes and strides that are rare, sizes beyond the usual, numbers at the edge."""
+"""Faults without effect in most calls: they need rare shapes, strides, sizes or values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slips with sizes that are no multiple of anything, and with the order of numbers in memory."""
+"""Faults with sizes that are not multiples of a block's, and with memory layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults other than the numbers of one call: state carried from call to call, inputs modified, exceptions hidden."""
+"""Faults other than wrong values of one call: state between calls, modified inputs, hidden exceptions."""
 
 from __future__ import annotations
 

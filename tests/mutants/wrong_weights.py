@@ -1,4 +1,4 @@
-"""Slips on the way from products to weights: the scale and the softmax."""
+"""Faults in the scale and the softmax."""
 
 from __future__ import annotations
 
