@@ -37,7 +37,7 @@ class NonFiniteError(HeadoffError, ArithmeticError):
 
 
 class OutputError(HeadoffError, OSError):
-    """Results that cannot be written where they were asked to go."""
+    """Results that cannot be written."""
 
 
 class SettingError(HeadoffError, ValueError):

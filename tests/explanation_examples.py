@@ -23,9 +23,9 @@ def explanation_of(
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     maps = torch.zeros(count, objects, layers, *grid)
     height, width = result.image_size
-    for o, each in enumerate(result.baseline):
-        x = (each.box[0] + each.box[2]) / 2 / width * resized[1] / stride
-        y = (each.box[1] + each.box[3]) / 2 / height * resized[0] / stride
+    for o, found in enumerate(result.baseline):
+        x = (found.box[0] + found.box[2]) / 2 / width * resized[1] / stride
+        y = (found.box[1] + found.box[3]) / 2 / height * resized[0] / stride
         blob = torch.exp(-((columns + 0.5 - x) ** 2) - (rows + 0.5 - y) ** 2) + 0.01
         for c in range(count):
             for m in range(layers):

@@ -97,8 +97,8 @@ def engine_results(
     """The engine's results by configuration, in the order of the gates, and target."""
     engine = RelevanceEngine(detector, features, **options)
     found = list(engine.run(gates, lambda _, logits, __: targets_of(logits, specs)))
-    found.sort(key=lambda each: each.index)
-    return [each.pairs for each in found]
+    found.sort(key=lambda relevance: relevance.index)
+    return [relevance.pairs for relevance in found]
 
 
 def oracle_result(

@@ -114,7 +114,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def rounding(query: Tensor, key: Tensor, value: Tensor) -> float:
-    """How far rounding may take a context from the truth: a bound for values of the dtype of ``query``.
+    """How far rounding may take a context from the truth: a bound for values of the dtype of `query`.
 
     A score that is off by x makes its weight off by a factor of 1 + x. Scores are rounded in proportion to
     their size, a few times over (product, sum, scale); then weights and contexts are.

@@ -53,7 +53,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def check(attention) -> None:
-    """``attention`` keeps the contract on one example with a mask and a gate."""
+    """`attention` keeps the contract on one example with a mask and a gate."""
     query, key, value = (torch.randn(2, 3, length, 8, dtype=torch.float64) for length in (4, 5, 5))
     mask = torch.tensor([[True, True, False, True, False]])
     gate = torch.tensor([1.0, 0.0, 0.5]).view(1, 3, 1, 1)
@@ -64,7 +64,7 @@ def check(attention) -> None:
 
 
 def refusal(spec) -> str:
-    """The message with which ``spec`` is refused: one sentence on one line."""
+    """The message with which `spec` is rejected: one sentence on one line."""
     with pytest.raises(AttentionError) as caught:
         resolve_attention(spec)
     message = str(caught.value)
@@ -451,7 +451,7 @@ def test_callables_that_cannot_be_used(attention, parts):
         (lambda query: query.transpose(1, 2), "shape (2, 4, 3, 8) for a query of shape (2, 3, 4, 8)"),
     ],
 )
-def test_a_context_of_another_shape_is_refused(returned, part):
+def test_a_context_of_another_shape_is_rejected(returned, part):
     attention = conform(lambda query, key, value, attn_mask: returned(query), "mine")
     query = torch.randn(2, 3, 4, 8)
     with pytest.raises(AttentionError, match="^mine returned") as caught:

@@ -1,4 +1,4 @@
-"""The Triton kernels: against the formula, in what they read and what they leave unread, and in what they refuse.
+"""The Triton kernels: against the formula, in what they read and what they leave unread, and in what they reject.
 
 Kernels need a GPU, or Triton's interpreter, which has to be chosen before Triton is imported. So where there is no
 GPU one test runs this file again in a process of its own, with TRITON_INTERPRET=1; what needs no kernel to run, and
@@ -213,7 +213,7 @@ def test_shapes_and_dtypes(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_budget_refuses_what_is_wrong(dtype):
+def test_the_budget_rejects_what_is_wrong(dtype):
     """One head's gate for another's, the gradient of an ungated delta, a mask without its last key, 5% of scale."""
     tensors = inputs(SMALL, dtype)
     attn_mask, head_gate = made(MASKS["padding"], SMALL, 4), made(GATES["by batch item"], SMALL, 3)
@@ -454,7 +454,7 @@ def test_differentiable_once():
 
 
 def on_device(shape, device, dtype=torch.bfloat16):
-    tensors = [each.detach().to(device).requires_grad_() for each in inputs(shape, dtype)]
+    tensors = [tensor.detach().to(device).requires_grad_() for tensor in inputs(shape, dtype)]
     return tensors, made(MASKS["padding"], shape, 4).to(device), made(GATES["by query"], shape, 3).to(device)
 
 
@@ -479,7 +479,7 @@ def test_the_host_waits_for_nothing():
 def test_in_a_cuda_graph():
     """Captured once, a call is right for what its inputs are when it is replayed, the gate among them."""
     tensors, attn_mask, head_gate = on_device((1, 2, 70, 70, 32), "cuda")
-    query, key, value = (each.detach() for each in tensors)
+    query, key, value = (tensor.detach() for tensor in tensors)
     with torch.no_grad():
         triton_attention(query, key, value, attn_mask, head_gate=head_gate)  # compiles
         graph = torch.cuda.CUDAGraph()
@@ -499,7 +499,7 @@ def test_in_a_stream_of_its_own():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)  # whatever is in another stream is done before what is to be done here
-        moved = [each.detach().clone().requires_grad_() for each in tensors]
+        moved = [tensor.detach().clone().requires_grad_() for tensor in tensors]
         found = results(triton_attention, moved, attn_mask, head_gate)
     stream.synchronize()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -579,7 +579,7 @@ def test_the_same_detections():
 def test_refusals():
     query, key, value = (tensor.detach() for tensor in inputs((1, 2, 3, 4, 16)))
     gate = torch.ones(1, 2, 1, 1, device=DEVICE)
-    refused = {
+    rejected = {
         "shapes": lambda: triton_attention(query, key, value[:, :, :3]),
         "expanded batch": lambda: triton_attention(query.repeat(2, 1, 1, 1), key, value),
         "convert them to one": lambda: triton_attention(query, key.half(), value),
@@ -602,13 +602,13 @@ def test_refusals():
         "make it real": lambda: triton_attention(query, key, value, head_gate=gate.to(torch.complex64)),
         "one device": lambda: triton_attention(query, key.to("meta"), value),
     }
-    for words, call in refused.items():
+    for words, call in rejected.items():
         with pytest.raises(AttentionError, match=re.escape(words)):
             call()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes tensors on the CPU")
-def test_tensors_on_the_cpu_are_refused():
+def test_tensors_on_the_cpu_are_rejected():
     with pytest.raises(AttentionError, match="TRITON_INTERPRET=1"):
         triton_attention(*(torch.zeros(1, 1, 2, 16) for _ in range(3)))
 
@@ -766,8 +766,8 @@ def usage(compiler, capability, ptx):
             "-o",
             str(path.with_suffix(".cubin")),
         ]
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = said.stdout + said.stderr
+        completed = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = completed.stdout + completed.stderr
     return SimpleNamespace(
         registers=int(re.search(r"Used (\d+) registers", text)[1]),
         spilled=int(re.search(r"(\d+) bytes spill stores", text)[1]),

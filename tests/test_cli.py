@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, writes and refuses."""
+"""The command line as a user meets it: what it prints, writes and rejects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, output.out, output.err
 
 
-def refused(capsys, *arguments: str) -> str:
+def rejected(capsys, *arguments: str) -> str:
     """The one sentence that a refusal consists of."""
     code, _, error = run(capsys, *arguments)
     assert code == 2, error
@@ -41,7 +41,7 @@ def test_sweep_writes_a_report(capsys, tmp_path):
     assert code == 0, error
     assert "none off" in printed and "first 8 off" in printed and str(out / "index.html") in printed
     written = json.loads((out / "sweep.json").read_text())
-    assert [each["name"] for each in written["configurations"]] == [c.name for c in headoff.cumulative()]
+    assert [entry["name"] for entry in written["configurations"]] == [c.name for c in headoff.cumulative()]
     assert written["provenance"]["model"] == "scenes"
     assert (out / "index.html").stat().st_size > 10_000
     assert not list(out.rglob("*.part"))
@@ -53,7 +53,7 @@ def test_chosen_configurations(capsys, tmp_path):
     )
     assert code == 0
     written = json.loads((tmp_path / "sweep.json").read_text())
-    assert [each["configuration"] for each in written["configurations"]] == [
+    assert [entry["configuration"] for entry in written["configurations"]] == [
         "none",
         "L4H2,L5H0-3",
         "only L5H2 on",
@@ -64,7 +64,9 @@ def test_one_object_alone(capsys, tmp_path):
     assert run(capsys, "sweep", SAMPLE, "--object", "1", "--out", str(tmp_path))[0] == 0
     written = json.loads((tmp_path / "sweep.json").read_text())
     query = written["baseline"]["detections"][1]["query"]
-    assert all(each["configuration"].startswith(f"query {query}:") for each in written["configurations"][1:])
+    assert all(
+        entry["configuration"].startswith(f"query {query}:") for entry in written["configurations"][1:]
+    )
 
 
 def test_orders(capsys, tmp_path):
@@ -160,9 +162,9 @@ def checkpoint(folder: Path, what: str) -> str:
 @pytest.mark.parametrize(
     "what", ["missing", "empty", "garbage", "malicious", "truncated", "classifier", "nan"]
 )
-def test_checkpoints_that_cannot_be(capsys, tmp_path, what):
+def test_checkpoints_that_are_invalid(capsys, tmp_path, what):
     path = checkpoint(tmp_path, what)
-    sentence = refused(capsys, "sweep", SAMPLE, "--model", path, "--out", str(tmp_path / "out"))
+    sentence = rejected(capsys, "sweep", SAMPLE, "--model", path, "--out", str(tmp_path / "out"))
     assert what in sentence  # the file is named for what it is
     assert not (Path(__file__).parent / "owned").exists()
     assert not (tmp_path / "out").exists()
@@ -188,17 +190,17 @@ def test_checkpoints_that_cannot_be(capsys, tmp_path, what):
     ],
 )
 def test_what_cannot_be_asked(capsys, tmp_path, arguments, culprit):
-    sentence = refused(capsys, "sweep", SAMPLE, "--out", str(tmp_path / "out"), *arguments)
+    sentence = rejected(capsys, "sweep", SAMPLE, "--out", str(tmp_path / "out"), *arguments)
     assert culprit in sentence
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("contents", [None, b"", b"text", b"\x89PNG\r\n\x1a\n cut off"])
-def test_images_that_cannot_be(capsys, tmp_path, contents):
+def test_images_that_are_invalid(capsys, tmp_path, contents):
     path = tmp_path / "photo.png"
     if contents is not None:
         path.write_bytes(contents)
-    assert "photo.png" in refused(capsys, "sweep", str(path), "--out", str(tmp_path / "out"))
+    assert "photo.png" in rejected(capsys, "sweep", str(path), "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -210,7 +212,7 @@ def test_an_image_of_one_pixel(capsys, tmp_path):
 
 def test_an_output_that_is_a_file(capsys, tmp_path):
     (tmp_path / "out").touch()
-    assert "out" in refused(capsys, "sweep", SAMPLE, "--out", str(tmp_path / "out"))
+    assert "out" in rejected(capsys, "sweep", SAMPLE, "--out", str(tmp_path / "out"))
 
 
 COMMANDS = [

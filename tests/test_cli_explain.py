@@ -44,9 +44,9 @@ def test_explain_writes_maps_pictures_and_numbers(capsys, tmp_path, objects):
     assert explanation.objects.queries.tolist() == objects.queries.tolist()
     assert explanation.heads is not None
     assert len(rows_of(out)) == 6 * len(objects)
-    for each in objects:
-        assert f"{each.query}" in printed and each.class_name in printed
-        assert (out / f"figures/heads-00-none-off-query-{each.query}.png").is_file()
+    for detection in objects:
+        assert f"{detection.query}" in printed and detection.class_name in printed
+        assert (out / f"figures/heads-00-none-off-query-{detection.query}.png").is_file()
     assert (out / "figures/relevance-00-none-off.png").stat().st_size > 10_000
     assert "attention of head 7" in (out / "index.html").read_text()
     # What lay in between is gone.
@@ -62,7 +62,7 @@ def test_a_sweep_with_relevance(capsys, tmp_path, objects, monkeypatch):
     assert code == 0, error
     assert "first 8 off" in printed and "lost" in printed
     written = json.loads((tmp_path / "sweep.json").read_text())
-    assert [each["name"] for each in written["configurations"]] == [c.name for c in headoff.cumulative()]
+    assert [entry["name"] for entry in written["configurations"]] == [c.name for c in headoff.cumulative()]
     assert written["relevance"]["configurations"][8]["name"] == "first 8 off"
     explanation = headoff.load_explanation(tmp_path / "maps.npz")
     assert explanation.maps.shape[:3] == (9, len(objects), 6)
@@ -89,8 +89,8 @@ def test_what_is_explained_and_how(capsys, tmp_path, objects):
         "none off",
         "L5H0-3 off",
     ]
-    said = json.loads((tmp_path / "sweep.json").read_text())["provenance"]
-    assert "raw, of w, after the last layer" in said["relevance"] and "magma" in said["maps"]
+    provenance = json.loads((tmp_path / "sweep.json").read_text())["provenance"]
+    assert "raw, of w, after the last layer" in provenance["relevance"] and "magma" in provenance["maps"]
     # The one object keeps its number.
     assert f'"name":"#1 {objects[1].class_name}"' in (tmp_path / "index.html").read_text()
 

@@ -104,14 +104,14 @@ def test_what_is_not_finite_is_refused_with_its_first_query(bad):
 
 
 @pytest.mark.parametrize("confidence", [-0.1, 1.1, math.nan, math.inf])
-def test_impossible_confidence_is_refused(confidence):
+def test_impossible_confidence_is_rejected(confidence):
     logits, boxes = output()
     with pytest.raises(SettingError, match="confidence") as caught:
         detections_from(logits, boxes, (10, 10), NAMES, confidence)
     assert isinstance(caught.value, ValueError) and isinstance(caught.value, HeadoffError)
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_rejected():
     logits, boxes = output()
     with pytest.raises(SettingError, match="4 class names"):
         detections_from(logits, boxes, (10, 10), (*NAMES, "dog"))

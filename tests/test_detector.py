@@ -207,14 +207,14 @@ def test_everything_off_is_finite_and_blind():
     ],
     ids=lambda gates: gates.names[0],
 )
-def test_gates_of_another_layout_are_refused(gates):
+def test_gates_of_another_layout_are_rejected(gates):
     detector = tiny_detector()
     with pytest.raises(GateError, match="shape"):
         detector.decode(detector.encode(*padded_batch()), gates)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, HEADS), (2, 1, 1), (2, 7, HEADS), (1, 2, 1, HEADS)], ids=str)
-def test_encoder_gates_of_another_layout_are_refused(shape):
+def test_encoder_gates_of_another_layout_are_rejected(shape):
     with pytest.raises(GateError, match="shape"):
         tiny_detector().encode(*padded_batch(), gate=torch.ones(shape))
 
@@ -387,7 +387,7 @@ def test_an_attention_that_is_a_module_is_called_and_is_no_part_of_the_weights()
     assert set(built.state_dict()) == names and isinstance(built.attention, Kernel)
 
 
-def test_configurations_that_cannot_be():
+def test_configurations_that_are_invalid():
     with pytest.raises(CheckpointError, match="5 heads"):
         tiny_config(heads=5)
     with pytest.raises(CheckpointError, match="2 class names"):

@@ -161,7 +161,7 @@ def test_offline(server, tmp_path):
 
 
 @pytest.mark.parametrize("url", ["nonsense", "http://[", "ftp2://x/y"])
-def test_addresses_that_cannot_be(url, tmp_path):
+def test_addresses_that_are_invalid(url, tmp_path):
     assert "cannot be reached" in message_of(fetch, url, tmp_path / "a.bin")
 
 

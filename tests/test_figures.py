@@ -113,7 +113,7 @@ def test_colours_stay_with_objects():
         for mark in marks:
             colour = UNMATCHED_COLOUR if mark.object is None else object_colour(mark.object)
             assert mark.colour == colour
-        assert {mark.object for mark in marks} >= {each.object for each in outcome.outcomes}
+        assert {mark.object for mark in marks} >= {one.object for one in outcome.outcomes}
         assert sum(mark.object is None for mark in marks) == len(outcome.unmatched)
 
 
@@ -122,16 +122,16 @@ def test_every_status_has_its_looks():
     seen = set()
     for detections, outcome in zip(result.detections, result.outcomes, strict=True):
         ax = plot_detections(image, detections, outcome=outcome, baseline=result.baseline)
-        for each in outcome.outcomes:
-            mine = [mark for mark in marks_on(ax).marks if mark.object == each.object]
+        for one in outcome.outcomes:
+            mine = [mark for mark in marks_on(ax).marks if mark.object == one.object]
             lines = [mark.line for mark in mine]
-            seen.add(each.status)
-            assert lines.count(Line.FOUND) == (each.status is not Status.LOST)
-            assert lines.count(Line.DUPLICATE) == max(len(each.detections) - 1, 0)
-            assert lines.count(Line.WAS) == (each.status in (Status.LOST, Status.MOVED))
-            if each.status is Status.LOST:
-                assert (mine[0].box, mine[0].note) == (result.baseline[each.object].box, "lost")
-            if each.status is Status.RELABELLED:
+            seen.add(one.status)
+            assert lines.count(Line.FOUND) == (one.status is not Status.LOST)
+            assert lines.count(Line.DUPLICATE) == max(len(one.detections) - 1, 0)
+            assert lines.count(Line.WAS) == (one.status in (Status.LOST, Status.MOVED))
+            if one.status is Status.LOST:
+                assert (mine[0].box, mine[0].note) == (result.baseline[one.object].box, "lost")
+            if one.status is Status.RELABELLED:
                 assert " → " in mine[0].name
     assert seen == set(Status)
 
@@ -148,8 +148,8 @@ def test_none_and_one(objects):
     for figure in sweep_figures(image, result):
         figure.draw().draw_without_rendering()
     survival = plot_survival(result)
-    said = " ".join(text.get_text() for text in survival.texts)
-    assert ("No object" in said) == (objects == 0)
+    written = " ".join(text.get_text() for text in survival.texts)
+    assert ("No object" in written) == (objects == 0)
     assert len(plot_outcomes(result).get_yticks()) == objects + 2
 
 
@@ -176,7 +176,7 @@ def test_survival_has_a_line_for_each_object_in_its_colour():
         assert line.get_color() == object_colour(index)
         assert line.get_ydata().tolist() == result.survival()[index].tolist()
     names = [text.get_text() for text in ax.texts]
-    assert names == [f"#{i} {each.class_name}" for i, each in enumerate(result.baseline)]
+    assert names == [f"#{i} {found.class_name}" for i, found in enumerate(result.baseline)]
 
 
 def test_spread_keeps_order_and_distance():

@@ -69,7 +69,7 @@ def test_on_an_image_what_has_no_relevance_hides_nothing():
 @pytest.mark.parametrize(
     "arguments, named", [({"cmap": "Bluesr"}, "'Blues_r'"), ({"scale": "maps"}, "map, object, sweep")]
 )
-def test_styles_that_cannot_be(arguments, named):
+def test_styles_that_are_invalid(arguments, named):
     with pytest.raises(SettingError, match=named):
         MapStyle(**arguments)
 
@@ -83,23 +83,23 @@ def test_any_number_of_objects(objects):
     result = example(boxes, list(range(objects)), (192, 192))
     explanation = explanation_of(result)
     ax = plot_relevance_grid(explanation, 0, image=np.full((192, 192, 3), 90, np.uint8))
-    said = texts(ax)
-    assert said[0] == "nothing off"
+    written = texts(ax)
+    assert written[0] == "nothing off"
     assert len(map_pixels(ax)) == objects * LAYERS
     if objects == 0:
-        assert " ".join(said[1:]) == NOTHING_TO_EXPLAIN
+        assert " ".join(written[1:]) == NOTHING_TO_EXPLAIN
     for view in object_views(explanation, 0):
-        assert view.heading in said and f"query {view.query}" in said
-    assert said.count("layer 3") == objects
+        assert view.heading in written and f"query {view.query}" in written
+    assert written.count("layer 3") == objects
     assert pixels(ax).std() > 0
 
 
 def test_titles_follow_the_configuration():
     views = object_views(EXPLANATION, 5)
-    said = texts(plot_relevance_grid(EXPLANATION, 5))
-    assert said[0] == "first 5 heads off"
+    written = texts(plot_relevance_grid(EXPLANATION, 5))
+    assert written[0] == "first 5 heads off"
     for view in views:
-        assert view.heading in said and f"was {view.first_score:.2f}" in " ".join(said)
+        assert view.heading in written and f"was {view.first_score:.2f}" in " ".join(written)
 
 
 def test_no_evidence_is_said_and_never_drawn():
@@ -163,9 +163,9 @@ def test_an_object_that_is_not_found():
     maps = EXPLANATION.maps.clone()
     maps[4, 0] = 0
     explanation = replace(EXPLANATION, queries=queries, labels=queries, maps=maps, pick="object")
-    said = texts(plot_relevance_grid(explanation, 4))
-    assert said.count("not found") == LAYERS
-    assert f"{object_views(explanation, 4)[0].name} not found" in said
+    written = texts(plot_relevance_grid(explanation, 4))
+    assert written.count("not found") == LAYERS
+    assert f"{object_views(explanation, 4)[0].name} not found" in written
 
 
 @pytest.mark.parametrize("arguments", [{"configuration": 9}, {"object": 60}, {"layer": 7}])
@@ -259,7 +259,10 @@ def test_names_do_not_end_the_script():
 def test_pages_stay_light(monkeypatch):
     explanation = explanation_of(RESULT, heads=True)
     full = page_maps(explanation, RESULT, MapStyle(), range(9))
-    assert [each["name"] for each in full["channels"]] == ["relevance", *(f"head {h}" for h in range(8))]
+    assert [channel["name"] for channel in full["channels"]] == [
+        "relevance",
+        *(f"head {h}" for h in range(8)),
+    ]
     monkeypatch.setattr(report_maps, "MOST_BYTES", explanation.maps.numel() // 3)
     light = page_maps(explanation, RESULT, MapStyle(), range(9))
     assert len(light["channels"]) == 1 and len(light["configurations"]) == 3
@@ -306,7 +309,7 @@ def test_a_report_with_maps_and_then_without(tmp_path):
     assert not list((tmp_path / "figures").glob("relevance*"))
 
 
-def test_an_explanation_of_something_else_is_refused(tmp_path):
+def test_an_explanation_of_something_else_is_rejected(tmp_path):
     other = replace(EXPLANATION, configurations=EXPLANATION.configurations[::-1])
     with pytest.raises(SettingError, match="other configurations"):
         write_report(tmp_path / "out", IMAGE, RESULT, provenance={}, explanation=other)

@@ -347,7 +347,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(make, says):
         (lambda: Gates(("a",), decoder_cross=torch.ones(2, 6, 1, 8)), r"have the shape \(2, 6, 1, 8\)"),
     ],
 )
-def test_batches_that_cannot_be(make, says):
+def test_batches_that_are_invalid(make, says):
     with pytest.raises(GateError, match=says):
         make()
 

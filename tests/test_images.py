@@ -243,10 +243,10 @@ class TestFilesThatAreNoImage:
         path = tmp_path / "picture.png"
         Image.fromarray(COLOURS).save(path)
 
-        def refuse(*_, **__):  # root may read everything, so chmod would not do
+        def reject(*_, **__):  # root may read everything, so chmod would not do
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("builtins.open", refuse)
+        monkeypatch.setattr("builtins.open", reject)
         text = message_of(path)
         monkeypatch.undo()
         assert "permissions" in text and "picture.png" in text

@@ -173,12 +173,12 @@ def test_thresholds_are_inclusive_and_can_be_set():
 @pytest.mark.parametrize(
     ("keep", "touch"), [(0.3, 0.5), (1.1, 0.3), (0.5, 0.0), (math.nan, 0.3), (0.5, math.nan)]
 )
-def test_impossible_thresholds_are_refused(keep, touch):
+def test_impossible_thresholds_are_rejected(keep, touch):
     with pytest.raises(SettingError, match="thresholds"):
         outcomes_of(scene(PERSON), scene(PERSON), LOGITS, keep_iou=keep, touch_iou=touch)
 
 
-def test_what_does_not_belong_together_is_refused():
+def test_what_does_not_belong_together_is_rejected():
     with pytest.raises(SettingError, match="different images"):
         outcomes_of(scene(PERSON), scene(PERSON, size=(99, 100)), LOGITS)
     with pytest.raises(SettingError, match="logits"):

@@ -299,9 +299,9 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for each in tree_leaves(result):
-            if isinstance(each, torch.Tensor):
-                self.largest = max(self.largest, each.untyped_storage().nbytes() // each.element_size())
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
         return result
 
 
@@ -432,7 +432,7 @@ def test_nan_of_a_backward_pass_is_not_silent():
         ({"method": "chefr"}, "did you mean 'chefer'"),
     ],
 )
-def test_options_that_cannot_be(options, message):
+def test_options_that_are_invalid(options, message):
     detector = tiny_detector(0)
     with pytest.raises(SettingError, match=message):
         RelevanceEngine(detector, features_of(detector), **options)

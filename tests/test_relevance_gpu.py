@@ -94,7 +94,7 @@ def in_float32(record: AttentionRecord, device: str = "cpu") -> AttentionRecord:
     def single(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(device, torch.float32)
 
-    tensors = (single(each) for each in (record.query, record.key, record.value, record.gate))
+    tensors = (single(tensor) for tensor in (record.query, record.key, record.value, record.gate))
     keys = None if record.keys is None else record.keys.to(device)
     return AttentionRecord(record.address, *tensors, keys, single(record.context))
 
@@ -186,7 +186,7 @@ def elsewhere(thing, mode, device):
     if isinstance(thing, Tensor):
         return torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=device)
     if isinstance(thing, (list, tuple)) and type(thing) in (list, tuple):
-        return type(thing)(elsewhere(each, mode, device) for each in thing)
+        return type(thing)(elsewhere(tensor, mode, device) for tensor in thing)
     if type(thing).__module__.startswith("headoff.") and hasattr(thing, "__dict__"):
         copy = object.__new__(type(thing))
         copy.__dict__.update({name: elsewhere(each, mode, device) for name, each in vars(thing).items()})
@@ -264,11 +264,11 @@ def test_launches_that_fail_are_said_in_a_sentence(monkeypatch):
         vjp(gradient.float(), of_pairs)
 
 
-def test_a_gpu_that_is_too_old_is_not_for_the_kernels(monkeypatch):
+def test_the_kernels_do_not_support_a_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(fused_vjp, "unsupported_gpu", lambda device: "too old")
     if importlib.util.find_spec("triton") is not None:
         reason = fused_vjp.unsupported(torch.device("cuda", 0), torch.float32, "gradient", 32)
-        assert reason == "the relevance kernels are not for cuda:0 (too old)"
+        assert reason == "the relevance kernels do not support cuda:0 (too old)"
 
 
 def test_builtins_are_known_by_their_module():
@@ -368,20 +368,20 @@ def float32_budget(record: AttentionRecord) -> float:
 
     Each term of a sum rounds once, by the worst of luck all in one direction: D of a score, whose error is the
     relative one of its exponential, and as many as there are rows or keys in a gradient. That it is no licence is
-    shown by `assert_refused`.
+    shown by `assert_rejected`.
     """
     magnitude = float((record.scaled_query.abs() @ record.key.abs().mT).max())
     terms = record.query.shape[-1] * magnitude + max(record.query.shape[2], record.key.shape[2])
     return terms * torch.finfo(torch.float32).eps
 
 
-def assert_refused(record: AttentionRecord, gradient: Tensor, runs: Tensor, expected: Tensor) -> None:
+def assert_rejected(record: AttentionRecord, gradient: Tensor, runs: Tensor, expected: Tensor) -> None:
     """Cams of products in TF32, and cams of the next pair, are nowhere near those expected."""
 
     def rounded(x: Tensor) -> Tensor:
         return (x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double()
 
-    operands = [rounded(each) for each in (record.query, record.key, record.value)]
+    operands = [rounded(tensor) for tensor in (record.query, record.key, record.value)]
     coarse = AttentionRecord(record.address, *operands, record.gate, record.keys, record.context)
     of_tf32, _ = AttentionVjp(coarse, "gradient")(rounded(gradient), runs, inputs=False)
     for wrong in (of_tf32, expected.roll(1, 0)):
@@ -402,7 +402,9 @@ def kernels(device: str = "cpu") -> None:
             vectors, rows = torch.rand(3, 37).double(), torch.rand(3, 3, 70).double()
             expected = everything(AttentionVjp(record, rule), gradient, of_pairs, vectors, rows)
             single = in_float32(record, device)
-            given = [each.to(device) for each in (gradient.float(), of_pairs, vectors.float(), rows.float())]
+            given = [
+                tensor.to(device) for tensor in (gradient.float(), of_pairs, vectors.float(), rows.float())
+            ]
             found = everything(FusedVjp(single, rule), *given)
             budget = float32_budget(record)
             for ours, theirs in zip(found, expected, strict=True):
@@ -410,10 +412,10 @@ def kernels(device: str = "cpu") -> None:
                 worst = relative(ours.cpu(), theirs)
                 assert worst < budget, f"{rule}, {runs} runs, {runs_of_keys} of keys: {worst} of {budget}"
             if rule == "gradient":
-                assert_refused(record, gradient, of_pairs, expected[0])
+                assert_rejected(record, gradient, of_pairs, expected[0])
             # Cams are the same numbers however they are asked for: alone, or on the way to gradients.
             assert FusedVjp(single, rule)(*given[:2], inputs=False)[0].equal(found[0])
-            found = [each.cpu() for each in found]
+            found = [tensor.cpu() for tensor in found]
             # What is off, or hidden, or seen by nobody, is exactly zero.
             assert found[0][-1, :64].eq(0).all()
             off = of_pairs == 0
@@ -439,8 +441,8 @@ def launches(device: str = "cpu") -> None:
 
     gradient[1, 1, 3, 2] = torch.nan
     cams, inputs = FusedVjp(record, "gradient")(gradient, of_pairs)
-    found = [each.isnan().flatten(1).any(1) for each in (cams, *inputs)]
-    assert all(each.tolist() == [False, True, False, False] for each in found)
+    found = [tensor.isnan().flatten(1).any(1) for tensor in (cams, *inputs)]
+    assert all(tensor.tolist() == [False, True, False, False] for tensor in found)
 
     generator = torch.Generator().manual_seed(0)
     query, key, value, gradient = (
@@ -451,7 +453,7 @@ def launches(device: str = "cpu") -> None:
     runs = torch.zeros(1, dtype=torch.long)
     vectors, rows = torch.rand(1, 33).double(), torch.rand(1, 1, 40).double()
     expected = everything(AttentionVjp(record, "gradient"), gradient, runs, vectors, rows)
-    given = [each.to(device) for each in (gradient.float(), runs, vectors.float(), rows.float())]
+    given = [tensor.to(device) for tensor in (gradient.float(), runs, vectors.float(), rows.float())]
     found = everything(FusedVjp(in_float32(record, device), "gradient"), *given)
     for ours, theirs in zip(found, expected, strict=True):
         assert relative(ours.cpu(), theirs) < float32_budget(record)
@@ -484,7 +486,7 @@ def engine(device: str = "cpu") -> None:
 
 def single_features(features: Features, device: str) -> Features:
     mask = None if features.attn_mask is None else features.attn_mask.to(device)
-    tokens, positions = (each.to(device, torch.float32) for each in (features.tokens, features.positions))
+    tokens, positions = (tensor.to(device, torch.float32) for tensor in (features.tokens, features.positions))
     return Features(tokens, positions, mask, features.grid)
 
 
@@ -517,7 +519,9 @@ def waits(device: str = "cpu") -> None:
             encoder = engine.encode()
             decoder = DecoderTrace.run(detector, encoder.memory, gates, engine._make_vjp)
             pairs = [_Pair(run, 0, class_logit(query, 1)) for run, query in ((0, 1), (1, 2))]
-            runs, queries, layers = (torch.tensor(each, device=device) for each in ([0, 1], [1, 2], [0, 1]))
+            runs, queries, layers = (
+                torch.tensor(indices, device=device) for indices in ([0, 1], [1, 2], [0, 1])
+            )
             maps = []
             for guard in (nullcontext(), no_waiting(device)):
                 with guard:

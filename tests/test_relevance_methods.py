@@ -228,7 +228,7 @@ def test_save_and_load(ending, detector, picture, tmp_path):
     assert again.target == ("class", "cy") and again.stride == found.stride
 
 
-def test_files_that_cannot_be(explanation, tmp_path):
+def test_files_that_are_invalid(explanation, tmp_path):
     with pytest.raises(SettingError, match="end its name in .npz"):
         explanation.save(tmp_path / "maps.txt")
     with pytest.raises(OutputError, match="cannot be written"):
@@ -299,9 +299,9 @@ def test_where_the_reference_differs_does_not_depend_on_the_layers_asked_for(pic
 
 
 def test_progress_is_told(detector, picture):
-    told = []
-    explain(detector, picture, cumulative(HEADS)[:3], [0], "raw", progress=lambda *now: told.append(now))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    calls = []
+    explain(detector, picture, cumulative(HEADS)[:3], [0], "raw", progress=lambda *now: calls.append(now))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 @pytest.mark.parametrize(
@@ -321,12 +321,12 @@ def test_progress_is_told(detector, picture):
         ({"confidence": 2.0}, "confidence 2.0"),
     ],
 )
-def test_arguments_that_cannot_be(arguments, message, detector, picture):
+def test_arguments_that_are_invalid(arguments, message, detector, picture):
     with pytest.raises(SettingError, match=message):
         explain(detector, picture, **{"method": "raw", **arguments})
 
 
-def test_configurations_that_cannot_be(detector, picture):
+def test_configurations_that_are_invalid(detector, picture):
     with pytest.raises(GateError, match="H7|head 7"):
         explain(detector, picture, ["H7"])
     with pytest.raises(GateError, match="empty|cannot"):

@@ -46,7 +46,7 @@ def test_centred_cam_ignores_what_all_keys_share():
     shared = evidence_of([[[0.25, 0.75]]], [[[3.0, 3.0]]])
     assert centred_cam(shared).tolist() == [[0.0, 0.0]]
     shifted = [evidence_of([[[0.25, 0.75]]], [[[1.0 + shift, -1.0 + shift]]]) for shift in (0.0, 7.0)]
-    torch.testing.assert_close(*(centred_cam(each) for each in shifted), rtol=1e-14, atol=0)
+    torch.testing.assert_close(*(centred_cam(layer) for layer in shifted), rtol=1e-14, atol=0)
 
 
 def test_centred_cam_is_relu_of_the_gradient_of_the_scores():
@@ -94,8 +94,8 @@ def test_chefer_is_the_paper_written_with_r(seed):
         return excess / excess.sum(-1, keepdim=True) + identity
 
     r_ii, r_qq, r_qi = identity_i, identity_q, torch.zeros(5, 15, dtype=torch.float64)
-    for each in evidence.encoder:
-        r_ii = r_ii + gradient_cam(each) @ r_ii
+    for layer in evidence.encoder:
+        r_ii = r_ii + gradient_cam(layer) @ r_ii
     for own, cross in zip(evidence.decoder_self, evidence.decoder_cross, strict=True):
         r_qi = r_qi + gradient_cam(own) @ r_qi
         r_qq = r_qq + gradient_cam(own) @ r_qq

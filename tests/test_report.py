@@ -92,13 +92,13 @@ def test_csv_has_a_row_for_each(written):
         detections = [*csv.DictReader(file)]
     with open(folder / "objects.csv", newline="") as file:
         objects = [*csv.DictReader(file)]
-    assert len(detections) == sum(len(each) for each in result.detections)
+    assert len(detections) == sum(map(len, result.detections))
     assert len(objects) == len(result) * len(result.baseline)
     nothing = [row for row in detections if row["status"] == "unmatched"]
-    assert len(nothing) == sum(len(each.unmatched) for each in result.outcomes)
+    assert len(nothing) == sum(len(outcome.unmatched) for outcome in result.outcomes)
     assert all(row["object"] == "" for row in nothing)
     duplicates = [row for row in detections if row["status"] == "duplicate"]
-    assert len(duplicates) == sum(each.duplicates for each in result.outcomes) > 0
+    assert len(duplicates) == sum(outcome.duplicates for outcome in result.outcomes) > 0
     assert detections[0]["image"] == objects[0]["image"] == PROVENANCE["image"]
     last = result.outcomes[-1].outcomes[0]
     row = next(r for r in objects if r["configuration"] == "first 3 off" and r["object"] == "0")

@@ -215,7 +215,7 @@ def test_dataset_feeds_a_loader() -> None:
         (lambda: augment(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), [torch.zeros(0, 4)]), "boxes for 1"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(call: object, culprit: str) -> None:
+def test_what_cannot_be_drawn_is_rejected(call: object, culprit: str) -> None:
     assert callable(call)
     with pytest.raises(ValueError, match=culprit):
         call()

@@ -50,12 +50,12 @@ def test_ap_is_pycocotools(detector, precisions):
     rows = [
         {
             "image_id": index,
-            "category_id": each.label,
-            "score": each.score,
-            "bbox": [each.box[0], each.box[1], each.box[2] - each.box[0], each.box[3] - each.box[1]],
+            "category_id": found.label,
+            "score": found.score,
+            "bbox": [found.box[0], found.box[1], found.box[2] - found.box[0], found.box[3] - found.box[1]],
         }
         for index, scene in enumerate(scenes)
-        for each in headoff.detect(detector, scene.image, confidence=0.0)
+        for found in headoff.detect(detector, scene.image, confidence=0.0)
     ]
     judge = COCOeval(truth, truth.loadRes(rows), "bbox")
     judge.evaluate()

@@ -117,12 +117,12 @@ def test_an_object_that_is_not_there(detector, image):
         sweep(detector, image, object_index=99)
 
 
-def test_survival_is_the_probability_at_the_objects_own_query(detector, image):
+def test_survival_is_the_probability_at_the_objects_query(detector, image):
     result = sweep(detector, image, confidence=0.2)
     survival = result.survival()
     assert survival.shape == (len(result.baseline), len(result))
-    for number, each in enumerate(result.baseline):
-        probabilities = result.logits[:, each.query].softmax(-1)[:, each.label]
+    for number, found in enumerate(result.baseline):
+        probabilities = result.logits[:, found.query].softmax(-1)[:, found.label]
         torch.testing.assert_close(survival[number], probabilities.float())
     torch.testing.assert_close(survival[:, 0], result.baseline.scores)
 

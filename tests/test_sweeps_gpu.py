@@ -90,7 +90,9 @@ class Transfers(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
             devices = {
-                each.device.type for each in tree_leaves((args, result)) if isinstance(each, torch.Tensor)
+                tensor.device.type
+                for tensor in tree_leaves((args, result))
+                if isinstance(tensor, torch.Tensor)
             }
             if len(devices) > 1:
                 self.sizes.append(result.numel())
@@ -150,7 +152,9 @@ def test_tensors_sent_together_keep_shapes_values_and_places():
     tensors = [torch.arange(6).view(2, 3), torch.rand(()), torch.empty(0, 4), torch.rand(3).double()]
     assert all(a is b for a, b in zip(copy_to_device(tensors, torch.device("cpu")), tensors, strict=True))
     there = copy_to_device(tensors, torch.device("meta"))
-    assert [(each.shape, each.dtype) for each in there] == [(each.shape, each.dtype) for each in tensors]
+    assert [(tensor.shape, tensor.dtype) for tensor in there] == [
+        (tensor.shape, tensor.dtype) for tensor in tensors
+    ]
     (cast,) = copy_to_device([tensors[3]], torch.device("cpu"), torch.float32)
     assert torch.equal(cast, tensors[3].float())
 
@@ -214,7 +218,7 @@ class Stream:
 
 
 class FakeCuda:
-    """As much of `torch.cuda` as graphs need. `failing` refuses captures."""
+    """As much of `torch.cuda` as graphs need. `failing` makes captures fail."""
 
     CUDAGraph = Tape
     Stream = Stream
@@ -323,9 +327,9 @@ def test_the_least_used_graph_makes_room(plain):
     memory = memory_of(plain)
     gates = [gates_of(plain, [f"L{layer}H{head}"]) for layer in range(2) for head in range(3)]
     for _ in range(3):
-        for each in gates:
+        for gate in gates:
             with torch.inference_mode():
-                assert_same(graphs.decode(plain, memory, each), plain.decode(memory, each))
+                assert_same(graphs.decode(plain, memory, gate), plain.decode(memory, gate))
     assert len(gates) > MOST_GRAPHS and len(cuda.captures) > len(gates)
     assert len(graphs._graphs) == MOST_GRAPHS
 
@@ -463,7 +467,7 @@ def test_autocast_ends_with_an_error_too(detector, image):
     assert detector.autocast_dtype is None and not torch.is_autocast_enabled("cpu")
 
 
-def test_autocast_that_cannot_be(detector, image):
+def test_an_invalid_autocast(detector, image):
     with pytest.raises(SettingError, match=r"torch.int8: use torch.bfloat16"):
         sweep(detector, image, autocast=torch.int8)
     with pytest.raises(SettingError, match="float64: load it in float32"):
@@ -495,9 +499,11 @@ def test_a_sweep_beside_itself_is_the_same(detector, image):
 
 
 def test_effects_are_counted_per_detection(detector, image):
-    scores = torch.cat([each.scores for each in sweep(detector, image, TEXTS, confidence=0.2).detections])
-    low, high = (sweep(detector, image, TEXTS, confidence=each) for each in (0.2, float(scores.median())))
-    counts = [sum(map(len, each.detections)) for each in (low, high)]
+    scores = torch.cat([found.scores for found in sweep(detector, image, TEXTS, confidence=0.2).detections])
+    low, high = (
+        sweep(detector, image, TEXTS, confidence=confidence) for confidence in (0.2, float(scores.median()))
+    )
+    counts = [sum(map(len, result.detections)) for result in (low, high)]
     assert counts[0] > counts[1]
     fewer, more = effect_on_detections(low, high), effect_on_detections(high, low)
     assert (fewer.lost, fewer.gained) == (counts[0] - counts[1], 0) == (more.gained, more.lost)
@@ -509,7 +515,7 @@ def test_effects_are_those_of_scores_and_boxes(detector, image):
     other.load_state_dict(detector.state_dict())
     other.box_head[-1].bias += 0.01
     other.class_head.bias += torch.tensor([0.01, 0, 0, 0])
-    one, two = (sweep(each, image, TEXTS, confidence=0.05) for each in (detector, other))
+    one, two = (sweep(model, image, TEXTS, confidence=0.05) for model in (detector, other))
     effect = effect_on_detections(one, two)
     change = (two.logits.double().softmax(-1) - one.logits.double().softmax(-1))[..., :3].abs().amax()
     assert effect.score == pytest.approx(float(change))
@@ -518,7 +524,7 @@ def test_effects_are_those_of_scores_and_boxes(detector, image):
     assert "boxes by" in effect.sentence("bfloat16")
 
 
-def test_effects_of_other_things_are_refused(detector, image):
+def test_effects_of_other_things_are_rejected(detector, image):
     one, two = sweep(detector, image, ["first 1"]), sweep(detector, image, ["first 2"])
     with pytest.raises(SettingError, match="other configurations"):
         effect_on_detections(one, two)

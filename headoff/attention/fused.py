@@ -263,20 +263,12 @@ def _backward(
 def tilings(query: Tensor, key: Tensor) -> Tilings:
     """The tiles of the three kernels for `query` (B, H, Q, D) and `key` (B, H, S, D).
 
-<<<<<<< HEAD
-    By dtype and shape alone, so that results repeat. Tensor cores want 64 rows; where that makes too few
-    programs to occupy a GPU, 32, which also leaves fewer rows that are off in blocks that are not. Tiles are
-    those whose accumulators and operands ptxas fits into the registers of sm_90: of what Triton 3.4, 3.6 and
-    3.9 make of them for calls without padding it spills at most 32 bytes a thread
-    (`tools/triton_kernels.py resources`). Those of float32 are smaller, as exact products are no work of tensor
-    cores and keep their operands in registers.
-=======
     They depend on dtype and shape only, so that results are reproducible. Tensor cores work best with 64 rows; where
     that gives too few programs to occupy a GPU, tiles have 32 rows, and fewer rows that are off share a block with
     rows that are on. Accumulators and operands of these tiles fit into the registers of sm_90: for calls without
-    padding, ptxas spills at most 32 bytes per thread with Triton 3.4, 3.6 and 3.9 (`tools/kernel_resources.py`).
-    Tiles of float32 are smaller, as exact products do not run on tensor cores, and keep their operands in registers.
->>>>>>> 1f2cdae (attention and relevance in plain words; the trace's layer parts are written once)
+    padding, ptxas spills at most 32 bytes per thread with Triton 3.4, 3.6 and 3.9 (`tools/triton_kernels.py
+    resources`). Tiles of float32 are smaller, as exact products do not run on tensor cores, and keep their operands
+    in registers.
     """
     batch, heads, queries, channels = query.shape
     if query.dtype == torch.float32:

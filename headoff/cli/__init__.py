@@ -1,6 +1,6 @@
 """The command line: `headoff sweep`, `explain`, `detect`, `verify`, `bench` and `scenes`.
 
-Parsers are built without torch, so that --help answers at once: a command imports what it needs in its `run`.
+Parsers are built without torch, so that --help is fast: a command imports what it needs in its `run`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from headoff.cli import bench, detect, explain, scenes, sweep, verify
 from headoff.errors import HeadoffError
 
 EPILOG = """\
-Exit codes: 0 done; 1 `verify` found an attention wrong; 2 an option or a file was wrong, and one sentence says which;
+Exit codes: 0 success; 1 `verify` found a wrong attention; 2 an option or a file is invalid, see the message;
 130 interrupted.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands. Its result's `run` takes the parsed options and returns the exit code."""
+    """The parser of all commands. Parsed options have `run`, which takes them and returns the exit code."""
     top = argparse.ArgumentParser(
         prog="headoff",
-        description="Switch off attention heads of a DETR decoder: see which detections survive, and which parts of "
-        "the image each one draws its evidence from.",
+        description="Switch off attention heads of a DETR decoder, and see which detections survive and which parts of "
+        "the image they depend on.",
         epilog=EPILOG,
     )
     top.add_argument("--version", action="version", version=f"headoff {__version__}")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = parser().parse_args(words)
     settings.pytest_options = pytest_options
     try:
-        # Warnings of libraries are for the authors of code; errors and notes of headoff are printed in its own words.
+        # Warnings of libraries do not concern users of the command line.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=UserWarning)
             return settings.run(settings)
@@ -56,6 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nheadoff: interrupted; finished reports are complete", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output (`| head`) has closed it, so nothing more can be printed.
+        # The reader of our output (`| head`) has closed it, so nothing more can be printed.
         sys.stderr.close()
         return 0

@@ -1,4 +1,4 @@
-"""`headoff bench`: what attention, decoder, sweep and relevance cost on this machine, compared with alternatives."""
+"""`headoff bench`: benchmarks of attention, decoder, sweep and relevance on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from headoff.cli.options import positive, ratio
 from headoff.devices import DTYPES, chosen_device, torch_dtype
-from headoff.errors import OutputError, SettingError
+from headoff.errors import OutputError, SettingError, error_line
 from headoff.files import atomic_write
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ STAGE_SECONDS = 1.0
 EPILOG = """\
 suites:
   attention   each backend of torch's SDPA times the gate (the fastest is the reference), flex_attention, eager, and
-              headoff's own, with 0, 4, 8 heads off and for whole sweeps; forward, and forward with backward
+              headoff's kernels, with 0, 4, 8 heads off and for whole sweeps; forward, and forward with backward
   skipping    SDPA that leaves out the rows of heads that are off, relative to plain SDPA (CPU only)
   decoder     all configurations decoded together, by each attention, and one by one
   sweep       from the image to the outcomes, relative to one plain forward pass
@@ -47,16 +47,16 @@ examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the parser; imports nothing heavy."""
+    """Add the command."""
     parser = commands.add_parser(
         "bench",
-        help="measure what attention, decoder, sweep and relevance cost on this machine",
-        description="Measure attention, decoder, sweep and relevance on this machine, in one run, against torch's own "
-        "kernels, a plain forward pass and the notebooks' way.",
+        help="benchmark attention, decoder, sweep and relevance on this machine",
+        description="Benchmark attention, decoder, sweep and relevance on this machine, relative to torch's "
+        "kernels, a plain forward pass and the published notebooks.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:1; by default CUDA where there is one")
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; by default CUDA if available")
     parser.add_argument(
         "--dtype",
         action="append",
@@ -89,7 +89,7 @@ def add_parser(commands: Any) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="CPU threads (default 1: with several, times on a busy machine mean little)",
+        help="CPU threads (default 1, as times with several threads are unreliable on a busy machine)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write bench.json, bench.csv and bench.md there"
@@ -118,7 +118,11 @@ def run(settings: argparse.Namespace) -> int:
 
 
 def plan_of(settings: argparse.Namespace) -> Plan:
-    """What the options ask for. Raises SettingError for a device that is not there."""
+    """The benchmarks that the options ask for.
+
+    Raises:
+        SettingError: there is no such device.
+    """
     from headoff.bench.runner import Plan
 
     device = chosen_device(settings.device)
@@ -143,7 +147,7 @@ def _check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"{folder} cannot be created ({error.strerror or error}): choose another folder"
+            f"{folder} cannot be created ({error_line(error)}): choose another folder"
         ) from error
 
 
@@ -172,6 +176,7 @@ def _write(files: Mapping[Path, bytes]) -> None:
             with atomic_write(path) as file:
                 file.write(content)
         except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"{path} cannot be written ({reason}): choose another folder") from error
+            raise OutputError(
+                f"{path} cannot be written ({error_line(error)}): choose another folder"
+            ) from error
         print(f"written: {path}")

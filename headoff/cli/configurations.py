@@ -1,4 +1,4 @@
-"""The configurations that the options name."""
+"""The configurations that the options ask for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from headoff.gates import (
 
 @dataclass(frozen=True)
 class ConfigurationChoice:
-    """What is to be switched off, as far as it is known before the detector is loaded.
+    """The options about configurations, before the detector, and so its number of heads, is known.
 
     Attributes:
         set: `cumulative`, `single`, `subsets`, or None for the baseline only.
@@ -41,8 +41,8 @@ class ConfigurationChoice:
         """Read the options of `add_configuration_options`.
 
         Raises:
-            GateError: a configuration or an order that cannot be read.
-            SettingError: options that contradict each other.
+            GateError: a configuration or an order cannot be read.
+            SettingError: options contradict each other.
         """
         order = parse_order(settings.order) if settings.order else None
         off = tuple(parse_configuration(text) for text in settings.off or ())

@@ -1,4 +1,4 @@
-"""`headoff detect`: what the detector finds with all heads on."""
+"""`headoff detect`: detections with all heads on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "detect",
-        help="list what is detected with all heads on",
-        description="List what the detector finds in an image, or in all images of a folder, with all heads on.",
+        help="list detections with all heads on",
+        description="List the detections in an image, or in all images of a folder, with all heads on.",
         epilog="example: headoff detect street.jpg --model detr-resnet-50 --confidence 0.7",
     )
     parser.add_argument(

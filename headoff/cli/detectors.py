@@ -1,4 +1,4 @@
-"""The detector and the images that the options name."""
+"""The detector and the images that the options ask for."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def images_at(path: Path | None) -> list[Path]:
     """The image at `path`, or the images in that folder; a bundled scene for None.
 
     Raises:
-        ImageError: there is none.
+        ImageError: there is no image.
     """
     if path is None:
         return [sample_image(0)]

@@ -1,4 +1,4 @@
-"""`headoff explain`: where each detection draws its evidence from."""
+"""`headoff explain`: relevance maps of the detections."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EPILOG = f"""\
 what to switch off:
-  Default: nothing; the objects are explained as they are detected.
+  Default: nothing, which explains the detections of the unchanged detector.
 {NOTATION}
 examples:
   headoff explain                                    the bundled model on a bundled scene
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "explain",
-        help="draw where each detection draws its evidence from",
+        help="draw relevance maps: which parts of the image detections depend on",
         description="Relevance maps of the image for every detected object, after every decoder layer, under every "
         "configuration: index.html, figures, maps.npz, relevance.csv, and everything that `headoff sweep` writes.",
         epilog=EPILOG,
@@ -164,7 +164,7 @@ def _summary(image: Path, explanation: Explanation) -> str:
     """The relevance after the last layer, one line for each configuration and object."""
     objects = explanation.objects
     if not len(objects):
-        return f"{image}: no object with nothing off, nothing to explain"
+        return f"{image}: no object is detected with nothing off, so there is nothing to explain"
     title = (
         f"{image}: {counted(len(objects), 'object')} explained, relevance ({explanation.method}) "
         f"after decoder layer {explanation.layers[-1]}"

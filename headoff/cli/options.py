@@ -1,6 +1,6 @@
 """Options that several commands share, and types of arguments.
 
-Nothing here imports torch: `headoff COMMAND --help` answers at once.
+Nothing here imports torch, so that `headoff COMMAND --help` is fast.
 """
 
 from __future__ import annotations

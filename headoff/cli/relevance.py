@@ -1,4 +1,4 @@
-"""The options about relevance maps, and the report that has them."""
+"""The options about relevance maps, and the report with them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from headoff.sweeps import SweepResult, query_of_object
 
 @dataclass(frozen=True)
 class RelevanceOptions:
-    """What `headoff.explain` computes, and how it is drawn.
+    """Arguments of `headoff.explain`, and how maps are drawn.
 
     Attributes:
-        method, target, layers, pick, heads: as of `headoff.explain`.
+        method, target, layers, pick, heads: see `headoff.explain`.
         queries, objects: explain only these; all detected objects if both are empty.
-        scale: as of `headoff.MapStyle`. None: one scale for all configurations, or one per map if there is only one
+        scale: see `headoff.MapStyle`. None: one scale for all configurations, or one per map if there is only one
             configuration, as in the notebook of the paper.
-        overlay, cmap: as of `headoff.MapStyle`.
+        overlay, cmap: see `headoff.MapStyle`.
         maps: format of the file of raw maps.
 
     Raises:
-        SettingError: an option that no detector could satisfy.
+        SettingError: an option is invalid for every detector.
     """
 
     method: str = "chefer"
@@ -77,7 +77,7 @@ class RelevanceOptions:
         return {"relevance": ", ".join(relevance), "maps": f"{', '.join(maps)}, {self.maps}"}
 
     def style(self, configurations: int) -> MapStyle:
-        """How maps of so many configurations are drawn."""
+        """How maps of this number of configurations are drawn."""
         return MapStyle(self.scale or ("sweep" if configurations > 1 else "map"), self.overlay, self.cmap)
 
     def write_report(
@@ -122,7 +122,11 @@ class RelevanceOptions:
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:
-    """`all`, `last`, or numbers of decoder layers such as `0,5`. Raises SettingError for anything else."""
+    """Read `all`, `last`, or numbers of decoder layers such as `0,5`.
+
+    Raises:
+        SettingError: the text is none of these.
+    """
     if text in ("all", "last"):
         return text
     parts = text.split(",")

@@ -49,7 +49,7 @@ def write_reports(
 def _write_folder(
     settings: argparse.Namespace, images: list[Path], provenance: Mapping[str, str], write: WriteReport
 ) -> int:
-    """A report for each image, in a folder of its own. An image that cannot be read does not stop the run."""
+    """Write a report for each image, in separate folders. Images that cannot be read are left out."""
     failed: dict[str, str] = {}
     done: list[Path] = []
     with tqdm(images, desc="working", unit="image") as bar:

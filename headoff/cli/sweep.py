@@ -1,4 +1,4 @@
-"""`headoff sweep`: switch heads off step by step and report which detections survive."""
+"""`headoff sweep`: switch heads off and report which detections survive."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--relevance",
         action="store_true",
-        help="add relevance maps: where each detection draws its evidence from, under every configuration "
+        help="add relevance maps: which parts of the image detections depend on, under every configuration "
         "(`headoff explain` does the same with more options)",
     )
     group = add_configuration_options(parser, "cumulative")

@@ -44,8 +44,8 @@ def evaluate(
 ) -> tuple[Precision, ...]:
     """AP of `detector` on `count` held-out scenes, one `Precision` per configuration (the cumulative sweep).
 
-    Every query's best class counts, whatever its score, as DETR is evaluated. `progress` is told the number of
-    scenes done after every batch.
+    The best class of every query is a detection, whatever its score, as in DETR's evaluation. `progress` is called
+    with the number of scenes done after every batch.
 
     Raises:
         SettingError: the detector has other classes, `count` is below 1, or faster-coco-eval is not installed.

@@ -217,7 +217,7 @@ class Trainer(nn.Module):
             output = DetectorOutput(detector.class_head(queries_states), detector.box_head(queries_states))
             # The first two runs: (layers, B, runs, Q, ..) to (sets, B, Q, ..)
             logits, boxes = (
-                each[:, :, :2].movedim(2, 0).flatten(0, 1) for each in (output.logits, output.boxes)
+                tensor[:, :, :2].movedim(2, 0).flatten(0, 1) for tensor in (output.logits, output.boxes)
             )
             part = set_loss(logits, boxes, on_device, match(logits, boxes, on_device)) / 2
             known = (

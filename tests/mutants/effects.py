@@ -174,7 +174,7 @@ def keeps(make: Callable[[], Attention], case: Case) -> bool:
     with torch.no_grad():
         contexts = [StorageWeakRef(called(used, case.call()).untyped_storage()) for _ in range(40)]
     gc.collect()
-    return len({each.cdata for each in contexts if not each.expired()}) > 20
+    return len({context.cdata for context in contexts if not context.expired()}) > 20
 
 
 def minds_threads(make: Callable[[], Attention], case: Case) -> bool:
