@@ -16,7 +16,7 @@ def evidence(explanation: Explanation) -> str:
     """How much relevance is in the boxes in the baseline, and which configurations have no relevance."""
     objects = len(explanation.objects)
     if not objects:
-        return "There is no object to explain."
+        return "There is no object, so there is nothing to explain."
     parts = []
     names = [configuration.text for configuration in explanation.configurations]
     if "none" in names:
