@@ -68,7 +68,7 @@ def test_moved():
     assert found.outcomes[0].iou == pytest.approx(22 / 58)
 
 
-def test_far_away_is_lost_and_of_nothing():
+def test_far_away_is_lost_and_unmatched():
     found = outcomes_of(scene(PERSON), scene((0, 0, (34, 10, 74, 50))), LOGITS)  # IoU 16/64
     assert counts(found) == {"lost": 1} and found.unmatched == (0,)
     (outcome,) = found.outcomes
