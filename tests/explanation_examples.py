@@ -1,4 +1,4 @@
-"""Explanations made by hand, for tests of what is drawn and written of them."""
+"""Explanations made by hand, for tests of figures and reports."""
 
 import torch
 

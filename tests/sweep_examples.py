@@ -1,4 +1,4 @@
-"""Sweep results made by hand, for tests of what is drawn and written of them."""
+"""Sweep results made by hand, for tests of figures and reports."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The attention callables against their formula, in values and gradients."""
+"""The attention callables compared with their formula: values and gradients."""
 
 import math
 import sys
@@ -220,7 +220,7 @@ def test_gradients_are_those_of_the_formula(attention, gate, mask, device):
 
 @pytest.mark.parametrize("gate", [name for name in GATES if name not in ("no gate", "boolean")])
 def test_gradient_of_the_gate(attention, gate, device):
-    """That of a head that is off is not 0: it says what switching the head on a little would do."""
+    """The gradient of a gate of 0 is not 0: it is the effect of switching the head on a little."""
     tensors = inputs(device=device)
     head_gate = gate_of(gate, device=device).double().requires_grad_()
     upstream = torch.randn_like(tensors[0])
@@ -399,7 +399,7 @@ def test_plain_call_otherwise(head_gate):
 
 @pytest.mark.parametrize(("queries", "keys"), [(20, 64), (25, 221)])
 def test_plain_call_for_few_keys(queries, keys, monkeypatch):
-    """And without looking for groups: that takes as long as such a call."""
+    """The groups are not even computed, as that takes as long as such a call."""
     monkeypatch.setattr(skipping, "group_streams", None)
     assert (
         skipping.plan_groups(sweep_gate(CUMULATIVE, queries), torch.empty(1, 8, 9 * queries, 32), keys)
@@ -409,7 +409,7 @@ def test_plain_call_for_few_keys(queries, keys, monkeypatch):
 
 @pytest.mark.parametrize("keys", [64, 221, 850])
 def test_what_is_not_looked_at_is_not_worth_it(keys):
-    """The least it can cost is never more than what the groups are found to cost."""
+    """The lower bound of the cost is never above the cost of the groups."""
     for off in range(1, 8):
         gate = sweep_gate(CUMULATIVE[off : off + 1], 100)
         query = torch.empty(1, 8, 100, 32)
@@ -419,7 +419,7 @@ def test_what_is_not_looked_at_is_not_worth_it(keys):
 
 
 def test_whole_sweep_in_one_call():
-    """At the size of a real sweep, where skipping is on without any help."""
+    """At the size of a real sweep, for which the cost model chooses skipping."""
     query, key, value = inputs((1, 8, 9 * 30, 850, 32), torch.float32)
     tensors = [tensor.requires_grad_() for tensor in (query, key, value)]
     head_gate = sweep_gate(CUMULATIVE, 30)
@@ -444,7 +444,7 @@ def test_everything_off_still_has_gradients():
 
 
 def test_compiles_whole():
-    """Without a graph break: what depends on the gate's values is left out while torch compiles."""
+    """Without a graph break: while torch compiles, nothing depends on the gate's values."""
     torch.compiler.reset()
     compiled = torch.compile(sdpa, fullgraph=True, backend="eager")
     tensors = inputs()

@@ -1,4 +1,4 @@
-"""Finding attention callables by name, and making them keep the contract."""
+"""Finding attention callables by name, and adapting them to the contract."""
 
 import functools
 import sys

@@ -1,8 +1,8 @@
-"""The Triton kernels: against the formula, in what they read and what they leave unread, and in what they reject.
+"""The Triton kernels: compared with the formula, what they read and do not read, and which inputs they reject.
 
-Kernels need a GPU, or Triton's interpreter, which has to be chosen before Triton is imported. So where there is no
-GPU one test runs this file again in a process of its own, with TRITON_INTERPRET=1; what needs no kernel to run, and
-their compilation for GPUs that are not there, is tested in this one.
+Kernels need a GPU, or Triton's interpreter, which must be chosen before Triton is imported. So without a GPU, one test
+runs this file again in a separate process with TRITON_INTERPRET=1. Tests that run no kernel, and tests that compile
+kernels for other GPUs, run in this process.
 """
 
 import math
@@ -105,7 +105,7 @@ def results(attention, tensors, attn_mask=None, head_gate=None) -> list[Tensor]:
 
 
 def magnitudes(tensors, attn_mask, head_gate) -> list[float]:
-    """How large the terms are whose sums are the context and the gradients: what float32 sums are rounded by."""
+    """The size of the summands of context and gradients, to which rounding errors of float32 sums are proportional."""
     query, key, value = (tensor.detach().double() for tensor in tensors)
     identity = torch.eye(key.shape[2], dtype=torch.float64, device=key.device).expand(*key.shape[:2], -1, -1)
     gate = None if head_gate is None else head_gate.double().abs()
@@ -119,7 +119,7 @@ def magnitudes(tensors, attn_mask, head_gate) -> list[float]:
 
 
 def excesses(attention, tensors, attn_mask=None, head_gate=None) -> list[float]:
-    """Errors of context and gradients over what they may be: at most 1 is right.
+    """Errors of context and gradients, divided by the allowed errors.
 
     The budget is 4 times the error of eager attention in the same dtype, and as a floor two roundings to that dtype
     of the largest result and 16 roundings to float32 of the largest sum of terms' magnitudes. Where one key is
@@ -301,7 +301,7 @@ def test_expanded_memory_is_read_in_place():
 
 @runs_kernels
 def test_heads_that_are_off_are_not_read(tiny_tiles):
-    """NaN in all that belongs to them comes through nowhere."""
+    """NaN in their inputs has no effect on any output."""
     query, key, value = (tensor.detach() for tensor in inputs(SMALL))
     head_gate = made(GATES["by batch item"], SMALL, 3)
     off = (head_gate == 0)[..., 0, 0]
@@ -477,7 +477,7 @@ def test_the_host_waits_for_nothing():
 
 @needs_cuda
 def test_in_a_cuda_graph():
-    """Captured once, a call is right for what its inputs are when it is replayed, the gate among them."""
+    """A captured call reads its inputs, including the gate, when it is replayed."""
     tensors, attn_mask, head_gate = on_device((1, 2, 70, 70, 32), "cuda")
     query, key, value = (tensor.detach() for tensor in tensors)
     with torch.no_grad():
@@ -518,7 +518,7 @@ def test_on_a_device_that_is_not_the_current_one():
 
 @runs_kernels
 def test_under_autocast():
-    """Inputs are taken as they are, those of 16 bits with a gate of float32 among them; gradients have their dtypes."""
+    """Inputs are not converted, even 16-bit ones with a float32 gate; gradients have the dtypes of the inputs."""
     tensors, attn_mask, head_gate = on_device((1, 2, 20, 40, 16), DEVICE)
     expected = results(triton_attention, tensors, attn_mask, head_gate.float())
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -529,7 +529,7 @@ def test_under_autocast():
 
 @runs_kernels
 def test_offsets_beyond_32_bits():
-    """Four keys that lie 2^30 numbers apart, and a mask whose rows do; of the memory, only they are ever touched."""
+    """Four keys that are 2^30 elements apart, and a mask whose rows are; the memory between them is never accessed."""
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
     query, key, value = (tensor.detach() for tensor in inputs((1, 1, 4, 4, 16), torch.float16))
@@ -659,7 +659,7 @@ def test_keeps_the_contract():
 
 
 class Recorder:
-    """Stands for the module of kernels and keeps what they would be launched with."""
+    """A substitute for the module of kernels that records the arguments of launches."""
 
     INTERPRETED = True  # so that tensors on the CPU will do
 
@@ -715,7 +715,7 @@ COMPILED = [
 @pytest.mark.skipif(INTERPRETED, reason="there is nothing to compile")
 @pytest.mark.parametrize(("capability", "dtype", "channels", "mask", "spilled"), COMPILED, ids=str)
 def test_compiles_without_a_gpu(capability, dtype, channels, mask, spilled, monkeypatch):
-    """To machine code, within the registers and the shared memory that there are."""
+    """Kernels compile to machine code that fits into registers and shared memory."""
     compiler = pytest.importorskip("triton.backends.nvidia.compiler")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,5 +1,7 @@
-"""The detector: what a gate does at each site, that decoding many configurations at once changes nothing, and
-what batching images may and may not change. All on tiny random models, in float64 where equality is meant."""
+"""The detector: effects of gates at each site, decoding many configurations together, and batches of images.
+
+Models are tiny and random, in float64 where results must be equal.
+"""
 
 from dataclasses import replace
 
@@ -39,7 +41,7 @@ def tiny_config(**changes):
 
 
 def tiny_detector(device="cpu", dtype=torch.float64, **changes):
-    """Random weights, larger than an initialisation's, so that every part has a say in the outputs."""
+    """Random weights, larger than those of an initialisation, so that every part affects the outputs."""
     torch.manual_seed(0)
     detector = Detector(tiny_config(**changes))
     with torch.no_grad():
@@ -99,7 +101,7 @@ def test_shapes(device, pre_norm):
 @pytest.mark.parametrize("gate_value", [0.0, 0.25])
 @pytest.mark.parametrize("site", ["encoder_self", "decoder_self", "decoder_cross"])
 def test_gate_is_a_factor_on_the_output_projection(site, gate_value, pre_norm):
-    """Closing a head is to take its columns out of the projection that mixes the heads."""
+    """Switching a head off equals setting its columns of the output projection to zero."""
     detector = tiny_detector(pre_norm=pre_norm)
     pixels, mask = padded_batch()
     layer, head = 1, 2
@@ -128,7 +130,7 @@ def test_gate_is_a_factor_on_the_output_projection(site, gate_value, pre_norm):
 @pytest.mark.parametrize("per_query", [False, True])
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_many_configurations_at_once_equal_each_alone(device, per_query, pre_norm):
-    """With shared prefixes, padding and two images; each alone is also each image alone."""
+    """With shared layers, padding and two images; compared with one configuration and one image at a time."""
     detector = tiny_detector(device, pre_norm=pre_norm)
     memory = detector.encode(*padded_batch(device))
     for seed in range(2):
@@ -249,7 +251,7 @@ def test_equal_configurations_are_one_run():
 
 
 def test_runs_that_differed_never_merge():
-    """A difference in layer 0 stays in the state, however alike the later gates are."""
+    """Runs that differ in layer 0 stay separate, even if later gates are equal."""
     gate = torch.ones(2, LAYERS, 1, HEADS)
     gate[1, 0] = 0
     plan = sharing_plan(None, gate, LAYERS, 2)
@@ -257,7 +259,7 @@ def test_runs_that_differed_never_merge():
 
 
 def test_sharing_of_the_single_head_sweep():
-    """By layer l, the heads of layers 0 to l have split off, each a run, and the untouched one is left."""
+    """In layer l there is a run for every head of layers 0 to l, and one run without gates."""
     gates = stack([none_off(), *single_heads(LAYERS, HEADS)], tiny_detector().head_layout)
     plan = sharing_plan(gates.decoder_self, gates.decoder_cross, LAYERS, len(gates))
     assert plan.runs == tuple((layer + 1) * HEADS + 1 for layer in range(LAYERS))
@@ -283,7 +285,7 @@ def test_a_padded_image_does_not_see_its_neighbour():
 
 
 def test_the_transformer_does_not_see_padding():
-    """Padded tokens, whatever is in them, change neither positions nor memory nor boxes."""
+    """The values of padded tokens change neither positions nor memory nor boxes."""
     detector = tiny_detector()
     features = detector.features(padded_batch()[0][:1, :, :48, :64])  # 3 x 4 tokens
     grid = (5, 6)
@@ -301,7 +303,7 @@ def test_the_transformer_does_not_see_padding():
 
 
 def test_the_backbone_sees_padding_at_the_border_only():
-    """DETR's known inexactness: batch norm makes something of zeros that convolutions carry over the border.
+    """A known inexactness of DETR: batch norm turns padding into values that convolutions mix into the image.
 
     So an image padded to the size of its batch is not quite the image alone. Tokens whose receptive field
     stays inside the image are the same.
@@ -331,7 +333,7 @@ def test_an_unpadded_batch_needs_no_mask():
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.4)], ids=str
 )
 def test_dtypes(device, dtype, tolerance):
-    """Every dtype runs, stays itself, and is near float64."""
+    """Every dtype runs, is the dtype of the results, and agrees with float64."""
     exact = tiny_detector(device)
     detector = tiny_detector(device, dtype)
     gates = random_gates(4, per_query=True)

@@ -1,4 +1,4 @@
-"""Downloads, from a server in this process: what arrives is checked and whole, or it is not there."""
+"""Downloads from a server in this process: files are checked, and written completely or not at all."""
 
 import hashlib
 import http.server

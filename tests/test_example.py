@@ -1,4 +1,4 @@
-"""The example in docs/ runs as it is printed."""
+"""The example in docs/ runs without changes."""
 
 import runpy
 from pathlib import Path

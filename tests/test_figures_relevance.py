@@ -1,4 +1,4 @@
-"""Pictures of relevance maps, and the part of the report that is about them."""
+"""Pictures of relevance maps, and their part of the report."""
 
 import base64
 import csv
@@ -136,7 +136,7 @@ def test_maps_in_axes_that_are_given():
 
 
 def test_tokens_beyond_the_border_are_cut():
-    """A grid whose last column juts out of the image paints nothing beside it."""
+    """The last column of a grid that exceeds the image is clipped to the image."""
     explanation = explanation_of(RESULT, resized=(180, 180))
     ax = plot_map(explanation, 0, 0, style=MapStyle("map"))
     figure = Figure(figsize=(6, 4))

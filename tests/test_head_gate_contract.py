@@ -1,6 +1,6 @@
-"""Whoever calls an attention callable passes a head gate of 4 dimensions, in the query's dtype.
+"""All callers of attention callables pass a head gate of 4 dimensions, in the query's dtype.
 
-`weights * head_gate` is then a right patch: it never has to convert or reshape anything.
+So `weights * head_gate` is a right patch, without conversion or reshaping.
 """
 
 from __future__ import annotations

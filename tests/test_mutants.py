@@ -1,4 +1,4 @@
-"""Of tests/mutants: right attentions are right, and each wrong one has its registered fault and no other."""
+"""Tests of tests/mutants: right attentions are right, and each wrong one has its registered fault and no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `import headoff` offers, and that it is imported only when it is used."""
+"""The public names of `headoff`, which are imported when they are first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine against the oracle and against autograd, and what must hold whatever the weights are. All in float64."""
+"""The engine compared with the oracle and with autograd, and properties for any weights. All in float64."""
 
 import math
 from dataclasses import replace
@@ -129,7 +129,7 @@ def test_half_precision_detectors_have_relevance_in_float32(dtype):
 @pytest.mark.parametrize("tile", [1, 40, None])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_vjp_is_autograds(masked, tile):
-    """Fractional gates included, for which rowsum(dO * O) takes the gated context and the ungated weights."""
+    """Including fractional gates, for which rowsum(dO * O) has the gated context, and dS the ungated weights."""
     generator = torch.Generator().manual_seed(0)
     query, key, value, cotangent = (
         torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (5, 7, 7, 5)
@@ -187,7 +187,7 @@ def test_context_gradients_of_the_encoder_are_autograds(pre_norm):
 
 
 def test_no_cross_attention_is_no_evidence_and_no_work():
-    """Exactly zero, in every layer; and known without a single step back."""
+    """Maps are exactly zero in every layer, and computed without a backward pass."""
     detector = tiny_detector(0)
     features = features_of(detector)
     gates = stack([first_off(HEADS), none_off()], detector.head_layout)
@@ -291,7 +291,7 @@ def test_results_come_with_their_configuration_when_the_encoder_is_gated():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Keeps the size of the largest tensor that is made."""
+    """Records the size of the largest tensor that is created."""
 
     def __init__(self):
         super().__init__()
@@ -328,7 +328,7 @@ def test_hooks_do_not_outlive_a_run():
 
 
 class WrongKeyGradient(torch.autograd.Function):
-    """Right context, gradient of the key off by a tenth."""
+    """The right context, with a gradient of the key that is wrong by a tenth."""
 
     @staticmethod
     def forward(ctx, query, key, value):

@@ -1,9 +1,9 @@
-"""The ways back that are for accelerators: all pairs at once in plain PyTorch, and in Triton's kernels.
+"""The backward passes for accelerators: all pairs together, in plain PyTorch and in Triton's kernels.
 
-There is one truth for both, the tile-by-tile path in float64, which tests/test_relevance_engine.py holds against the
-oracle. Plain PyTorch has to agree with it to float64 rounding; the kernels, under Triton's interpreter, to float32's.
-What needs the interpreter runs in a process of its own, for TRITON_INTERPRET has to be set before Triton is imported:
-these tests call this file, and its other half is below `interpreted`. On a GPU the same functions run on it.
+The truth for both is the tile-by-tile implementation in float64, which tests/test_relevance_engine.py compares with the
+oracle. Plain PyTorch must agree with it up to float64 rounding; the kernels, in Triton's interpreter, up to float32
+rounding. TRITON_INTERPRET must be set before Triton is imported, so tests that need the interpreter run this file in a
+separate process (the functions below `interpreted`). On a GPU the same functions run there.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def everything(
 @pytest.mark.parametrize(("runs", "runs_of_keys"), SHAPES)
 @pytest.mark.parametrize("rule", ["gradient", "centred", "attention", "gradcam"])
 def test_all_pairs_at_once_is_one_by_one(rule, runs, runs_of_keys, masked):
-    """Whatever the tile: a row of a head of a pair, a few heads, everything; and with weights kept or not."""
+    """For every size of tiles (one row of a head of a pair, a few heads, everything), with weights stored or not."""
     record, gradient, of_pairs = example(runs, runs_of_keys, masked=masked)
     vectors, rows = torch.randn(4, 37).double(), torch.randn(4, 3, 70).double()
     expected = everything(AttentionVjp(record, rule), gradient, of_pairs, vectors, rows)
@@ -160,7 +160,7 @@ def test_a_small_budget_divides_the_work_and_keeps_nothing():
 
 
 def test_nothing_is_read_between_gradient_and_map():
-    """On tensors that have no values a value cannot be read, nor can two devices be mixed."""
+    """With tensors without values, reading a value and mixing devices are errors."""
     fake = pytest.importorskip("torch._subclasses.fake_tensor")
     detector = tiny_detector(0, decoder_layers=2, encoder_layers=1)
     features, gates = features_of(detector, padded=True), random_gates(detector, 3)
@@ -182,7 +182,7 @@ def test_nothing_is_read_between_gradient_and_map():
 
 
 def elsewhere(thing, mode, device):
-    """A copy of a tree of objects whose tensors are fakes on a device that need not be there."""
+    """A copy of a tree of objects, with fake tensors on a device that need not exist."""
     if isinstance(thing, Tensor):
         return torch.empty_strided(thing.shape, thing.stride(), dtype=thing.dtype, device=device)
     if isinstance(thing, (list, tuple)) and type(thing) in (list, tuple):
@@ -237,7 +237,7 @@ def test_kernels_are_refused_where_there_are_none():
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_triton_has_to_be_asked_for(monkeypatch, kernels):
-    """On a device that only claims to be CUDA: nothing is computed."""
+    """On a fake CUDA device, on which nothing is computed."""
     monkeypatch.setattr(kernels_module, "unsupported", lambda *_: None)
     detector = SimpleNamespace(device=torch.device("cuda", 0), config=tiny_detector(0).config)
     chosen = partial(kernels_module.chosen_kernels, detector=detector, compute=torch.float32)
@@ -286,7 +286,7 @@ def test_builtins_are_known_by_their_module():
 
 
 def interpreted(name: str) -> None:
-    """Run one of the functions below under Triton's interpreter, in a process of its own."""
+    """Run one of the functions below in Triton's interpreter, in a separate process."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
@@ -323,7 +323,7 @@ def test_on_a_device_that_is_not_the_current_one():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile_ahead_of_time(arch, tmp_path, monkeypatch):
-    """With all that may be there and without all that may not, to machine code: no GPU is needed for that."""
+    """Kernels compile to machine code, with and without optional arguments; this needs no GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -364,7 +364,7 @@ def test_kernels_compile_ahead_of_time(arch, tmp_path, monkeypatch):
 
 
 def float32_budget(record: AttentionRecord) -> float:
-    """What float32 rounding may make of this call, relative to the largest of its results.
+    """The allowed rounding error of a call in float32, relative to its largest result.
 
     Each term of a sum rounds once, by the worst of luck all in one direction: D of a score, whose error is the
     relative one of its exponential, and as many as there are rows or keys in a gradient. That it is no licence is
@@ -376,7 +376,7 @@ def float32_budget(record: AttentionRecord) -> float:
 
 
 def assert_rejected(record: AttentionRecord, gradient: Tensor, runs: Tensor, expected: Tensor) -> None:
-    """Cams of products in TF32, and cams of the next pair, are nowhere near those expected."""
+    """Cams of products in TF32, and cams of the next pair, exceed the allowed error."""
 
     def rounded(x: Tensor) -> Tensor:
         return (x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double()
@@ -389,7 +389,7 @@ def assert_rejected(record: AttentionRecord, gradient: Tensor, runs: Tensor, exp
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest number expected."""
+    """The largest difference, relative to the largest expected value."""
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -492,7 +492,7 @@ def single_features(features: Features, device: str) -> Features:
 
 @contextmanager
 def no_waiting(device: str) -> Iterator[None]:
-    """Whatever makes the host wait for the GPU is an error; on a CPU there is nothing to wait for."""
+    """Within this context, making the host wait for the GPU is an error; on a CPU it has no effect."""
     if device == "cpu":
         yield
         return
@@ -506,7 +506,9 @@ def no_waiting(device: str) -> Iterator[None]:
 
 
 def waits(device: str = "cpu") -> None:
-    """From targets to maps, nothing makes the host wait; kernels are compiled and libraries loaded by a first time."""
+    """From targets to maps, nothing makes the host wait, after a first call that compiles kernels and loads
+    libraries.
+    """
     detector = tiny_detector(0, torch.float32, encoder_layers=1, decoder_layers=2, feedforward=8).to(device)
     features = single_features(features_of(detector.cpu(), padded=True), device)
     detector.to(device)

@@ -72,7 +72,7 @@ def test_the_default_comes_first():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_centred_gives_nothing_to_attention_that_cannot_matter(dtype):
-    """In the first decoder layer all queries have the same value: whom they attend to makes no difference."""
+    """In the first decoder layer all queries have the same value, so their attention to each other has no effect."""
     detector = tiny_detector(2, dtype)
     features = features_of(detector)
     gates = stack([none_off(), first_off(2)], detector.head_layout)

@@ -1,4 +1,4 @@
-"""Average precision of the bundled model, its card, and its samples."""
+"""Average precision of the bundled model, its model card, and the bundled scenes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses against independent computations, and training that continues where it stopped."""
+"""Losses compared with independent computations, and training that continues an interrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweep against decoding one by one, its batching, and its refusals."""
+"""The sweep compared with decoding one by one, its batches, and its errors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""The sweep as a GPU runs it: nothing read back on the way, what goes there sent once, decodes captured and replayed,
-and mixed precision.
+"""The sweep on a GPU: no waiting for the device, one copy to it, CUDA graphs, and mixed precision.
 
-There need not be a GPU. Tensors on torch's `meta` device have no values, so that whatever would make the host wait for
-a device's numbers is an error there; and a graph of CUDA calls is stood for by a tape of the operators that were called
-on the same tensors.
+These tests need no GPU. Tensors on torch's `meta` device have no values, so reading a value, for which the host would
+wait, is an error there. A CUDA graph is simulated by recording operators and calling them again on the same tensors.
 """
 
 from __future__ import annotations
@@ -80,7 +78,7 @@ def memory_of(detector, seed=0, height=48):
 
 
 class Transfers(TorchDispatchMode):
-    """Notes every copy between the host and another device."""
+    """Records copies between the host and another device."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +99,7 @@ class Transfers(TorchDispatchMode):
 
 @pytest.fixture
 def away(detector):
-    """The same detector on a device whose numbers nobody can read."""
+    """The same detector on a device whose values cannot be read."""
     return Detector(SMALL).eval().requires_grad_(False).to("meta")
 
 
@@ -191,7 +189,7 @@ def test_the_sweep_on_cuda_is_that_of_the_cpu(detector, image):
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: the operators that were called, to be called again on the same tensors."""
+    """A CUDA graph simulated on a CPU: operators that were called, and are called again on the same tensors."""
 
     def __init__(self):
         super().__init__()
@@ -218,7 +216,7 @@ class Stream:
 
 
 class FakeCuda:
-    """As much of `torch.cuda` as graphs need. `failing` makes captures fail."""
+    """The part of `torch.cuda` that graphs need. `failing` makes captures fail."""
 
     CUDAGraph = Tape
     Stream = Stream
@@ -272,7 +270,7 @@ def assert_same(one, other):
 
 @pytest.fixture
 def plain(detector):
-    """`sdpa` reads gates on a CPU to skip heads; `eager` does the same whatever they are, as both do on a GPU."""
+    """`eager`, as `sdpa` on a CPU reads gates to skip heads, which both do not do on a GPU."""
     detector.attention = "eager"
     yield detector
     detector.attention = "sdpa"
@@ -346,7 +344,7 @@ def test_where_a_capture_fails_decodes_go_on(plain):
 
 
 def test_what_is_not_captured(plain):
-    """Padding, a patch of unknown doings, an overridden `attend`, autocast, another device."""
+    """Padding, a patch that may do anything, an overridden `attend`, autocast, another device."""
     graphs, cuda = graphs_here()
     memory, gates = memory_of(plain), gates_of(plain, ["first 2"])
     padded = Memory(

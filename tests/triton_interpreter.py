@@ -1,4 +1,4 @@
-"""Whether Triton's interpreter, in which kernels run on a CPU, works with the NumPy that is here."""
+"""Whether Triton's interpreter, which runs kernels on a CPU, works with the installed NumPy."""
 
 from __future__ import annotations
 

@@ -189,17 +189,21 @@ class SceneDataset(Dataset[Scene]):
         return self.UNLIMITED if self.count is None else self.count
 
     def __getitem__(self, index: int) -> Scene:
-        """The scene at `index` (0 <= index < len). Raises IndexError outside of that."""
+        """The scene at `index`, from 0.
+
+        Raises:
+            IndexError: there is no such scene.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"there is no scene {index}; the data set has {len(self)}, counted from 0")
         return draw_scene(self.first_seed + int(index), self.size, self.split)
 
 
 def collate(scenes: Sequence[Scene]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """A batch of scenes of one size, as `augment` and training take it (a `collate_fn` for a DataLoader).
+    """A batch of scenes of one size, for `augment` and training (a `collate_fn` of a DataLoader).
 
-    Returns images uint8 (B, 3, H, W), boxes (one float32 (n, 4) each, cxcywh over the image's width and
-    height) and labels (one int64 (n,) each).
+    Returns:
+        Images uint8 (B, 3, H, W); B boxes float32 (n, 4), cxcywh as fractions of the image; B labels int64 (n,).
     """
     images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
     height, width = images.shape[-2:]
@@ -218,12 +222,21 @@ _CHANNEL_ORDERS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 
 def augment(
     images: Tensor, boxes: Sequence[Tensor], generator: torch.Generator | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Each image turned and mirrored (one of the 8 symmetries of the square) and recoloured at random.
+    """Rotate, mirror and recolour images at random. Labels do not change.
 
-    images: uint8 (B, 3, S, S), on the CPU; boxes: B float tensors (n, 4), cxcywh in 0..1. Colours: a random
-    order of the channels and, for every other image, inversion. Returns new tensors of the same shapes and
-    dtypes; the classes are closed under all of this, so labels stay. Raises ValueError for images that are
-    not square uint8 RGB, or another number of boxes than of images.
+    Geometry is one of the 8 symmetries of the square. Colours are a random order of the channels and, for half of the
+    images, inversion.
+
+    Args:
+        images: uint8 (B, 3, S, S), on the CPU.
+        boxes: B float tensors (n, 4), cxcywh in 0..1.
+        generator: of random numbers.
+
+    Returns:
+        New images and boxes of the same shapes and dtypes.
+
+    Raises:
+        ValueError: images are not square uint8 RGB, or the number of boxes is not that of images.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 (B, 3, S, S), not {images.dtype} {tuple(images.shape)}")

@@ -1,8 +1,8 @@
 """The pixels of a scene's parts: shapes, backgrounds and strokes.
 
 All coordinates here are in units of the image side (0 is the left or top edge, 1 the right or bottom edge), x
-before y, and all colours are RGB in 0..1, so that one description can be drawn at any size. Nothing in this
-module is random: what to draw is decided in `headoff.scenes.dataset`.
+before y, and all colours are RGB in 0..1, so that a description can be drawn at any size. Nothing in this module is
+random; `headoff.scenes.dataset` decides what is drawn.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ _HEART: FloatArray = np.stack(
 class Paint:
     """How the inside of a shape is coloured.
 
-    `corners` is float64 (2, 2, 3): the colours at the corners of the shape's box, [row, column]; all equal
-    for a solid fill. `outline` is the colour of a line along the inside of the edge, float64 (3,), or None;
-    `outline_width` is its width in units of the image side.
+    Attributes:
+        corners: float64 (2, 2, 3), the colours at the corners of the shape's box, [row, column]; equal for a solid
+            fill.
+        outline: float64 (3,), the colour of a line along the inside of the edge, or None.
+        outline_width: its width in units of the image side.
     """
 
     corners: FloatArray
@@ -88,9 +90,13 @@ class Stroke:
 def shape_contours(name: str, proportion: float, aspect: float) -> Contours:
     """The contours of a shape around the origin, upright, at no particular scale.
 
-    `proportion` in 0..1 sets what its class leaves open (the thickness of a ring, the depth of a star's
-    notches, ...); `aspect` is the factor its height is stretched by. Squares ignore `aspect`, since a
-    stretched square is not one. Raises ValueError for a name that is not in SHAPE_NAMES.
+    Args:
+        name: one of `SHAPE_NAMES`.
+        proportion: 0..1, a parameter of the class (the thickness of a ring, the depth of a star's notches, ...).
+        aspect: factor of the height; squares ignore it.
+
+    Raises:
+        ValueError: there is no such shape.
     """
     holes: list[FloatArray] = []
     if name == "circle":
@@ -139,7 +145,7 @@ def rotated(contours: Contours, angle: float, longer_side: float) -> Contours:
 
 
 def contours_box(contours: Contours) -> FloatArray:
-    """The exact box of the shape, float64 (4,) xyxy in the contours' own units."""
+    """The exact box of the shape, float64 (4,) xyxy in the units of the contours."""
     return np.concatenate([contours[0].min(axis=0), contours[0].max(axis=0)])
 
 
@@ -148,8 +154,9 @@ def coverage(
 ) -> tuple[Image.Image, int, int]:
     """How much of each pixel the shape covers, at `size` pixels per image side.
 
-    Returns (mask, left, top): an "L" image (0..255) that spans the shape's box only, and the pixel of the
-    scene where its left top corner lies. The shape must be inside the image.
+    Returns:
+        (mask, left, top): an "L" image (0..255) of the shape's box, and the pixel of its left top corner. The shape
+        must be inside the image.
     """
     left, top, width, height = _pixel_crop(contours_box(contours), size)
     mask = Image.new("L", (width * supersampling, height * supersampling), 0)
@@ -192,7 +199,7 @@ def paint_shape(canvas: Image.Image, contours: Contours, paint: Paint) -> None:
 
 
 def paint_stroke(canvas: Image.Image, stroke: Stroke) -> None:
-    """Paint a stroke onto `canvas` (square, RGB), in place; what lies outside the canvas is left out."""
+    """Paint a stroke onto `canvas` (square, RGB), in place, clipped to the canvas."""
     size = canvas.width
     half = 0.5 * stroke.width
     low, high = stroke.points.min(axis=0) - half, stroke.points.max(axis=0) + half
@@ -238,7 +245,7 @@ def _pixel_crop(box: FloatArray, size: int) -> tuple[int, int, int, int]:
 
 def _canvas_points(points: FloatArray, size: int, left: int, top: int, scale: int) -> list[float]:
     """The points in the coordinates of a supersampled crop, flat (x, y, x, y, ...) as Pillow takes them."""
-    # Pillow counts from the centres of pixels, everything else here from their edges: hence the half.
+    # Minus a half, because Pillow's coordinates are those of pixel centres, and ours those of pixel edges.
     flat: list[float] = np.rint((points * size - (left, top)) * scale - 0.5).ravel().tolist()
     return flat
 

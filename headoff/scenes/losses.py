@@ -109,10 +109,11 @@ def set_loss(logits: Tensor, boxes: Tensor, targets: Targets, matched: Tensor) -
 
 
 def dense_loss(logits: Tensor, boxes: Tensor, grid: tuple[int, int], targets: Targets) -> Tensor:
-    """Every image token predicts the object it lies in: its class, or "no object", and its box.
+    """A loss of every image token, which must predict the object that it is in: its class, or "no object", and its box.
 
-    The set loss alone gives a freshly initialised backbone next to no signal; this gives each token one. A token
-    lies in an object when its centre is in the central 70% of the object's box, in the smallest one of several.
+    The set loss alone is almost no signal for a newly initialised backbone; this loss is one for every token. A token
+    is in an object if its centre is in the central 70% of the object's box; in the smallest object, if there are
+    several.
 
     Args:
         logits: (B, h * w, classes + 1). boxes: (B, h * w, 4).

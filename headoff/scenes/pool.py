@@ -1,8 +1,7 @@
 """A pool of training scenes, drawn in advance into a memory-mapped file.
 
-Drawing a scene costs a fifth of a training step on it. A pool is drawn once, by all processes, and read many
-times; with the 96 augmentations of each scene it is as good as endless. It is left behind for the next run and is
-safe to delete.
+Drawing a scene takes a fifth of the time of a training step on it. A pool is drawn once, by all processes, and read
+many times, with 96 augmentations of each scene. The file is used by later runs, and can be deleted.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class ScenePool:
     """`count` training scenes of one size, with augmented batches drawn from them.
 
     Args:
-        folder: where the pool's files are, or are to be drawn.
+        folder: the folder of the pool's files.
         size: side of the scenes in pixels.
         count: number of scenes, seeds `first_seed` and up of the training split.
         workers: processes that draw.
