@@ -32,6 +32,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 BROKEN = triton_interpreter.problem()
 RUNS = (INTERPRETED and BROKEN is None) or DEVICE == "cuda"
+if INTERPRETED:
+    triton_interpreter.patch_language_once_a_launch()
 runs_kernels = pytest.mark.skipif(
     not RUNS,
     reason=BROKEN

@@ -537,5 +537,6 @@ def waits(device: str = "cpu") -> None:
 BODIES = {"kernels": kernels, "launches": launches, "engine": engine, "waits": waits}
 
 if __name__ == "__main__":
+    triton_interpreter.patch_language_once_a_launch()
     with torch.no_grad():
         BODIES[sys.argv[1]]()
