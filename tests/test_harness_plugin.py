@@ -10,8 +10,13 @@ import syrupy
 import torch
 import torchvision  # noqa: F401  a nested run that imports it leaves it half registered: have it before them all
 
+# What a nested run imports is forgotten after it: what is here already is not imported again by every one.
+import headoff.harness.model.attention_calls
+import headoff.harness.operator
+import headoff.harness.report.html  # noqa: F401
 from headoff.attention import resolve_attention
 from headoff.errors import AttentionError
+from headoff.harness.plugin import diagnosis
 from headoff.harness.plugin.preflight import first_calls, preflight
 
 pytest_plugins = ["pytester"]
@@ -119,6 +124,12 @@ def run(pytester, at_a_desk):
     return run_suite
 
 
+@pytest.fixture
+def no_search(monkeypatch):
+    """A wrong patch is not looked for in the model: that takes seconds, and test_harness_diagnosis.py has its tests."""
+    monkeypatch.setattr(diagnosis, "places_in_model", lambda *_: [])
+
+
 def section(result: pytest.RunResult) -> list[str]:
     """The lines of our section of the summary, its headline first."""
     lines = result.outlines
@@ -146,11 +157,33 @@ def test_a_wrong_attention_is_named_before_its_failures(run):
     assert "Traceback" not in result.stdout.str() and "Error" not in headline
 
 
-def test_workers_find_the_same(run):
+NOTES = """
+def test_heads_off_notes(under_test):
+    call(under_test)
+    under_test.cannot_tell("first 1 off passes as none off")
+    under_test.observed([Finding("dq", "off by 3e-2"), Finding("dq", "off by 3e-2")], "float16")
+"""
+
+
+def assert_noted(document):
+    assert document["cannot_tell"] == ["first 1 off passes as none off"]
+    assert document["notes"][-1] == "float16, which nobody asked for, is wrong: dq: off by 3e-2"
+
+
+def test_notes_of_the_tests_reach_the_summary(run, pytester):
+    result = run("--attention", "kernel.py:right", "--report", "out.json", suite=SUITE + NOTES)
+    assert result.ret == 0
+    assert_noted(json.loads((pytester.path / "out.json").read_text()))
+    assert any("first 1 off passes as none off" in line for line in section(result)[:3])
+
+
+def test_workers_find_and_note_the_same(run, pytester, no_search):
     pytest.importorskip("xdist")
-    alone, shared = run("--attention", "kernel.py:wrong"), run("--attention", "kernel.py:wrong", "-n", "2")
-    shared.assert_outcomes(passed=3, failed=1)
+    options = ("--attention", "kernel.py:wrong", "--report", "out.json")
+    alone, shared = (run(*options, "-n", count, suite=SUITE + NOTES) for count in ("0", "2"))
+    shared.assert_outcomes(passed=4, failed=1)
     assert section(shared) == section(alone)
+    assert_noted(json.loads((pytester.path / "out.json").read_text()))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +259,7 @@ def test_a_setting_that_cannot_be_is_one_error(run, options, said):
     assert len(errors) == 1 and said in errors[0]
 
 
-def test_the_configuration_file_serves_as_well_and_the_command_line_wins(run, pytester):
+def test_the_configuration_file_serves_as_well_and_the_command_line_wins(run, pytester, no_search):
     pytester.makeini("[pytest]\nheadoff_attention = kernel.py:wrong\nheadoff_seed = 5\n")
     assert "wrong: gate" in section(run(seed=5))[0]
     assert "kernel.py:right is right" in section(run("--attention", "kernel.py:right", seed=5))[0]
@@ -238,7 +271,7 @@ def test_an_option_that_somebody_else_has_keeps_its_long_name(run, pytester):
     result.assert_outcomes(passed=4)
 
 
-def test_a_report(run, pytester):
+def test_a_report(run, pytester, no_search):
     result = run("--attention", "kernel.py:wrong", "--report", "report.html")
     document = json.loads((pytester.path / "report.json").read_text())
     assert document["headline"] == section(result)[0]
@@ -265,7 +298,7 @@ def test_heads_off_golden(under_test, snapshot):
 """
 
 
-def test_a_verdict_is_about_the_dtypes_asked_for(run, pytester):
+def test_a_verdict_is_about_the_dtypes_asked_for(run, pytester, no_search):
     one = run("--attention", "kernel.py:no_doubles", "-v", suite=DTYPES)
     assert one.ret == 0
     one.stdout.fnmatch_lines(["test_heads_off_mine.py::test_heads_off_dtype PASSED*"])
@@ -334,7 +367,7 @@ def test_an_error_of_the_harness(under_test):
 
 
 @pytest.mark.parametrize("name", ["right", "wrong"])
-def test_only_a_wrong_answer_is_about_the_patch(run, pytester, name):
+def test_only_a_wrong_answer_is_about_the_patch(run, pytester, name, no_search):
     result = run("--attention", f"kernel.py:{name}", "--report", "out.json", suite=SUITE + NOT_THE_PATCH)
     document = json.loads((pytester.path / "out.json").read_text())
     problems = {test["id"].split("::")[1]: test["problem"] for test in document["tests"] if test["problem"]}
@@ -355,7 +388,7 @@ def test_only_a_wrong_answer_is_about_the_patch(run, pytester, name):
         assert f"  not about the attention: {sentence}" in lines
 
 
-def test_an_exception_of_the_patch_is_its_fault(run):
+def test_an_exception_of_the_patch_is_its_fault(run, no_search):
     suite = (
         SUITE
         + """
@@ -376,29 +409,7 @@ def test_nothing_that_calls_the_patch_is_no_verdict(run):
     assert section(result)[0] == "kernel.py:right: no verdict, because no test that ran called it"
 
 
-def test_notes_of_the_tests_reach_the_summary_also_from_workers(run, pytester):
-    pytest.importorskip("xdist")
-    suite = (
-        SUITE
-        + """
-def test_heads_off_notes(under_test):
-    call(under_test)
-    under_test.cannot_tell("first 1 off passes as none off")
-    under_test.observed([Finding("dq", "off by 3e-2"), Finding("dq", "off by 3e-2")], "float16")
-"""
-    )
-    for workers in ("0", "2"):
-        result = run("--attention", "kernel.py:right", "-n", workers, "--report", "out.json", suite=suite)
-        assert result.ret == 0
-        document = json.loads((pytester.path / "out.json").read_text())
-        assert document["cannot_tell"] == ["first 1 off passes as none off"]
-        assert document["notes"] == ["float16, which nobody asked for, is wrong: dq: off by 3e-2"]
-        assert any("first 1 off passes as none off" in line for line in section(result)[:3])
-
-
-def test_other_tests_are_left_in_peace(run, pytester):
-    run()
-    pytester.path.joinpath("test_heads_off_mine.py").unlink()
+def test_other_tests_are_left_in_peace(pytester, at_a_desk):
     pytester.makepyfile(test_other="import sys\ndef test_other():\n    assert 'torch' not in sys.modules\n")
     result = pytester.runpytest_subprocess("-p", "headoff.harness.plugin.hooks")
     result.assert_outcomes(passed=1)
