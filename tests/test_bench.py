@@ -460,6 +460,14 @@ def test_of_many_configurations_the_detections_of_some_are_checked(model):
     assert expected.findings(result, sdpa)
 
 
+def test_the_plain_forward_pass_is_compared_with_the_first_configuration(model):
+    one = SweepWorkload(model, (headoff.none_off(),))
+    expected = ExpectedOutputs(SweepWorkload(model, headoff.cumulative())).of_first(one)
+    assert expected.findings(suites.plain_forward(model)(), sdpa) == []
+    wrong = SweepWorkload(model, headoff.cumulative()[1:2]).timed_call(sdpa)()
+    assert expected.findings(wrong, sdpa)
+
+
 def test_a_wrong_attention_is_reported_and_not_timed(bench, model, monkeypatch):
     monkeypatch.setitem(suites.PACKAGE, OWN, ignores_the_gate)
     without_timing(monkeypatch)

@@ -7,7 +7,9 @@ harness, plus one rounding of that dtype for every attention layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,6 +41,15 @@ class ExpectedOutputs:
             for name, truth in self.truth(masks, rounded).items():
                 error = float(peak_error(found[name].rows, truth.rows).amax()) * scale
                 self.measured_errors[name] = max(error, self.measured_errors.get(name, 0.0))
+
+    def of_first(self, workload: Workload) -> ExpectedOutputs:
+        """Those of `workload`, which is the first configuration of this one alone; not for gradients."""
+        other = copy.copy(self)
+        other.workload = workload
+        other._truth = {
+            name: replace(one, rows=one.rows[:1]) for name, one in self.truth(ReluMasks()).items()
+        }
+        return other
 
     def allowed(self, name: str) -> float:
         """The largest error of an output, relative to each row's peak."""
