@@ -88,29 +88,22 @@ class Runner:
 
     def measure(self, case: Case, progress: Progress) -> list[Measurement]:
         """Check all providers, and time those that are right in turns."""
-        failures: dict[str, tuple[Status, str]] = {}
-        right: list[Provider] = []
-        with (
-            torch_threads()
-        ):  # on a busy machine several threads make the oracle's small operators many times slower
+        # On a busy machine several threads make the oracle's small operators many times slower.
+        with torch_threads():
             providers = case.providers()
+        failures: dict[str, tuple[Status, str] | None] = {}
         for provider in providers:
             progress(f"checks {provider.name}")
-            failure = self._failure(provider)
-            if failure is None:
-                right.append(provider)
-            else:
-                failures[provider.name] = failure
+            failures[provider.name] = self._failure(provider)
+        right = [provider for provider in providers if failures[provider.name] is None]
         rounds = self._rounds(right, progress)
-        candidates = [one.name for one in right if one.name in case.references]
+        candidates = [name for name in rounds if name in case.references] or [*rounds][:1]
         reference = min(candidates, key=lambda name: statistics.median(rounds[name]), default="")
-        if right and not candidates:
-            reference = right[0].name
 
         def measurement(provider: Provider) -> Measurement:
             base = (case.suite, case.name, self.dtype_name, provider.name)
-            if provider.name in failures:
-                return Measurement(*base, *failures[provider.name])
+            if (failure := failures[provider.name]) is not None:
+                return Measurement(*base, *failure)
             found = rounds[provider.name]
             progress(f"measures the memory of {provider.name}")
             sizes = [peak_bytes(call, self.device) for call, _ in provider.parts]
