@@ -24,6 +24,17 @@ def pytest_addoption(parser):
     add_short_names(parser)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, a worker gets neighbouring tests: these share models, expected results, fixtures and reports.
+
+    By default pytest-xdist deals tests out, and every worker computes what they share. `--dist` still has its way.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
 pytest_plugins = ["headoff.harness.plugin.hooks"]  # where headoff is not installed and has no entry point
 
 if Path(headoff.__file__).parents[1] != Path(__file__).parent:

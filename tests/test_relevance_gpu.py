@@ -3,15 +3,17 @@
 The truth for both is the tile-by-tile implementation in float64, which tests/test_relevance_engine.py compares with the
 oracle. Plain PyTorch must agree with it up to float64 rounding; the kernels, in Triton's interpreter, up to float32
 rounding. TRITON_INTERPRET must be set before Triton is imported, so tests that need the interpreter run this file in a
-separate process (the functions below `interpreted`). On a GPU the same functions run there.
+separate process (`BODIES`, at the end). On a GPU the same functions run there.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -285,22 +287,27 @@ def test_builtins_are_known_by_their_module():
 # Triton's kernels.
 
 
-def interpreted(name: str) -> None:
-    """Run one of the functions below in Triton's interpreter, in a separate process."""
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> dict[str, str]:
+    """What each of the functions below raised in Triton's interpreter; they share one separate process."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
+    answer = tmp_path_factory.mktemp("interpreted") / "raised.json"
+    done = subprocess.run(
+        [sys.executable, __file__, str(answer)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(answer.read_text())
 
 
 @pytest.mark.skipif(triton_interpreter.problem() is not None, reason=str(triton_interpreter.problem()))
 @pytest.mark.parametrize("name", ["kernels", "engine", "launches", "waits"])
-def test_under_the_interpreter(name):
-    interpreted(name)
+def test_under_the_interpreter(name, interpreted):
+    assert not interpreted[name], interpreted[name]
 
 
 @needs_cuda
@@ -538,5 +545,11 @@ BODIES = {"kernels": kernels, "launches": launches, "engine": engine, "waits": w
 
 if __name__ == "__main__":
     triton_interpreter.patch_language_once_a_launch()
-    with torch.no_grad():
-        BODIES[sys.argv[1]]()
+    raised = dict.fromkeys(BODIES, "")
+    for name, body in BODIES.items():
+        try:
+            with torch.no_grad():
+                body()
+        except Exception:
+            raised[name] = traceback.format_exc()
+    Path(sys.argv[1]).write_text(json.dumps(raised))
