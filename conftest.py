@@ -56,6 +56,17 @@ def at_a_desk(monkeypatch):
 
 
 @pytest.fixture
+def blank_figures(monkeypatch):
+    """Figures are laid out and saved but not painted, which takes most of a report's time.
+
+    For tests of all that is not in the pictures.
+    """
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "draw", lambda self, renderer: None)
+
+
+@pytest.fixture
 def one_thread():
     """For tests whose tensors are so small that threads would only wait for each other."""
     with torch_threads(1):

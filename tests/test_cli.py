@@ -47,6 +47,7 @@ def test_sweep_writes_a_report(capsys, tmp_path):
     assert not list(out.rglob("*.part"))
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_chosen_configurations(capsys, tmp_path):
     code, printed, _ = run(
         capsys, "sweep", SAMPLE, "--off", "L4H2,L5H0-3", "--off", "only L5H2 on", "--out", str(tmp_path)
@@ -60,6 +61,7 @@ def test_chosen_configurations(capsys, tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_one_object_alone(capsys, tmp_path):
     assert run(capsys, "sweep", SAMPLE, "--object", "1", "--out", str(tmp_path))[0] == 0
     written = json.loads((tmp_path / "sweep.json").read_text())
@@ -69,12 +71,14 @@ def test_one_object_alone(capsys, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_orders(capsys, tmp_path):
     assert run(capsys, "sweep", SAMPLE, "--order", "reverse", "--out", str(tmp_path))[0] == 0
     written = json.loads((tmp_path / "sweep.json").read_text())
     assert written["configurations"][2]["configuration"] == "H6-7"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_folders_resume_and_survive_a_bad_image(capsys, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -105,6 +109,7 @@ def test_detect_lists_what_there_is(capsys):
     assert code == 0 and json.loads(printed)["detections"] == []
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_nothing_detected_is_no_error(capsys, tmp_path):
     code, printed, _ = run(capsys, "sweep", SAMPLE, "--confidence", "1", "--out", str(tmp_path))
     assert code == 0 and "0 objects with nothing off" in printed and (tmp_path / "sweep.json").exists()

@@ -53,6 +53,7 @@ def test_explain_writes_maps_pictures_and_numbers(capsys, tmp_path, objects):
     assert not [path for path in out.rglob("*") if ".part" in path.name]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_sweep_with_relevance(capsys, tmp_path, objects, monkeypatch):
     """The maps are of the sweep's own configurations and objects, and those of the library."""
     # Drawing all nine takes most of the time and shows nothing more.
@@ -95,6 +96,7 @@ def test_what_is_explained_and_how(capsys, tmp_path, objects):
     assert f'"name":"#1 {objects[1].class_name}"' in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_queries_whatever_they_detect(capsys, tmp_path, objects):
     idle = next(query for query in range(20) if query not in objects.queries.tolist())
     code, printed, _ = run(capsys, "explain", SAMPLE, "--query", str(idle), *QUICK, "--out", str(tmp_path))
@@ -102,6 +104,7 @@ def test_queries_whatever_they_detect(capsys, tmp_path, objects):
     assert {row["query"] for row in rows_of(tmp_path)} == {str(idle)}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_nothing_detected_is_said_plainly(capsys, tmp_path):
     for command in (("explain",), ("sweep", "--relevance", "--off", "first 8")):
         out = tmp_path / command[0]
@@ -112,6 +115,7 @@ def test_nothing_detected_is_said_plainly(capsys, tmp_path):
         assert (out / "figures/relevance-00-none-off.png").is_file() and rows_of(out) == []
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_folders_resume(capsys, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()

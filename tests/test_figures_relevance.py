@@ -216,6 +216,7 @@ def page_data(page):
     return json.loads(found[1]) if found else None
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_page_has_the_maps():
     data = page_data(render_page(IMAGE, RESULT, {"image": "scene"}, EXPLANATION))
     assert data["frames"] == [*range(9)] and len(data["objects"]) == OBJECTS
@@ -230,12 +231,14 @@ def test_the_page_has_the_maps():
     assert (np.array(channel["greatest"]).reshape(9, -1)[-1] == 0).all()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_page_without_objects_says_so():
     result = example([], [], (192, 192))
     page = render_page(np.zeros((192, 192, 3), np.uint8), result, {}, explanation_of(result))
     assert "nothing to explain" in page and page_data(page) is None
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_page_of_one_configuration_is_about_the_explanation():
     image, result = scene_example(configurations=headoff.cumulative()[:1])
     page = render_page(image, result, {}, explanation_of(result))
@@ -243,11 +246,13 @@ def test_a_page_of_one_configuration_is_about_the_explanation():
     assert "survival-title" not in page
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_pages_without_explanation_have_no_trace_of_it():
     page = render_page(IMAGE, RESULT, {})
     assert "maps-data" not in page and "map-row" not in page
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_names_do_not_end_the_script():
     names = tuple(f"</script><b>{index}" for index in range(9))
     result = example([[0.5, 0.5, 0.2, 0.2]], [1], (192, 192), names)
@@ -287,6 +292,7 @@ def test_evidence_in_words():
     assert headline(RESULT, EXPLANATION).startswith(f"{OBJECTS} objects with nothing off.")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_report_with_maps_and_then_without(tmp_path):
     configurations = headoff.cumulative(2)
     image, result = scene_example(configurations=configurations)

@@ -329,7 +329,7 @@ def test_on_a_device_that_is_not_the_current_one():
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_compile_ahead_of_time(arch, tmp_path, monkeypatch):
+def test_kernels_compile_ahead_of_time(arch):
     """Kernels compile to machine code, with and without optional arguments; this needs no GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -337,7 +337,6 @@ def test_kernels_compile_ahead_of_time(arch, tmp_path, monkeypatch):
     from headoff.relevance import fused_kernels
     from headoff.relevance.fused_vjp import tiling
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tiles = tiling(32)
     constants = {
         "CHANNELS": 32,

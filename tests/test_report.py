@@ -136,6 +136,7 @@ def test_equal_results_make_equal_pages():
     assert render_page(image, result, {}) == render_page(image, result, {})
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("failing", [1, 3, 5])
 def test_an_interruption_leaves_whole_files_only(tmp_path, monkeypatch, failing):
     image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
@@ -158,6 +159,7 @@ def test_an_interruption_leaves_whole_files_only(tmp_path, monkeypatch, failing)
     assert is_finished(tmp_path)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_sweep_json_comes_last(tmp_path, monkeypatch):
     image, result = crowd(0, (30, 40), configurations=[heads_off(3)])
     names, write = [], output.write_file
@@ -166,6 +168,7 @@ def test_sweep_json_comes_last(tmp_path, monkeypatch):
     assert names[-1] == "sweep.json" and names.count("sweep.json") == 1
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_writing_again_removes_what_is_stale_and_nothing_else(tmp_path):
     image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
     write_report(tmp_path, image, result, provenance={})
@@ -175,6 +178,7 @@ def test_writing_again_removes_what_is_stale_and_nothing_else(tmp_path):
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_manipulated_list_of_files_deletes_nothing_outside(tmp_path):
     image, result = crowd(0, (30, 40), configurations=[heads_off(3)])
     outside = tmp_path / "precious"
@@ -186,6 +190,7 @@ def test_a_manipulated_list_of_files_deletes_nothing_outside(tmp_path):
     assert outside.exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     image, result = crowd(0, (30, 40), configurations=[heads_off(3)])
     blocked = tmp_path / "file"

@@ -546,6 +546,7 @@ def images(tmp_path, monkeypatch):
     return sorted(folder.iterdir())
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_explain_says_what_autocast_changed(images, capsys):
     arguments = ["--off", "first 3", "--layers", "last", "--autocast", "bfloat16", "--device", "cpu"]
     assert main(["explain", str(images[0]), *arguments]) == 0
@@ -554,6 +555,7 @@ def test_explain_says_what_autocast_changed(images, capsys):
     assert "detections in the sweep" in said[0] and "of their peak" in said[1]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_sweep_of_a_folder_says_it_of_every_image(images, capsys):
     arguments = ["--off", "first 3", "--autocast", "bfloat16", "--device", "cpu", "--object", "0"]
     assert main(["sweep", str(images[0].parent), *arguments]) == 0
