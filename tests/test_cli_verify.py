@@ -29,7 +29,18 @@ def falls_back(query, key, value, attn_mask=None):
 
 def crashing(query, key, value, attn_mask=None):
     raise ValueError("out of luck")
+
+calls = 0
+
+def ends_its_process(query, key, value, attn_mask=None):
+    global calls
+    calls += 1
+    if calls > 20:
+        __import__("os")._exit(0)
+    return attention(query, key, value, attn_mask)
 """
+
+ENDLESS = "while True: pass\n"
 
 
 @pytest.fixture
@@ -37,6 +48,7 @@ def folder(tmp_path, monkeypatch, at_a_desk):
     """A project of somebody's own, with settings for pytest that are not to count."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kernel.py").write_text(KERNEL)
+    (tmp_path / "endless.py").write_text(ENDLESS)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
     (tmp_path / "conftest.py").write_text("raise RuntimeError('this is not to be read')\n")
     return tmp_path
@@ -71,7 +83,7 @@ def test_right_from_any_folder(folder):
     assert "kernel.py:attention is right" in (folder / "out.html").read_text()
     assert 'tests="1"' in (folder / "out.xml").read_text()
     left = {path.name for path in folder.iterdir()} - {"__pycache__", "cache"}
-    assert left == {"kernel.py", "pytest.ini", "conftest.py", "out.html", "out.json", "out.xml"}
+    assert left == {"kernel.py", "endless.py", "pytest.ini", "conftest.py", "out.html", "out.json", "out.xml"}
 
 
 def test_wrong_and_options_of_pytest(folder):
@@ -82,6 +94,28 @@ def test_wrong_and_options_of_pytest(folder):
     ]
     assert said and "RuntimeError: no kernel for this shape (line 10)" in said[0]
     assert "FAILURES" in done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "1")])
+def test_an_attention_that_ends_its_process_has_no_verdict(folder, options):
+    done = verify(folder, "kernel.py:ends_its_process", "--only", "calls", "--report", "out.json", *options)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if "no verdict, because" in line]
+    assert len(lines) == 1 and "test_heads_off_calls" in lines[0], done.stdout
+    assert (
+        "ended the process of a worker" if options else "ended its process with exit code 0 during"
+    ) in lines[0]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (
+        not (folder / "out.json").exists()
+        or json.loads((folder / "out.json").read_text())["verdict"] == "incomplete"
+    )
+
+
+def test_an_import_that_does_not_end_is_ended(folder):
+    done = verify(folder, "endless.py:attention", "--timeout", "1")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "no verdict, because it did not come back from its import within 1 s" in done.stdout
 
 
 @pytest.mark.parametrize(

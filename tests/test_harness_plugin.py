@@ -110,8 +110,8 @@ def run(pytester, at_a_desk):
     """`run(*options, seed=0, suite=SUITE)` runs a suite, by default of four tests of which three call the patch."""
     pytester.makepyfile(kernel=KERNEL)
 
-    def run_suite(*options: str, seed: int = 0, suite: str = SUITE) -> pytest.RunResult:
-        pytester.makepyfile(test_heads_off_mine=suite.replace("{seed}", str(seed)))
+    def run_suite(*options: str, seed: int = 0, suite: str = SUITE, files=()) -> pytest.RunResult:
+        pytester.makepyfile(test_heads_off_mine=suite.replace("{seed}", str(seed)), **dict(files))
         # syrupy keeps the running session in a global: give the outer one its own back.
         outer = syrupy._syrupy
         try:
@@ -224,12 +224,11 @@ def test_first_calls_say_what_is_wrong(tmp_path, name, said):
     assert said.format(folder=tmp_path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_what_does_not_come_back_is_one_error(tmp_path, monkeypatch):
+def test_what_does_not_come_back_is_one_error(tmp_path):
     file = tmp_path / "kernel.py"
     file.write_text("import time\ndef sleepy(query, key, value, attn_mask=None):\n    time.sleep(600)\n")
-    monkeypatch.setattr("headoff.harness.plugin.preflight.TIME_LIMIT", 1.0)
     with pytest.raises(AttentionError, match="did not come back from its first calls within 1 s"):
-        preflight(f"{file}:sleepy", "cpu", "float32")
+        preflight(f"{file}:sleepy", "cpu", "float32", 1.0)
 
 
 def test_with_workers_it_is_one_error_as_well(run):
@@ -404,8 +403,27 @@ def test_heads_off_raises(under_test):
     )
 
 
+def test_an_attention_that_exits_is_wrong(run):
+    exits_in_forward = "import sys\nn = 0\n" + KERNEL.replace("def right(", "def plain(").replace(
+        "wrong = right",
+        """
+def right(query, key, value, attn_mask=None):
+    if query.shape[2] == 2:
+        sys.exit(0)
+    return plain(query, key, value, attn_mask)
+""",
+    )
+    result = run("--attention", "exits.py:right", files={"exits": exits_in_forward})
+    assert (
+        section(result)[0]
+        == "exits.py:right is wrong: crash: it raised AttentionError: it called sys.exit(0)"
+    )
+    assert result.ret == 1
+
+
 def test_nothing_that_calls_the_patch_is_no_verdict(run):
     result = run("--attention", "kernel.py:right", "-k", "without_the_patch")
+    assert result.ret == 2
     assert section(result)[0] == "kernel.py:right: no verdict, because no test that ran called it"
 
 

@@ -67,10 +67,54 @@ def test_verdict_and_headline(tests, verdict, said):
 def test_an_interrupted_run_has_no_verdict_unless_something_was_wrong():
     run = run_of(("operator", "passed", 1))
     run.interrupted = True
-    assert run.verdict == "incomplete" and "interrupted after 1 tests" in run.headline()
+    assert run.verdict == "incomplete" and "interrupted after 1 test," in run.headline()
     run = run_of(("operator", "failed", 1, WRONG))
     run.interrupted = True
     assert run.verdict == "wrong"
+
+
+ID = "tests/test_heads_off_operator.py::test"
+
+
+def told(*events) -> Run:
+    """A run of two collected checks, of which the events tell."""
+    run = Run({"attention": "kernel.py:mine", "baseline": "sdpa"})
+    for event in ({"collected": 2}, *events):
+        run.take(json.loads(json.dumps(event)))
+    return run
+
+
+def check(number, *findings) -> list[dict]:
+    """Events of a check that called the patch."""
+    noted = {"calls_credited": 1, "findings": [finding.as_dict() for finding in findings]}
+    phases = (("setup", {}), ("call", noted), ("teardown", {}))
+    return [
+        {"test": {"id": f"{ID}{number}", "phase": phase, "outcome": outcome, "seconds": 1.0, "noted": what}}
+        for phase, what in phases
+        for outcome in ["failed" if findings and phase == "call" else "passed"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "events, how, verdict, said",
+    [
+        ([*check(1), *check(2), {"finished": True}], "", "right", "2 checks passed"),
+        ([*check(1), *check(2)], "ended by X", "incomplete", "because it ended by X (2 of 2 checks were done)"),
+        ([*check(1, WRONG), *check(2)], "ended by X", "incomplete", "because it ended by X (2 of 2"),
+        ([*check(1), {"finished": True}], "", "incomplete", "because only 1 of 2 checks were done"),
+        ([*check(1), *check(2)[:2], {"finished": True}], "", "incomplete", "because only 1 of 2 checks were done"),
+        ([*check(1, WRONG), {"finished": True}], "", "wrong", "is wrong: gate"),
+        ([*check(1, WRONG), *check(2), {"finished": True}], "ended by X", "wrong", "is wrong: gate"),
+        ([*check(1, WRONG), {"broken": "it crashed"}, {"finished": True}], "", "incomplete", "because it crashed"),
+        ([*check(1), {"interrupted": True, "finished": True}], "", "incomplete", "interrupted after 1 test,"),
+    ],
+)  # fmt: skip
+def test_a_verdict_is_of_a_complete_report(events, how, verdict, said):
+    run = told(*events)
+    run.end(how)
+    assert run.verdict == verdict and said in run.headline()
+    if how and verdict == "wrong":
+        assert "its cause was not found: it ended by X" in run.document()["notes"]
 
 
 def test_the_headline_says_where_and_leaves_numbers_for_later():

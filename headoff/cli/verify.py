@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 from headoff.cli.options import positive
 from headoff.errors import SettingError
-from headoff.harness.settings import OPTIONS, read_settings
-from headoff.harness.suite_files import suite_file, suite_names, suites_folder
+from headoff.harness.settings import OPTIONS
+from headoff.harness.suite_files import suite_file, suite_names
 
 EPILOG = """\
 the attention:
@@ -23,7 +22,7 @@ the attention:
 exit codes:
   0   it is right in the dtypes asked for (and, with --benchmark, no slower than allowed)
   1   it is wrong, or slower: the first lines of the summary say what, where and by how much
-  2   no verdict: it cannot be tested, or a check failed that is not about it; one sentence says why
+  2   no verdict: it cannot be tested, it crashed or hung, or a check failed that is not about it; one sentence says why
   130 interrupted
 
 examples:
@@ -99,41 +98,14 @@ def run(settings: argparse.Namespace) -> int:
     if settings.benchmark and settings.workers:
         raise SettingError("times need the machine to themselves: leave out -n, or --benchmark")
 
-    import pytest
+    from headoff.harness.judge import judge
 
-    from headoff.harness.plugin.preflight import preflight
-    from headoff.harness.plugin.reporter import remove_earlier_report
-
-    chosen = read_settings(_texts(settings))
-    arguments = _pytest_arguments(settings)
-    if chosen[0].report:
-        remove_earlier_report(chosen[0].report)
-    for one in chosen:
-        preflight(one.attention, one.device, one.dtype)
-    # pytest's options of somebody's own project are not meant for these suites.
-    os.environ.pop("PYTEST_ADDOPTS", None)
-    watcher = _Watcher()
-    code = int(pytest.main(arguments, plugins=[watcher]))
-    if watcher.interrupted:
-        return 130
-    if code > 2:  # pytest itself failed, or ran nothing
-        return 2
-    return {"right": 0, "wrong": 1, "slower": 1}.get(watcher.verdict or "", 2)
-
-
-class _Watcher:
-    """A plugin that learns the verdict, and tells Ctrl-C from other ends: pytest's exit codes do not say."""
-
-    interrupted = False
-    verdict: str | None = None
-
-    def pytest_keyboard_interrupt(self) -> None:
-        self.interrupted = True
-
-    def pytest_unconfigure(self, config: Any) -> None:
-        reporter = config.pluginmanager.get_plugin("headoff-reporter")
-        if reporter is not None and reporter.document is not None:
-            self.verdict = reporter.document["verdict"]
+    names = settings.only or [name for name in suite_names() if name != "benchmark"]
+    if settings.benchmark:
+        names = [*names, "benchmark"]
+    return judge(
+        _texts(settings), [str(suite_file(name)) for name in dict.fromkeys(names)], _pytest_options(settings)
+    )
 
 
 def _texts(settings: argparse.Namespace) -> dict[str, Any]:
@@ -144,26 +116,12 @@ def _texts(settings: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _pytest_arguments(settings: argparse.Namespace) -> list[str]:
-    from headoff.detr.checkpoints import cache_folder
-
-    folder = suites_folder()
-    names = settings.only or [name for name in suite_names() if name != "benchmark"]
-    if settings.benchmark:
-        names = [*names, "benchmark"]
-    files = [str(suite_file(name)) for name in dict.fromkeys(names)]
-    isolated = ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder / 'tests'}"]
-    # What --lf and --benchmark-save write goes to the cache, not to the current folder.
-    cached = ["-o", f"cache_dir={cache_folder() / 'pytest'}"]
-    cached.append(f"--benchmark-storage=file://{cache_folder() / 'benchmarks'}")
+def _pytest_options(settings: argparse.Namespace) -> list[str]:
     quiet = ["-q", "--no-header", "--tb=no", "-rN", "--disable-warnings"]
     options = ["-v", "--tb=short"] if settings.verbose else quiet
-    for name, given in _texts(settings).items():
-        texts = given if isinstance(given, list) else [given] if given is not None else []
-        options += [f"--headoff-{name}={text}" for text in texts]
     if settings.junitxml:
         options.append(f"--junitxml={settings.junitxml}")
     if settings.workers:
-        options += ["-n", str(settings.workers)]
-    plugin = ["-p", "headoff.harness.plugin.hooks"]
-    return [*plugin, *isolated, *cached, *options, *settings.pytest_options, *files]
+        # A worker that the attention has ended is not started again: there is no verdict without its checks.
+        options += ["-n", str(settings.workers), "--max-worker-restart=0"]
+    return [*options, *settings.pytest_options]

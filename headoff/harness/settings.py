@@ -127,6 +127,13 @@ class Settings:
     )
     golden_dir: Path | None = _option(None, "FOLDER", "a folder with golden files of your own", Path)
     seed: int = _option(0, "N", "seed of the random inputs (default 0)", _number(int, 0), short=False)
+    timeout: float = _option(
+        600.0,
+        "SECONDS",
+        "how long its import, its first calls and each check may take (default 600; pytest limits the first two alone)",
+        _number(float, 0.01),
+        short=False,
+    )
     baseline: str = _option(
         "sdpa", "PATCH", "the attention that its time is compared with (default sdpa)", group="speed"
     )

@@ -30,11 +30,11 @@ def diagnose_run(run: Run, settings: Settings) -> tuple[list[Finding], list[str]
     causes: list[Finding] = []
     try:
         causes = causes_of(attention, found, settings)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         notes.append(f"what is wrong with single calls was not found out: {type(error).__name__}: {error}")
     try:
         places = places_in_model(attention, settings)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         places = []
         notes.append(f"where in the model it is wrong was not found out: {_message(error)}")
     if not causes:
@@ -112,5 +112,5 @@ def _first_of_each(found: Iterable[Finding]) -> list[Finding]:
     return list(first.values())
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, HeadoffError) else f"{type(error).__name__}: {error}"

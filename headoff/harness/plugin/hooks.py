@@ -20,7 +20,8 @@ from headoff.harness.plugin.benchmark_hooks import (
     pytest_terminal_summary,
 )
 from headoff.harness.plugin.options import add_options, add_short_names, all_settings, text_of, value_of
-from headoff.harness.plugin.reporter import Reporter, remove_earlier_report
+from headoff.harness.plugin.reporter import Reporter
+from headoff.harness.process import is_watched
 from headoff.harness.settings import OPTIONS
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     with one_clear_error():
         report = value_of(config, "report")
-        if report and not is_worker(config):
+        if report and not is_worker(config) and not is_watched():
+            from headoff.harness.report import remove_earlier_report
+
             remove_earlier_report(report)
         reporter = Reporter(config, worker=is_worker(config))
     config.stash[REPORTER] = reporter
@@ -121,7 +124,7 @@ def check_patch(config: pytest.Config) -> None:
 
     with one_clear_error():
         for settings in all_settings(config):
-            preflight(settings.attention, settings.device, settings.dtype)
+            preflight(settings.attention, settings.device, settings.dtype, settings.timeout)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headoff.attention import AdaptedAttention, Attention, resolve_attention
 from headoff.choices import DTYPES
+from headoff.errors import AttentionError
 from headoff.harness.finding import Finding
 from headoff.harness.settings import Settings
 
@@ -48,6 +49,9 @@ class CountedAttention(AdaptedAttention):
         self.patch.calls_made += 1
         try:
             return self.attention(query, key, value, attn_mask, head_gate=head_gate)
+        except SystemExit as error:  # pytest would end without a word
+            self.patch.raised = AttentionError(f"it called sys.exit({error.code!r})")
+            raise self.patch.raised from error
         except Exception as error:
             self.patch.raised = error
             raise

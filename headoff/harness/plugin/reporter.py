@@ -1,8 +1,7 @@
-"""The part of the pytest plugin that lives as long as a run: it collects, and says at the end what came out."""
+"""The part of the pytest plugin that lives as long as a run: it tells what happens, and at the end what came out."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from headoff.errors import HeadoffError, OutputError
-from headoff.files import atomic_write
 from headoff.harness.finding import Finding, WrongAttention
 from headoff.harness.plugin.benchmark_hooks import RECORDS
-from headoff.harness.plugin.options import all_settings, value_of
+from headoff.harness.plugin.options import all_settings, text_of, value_of
 from headoff.harness.plugin.run import Run
+from headoff.harness.process import emit, is_watched, limited
 
 if TYPE_CHECKING:
     from headoff.harness.plugin.patch import Patch
@@ -24,19 +23,20 @@ if TYPE_CHECKING:
 NO_VERDICT = 2
 """Exit code where something failed that is not about the attention."""
 
-SHOWN = 5
-"""Causes that the terminal shows; the report has all of them."""
-
 
 class Reporter:
-    """Registered with pytest for one run; in a worker of pytest-xdist it only adds to the tests' reports."""
+    """Registered with pytest for one run.
+
+    In a worker of pytest-xdist it only adds to the tests' reports. Under `headoff verify` it only tells its parent
+    process, which judges.
+    """
 
     def __init__(self, config: pytest.Config, *, worker: bool) -> None:
         self.config = config
         self.worker = worker
         self.patches: dict[str, Patch] = {}
         chosen = {name: str(value_of(config, name)) for name in ("attention", "baseline", "model", "seed")}
-        self.run = Run({**chosen, "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])})
+        self.run = Run({**chosen, "command": command_line()})
         self.document: dict[str, Any] | None = None
 
     # In the process that runs tests
@@ -69,6 +69,8 @@ class Reporter:
             findings: Sequence[Finding] = ()
             if isinstance(error, WrongAttention):
                 findings = error.findings
+            elif isinstance(error, SystemExit):  # in the backward pass; nothing else in a test exits
+                findings = [Finding("crash", f"it called sys.exit({error.code!r})")]
             elif patch is not None and patch.raised is not None and patch.raised in _causes(error):
                 from headoff.harness.exceptions import describe_exception
 
@@ -78,134 +80,128 @@ class Reporter:
 
     # In the process that reports
 
+    def tell(self, **event: Any) -> None:
+        """Take an event in, here and in the process that judges."""
+        self.run.take(event)
+        emit(event)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        if not self.worker and session.items:
+            self.tell(collected=len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
+        self.tell(collected=len(ids))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        if not self.worker:
+            emit({"begin": nodeid})
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if not self.worker:
+            emit({"end": nodeid})
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if self.worker:
+            return
         noted = getattr(report, "headoff", None)
         if noted is None and report.failed and is_suite(Path(report.fspath)):
-            noted = {"message": report.longreprtext.strip()}  # its worker crashed
-        if noted is not None and not self.worker:
-            self.run.add(report.nodeid, report.when or "call", report.outcome, report.duration, noted)
+            self.tell(broken=f"it ended the process of a worker during {report.nodeid}: debug it")
+            emit({"end": report.nodeid})
+        elif noted is not None:
+            about = {"id": report.nodeid, "phase": report.when or "call"}
+            self.tell(test={**about, "outcome": report.outcome, "seconds": report.duration, "noted": noted})
 
     def pytest_keyboard_interrupt(self) -> None:
-        self.run.interrupted = True
+        self.tell(interrupted=True)
 
     @pytest.hookimpl(trylast=True)  # syrupy combines exit codes bit by bit: 2 for no verdict would become 3
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int | pytest.ExitCode) -> None:
-        if self.worker or not self.run.tests:
+        if self.worker or not (self.run.tests or self.run.broken):
             return
         if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             session.exitstatus = self._exit_code(exitstatus)
-        self._look_closer()
-        self.document = self.run.document()
-        report = value_of(self.config, "report")
-        if report:
-            self._write(Path(report))
+        self._describe()
+        if self.run.verdict == "wrong" and not self.run.interrupted:
+            self._diagnose()
+        if not is_watched():
+            from headoff.harness.report import write_report
+
+            self.document = self.run.document()
+            if report := value_of(self.config, "report"):
+                try:
+                    write_report(self.document, report)
+                except OutputError as error:
+                    raise pytest.UsageError(f"headoff: {error}") from error
 
     def _exit_code(self, exitstatus: int | pytest.ExitCode) -> int | pytest.ExitCode:
         """1 is for a wrong or slow attention, 2 for no verdict; all tests skipped is as good as none collected."""
-        if self.run.verdict == "incomplete" and self.run.problems:
-            return NO_VERDICT
-        return pytest.ExitCode.NO_TESTS_COLLECTED if self.run.all_skipped else exitstatus
+        if self.run.all_skipped and not self.run.broken:
+            return pytest.ExitCode.NO_TESTS_COLLECTED
+        if self.run.verdict == "incomplete":
+            asked = bool(text_of(self.config, "attention"))
+            return NO_VERDICT if self.run.problems or self.run.broken or asked else exitstatus
+        return exitstatus
 
-    def _look_closer(self) -> None:
-        """Diagnose what failed, and describe what it ran on."""
+    def _describe(self) -> None:
+        """What the tests ran on."""
         import torch
 
         import headoff
-        from headoff.harness.plugin.diagnosis import diagnose_run
         from headoff.timing import THREADS, describe_machine
 
-        settings = {one.dtype: one for one in all_settings(self.config)}
-        first = next(iter(settings.values()))
-        self.run.benchmarks = self.config.stash.get(RECORDS, [])
-        self.run.machine = describe_machine(first.device, THREADS if self.run.benchmarks else None)
-        self.run.about |= {
-            "dtype": ", ".join(settings),
-            "device": first.device,
+        settings = all_settings(self.config)
+        device = settings[0].device
+        benchmarks = self.config.stash.get(RECORDS, [])
+        machine = describe_machine(device, THREADS if benchmarks else None)
+        about = {
+            "dtype": ", ".join(one.dtype for one in settings),
+            "device": device,
             "headoff": headoff.__version__,
             "torch": torch.__version__,
         }
-        if first.device.startswith("cuda"):
-            self.run.about["gpu"] = self.run.machine["gpu"]["name"]
-        if self.run.verdict == "wrong" and not self.run.interrupted:
-            wrong = self.run.wrong[0].dtype
-            self.run.diagnosis, notes = diagnose_run(self.run, settings.get(wrong or first.dtype, first))
-            self.run.notes += notes
+        if device.startswith("cuda"):
+            about["gpu"] = machine["gpu"]["name"]
+        self.tell(about=about, machine=machine, benchmarks=benchmarks, finished=True)
 
-    def _write(self, path: Path) -> None:
-        assert self.document is not None
-        text = json.dumps(self.document, indent=1, allow_nan=False)
-        try:
-            with atomic_write(path.with_suffix(".json")) as file:
-                file.write(text.encode())
-            if path.suffix == ".html":
-                from headoff.harness.report import render
+    def _diagnose(self) -> None:
+        from headoff.harness.plugin.diagnosis import diagnose_run
 
-                with atomic_write(path) as file:
-                    file.write(render(self.document).encode())
-        except (OSError, HeadoffError) as error:
-            raise pytest.UsageError(f"the report cannot be written: {error}") from error
+        settings = {one.dtype: one for one in all_settings(self.config)}
+        wrong = self.run.wrong[0].dtype
+        with limited("the diagnosis"):
+            findings, notes = diagnose_run(self.run, settings.get(wrong or "", next(iter(settings.values()))))
+        self.tell(diagnosis=[finding.as_dict() for finding in findings], notes=notes)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Generator[None]:
         if self.document is None:
             return (yield)
+        from headoff.harness.report.terminal import summary_lines
+
         right = self.document["verdict"] == "right"
         colour = {"green" if right else "red": True, "bold": True}
         terminalreporter.write_sep("=", "headoff", **colour)
         terminalreporter.write_line(self.document["headline"], **colour)
-        for line in self.lines():
+        for line in summary_lines(self.document, value_of(self.config, "failures")):
             terminalreporter.write_line(line)
+        if report := value_of(self.config, "report"):
+            terminalreporter.write_line(f"  report: {report}")
         result = yield
         if self.run.failed() and self.config.option.tbstyle != "no":
             # Hundreds of failures may stand between the first lines and the prompt.
             terminalreporter.write_line(self.document["headline"], **colour)
         return result
 
-    def lines(self) -> list[str]:
-        """What stands below the headline."""
-        assert self.document is not None
-        causes = self.document["diagnosis"]
-        lines = [f"  accepted although wrong: {answer}" for answer in self.document["cannot_tell"][:SHOWN]]
-        lines += [f"  {cause['property']}: {cause['message']}" for cause in causes[:SHOWN]]
-        if len(causes) > SHOWN:
-            lines.append(f"  and {len(causes) - SHOWN} more causes")
-        failed = [suite for suite in self.document["suites"] if suite["failed"] or suite["errors"]]
-        for suite in failed:
-            total = suite["passed"] + suite["failed"] + suite["errors"]
-            lines.append(f"  {suite['name']}: {suite['failed'] + suite['errors']} of {total} checks failed")
-        lines += [f"  {note}" for note in self.document["notes"]]
-        if calls := self.document["calls"]:
-            lines.append(
-                "  called in the model: " + ", ".join(f"{site} {count}" for site, count in calls.items())
-            )
-        if self.document["pictures"]:
-            lines.append(f"  pictures of failures are in {value_of(self.config, 'failures')}")
-        if report := value_of(self.config, "report"):
-            lines.append(f"  report: {report}")
-        return lines
+
+def command_line() -> str:
+    """As it was typed, without the path of the program."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def is_suite(path: Path) -> bool:
     """Whether the file is a heads_off suite, here or in somebody's own tests: their files have no other name."""
     return path.name.startswith("test_heads_off_")
-
-
-def remove_earlier_report(path: Path) -> None:
-    """Remove an earlier report, which would be taken for this run's if anything went wrong.
-
-    Raises OutputError, before anything runs, for one that could not be written in the end.
-    """
-    if path.suffix not in (".html", ".json"):
-        raise OutputError(f"a report cannot be written to {path}: give a name that ends in .html or .json")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(
-            f"there is no folder {path.absolute().parent} for the report: make it, or name another"
-        )
-    try:
-        for old in (path, path.with_suffix(".json")):
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be replaced ({error.strerror}): name another report") from error
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -1,7 +1,7 @@
 """What happened in a run, and the document that reports are made of.
 
-Tests may run in several processes. What test finds out travels with its report, as types that JSON knows, to the
-process that reports.
+A run is told as events, of types that JSON knows: tests may run in several processes, and the process that judges a
+patch is not one of them where `headoff verify` started it (`headoff.harness.process`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,14 @@ class TestRecord:
 
 @dataclass
 class Run:
-    """Everything that a run's document says."""
+    """Everything that a run's document says.
+
+    Attributes:
+        about: the attention and what it was run on.
+        collected, done: how many checks there are, and the ids of those that have come to their end.
+        finished: whether all that was to be told has been, but for the diagnosis.
+        broken: why the report is not complete, continuing "because"; empty where it is.
+    """
 
     about: dict[str, Any]
     tests: dict[str, TestRecord] = field(default_factory=dict)
@@ -89,6 +96,10 @@ class Run:
     diagnosis: list[Finding] = field(default_factory=list)
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
+    collected: int = 0
+    done: set[str] = field(default_factory=set)
+    finished: bool = False
+    broken: str = ""
     interrupted: bool = False
     started: datetime = field(default_factory=lambda: datetime.now(UTC).astimezone())
 
@@ -96,9 +107,42 @@ class Run:
     def label(self) -> str:
         return str(self.about["attention"])
 
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Take in one event: what `Reporter` reports, in the order in which it happens."""
+        for name, what in event.items():
+            match name:
+                case "test":
+                    self.add(**what)
+                case "diagnosis":
+                    self.diagnosis = [Finding.from_dict(finding) for finding in what]
+                case "notes":
+                    self.notes += what
+                case "about":
+                    self.about |= what
+                case "collected" | "finished" | "broken" | "interrupted" | "machine" | "benchmarks":
+                    setattr(self, name, what)
+
+    def end(self, how: str = "") -> None:
+        """The process that ran the tests has ended: without having told everything, there is no verdict.
+
+        Args:
+            how: it ended before its time, continuing a sentence about the attention: `ended its process by SIGSEGV`.
+        """
+        done = f"{len(self.done)} of {self.collected} checks were done"
+        if self.interrupted or self.broken:
+            return
+        if not self.finished:
+            self.broken = f"it {how}" + (f" ({done})" if self.collected else "")
+        elif self.verdict == "right" and len(self.done) < self.collected:
+            self.broken = f"only {done}; leave out what ended the run early"
+        elif how:
+            self.notes.append(f"its cause was not found: it {how}")
+
     def add(self, id: str, phase: str, outcome: str, seconds: float, noted: Mapping[str, Any]) -> None:
         """Take in the report of one phase (setup, call, teardown) of a test, and what the plugin noted with it."""
         record = self.tests.setdefault(id, TestRecord(id, suite_of(id)))
+        if phase == "teardown":
+            self.done.add(id)
         record.seconds += seconds
         message, findings = noted.get("message", ""), noted.get("findings", [])
         record.calls += noted.get("calls_credited", 0)
@@ -153,6 +197,8 @@ class Run:
 
     @property
     def verdict(self) -> Verdict:
+        if self.broken:
+            return "incomplete"
         if self.wrong:
             return "wrong"
         if self.interrupted or self.problems or not (self.passed or self.slow):
@@ -175,7 +221,9 @@ class Run:
         if verdict == "wrong":
             return f"{self.label} is wrong: {self._cause()}"
         if self.interrupted:
-            return f"{self.label}: interrupted after {len(self.tests)} tests, none of which found it wrong"
+            return f"{self.label}: interrupted after {counted(len(self.tests), 'test')}, none of which found it wrong"
+        if self.broken:
+            return f"{self.label}: no verdict, because {self.broken}"
         if self.problems:
             return f"{self.label}: no verdict, because {self._problem()}"
         return f"{self.label}: no verdict, because no test that ran called it"

@@ -3,6 +3,7 @@
 document.py   the JSON document: its parts, and a sentence for what is not one
 failures.py   failed tests by what is wrong, in words: hundreds with one cause are one entry
 html.py       the page, from templates/
+terminal.py   the lines below the headline in a terminal
 markdown.py   the summary
 
 Both are rendered from the document alone, which may come from another machine: nothing here needs torch or pytest.
@@ -20,7 +21,16 @@ from headoff.harness.report.document import FORMAT, Document, validate
 from headoff.harness.report.html import render
 from headoff.harness.report.markdown import summary
 
-__all__ = ["FORMAT", "Document", "render", "render_file", "summary", "validate"]
+__all__ = [
+    "FORMAT",
+    "Document",
+    "render",
+    "remove_earlier_report",
+    "render_file",
+    "summary",
+    "validate",
+    "write_report",
+]
 
 _RENDERERS = {".html": render, ".htm": render, ".md": summary}
 
@@ -60,12 +70,41 @@ def render_file(json_path: str | os.PathLike[str], path: str | os.PathLike[str])
         text = renderer(document)
     except SettingError as error:
         raise SettingError(f"{str(source)!r}: {error}") from error
+    _write(target, text)
+    return target
+
+
+def write_report(document: Document, path: Path) -> None:
+    """Write the JSON of a verification and, where `path` ends in .html, the page. Raises OutputError."""
+    _write(path.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False))
+    if path.suffix == ".html":
+        _write(path, render(document))
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        with atomic_write(target) as file:
+        with atomic_write(path) as file:
             file.write(text.encode("utf-8", "replace"))
     except OSError as error:
         raise OutputError(
-            f"the report cannot be written to {str(target)!r} ({error.strerror}): choose another place, or free space "
+            f"the report cannot be written to {str(path)!r} ({error.strerror}): choose another place, or free space "
             "and permissions there"
         ) from error
-    return target
+
+
+def remove_earlier_report(path: Path) -> None:
+    """Remove an earlier report, which would be taken for this run's if anything went wrong.
+
+    Raises OutputError, before anything runs, for one that could not be written in the end.
+    """
+    if path.suffix not in (".html", ".json"):
+        raise OutputError(f"a report cannot be written to {path}: give a name that ends in .html or .json")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(
+            f"there is no folder {path.absolute().parent} for the report: make it, or name another"
+        )
+    try:
+        for old in (path, path.with_suffix(".json")):
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be replaced ({error.strerror}): name another report") from error

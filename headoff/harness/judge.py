@@ -1,0 +1,140 @@
+"""The process that judges a patch: it runs the suites in another process, and knows of the patch what that one tells.
+
+The patch is never imported here. A crash, an exit, a hang or a report that is not complete is no verdict.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headoff.errors import AttentionError
+from headoff.harness.plugin.reporter import NO_VERDICT, command_line
+from headoff.harness.plugin.run import Run
+from headoff.harness.process import Event, emit, run_in_process
+from headoff.harness.report import remove_earlier_report, write_report
+from headoff.harness.report.terminal import summary_lines
+from headoff.harness.settings import OPTIONS, Settings, read_settings
+from headoff.harness.suite_files import suites_folder
+
+INTERRUPTED = 130
+EXIT_CODES = {"right": 0, "wrong": 1, "slower": 1, "incomplete": NO_VERDICT}
+
+
+def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequence[str]) -> int:
+    """Run test files against a patch in another process; print the verdict and write the report.
+
+    Args:
+        texts: of the options of `headoff.harness.settings`, by name; `attention` is the patch.
+        files: the suites.
+        pytest_options: further options of pytest.
+
+    Returns:
+        The exit code of `headoff verify`.
+
+    Raises:
+        AttentionError: the patch cannot be tested at all.
+        SettingError: an option cannot be read.
+        OutputError: the report cannot be written.
+    """
+    values = {option.name: option.value(texts[option.name]) for option in _given_once(texts)}
+    report: Path | None = values.get("report")
+    if report:
+        remove_earlier_report(report)
+    defaults = {name: str(getattr(Settings, name)) for name in ("attention", "baseline", "model", "seed")}
+    run = Run(
+        {
+            **defaults,
+            **{name: str(values[name]) for name in defaults if name in values},
+            "command": command_line(),
+        }
+    )
+    errors: list[str] = []
+
+    def take(event: Event) -> None:
+        errors.extend(event.pop("error", ()))
+        run.take(event)
+
+    interactive = any(option in ("--pdb", "--trace") for option in pytest_options)
+    ended = run_in_process(
+        f"{__name__}:run_suites",
+        [dict(texts), [*files], [*pytest_options]],
+        take,
+        limit=values.get("timeout", Settings.timeout),
+        notice=lambda sentence: print(f"headoff: {sentence}", file=sys.stderr, flush=True),
+        interactive=interactive,
+    )
+    if errors:
+        raise AttentionError(errors[0])
+    run.interrupted |= ended.interrupted
+    if not run.collected and not run.interrupted and not ended.running:
+        run.broken = "no check was run: look at the options after `--`"
+    else:
+        run.end(ended.how if ended.running or not run.finished else "")
+    document = run.document()
+    _print(document, values.get("failures", Settings.failures), report)
+    if report and run.tests:
+        write_report(document, report)
+    return INTERRUPTED if run.interrupted else EXIT_CODES[document["verdict"]]
+
+
+def _given_once(texts: Mapping[str, Any]) -> list[Any]:
+    """Options whose value does not depend on torch or on the machine."""
+    return [
+        option
+        for option in OPTIONS
+        if texts.get(option.name) and not option.several and option.name != "device"
+    ]
+
+
+def _print(document: Mapping[str, Any], failures: Path, report: Path | None) -> None:
+    right = document["verdict"] == "right"
+    colour, plain = (f"\033[1;{32 if right else 31}m", "\033[0m") if _has_colours() else ("", "")
+    print(f"{colour}{' headoff '.center(80, '=')}\n{document['headline']}{plain}")
+    print("\n".join(summary_lines(document, failures)))
+    if report:
+        print(f"  report: {report}")
+
+
+def _has_colours() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def run_suites(job: Sequence[Any]) -> int:
+    """What the other process does."""
+    from headoff.errors import HeadoffError
+    from headoff.harness.plugin.preflight import preflight
+
+    texts, files, pytest_options = job
+    try:
+        for settings in read_settings(texts):
+            preflight(settings.attention, settings.device, settings.dtype, settings.timeout)
+    except HeadoffError as error:
+        emit({"error": [str(error)]})
+        return NO_VERDICT
+    return _run_pytest(texts, files, pytest_options)
+
+
+def _run_pytest(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequence[str]) -> int:
+    import pytest
+
+    from headoff.detr.checkpoints import cache_folder
+
+    # pytest's options of somebody's own project are not meant for these suites.
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    folder = suites_folder()
+    isolated = ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder / 'tests'}"]
+    # What --lf and --benchmark-save write goes to the cache, not to the current folder.
+    cached = ["-o", f"cache_dir={cache_folder() / 'pytest'}"]
+    cached.append(f"--benchmark-storage=file://{cache_folder() / 'benchmarks'}")
+    own = [
+        f"--headoff-{name}={text}"
+        for name, given in texts.items()
+        if given is not None
+        for text in (given if isinstance(given, list) else [given])
+    ]
+    plugin = ["-p", "headoff.harness.plugin.hooks"]
+    return int(pytest.main([*plugin, *isolated, *cached, *own, *pytest_options, *files]))
