@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from headoff.errors import OutputError, SettingError
 from headoff.files import atomic_write
@@ -74,7 +76,7 @@ def render_file(json_path: str | os.PathLike[str], path: str | os.PathLike[str])
     return target
 
 
-def write_report(document: Document, path: Path) -> None:
+def write_report(document: Mapping[str, Any], path: Path) -> None:
     """Write the JSON of a verification and, where `path` ends in .html, the page. Raises OutputError."""
     _write(path.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False))
     if path.suffix == ".html":

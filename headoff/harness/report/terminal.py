@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 SHOWN = 5
 """Causes that are shown; the report has all of them."""
 
 
-def summary_lines(document: dict[str, Any], failures: str | os.PathLike[str]) -> list[str]:
+def summary_lines(document: Mapping[str, Any], failures: str | os.PathLike[str]) -> list[str]:
     """What stands below the headline.
 
     Args:
