@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from headoff.choices import DTYPES
@@ -10,7 +11,10 @@ from headoff.errors import SettingError, error_line
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "chosen_device", "torch_dtype"]
+__all__ = ["DTYPES", "chosen_device", "set_threads", "torch_dtype"]
+
+MOST_THREADS = 8
+"""Threads on a core that are not taken for a slip."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -27,6 +31,20 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def set_threads(number: int) -> None:
+    """Let torch compute with `number` CPU threads.
+
+    Raises:
+        SettingError: there are far fewer cores; thousands of threads would end the process.
+    """
+    import torch
+
+    cores = os.cpu_count() or 1
+    if number > MOST_THREADS * cores:
+        raise SettingError(f"{number} threads are too many for {cores} cores: give a number up to {cores}")
+    torch.set_num_threads(number)
+
+
 def chosen_device(name: str | None) -> torch.device:
     """The torch device called `name`; for None, CUDA if it is available and the CPU otherwise.
 
@@ -39,6 +57,8 @@ def chosen_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise NotImplementedError("tensors there have no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SettingError(

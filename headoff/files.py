@@ -1,13 +1,17 @@
-"""Atomic writing: a file is written completely or not at all."""
+"""Files written completely or not at all, and folders that one process writes at a time."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from headoff.errors import OutputError
 
 
 @contextmanager
@@ -31,6 +35,65 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+_locked: set[Path] = set()
+"""Folders that this process has locked."""
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other processes of this user and machine from writing to it in the meantime.
+
+    A process may lock a folder several times. The lock file is not in the folder, but with the system's temporary files; the system releases the lock of a process
+    that ends, in whatever way.
+
+    Raises:
+        OutputError: another process has the lock; the message names it.
+        OSError: the folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    if place in _locked:
+        yield
+        return
+    name = hashlib.sha256(str(place).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"headoff-{os.getuid()}-{name}.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OutputError(
+                f"process {file.read().strip() or '(unknown)'} is writing to {str(folder)!r}; wait for it, or name "
+                "another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}")
+        file.flush()
+        _locked.add(place)
+        try:
+            yield
+        finally:
+            _locked.discard(place)
+
+
+MARK = ".headoff"
+"""In a folder whose pictures headoff may remove."""
+
+
+def marked_folder(folder: Path) -> Path:
+    """Make the folder, with the mark that `clear_marked_folder` asks for. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+    return folder
+
+
+def clear_marked_folder(folder: Path) -> None:
+    """Remove an earlier run's pictures from a marked folder; any other stays as it is."""
+    if (folder / MARK).is_file():
+        for picture in folder.glob("*.png"):
+            picture.unlink(missing_ok=True)
 
 
 def _umask() -> int:

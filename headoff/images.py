@@ -9,7 +9,7 @@ import os
 import stat
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -126,6 +126,12 @@ class Preprocessing:
             raise SettingError(
                 f"mean {self.mean} and std {self.std} must be three numbers each, std positive"
             )
+
+    def with_short_side(self, pixels: int) -> "Preprocessing":
+        """The same with another short side; the limit of the long side is scaled with it."""
+        return replace(
+            self, short_side=pixels, long_side=max(1, round(self.long_side * pixels / self.short_side))
+        )
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels after resizing a picture of `height` x `width` pixels.

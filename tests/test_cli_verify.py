@@ -35,7 +35,7 @@ calls = 0
 def ends_its_process(query, key, value, attn_mask=None):
     global calls
     calls += 1
-    if calls > 20:
+    if calls > 12:
         __import__("os")._exit(0)
     return attention(query, key, value, attn_mask)
 """

@@ -2,6 +2,8 @@ import csv
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -136,36 +138,74 @@ def test_equal_results_make_equal_pages():
     assert render_page(image, result, {}) == render_page(image, result, {})
 
 
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
 @pytest.mark.usefixtures("blank_figures")
-@pytest.mark.parametrize("failing", [1, 3, 5])
-def test_an_interruption_leaves_whole_files_only(tmp_path, monkeypatch, failing):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_error_leaves_the_earlier_report(tmp_path, monkeypatch, error):
     image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
     write_report(tmp_path, image, result, provenance=PROVENANCE, figures=False)
-    names, replace = [], output.os.replace
+    before = contents(tmp_path)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(output, "render_page", fails)
+    with pytest.raises((KeyboardInterrupt, OutputError)):
+        write_report(tmp_path, image, result, provenance={"image": "other.jpg"}, figures=False)
+    assert contents(tmp_path) == before and is_finished(tmp_path)
+
+
+@pytest.mark.usefixtures("blank_figures")
+@pytest.mark.parametrize("failing", range(1, 8))
+def test_files_of_two_reports_never_mix(tmp_path, monkeypatch, failing):
+    image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, name in ((old, "old.jpg"), (new, "new.jpg")):
+        write_report(folder, image, result, provenance={"image": name}, figures=folder == old)
+    moves, replace = [], output.os.replace
 
     def interrupted(source, target):
-        names.append(target.name)
-        if len(names) == failing:
+        moves.append(target.name)
+        if len(moves) == failing:
             raise KeyboardInterrupt
         replace(source, target)
 
+    before, wanted = contents(old), contents(new)
     monkeypatch.setattr(output.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_report(tmp_path, image, result, provenance=PROVENANCE, figures=False)
-    assert not is_finished(tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if ".part" in path.name]
+    try:
+        write_report(old, image, result, provenance={"image": "new.jpg"}, figures=False)
+        assert len(moves) < failing and moves[-1] == "sweep.json"
+    except KeyboardInterrupt:
+        left = {name: data for name, data in contents(old).items() if name != ".unfinished.json"}
+        assert left == before or left.items() <= wanted.items()
+        assert is_finished(old) == (left == before)
     monkeypatch.undo()
-    write_report(tmp_path, image, result, provenance=PROVENANCE, figures=False)
-    assert is_finished(tmp_path)
+    write_report(old, image, result, provenance={"image": "new.jpg"}, figures=False)
+    assert contents(old) == wanted
 
 
 @pytest.mark.usefixtures("blank_figures")
-def test_sweep_json_comes_last(tmp_path, monkeypatch):
+def test_a_second_writer_is_told(tmp_path):
     image, result = crowd(0, (30, 40), configurations=[heads_off(3)])
-    names, write = [], output.write_file
-    monkeypatch.setattr(output, "write_file", lambda path, data: (names.append(path.name), write(path, data)))
+    program = (
+        "import sys; from headoff.files import lock; from pathlib import Path\n"
+        "with lock(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(OutputError, match=f"process {other.pid} is writing to"):
+        write_report(tmp_path, image, result, provenance={}, figures=False)
+    other.kill()
+    other.communicate()
     write_report(tmp_path, image, result, provenance={}, figures=False)
-    assert names[-1] == "sweep.json" and names.count("sweep.json") == 1
+    assert is_finished(tmp_path)
 
 
 @pytest.mark.usefixtures("blank_figures")

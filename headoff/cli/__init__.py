@@ -6,13 +6,15 @@ Parsers are built without torch, so that --help is fast: a command imports what 
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from headoff import __version__
 from headoff.cli import bench, detect, explain, scenes, sweep, verify
-from headoff.errors import HeadoffError
+from headoff.errors import HeadoffError, error_line, is_out_of_memory
 
 EPILOG = """\
 Exit codes: 0 success; 1 `verify` found a wrong attention; 2 an option or a file is invalid, see the message;
@@ -48,9 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Warnings of libraries do not concern users of the command line.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=UserWarning)
-            return settings.run(settings)
+            code = settings.run(settings)
+            sys.stdout.flush()  # where the output is full, that shows here
+            return code
     except HeadoffError as error:
         print(f"headoff: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"headoff: error: out of memory ({error_line(error)}); give fewer or smaller images, a smaller "
+            "--short-side, or fewer configurations",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\nheadoff: interrupted; finished reports are complete", file=sys.stderr)
@@ -59,3 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output (`| head`) has closed it, so nothing more can be printed.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            "headoff: error: the output cannot be written (no space left there); free some", file=sys.stderr
+        )
+        # Python flushes at its end, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headoff.cli.options import positive, ratio
+from headoff.cli.options import named_path, positive, ratio
 from headoff.devices import DTYPES, chosen_device, torch_dtype
 from headoff.errors import OutputError, SettingError, error_line
 from headoff.files import atomic_write
@@ -92,7 +92,7 @@ def add_parser(commands: Any) -> None:
         help="CPU threads (default 1, as times with several threads are unreliable on a busy machine)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="write bench.json, bench.csv and bench.md there"
+        "--out", type=named_path, metavar="FOLDER", help="write bench.json, bench.csv and bench.md there"
     )
     parser.set_defaults(run=run)
 

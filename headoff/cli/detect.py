@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from headoff.cli.options import add_confidence_option, add_detector_options
+from headoff.cli.options import add_confidence_option, add_detector_options, named_path
 
 
 def add_parser(commands: Any) -> None:
@@ -18,7 +17,7 @@ def add_parser(commands: Any) -> None:
         epilog="example: headoff detect street.jpg --model detr-resnet-50 --confidence 0.7",
     )
     parser.add_argument(
-        "image", nargs="?", type=Path, metavar="IMAGE|FOLDER", help="default: a bundled scene"
+        "image", nargs="?", type=named_path, metavar="IMAGE|FOLDER", help="default: a bundled scene"
     )
     add_confidence_option(parser)
     parser.add_argument(
@@ -31,16 +30,26 @@ def add_parser(commands: Any) -> None:
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
     import json
+    import sys
 
     from headoff.cli.detectors import images_at, load_detector
     from headoff.cli.tables import columns
     from headoff.detections import detect
+    from headoff.errors import ImageError
     from headoff.wording import counted
 
     images = images_at(settings.image)
     detector = load_detector(settings)
+    failed = 0
     for path in images:
-        detections = detect(detector, path, settings.confidence)
+        try:
+            detections = detect(detector, path, settings.confidence)
+        except ImageError as error:
+            if len(images) == 1:
+                raise
+            print(f"headoff: error: {error}", file=sys.stderr)
+            failed += 1
+            continue
         if settings.json:
             print(json.dumps({"image": str(path), **detections.as_dict()}))
             continue
@@ -57,7 +66,9 @@ def run(settings: argparse.Namespace) -> int:
         ]
         if rows:
             print(columns(rows))
-    return 0
+    if failed:
+        print(f"{counted(failed, 'image')} left out, see above", file=sys.stderr)
+    return 2 if failed else 0
 
 
 def _corners(box: tuple[float, float, float, float]) -> str:

@@ -13,22 +13,40 @@ from headoff import __version__
 from headoff.attention import attention_label
 from headoff.detr import Detector
 from headoff.detr.checkpoints import load
-from headoff.devices import chosen_device, torch_dtype
-from headoff.errors import ImageError
+from headoff.devices import chosen_device, set_threads
+from headoff.errors import ImageError, SettingError, error_line
 from headoff.images import find_images
 from headoff.scenes.samples import sample_image
 
 
 def load_detector(settings: argparse.Namespace) -> Detector:
-    """The detector that the options of `add_detector_options` describe."""
+    """The detector that the options of `add_detector_options` describe; what was assumed of it goes to stderr."""
     if settings.threads:
-        torch.set_num_threads(settings.threads)
-    return load(
+        set_threads(settings.threads)
+    detector = load(
         settings.model,
         attention=settings.attention,
         device=chosen_device(settings.device),
-        dtype=torch_dtype(settings.dtype),
+        dtype=settings.dtype,
+        heads=settings.heads_per_layer,
+        dilated=settings.dc5,
+        class_names=None if settings.classes is None else _names_in(settings.classes),
+        short_side=settings.short_side,
     )
+    for assumption in detector.assumptions:
+        print(f"headoff: note: {settings.model}: {assumption}", file=sys.stderr)
+    return detector
+
+
+def _names_in(path: Path) -> list[str]:
+    """The lines of a text file, without empty ones. Raises SettingError where it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise SettingError(
+            f"--classes: {path} cannot be read ({error_line(error)}); give a text file"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def provenance(settings: argparse.Namespace, detector: Detector) -> dict[str, str]:
@@ -36,6 +54,8 @@ def provenance(settings: argparse.Namespace, detector: Detector) -> dict[str, st
     made_with = {
         "command": " ".join(["headoff", *sys.argv[1:]]),
         "model": str(settings.model),
+        "heads": f"{detector.config.heads} in each layer",
+        **({"assumed": "; ".join(detector.assumptions)} if detector.assumptions else {}),
         "attention": attention_label(detector.attention),
         "device": str(detector.device),
         "dtype": str(detector.dtype).removeprefix("torch."),

@@ -26,7 +26,7 @@ NOTATION = """\
 
 
 def add_detector_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --attention, --device, --dtype and --threads."""
+    """Add --model and what its file may not say, --attention, --device, --dtype and --threads."""
     group = parser.add_argument_group("detector")
     group.add_argument(
         "--model",
@@ -35,6 +35,30 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
         help="the bundled `scenes` (default); `detr-resnet-50`, `detr-resnet-50-dc5`, `detr-resnet-101` or "
         "`detr-resnet-101-dc5`, downloaded once; a .pth or .safetensors file; a Hugging Face folder or "
         "repository such as facebook/detr-resnet-50",
+    )
+    group.add_argument(
+        "--heads-per-layer",
+        type=positive,
+        metavar="N",
+        help="heads of every attention, where the model's file does not say it (default: what it says, else 8)",
+    )
+    group.add_argument(
+        "--dc5",
+        action=argparse.BooleanOptionalAction,
+        help="whether the backbone's last stage is dilated (default: what the file or its name says)",
+    )
+    group.add_argument(
+        "--classes",
+        type=named_path,
+        metavar="FILE",
+        help="names of the classes, one a line (default: those in the model's file, or COCO's)",
+    )
+    group.add_argument(
+        "--short-side",
+        type=positive,
+        metavar="PIXELS",
+        help="resize images to this short side; the limit of the long side is scaled with it (default: as the model "
+        "was published)",
     )
     group.add_argument(
         "--attention",
@@ -81,9 +105,11 @@ def add_autocast_option(parser: argparse.ArgumentParser) -> None:
 def add_report_options(parser: argparse.ArgumentParser, out: str) -> None:
     """Add IMAGE|FOLDER, --out (`out` by default) and --again."""
     parser.add_argument(
-        "image", nargs="?", type=Path, metavar="IMAGE|FOLDER", help="default: a bundled scene"
+        "image", nargs="?", type=named_path, metavar="IMAGE|FOLDER", help="default: a bundled scene"
     )
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of the report (default {out})")
+    parser.add_argument(
+        "--out", type=named_path, default=Path(out), help=f"folder of the report (default {out})"
+    )
     parser.add_argument(
         "--again",
         action="store_true",
@@ -127,6 +153,13 @@ def add_configuration_options(
         help=f"the attention that is gated (default {DEFAULT_SITE})",
     )
     return group
+
+
+def named_path(text: str) -> Path:
+    """An argument that is a path; an empty one would be the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path; name a file or folder, or . for the current folder")
+    return Path(text)
 
 
 def positive(text: str) -> int:

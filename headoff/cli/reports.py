@@ -13,8 +13,9 @@ from tqdm import tqdm
 from headoff.cli.detectors import images_at
 from headoff.cli.tables import table
 from headoff.errors import ImageError, SettingError
+from headoff.files import lock
 from headoff.outcomes import Status
-from headoff.report import FINISHED, folder_index
+from headoff.report import FINISHED, folder_index, is_finished, remove_report
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
 
@@ -38,12 +39,34 @@ def images_to_report(settings: argparse.Namespace) -> list[Path]:
 def write_reports(
     settings: argparse.Namespace, images: list[Path], provenance: Mapping[str, str], write: WriteReport
 ) -> int:
-    """Call `write` for every image and print where the results are. Returns the exit code."""
-    if settings.image is not None and settings.image.is_dir():
-        return _write_folder(settings, images, provenance, write)
-    print(write(settings.out, images[0], {"image": str(images[0]), **provenance}, True))
-    print(f"report: {settings.out / 'index.html'}")
-    return 0
+    """Call `write` for every image and print where the results are. Returns the exit code.
+
+    Raises:
+        OutputError: another process is writing to the same folder.
+    """
+    with lock(settings.out):
+        if settings.image is not None and settings.image.is_dir():
+            if is_finished(settings.out):
+                _note(f"the report of one image in {settings.out} is replaced by those of {settings.image}")
+                remove_report(settings.out)
+            return _write_folder(settings, images, provenance, write)
+        earlier = _image_of_report(settings.out)
+        if earlier not in (None, str(images[0])):
+            _note(f"the report of {earlier} in {settings.out} is replaced")
+        print(write(settings.out, images[0], {"image": str(images[0]), **provenance}, True))
+        print(f"report: {settings.out / 'index.html'}")
+        return 0
+
+
+def _note(text: str) -> None:
+    print(f"headoff: note: {text}", file=sys.stderr)
+
+
+def _image_of_report(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / FINISHED).read_text())["provenance"]["image"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _write_folder(

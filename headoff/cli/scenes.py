@@ -6,10 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headoff.cli.options import add_detector_options, positive, whole
+from headoff.cli.options import add_detector_options, named_path, positive, whole
 from headoff.errors import SettingError
 
 SIZE = 192
+
+MOST_PIXELS = 4096
+"""Side of the largest scene: one of 100,000 pixels would need more memory than there is."""
 
 
 def add_parser(commands: Any) -> None:
@@ -27,7 +30,7 @@ def add_parser(commands: Any) -> None:
     draw.add_argument("--size", type=positive, default=SIZE, help=f"side in pixels (default {SIZE})")
     draw.add_argument("--split", choices=("held_out", "train"), default="held_out")
     draw.add_argument(
-        "--out", type=Path, default=Path("headoff-scenes"), help="folder (default headoff-scenes)"
+        "--out", type=named_path, default=Path("headoff-scenes"), help="folder (default headoff-scenes)"
     )
     draw.set_defaults(run=run_draw)
 
@@ -39,7 +42,7 @@ def add_parser(commands: Any) -> None:
     )
     train.add_argument(
         "--out",
-        type=Path,
+        type=named_path,
         default=Path("headoff-training"),
         help="folder of the run (default headoff-training)",
     )
@@ -62,12 +65,18 @@ def add_parser(commands: Any) -> None:
     )
     evaluate.add_argument("--count", type=positive, default=1000, help="held-out scenes (default 1000)")
     evaluate.add_argument("--first-seed", type=whole, default=0, help="seed of the first scene (default 0)")
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    evaluate.add_argument(
+        "--json", type=named_path, metavar="FILE", help="also write the figures to this file"
+    )
     add_detector_options(evaluate)
     evaluate.set_defaults(run=run_evaluate)
 
 
 def run_draw(settings: argparse.Namespace) -> int:
+    if settings.size > MOST_PIXELS:
+        raise SettingError(
+            f"--size {settings.size} is too large: give a side of at most {MOST_PIXELS} pixels"
+        )
     """Run `headoff scenes draw`."""
     if settings.size < 16:
         raise SettingError(f"a scene of {settings.size} pixels is too small to draw; use --size 16 or more")

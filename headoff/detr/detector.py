@@ -87,8 +87,12 @@ class Detector(nn.Module):
         attention: the attention callable of all three sites, or its name (`eager`, `sdpa`, `package.module:name`,
             `path/to/file.py:name`).
         norm: normalisation of the backbone; frozen batch norm unless trained from scratch.
+
+    Attributes:
+        assumptions: what `load` had to assume because the checkpoint does not say it, a clause each.
     """
 
+    assumptions: tuple[str, ...] = ()
     _attention: Attention
     _interceptors: tuple[Interceptor, ...] = ()
 

@@ -10,8 +10,16 @@ folder.py   the index page of a folder of images
 """
 
 from headoff.report.folder import folder_index
-from headoff.report.output import FINISHED, is_finished, write_report
+from headoff.report.output import FINISHED, is_finished, remove_report, write_report
 from headoff.report.story import verdict
 from headoff.report.tables import SCHEMA_VERSION
 
-__all__ = ["FINISHED", "SCHEMA_VERSION", "folder_index", "is_finished", "verdict", "write_report"]
+__all__ = [
+    "FINISHED",
+    "SCHEMA_VERSION",
+    "folder_index",
+    "is_finished",
+    "remove_report",
+    "verdict",
+    "write_report",
+]

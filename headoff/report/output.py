@@ -1,12 +1,15 @@
 """The output folder of one image.
 
-Files are written atomically, so an interruption leaves no damaged file. sweep.json is written last, and removed first
-when a folder is written again: where it is, the report is complete.
+A report is built in a temporary folder inside the output folder, and moved when it is complete: an error or an
+interruption leaves the earlier report as it was. Files of two reports never mix: those of the earlier one are removed
+before the first new one is moved. sweep.json goes first and comes last, so that where it is, everything is.
 """
 
 import io
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -20,7 +23,7 @@ from headoff.figures import sweep_figures
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance_sheets import relevance_figures
-from headoff.files import atomic_write
+from headoff.files import atomic_write, lock
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
 from headoff.report.page import render_page
@@ -39,6 +42,9 @@ from headoff.sweeps import SweepResult
 FINISHED = "sweep.json"
 PAGE = "index.html"
 THUMBNAIL = "thumbnail.webp"
+_UNFINISHED = ".unfinished.json"
+"""The files of both reports while one replaces the other, for the next run if this one is killed meanwhile."""
+
 _THUMBNAIL_SIDE = 360
 
 
@@ -84,17 +90,17 @@ def write_report(
     written: list[str] = []
 
     def write(file: str, contents: bytes | str) -> None:
-        write_file(folder / file, contents)
+        path = new / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
         written.append(file)
 
-    with _output_errors(folder):
-        earlier = _files_of_earlier_report(folder)
-        (folder / FINISHED).unlink(missing_ok=True)
+    with _output_errors(folder), lock(folder), _replacing(folder) as new:
         write("detections.csv", csv_text(DETECTION_COLUMNS, detection_rows(result, name)))
         write("objects.csv", csv_text(OBJECT_COLUMNS, object_rows(result, name)))
         if explanation is not None:
             write("relevance.csv", csv_text(RELEVANCE_COLUMNS, relevance_rows(explanation, name)))
-            explanation.save(folder / f"maps.{maps}")
+            explanation.save(new / f"maps.{maps}")
             written.append(f"maps.{maps}")
         if figures:
             drawn = sweep_figures(picture, result)
@@ -118,8 +124,6 @@ def write_report(
                 write(f"figures/{figure.stem}.png", buffer.getvalue())
         write(THUMBNAIL, _thumbnail(picture))
         write(PAGE, render_page(picture, result, provenance, explanation, style))
-        for stale in earlier - set(written):
-            (folder / stale).unlink(missing_ok=True)
         write(FINISHED, sweep_json(result, provenance, written, explanation))
     return folder / PAGE
 
@@ -143,6 +147,35 @@ def write_file(path: Path, contents: bytes | str) -> None:
 
 
 @contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder, whose files replace those of the report in `folder` when the block ends without an error."""
+    for left_by_a_killed_process in folder.glob(".new-*"):
+        shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    try:
+        yield new
+        files = [str(path.relative_to(new).as_posix()) for path in new.rglob("*") if path.is_file()]
+        earlier = files_of_report(folder)
+        if earlier:
+            write_file(folder / _UNFINISHED, json.dumps({"files": sorted(earlier.union(files))}))
+        remove_report(folder)
+        for file in sorted(files, key=FINISHED.__eq__):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (new / file).replace(folder / file)
+        (folder / _UNFINISHED).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def remove_report(folder: Path) -> None:
+    """Remove the files of the report in `folder`; others stay."""
+    files = files_of_report(folder)
+    (folder / FINISHED).unlink(missing_ok=True)
+    for file in sorted(files - {_UNFINISHED}):
+        (folder / file).unlink(missing_ok=True)
+
+
+@contextmanager
 def _output_errors(target: Path) -> Iterator[None]:
     """Turn an OSError into an OutputError that names `target`."""
     try:
@@ -159,14 +192,15 @@ def _output_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def _files_of_earlier_report(folder: Path) -> set[str]:
-    """The files that an earlier sweep.json lists, without names that point outside of the folder."""
-    try:
-        files = json.loads((folder / FINISHED).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    if not isinstance(files, list):
-        return set()
+def files_of_report(folder: Path) -> set[str]:
+    """What the report in `folder` consists of, as its sweep.json says; only names that stay within the folder."""
+    files: list[object] = []
+    for name in (FINISHED, _UNFINISHED):
+        try:
+            listed = json.loads((folder / name).read_text())["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        files += [name, *listed] if isinstance(listed, list) else []
     plain = (PurePosixPath(file) for file in files if isinstance(file, str))
     return {str(file) for file in plain if not file.is_absolute() and ".." not in file.parts and file.name}
 

@@ -69,8 +69,11 @@ class Screen:
     points: float
 
     def size(self, image_size: tuple[int, int]) -> tuple[float, float]:
-        """(width, height) of the picture in CSS pixels; very narrow and very flat images may exceed the space."""
-        aspect = image_size[1] / image_size[0]
+        """(width, height) of the picture in CSS pixels; very narrow and very flat images may exceed it.
+
+        What is longer than 100 times its width is drawn wider than it is: it would have no pixel to draw on.
+        """
+        aspect = min(max(image_size[1] / image_size[0], 0.01), 100)
         width = min(self.width, self.height * aspect)
         # A minimum width and height, so that labels fit, unless that makes the picture extremely long.
         width = max(width, min(280, 2600 * aspect), min(110 * aspect, 1400))

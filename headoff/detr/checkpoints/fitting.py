@@ -28,12 +28,14 @@ class Hints:
         dilated: whether the backbone's last stage is dilated (DC5); its parameters are the same either way.
         class_names: one name per class.
         preprocessing: resizing and normalisation of the images.
+        short_side: pixels of the short side, instead of what `preprocessing` says.
     """
 
     heads: int | None = None
     dilated: bool | None = None
     class_names: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
+    short_side: int | None = None
 
     def with_defaults(self, defaults: Hints) -> Hints:
         """These hints, and those of `defaults` where these are None."""
@@ -47,6 +49,11 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints) -> DetrConfig:
         CheckpointError: a tensor that determines a size is missing or has the wrong number of dimensions.
     """
     queries, width = _shape(tensors, "query_embedding.weight", 2)
+    if hints.heads is None and width % DEFAULT_HEADS:
+        raise CheckpointError(
+            f"a width of {width} cannot be split into {DEFAULT_HEADS} heads, and the file does not say how many there "
+            "are; give heads= (--heads-per-layer)"
+        )
     config = DetrConfig(
         backbone=_infer_backbone(tensors, bool(hints.dilated)),
         width=width,
@@ -59,7 +66,10 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints) -> DetrConfig:
         # Only pre-norm encoders end with a norm.
         pre_norm="encoder.norm.weight" in tensors,
     )
-    return config if hints.preprocessing is None else replace(config, preprocessing=hints.preprocessing)
+    preprocessing = hints.preprocessing or config.preprocessing
+    if hints.short_side is not None:
+        preprocessing = preprocessing.with_short_side(hints.short_side)
+    return replace(config, preprocessing=preprocessing)
 
 
 def _infer_backbone(tensors: Mapping[str, Tensor], dilated: bool) -> BackboneConfig:

@@ -136,16 +136,17 @@ def hints_from_config(config: Mapping[str, Any]) -> Hints:
         raise CheckpointError(
             f"config.json has encoder_attention_heads = {heads!r}, which is not a whole number; correct it"
         )
+    # What a configuration leaves out has the default of transformers' DetrConfig.
     return Hints(
-        heads=heads, dilated=_dilated(config, backbone), class_names=_class_names(config.get("id2label"))
+        heads=8 if heads is None else heads,
+        dilated=_is_dilated(config, backbone),
+        class_names=_class_names(config.get("id2label")),
     )
 
 
-def _dilated(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> bool | None:
+def _is_dilated(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> bool:
     strides = (backbone.get("output_stride"), _mapping(config.get("backbone_kwargs")).get("output_stride"))
-    if config.get("dilation") or 16 in strides:
-        return True
-    return False if "dilation" in config else None
+    return bool(config.get("dilation")) or 16 in strides
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.resources
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from headoff.detr.checkpoints.huggingface import (
 from headoff.detr.checkpoints.layouts import HUGGING_FACE, detect_layout, translate
 from headoff.detr.checkpoints.native import is_native, read_native
 from headoff.detr.checkpoints.published import ORIGINALS, published_checkpoint
+from headoff.detr.config import DetrConfig
 from headoff.detr.detector import Detector
+from headoff.devices import chosen_device, torch_dtype
 from headoff.errors import CheckpointError, SettingError, did_you_mean, error_line
 
 BUNDLED = "scenes"
@@ -37,9 +40,11 @@ def load(
     *,
     attention: Attention | str = AUTO,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     dilated: bool | None = None,
     heads: int | None = None,
+    class_names: Sequence[str] | None = None,
+    short_side: int | None = None,
 ) -> Detector:
     """Load a detector, in eval mode and with frozen weights (`detector.requires_grad_()` unfreezes them).
 
@@ -59,21 +64,39 @@ def load(
             A model's name takes precedence over a file of that name: write `./scenes` for the file.
         attention: the attention callable, or its name; `auto` (default) is `sdpa`.
         device: the device of the weights.
-        dtype: the dtype of the weights, whatever dtype they are stored in.
+        dtype: the dtype of the weights or its name, whatever dtype they are stored in.
         dilated: whether the backbone's last stage is dilated (DC5), which shapes do not tell. By default taken from
             the checkpoint's configuration, or else true if its file name contains `dc5`.
         heads: heads of every attention, which shapes do not tell. By default taken from the checkpoint's
             configuration, or else 8.
+        class_names: one per class, without "no object". By default taken from the checkpoint, or else COCO's where
+            their number fits.
+        short_side: pixels that the short side of an image is resized to; the limit of the long side is scaled with
+            it. By default as the checkpoint says.
+
+    Returns:
+        The detector. `Detector.assumptions` says what was assumed because the checkpoint does not say it.
+
+    Warns:
+        UserWarning: something was assumed.
 
     Raises:
         CheckpointError: the checkpoint does not exist, cannot be read or is of another architecture.
         DownloadError: it cannot be downloaded.
         AttentionError: the attention cannot be found or called.
-        SettingError: `dtype` is not floating point.
+        SettingError: `dtype` is not floating point, or this machine has no such device.
     """
+    if isinstance(dtype, str):
+        dtype = torch_dtype(dtype)
     if not dtype.is_floating_point:
         raise SettingError(f"a detector cannot compute in {dtype}; give a floating point type")
-    overrides = Hints(heads=heads, dilated=dilated)
+    if not isinstance(source, str | os.PathLike):
+        raise CheckpointError(
+            f"a detector cannot be loaded from a {type(source).__name__}; give the name of a model, or a path"
+        )
+    device = chosen_device(str(device))
+    names = None if class_names is None else tuple(class_names)
+    overrides = Hints(heads=heads, dilated=dilated, class_names=names, short_side=short_side)
     if source == BUNDLED:
         bundled = importlib.resources.files("headoff.scenes") / "weights" / "scenes.safetensors"
         if not bundled.is_file():
@@ -140,10 +163,13 @@ def _from_file(
     placement: dict[str, Any] = {"attention": attention, "device": device, "dtype": dtype}
     read = _from_native if is_native(file) else _from_published
     try:
-        return read(file, overrides, placement)
+        detector = read(file, overrides, placement)
     except CheckpointError as error:
         # The functions below do not know the path.
         raise CheckpointError(f"{str(path)!r} cannot be loaded: {error}") from error
+    for assumption in detector.assumptions:
+        warnings.warn(f"{path.name}: {assumption}", UserWarning, stacklevel=3)
+    return detector
 
 
 def _from_native(file: TensorFile, overrides: Hints, placement: Mapping[str, Any]) -> Detector:
@@ -153,19 +179,38 @@ def _from_native(file: TensorFile, overrides: Hints, placement: Mapping[str, Any
     if infer_config(tensors, stored) != config:
         raise CheckpointError("its configuration and its tensors disagree; save the detector again")
     config = infer_config(tensors, overrides.with_defaults(stored))
-    return assemble(config, tensors, class_names, **placement)
+    return assemble(config, tensors, overrides.class_names or class_names, **placement)
 
 
 def _from_published(file: TensorFile, overrides: Hints, placement: Mapping[str, Any]) -> Detector:
     layout = detect_layout(file.tensors)
     tensors, source_names = translate(file.tensors, layout)
     stored = hints_from_folder(file.path) if layout is HUGGING_FACE else _hints_from_training(file.settings)
-    hints = overrides.with_defaults(stored).with_defaults(Hints(dilated=_name_contains_dc5(file.path)))
-    config = infer_config(tensors, hints)
+    hints = overrides.with_defaults(stored)
+    by_name = _name_contains_dc5(file.path)
+    config = infer_config(tensors, hints.with_defaults(Hints(dilated=by_name)))
     class_names = hints.class_names
-    if class_names is None or len(class_names) != config.classes:
+    if overrides.class_names is None and (class_names is None or len(class_names) != config.classes):
         class_names = COCO_CLASSES if config.classes == len(COCO_CLASSES) else None
-    return assemble(config, tensors, class_names, **placement, source_names=source_names)
+    detector = assemble(config, tensors, class_names, **placement, source_names=source_names)
+    is_original = file.path.name in ORIGINALS.values()
+    if hints.heads is None and not is_original and not _has_published_sizes(config):
+        detector.assumptions += (
+            f"{config.heads} heads assumed, for the file does not say how many: give heads= (--heads-per-layer)",
+        )
+    if hints.dilated is None and not is_original:
+        what = "dilated (DC5), as its name says," if by_name else "not dilated (DC5)"
+        detector.assumptions += (
+            f"a backbone {what} assumed, for the file does not say: give dilated= (--dc5 or --no-dc5)",
+        )
+    return detector
+
+
+def _has_published_sizes(config: DetrConfig) -> bool:
+    """Whether a transformer has the sizes of the published models, which have 8 heads; queries may differ."""
+    published = DetrConfig()
+    names = ("width", "encoder_layers", "decoder_layers", "feedforward", "pre_norm")
+    return all(getattr(config, name) == getattr(published, name) for name in names)
 
 
 def _hints_from_training(settings: Mapping[str, Any]) -> Hints:

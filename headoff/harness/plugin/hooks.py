@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from headoff.errors import HeadoffError
+from headoff.files import clear_marked_folder
 from headoff.harness.plugin.benchmark_hooks import (
     pytest_benchmark_compare_machine_info,
     pytest_benchmark_update_json,
@@ -54,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
             from headoff.harness.report import remove_earlier_report
 
             remove_earlier_report(report)
+        if not is_worker(config):
+            clear_marked_folder(value_of(config, "failures"))
         reporter = Reporter(config, worker=is_worker(config))
     config.stash[REPORTER] = reporter
     config.pluginmanager.register(reporter, "headoff-reporter")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from headoff.detections import Detections
+from headoff.files import marked_folder
 from headoff.harness.reference.maps import CaseMaps, map_errors, worst_map
 
 
@@ -70,7 +71,7 @@ def _path(folder: Path, name: str) -> Path:
     A test that reports a failure should not fail for another reason.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        marked_folder(folder)
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="headoff-failures-"))
     return folder / (re.sub(r"[^\w.-]+", "-", name).strip("-") + ".png")
