@@ -162,7 +162,7 @@ class Preprocessing:
 
 
 def preprocess(
-    images: Sequence[Image.Image],
+    images: ImageSource | Sequence[ImageSource],
     preprocessing: Preprocessing | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -174,7 +174,7 @@ def preprocess(
     float64, so values do not depend on `device`.
 
     Args:
-        images: RGB pictures, see `load_image`.
+        images: a picture or several, each a path, a PIL image or an array, see `load_image`.
         preprocessing: sizes and normalisation; those of the published models by default.
         dtype: of the pixel values.
         device: of the results; None is the CPU.
@@ -184,30 +184,31 @@ def preprocess(
         largest in the batch.
 
     Raises:
-        ImageError: the batch is empty, or a picture is not RGB.
+        ImageError: the batch is empty, or a picture cannot be read.
         SettingError: the dtype is not floating point.
     """
     preprocessing = preprocessing or Preprocessing()
     if not dtype.is_floating_point:
         raise SettingError(f"pixel values cannot be of {dtype}: give a floating point dtype")
-    if not images:
+    several = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else images
+    # What is RGB has been through load_image, or is meant as it is.
+    pictures = [
+        image if isinstance(image, Image.Image) and image.mode == "RGB" else load_image(image)
+        for image in several
+    ]
+    if not pictures:
         raise ImageError("there is no image to preprocess: give at least one")
-    for image in images:
-        if image.mode != "RGB":
-            raise ImageError(
-                f"{_name_of(image)} is of mode {image.mode}, not RGB: pass it through load_image first"
-            )
 
-    sizes = [preprocessing.resized_size(image.height, image.width) for image in images]
+    sizes = [preprocessing.resized_size(picture.height, picture.width) for picture in pictures]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     working = torch.promote_types(dtype, torch.float32)
     mean = torch.tensor(preprocessing.mean, dtype=working)[:, None, None]
     std = torch.tensor(preprocessing.std, dtype=working)[:, None, None]
 
-    pixel_values = torch.zeros(len(images), 3, height, width, dtype=working)
-    pixel_mask = torch.zeros(len(images), height, width, dtype=torch.bool)
-    for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
-        resized = image.resize((w, h), Image.Resampling.BILINEAR)
+    pixel_values = torch.zeros(len(pictures), 3, height, width, dtype=working)
+    pixel_mask = torch.zeros(len(pictures), height, width, dtype=torch.bool)
+    for i, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
+        resized = picture.resize((w, h), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
         pixel_values[i, :, :h, :w].copy_(pixels).div_(255).sub_(mean).div_(std)
         pixel_mask[i, :h, :w] = True

@@ -18,7 +18,7 @@ from headoff.detr.detector import Detector, DetectorOutput, Features
 from headoff.detr.graphs import DecodeGraphs
 from headoff.detr.transfers import copy_to_device
 from headoff.errors import SettingError
-from headoff.gates import Configuration, Gates, cumulative, none_off, parse_configuration, stack
+from headoff.gates import Configuration, Gates, cumulative, none_off, read_configurations, stack
 from headoff.images import ImageSource, load_image
 from headoff.outcomes import KEEP_IOU, TOUCH_IOU, ConfigurationOutcome, outcomes_of
 
@@ -89,7 +89,7 @@ class SweepResult:
 def sweep(
     detector: Detector,
     image: ImageSource,
-    configurations: Iterable[Configuration | str] | None = None,
+    configurations: Configuration | str | Iterable[Configuration | str] | None = None,
     *,
     object_index: int | None = None,
     confidence: float = 0.5,
@@ -125,11 +125,7 @@ def sweep(
         NonFiniteError: the detector's output is not finite.
     """
     layout = detector.head_layout
-    chosen = (
-        cumulative(layout.heads)
-        if configurations is None
-        else tuple(c if isinstance(c, Configuration) else parse_configuration(c) for c in configurations)
-    )
+    chosen = cumulative(layout.heads) if configurations is None else read_configurations(configurations)
     picture = load_image(image)
     image_size = (picture.height, picture.width)
     with torch.inference_mode(), detector.autocasting(autocast):

@@ -3,18 +3,21 @@
 Models are tiny and random, in float64 where results must be equal.
 """
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from headoff.detr import BackboneConfig, Detector, DetrConfig
 from headoff.detr.detector import Features
 from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import sharing_plan
-from headoff.errors import CheckpointError, GateError
-from headoff.gates import Gates, cumulative, none_off, single_heads, stack
+from headoff.errors import CheckpointError, GateError, ImageError
+from headoff.gates import Gates, cumulative, first_off, none_off, single_heads, stack
 
 DEVICES = [
     "cpu",
@@ -399,3 +402,56 @@ def test_configurations_that_are_invalid():
         DetrConfig.from_dict({"width": 256})
     config = tiny_config(pre_norm=True)
     assert DetrConfig.from_dict(config.as_dict()) == config
+
+
+@pytest.fixture(scope="module")
+def detector():
+    return tiny_detector()
+
+
+@pytest.fixture(scope="module")
+def memory(detector):
+    return detector.encode(*padded_batch())
+
+
+class TestArguments:
+    """What people give by mistake is answered by a typed error of one sentence, or accepted."""
+
+    def test_decode_takes_configurations_and_their_texts(self, detector, memory):
+        expected = detector.decode(memory, stack((none_off(), first_off(2)), detector.head_layout))
+        found = detector.decode(memory, ["none", first_off(2)])
+        assert torch.equal(found.logits, expected.logits) and torch.equal(found.boxes, expected.boxes)
+        alone = detector.decode(memory, "first 2")
+        torch.testing.assert_close(alone.logits[0], expected.logits[1])
+
+    def test_decode_of_nothing(self, detector, memory):
+        with pytest.raises(GateError, match="there is no configuration: give at least one"):
+            detector.decode(memory, [])
+
+    @pytest.mark.parametrize(
+        "pixels, mask, said",
+        [
+            (torch.zeros(3, 64, 64), None, r"pixel_values\[None\] for one image"),
+            (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), None, "torch.uint8 of shape"),
+            (torch.full((1, 3, 64, 64), math.nan), None, "hold NaN or infinity"),
+            (torch.zeros(1, 3, 64, 64), torch.ones(1, 64, 32, dtype=torch.bool), r"shape \(1, 64, 64\) was"),
+            (torch.zeros(1, 3, 64, 64), torch.ones(1, 64, 64), "the pixel mask is torch.float32"),
+            (
+                torch.zeros(1, 3, 64, 64),
+                torch.zeros(1, 64, 64, dtype=torch.bool),
+                "all of an image as padding",
+            ),
+        ],
+    )
+    def test_pixels_that_cannot_be_encoded(self, detector, pixels, mask, said):
+        with pytest.raises(ImageError, match=said) as raised:
+            detector.encode(pixels, mask)
+        assert "\n" not in str(raised.value)
+
+    def test_preprocess_takes_one_image_of_any_kind(self, detector, tmp_path):
+        picture = Image.new("RGB", (40, 30), "red")
+        picture.save(tmp_path / "red.png")
+        expected, _ = detector.preprocess([picture])
+        for image in (picture, tmp_path / "red.png", str(tmp_path / "red.png"), np.asarray(picture)):
+            found, mask = detector.preprocess(image)
+            assert torch.equal(found, expected) and mask.all()

@@ -16,6 +16,7 @@ from headoff.gates import (
     none_off,
     parse_configuration,
     parse_order,
+    read_configurations,
     single_heads,
 )
 
@@ -60,7 +61,7 @@ class ConfigurationChoice:
         """The configurations for a detector, the baseline first."""
         layout, site = detector.head_layout, self.site
         if self.off or self.set is None:
-            return (none_off(), *self.off)
+            return read_configurations((none_off(), *self.off))
         if self.set == "single":
             return (none_off(), *single_heads(layout.layers(site), layout.heads, site=site))
         if self.set == "subsets":

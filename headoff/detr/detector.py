@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -21,9 +20,9 @@ from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import SharingPlan, sharing_plan
 from headoff.detr.transfers import copy_to_device
 from headoff.detr.transformer import Attend, AttentionCall, Decoder, Encoder, Interceptor, autocast
-from headoff.errors import CheckpointError, GateError, SettingError
-from headoff.gates import Gates, HeadLayout, Site
-from headoff.images import Preprocessing, preprocess
+from headoff.errors import CheckpointError, GateError, ImageError, SettingError
+from headoff.gates import Configuration, Gates, HeadLayout, Site, read_configurations, stack
+from headoff.images import ImageSource, Preprocessing, preprocess
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class Detector(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.class_head.weight.dtype
 
-    def preprocess(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    def preprocess(self, images: ImageSource | Sequence[ImageSource]) -> tuple[Tensor, Tensor]:
         """`headoff.preprocess` with this detector's preprocessing, dtype and device.
 
         Returns:
@@ -210,6 +209,7 @@ class Detector(nn.Module):
 
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> Features:
         """Run backbone and input projection; see `encode` for the arguments."""
+        _check_pixels(pixel_values, pixel_mask)
         with autocast(self.device, self.autocast_dtype):
             features = self.backbone(pixel_values.to(self.device, self.dtype))
             projected = self.input_projection(features).to(self.dtype)
@@ -244,22 +244,33 @@ class Detector(nn.Module):
             pixel_values: (B, 3, H, W) normalised pixels, padded to one size; see `headoff.images.preprocess`.
             pixel_mask: (B, H, W) bool, True = image, False = padding; None where nothing is padded.
             gate: (encoder layers, N or 1, heads) head gate of the encoder; None = all on.
+
+        Raises:
+            ImageError: pixels or mask are of another shape or dtype, an image is all padding, or (looked for on the
+                CPU alone, for a GPU would have to wait) a pixel is NaN or infinite.
+            GateError: the gate does not fit the encoder.
         """
         return self.encode_features(self.features(pixel_values, pixel_mask), gate)
 
-    def decode(self, memory: Memory, gates: Gates | SharingPlan | None = None) -> DetectorOutput:
+    def decode(
+        self,
+        memory: Memory,
+        gates: Gates | SharingPlan | Configuration | str | Sequence[Configuration | str] | None = None,
+    ) -> DetectorOutput:
         """Run the decoder and the heads: memory to logits and boxes, under all gates at once.
 
         The host does not wait for the device: gates are read on the CPU, and copied to a GPU once.
 
         Args:
             memory: B images.
-            gates: C configurations, or their `plan`, which saves planning gates that are decoded again; None for one
-                configuration with all heads on.
+            gates: C configurations as `Gates`, by themselves or as text (`"first 3"`), or their `plan`, which saves
+                planning gates that are decoded again; None for one configuration with all heads on.
 
         Raises:
-            GateError: as `plan` does.
+            GateError: as `plan` does, or a configuration cannot be read or does not fit the detector.
         """
+        if gates is not None and not isinstance(gates, Gates | SharingPlan):
+            gates = stack(read_configurations(gates), self.head_layout)
         plan = self.plan(gates) if isinstance(gates, Gates) else gates
         positions = self.query_embedding.weight
         states = self.decoder(
@@ -346,3 +357,23 @@ class Detector(nn.Module):
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> DetectorOutput:
         """Encode and decode with all heads on."""
         return self.decode(self.encode(pixel_values, pixel_mask))
+
+
+def _check_pixels(pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
+    if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
+        raise ImageError(
+            f"pixel values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}, and the detector needs "
+            "floating point of shape (B, 3, H, W): use detector.preprocess, or pixel_values[None] for one image"
+        )
+    if pixel_values.device.type == "cpu" and not pixel_values.isfinite().all():
+        raise ImageError("pixel values hold NaN or infinity: look at what they were computed from")
+    if pixel_mask is None:
+        return
+    wanted = (len(pixel_values), *pixel_values.shape[2:])
+    if pixel_mask.shape != wanted or pixel_mask.dtype != torch.bool:
+        raise ImageError(
+            f"the pixel mask is {pixel_mask.dtype} of shape {tuple(pixel_mask.shape)}, and torch.bool of shape "
+            f"{wanted} was expected, True = image"
+        )
+    if not pixel_mask.flatten(1).any(1).all():
+        raise ImageError("the pixel mask marks all of an image as padding: True = image")

@@ -33,7 +33,7 @@ from headoff.gates.configurations import (
     single_heads,
 )
 from headoff.gates.orders import Order, check_order, order_by_score, random_order
-from headoff.gates.parse import OrderResolver, parse_configuration, parse_order
+from headoff.gates.parse import OrderResolver, parse_configuration, parse_order, read_configurations
 
 __all__ = [
     "DEFAULT_SITE",
@@ -60,6 +60,7 @@ __all__ = [
     "parse_configuration",
     "parse_order",
     "random_order",
+    "read_configurations",
     "single_heads",
     "stack",
 ]

@@ -36,7 +36,7 @@ Each kind of scope occurs at most once in a statement and applies to the whole s
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import reduce
 from operator import and_
@@ -53,6 +53,24 @@ T = TypeVar("T")
 
 OrderResolver = Callable[[int], Order]
 """From the number of heads to an order of them. Raises GateError if the order is for another number of heads."""
+
+
+def read_configurations(
+    given: Configuration | str | Iterable[Configuration | str],
+) -> tuple[Configuration, ...]:
+    """One or several configurations, or their texts, as a tuple; what is given twice counts once.
+
+    Raises:
+        GateError: a text cannot be read, or nothing is given.
+    """
+    several = (given,) if isinstance(given, Configuration | str) else given
+    read = (one if isinstance(one, Configuration) else parse_configuration(one) for one in several)
+    configurations = tuple(dict.fromkeys(read))
+    if not configurations:
+        raise GateError(
+            "there is no configuration: give at least one, such as 'first 3', or 'none' for nothing off"
+        )
+    return configurations
 
 
 def parse_configuration(text: str, *, name: str | None = None) -> Configuration:

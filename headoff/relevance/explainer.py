@@ -13,7 +13,7 @@ from headoff.choices import PICKS, Pick
 from headoff.detections import Detections, class_probabilities, detections_from
 from headoff.detr.detector import Detector
 from headoff.errors import SettingError
-from headoff.gates import Configuration, cumulative, none_off, parse_configuration, stack
+from headoff.gates import Configuration, cumulative, none_off, read_configurations, stack
 from headoff.images import ImageSource, load_image
 from headoff.outcomes import outcomes_of
 from headoff.relevance.engine import Backward, RelevanceEngine
@@ -27,7 +27,7 @@ from headoff.relevance.targets import Target, TargetSpec, make_target
 def explain(
     detector: Detector,
     image: ImageSource,
-    configurations: Iterable[Configuration | str] | None = None,
+    configurations: Configuration | str | Iterable[Configuration | str] | None = None,
     queries: Iterable[int] | None = None,
     method: Method | str = "chefer",
     layers: Literal["all", "last"] | int | Iterable[int] = "all",
@@ -83,11 +83,7 @@ def explain(
         raise SettingError(f"pick cannot be {pick!r}: use one of {', '.join(PICKS)}")
     layout = detector.head_layout
     chosen_layers = _layers(layers, layout.decoder_layers)
-    chosen = (
-        cumulative(layout.heads)
-        if configurations is None
-        else tuple(c if isinstance(c, Configuration) else parse_configuration(c) for c in configurations)
-    )
+    chosen = cumulative(layout.heads) if configurations is None else read_configurations(configurations)
     gates = stack(chosen, layout)
     wanted = None if queries is None else _queries(queries, layout.queries)
     picture = load_image(image)
