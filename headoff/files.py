@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from headoff.errors import OutputError, error_line
+from headoff.errors import OutputError
 
 
 @contextmanager
@@ -43,21 +43,14 @@ _locked: set[Path] = set()
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep other processes of this user and machine from writing to it in the meantime.
+    """Keep other processes of this user and machine from writing to a folder, which need not exist, in the meantime.
 
     A process may lock a folder several times. The lock file is with the system's temporary files, and not in the
     folder; the system releases the lock of a process that ends, in whatever way.
 
     Raises:
-        OutputError: another process has the lock, and the message names it; or the folder cannot be made.
+        OutputError: another process has the lock; the message names it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write results to {str(folder)!r} ({error_line(error)}): choose another output folder, or free "
-            "space and permissions there"
-        ) from error
     place = folder.resolve()
     if place in _locked:
         yield

@@ -607,3 +607,71 @@ def test_preprocessor_configurations(values, expected):
             preprocessing_from_config(values)
     else:
         assert preprocessing_from_config(values) == expected
+
+
+HEADS_ASSUMED = "8 heads assumed, for the file does not say how many: give heads= (--heads-per-layer)"
+NOT_DILATED = (
+    "a backbone not dilated (DC5) assumed, for the file does not say: give dilated= (--dc5 or --no-dc5)"
+)
+
+
+def test_what_the_file_does_not_say_is_said_to_be_assumed(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": original(heads=4)}, path)
+    with pytest.warns(UserWarning) as warned:
+        assert load(path).assumptions == (HEADS_ASSUMED, NOT_DILATED)
+    assert [str(warning.message) for warning in warned] == [
+        f"weights.pth: {assumption}" for assumption in (HEADS_ASSUMED, NOT_DILATED)
+    ]
+    assert load(path, heads=4, dilated=False).assumptions == ()
+
+
+def test_what_the_file_says_is_not_assumed(tmp_path):
+    torch.save(
+        {"model": original(heads=4), "args": argparse.Namespace(nheads=4, dilation=False)}, tmp_path / "a.pth"
+    )
+    save_native(detector(heads=4), tmp_path / "native.safetensors")
+    for path in (tmp_path / "a.pth", tmp_path / "native.safetensors"):
+        found = load(path)
+        assert found.assumptions == () and found.config.heads == 4
+
+
+def test_published_sizes_and_names_need_no_assumption(tmp_path):
+    sizes = dict(width=256, encoder_layers=6, decoder_layers=6, feedforward=2048)
+    for name, expected in (("mine.pth", (NOT_DILATED,)), (ORIGINALS["detr-resnet-50"], ())):
+        torch.save({"model": original(**sizes)}, tmp_path / name)
+        assert load(tmp_path / name).assumptions == expected
+
+
+def test_a_width_that_eight_heads_do_not_divide_asks_for_their_number(tmp_path):
+    torch.save({"model": original(width=12, heads=3)}, tmp_path / "weights.pth")
+    assert "give heads= (--heads-per-layer)" in message_of(tmp_path / "weights.pth")
+    assert load(tmp_path / "weights.pth", heads=3).config.heads == 3
+
+
+def test_class_names_and_size_of_images_can_be_given(tmp_path):
+    torch.save({"model": original()}, tmp_path / "weights.pth")
+    found = load(tmp_path / "weights.pth", class_names=["a", "b", "c", "d"], short_side=400)
+    assert found.class_names == ("a", "b", "c", "d")
+    assert (found.preprocessing.short_side, found.preprocessing.long_side) == (400, 666)
+    assert "3 class names were given for a detector of 4" in message_of(
+        tmp_path / "weights.pth", class_names=["a", "b", "c"]
+    )
+
+
+@pytest.mark.parametrize(
+    "given, error, said",
+    [
+        ({"dtype": "float46"}, SettingError, "dtype 'float46' is not known"),
+        ({"device": "meta"}, SettingError, "device 'meta' cannot be used here"),
+        ({"source": None}, CheckpointError, "cannot be loaded from a NoneType"),
+    ],
+)
+def test_arguments_that_cannot_be(given, error, said):
+    with pytest.raises(error, match=said) as raised:
+        load(**{"source": "scenes", **given})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_dtype_by_name():
+    assert load("scenes", dtype="float64").dtype == torch.float64

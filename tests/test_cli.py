@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_checkpoints import original_names
 
 import headoff
 from headoff.choices import METHODS
@@ -263,3 +264,71 @@ def test_the_installed_script_runs_and_can_be_interrupted(tmp_path):
     script = [sys.executable, "-c", "import sys, headoff.cli; sys.exit(headoff.cli.main())"]
     done = subprocess.run([*script, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"headoff {headoff.__version__}"
+
+
+def test_a_guess_is_said(capsys, tmp_path):
+    weights, classes = tmp_path / "weights.pth", tmp_path / "classes.txt"
+    detector = headoff.load("scenes")
+    torch.save({"model": original_names(detector.state_dict())}, weights)
+    classes.write_text("\n".join(f"thing {n}" for n in range(len(detector.class_names))))
+    guessed, given = tmp_path / "guessed", tmp_path / "given"
+    options = ("sweep", SAMPLE, "--model", str(weights), "--off", "H1", "--short-side", "192")
+    code, _, err = run(capsys, *options, "--out", str(guessed))
+    assert code == 0
+    notes = [line for line in err.splitlines() if line.startswith(f"headoff: note: {weights}: ")]
+    assert len(notes) == 2 and "8 heads assumed" in notes[0] and "--heads-per-layer" in notes[0]
+    provenance = json.loads((guessed / "sweep.json").read_text())["provenance"]
+    assert provenance["heads"] == "8 in each layer" and "8 heads assumed" in provenance["assumed"]
+    told = ("--heads-per-layer", "4", "--no-dc5", "--classes", str(classes))
+    code, _, err = run(capsys, *options, *told, "--out", str(given))
+    assert code == 0 and "assumed" not in err
+    said = json.loads((given / "sweep.json").read_text())
+    assert said["provenance"]["heads"] == "4 in each layer" and "assumed" not in said["provenance"]
+    assert "thing" in json.dumps(said)
+
+
+def test_a_folder_with_a_bad_image_is_detected_on(capsys, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "b.png").write_bytes(Path(SAMPLE).read_bytes())
+    code, out, err = run(capsys, "detect", str(tmp_path))
+    assert code == 2 and "b.png: " in out and "a.png" in err and "1 image left out" in err
+
+
+def test_configurations_given_twice_count_once(capsys, tmp_path):
+    code, out, _ = run(
+        capsys, "sweep", "--off", "none", "--off", "first 3", "--off", "first 3", "--out", str(tmp_path)
+    )
+    assert code == 0 and out.count("first 3 off") == 1 and out.count("none off") == 1
+
+
+def test_a_report_of_another_image_is_announced_before_it_is_replaced(capsys, tmp_path):
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    assert run(capsys, "scenes", "draw", "--count", "2", "--out", str(scenes))[0] == 0
+    first, second = sorted(scenes.rglob("*.png"))[:2]
+    options = ("--off", "H1", "--out", str(out))
+    assert "replaced" not in run(capsys, "sweep", str(first), *options)[2]
+    assert "replaced" not in run(capsys, "sweep", str(first), *options)[2]
+    assert f"the report of {first} in {out} is replaced" in run(capsys, "sweep", str(second), *options)[2]
+    run(capsys, "sweep", str(first.parent), *options)
+    assert not (out / "sweep.json").exists() and (out / "index.html").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_is_full_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "headoff", "detect"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 2
+    assert done.stderr == "headoff: error: the output cannot be written (no space left there); free some\n"
+
+
+def test_python_m_headoff():
+    done = subprocess.run(
+        [sys.executable, "-m", "headoff", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and done.stdout.startswith("headoff ")

@@ -149,6 +149,7 @@ def write_file(path: Path, contents: bytes | str) -> None:
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
     """An empty folder, whose files replace those of the report in `folder` when the block ends without an error."""
+    folder.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_process in folder.glob(".new-*"):
         shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
