@@ -59,6 +59,7 @@ from .gates import only_heads_on as only_heads_on
 from .gates import order_by_score as order_by_score
 from .gates import parse_configuration as parse_configuration
 from .gates import random_order as random_order
+from .gates import read_configurations as read_configurations
 from .gates import single_heads as single_heads
 from .gates import stack as stack
 from .images import Preprocessing as Preprocessing
@@ -70,6 +71,7 @@ from .outcomes import Status as Status
 from .relevance import Explanation as Explanation
 from .relevance import explain as explain
 from .relevance import load_explanation as load_explanation
+from .report import write_report as write_report
 from .scenes.samples import sample_image as sample_image
 from .scenes.samples import sample_images as sample_images
 from .sweeps import SweepResult as SweepResult

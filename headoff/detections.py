@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Detection:
         }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Detections:
     """The n detections of one image under one configuration, by falling score. All tensors are on the CPU.
 
@@ -68,6 +69,10 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.queries)
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{detection.class_name} {detection.score:.2f}" for detection, _ in islice(self, 3))
+        return f"<Detections: {len(self)}{f' ({found}, ...)' if len(self) > 3 else f' ({found})' if found else ''}>"
 
     def __getitem__(self, index: int) -> Detection:
         label = int(self.labels[index])

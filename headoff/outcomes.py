@@ -44,6 +44,9 @@ they are half their width apart. Neighbouring objects in a row or a crowd have l
 class Status(StrEnum):
     """What became of an object."""
 
+    def __repr__(self) -> str:
+        return self.value
+
     KEPT = "kept"
     """Found once: same label, IoU at least `keep_iou`."""
     MOVED = "moved"

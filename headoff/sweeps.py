@@ -21,12 +21,13 @@ from headoff.errors import SettingError
 from headoff.gates import Configuration, Gates, cumulative, none_off, read_configurations, stack
 from headoff.images import ImageSource, load_image
 from headoff.outcomes import KEEP_IOU, TOUCH_IOU, ConfigurationOutcome, outcomes_of
+from headoff.wording import counted
 
 MEMORY_BUDGET = 256 * 2**20
 """Default limit of decoder activations in bytes; see `configurations_at_once`."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SweepResult:
     """One image under C configurations. All tensors are on the CPU.
 
@@ -50,6 +51,11 @@ class SweepResult:
 
     def __len__(self) -> int:
         return len(self.configurations)
+
+    def __repr__(self) -> str:
+        return (
+            f"<SweepResult: {counted(len(self), 'configuration')}, {counted(len(self.baseline), 'object')}>"
+        )
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from headoff.gates import (
     parse_configuration,
     parse_order,
     random_order,
+    read_configurations,
     single_heads,
 )
 
@@ -264,3 +265,20 @@ def test_orders_that_cannot_be_read(text, at, says):
 def test_an_order_for_another_number_of_heads():
     with pytest.raises(GateError, match="no permutation of 8 heads"):
         parse_order("1,0")(8)
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [("frist 3", "first"), ("nnoe", "none"), ("decoder_slef L0", "decoder_self"), ("qurey 3: H1", "query")],
+)
+def test_a_misspelt_word_is_named(text, word):
+    with pytest.raises(GateError, match=rf"there is no word '\w+' \(did you mean '{word}'\?\)"):
+        parse_configuration(text)
+
+
+def test_configurations_are_read_one_by_one_or_several():
+    assert read_configurations("first 3") == (first_off(3),)
+    assert read_configurations(first_off(3)) == (first_off(3),)
+    assert read_configurations(["none", "first 3", first_off(3), "none"]) == (none_off(), first_off(3))
+    with pytest.raises(GateError, match="there is no configuration"):
+        read_configurations([])

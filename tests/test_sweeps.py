@@ -164,3 +164,16 @@ def test_decode_all_keeps_the_order_over_encoder_gates(detector):
         one: Gates = gates[index]
         alone = decode_all(detector, features, one)
         torch.testing.assert_close(together.logits[index], alone.logits[0], rtol=0, atol=1e-12)
+
+
+def test_results_are_short_to_print():
+    detector = headoff.load("scenes")
+    result = headoff.sweep(detector, headoff.sample_image(0), "first 3")
+    assert repr(result).startswith("<SweepResult: 1 configuration, ") and len(repr(result)) < 80
+    assert (
+        repr(result.baseline).startswith(f"<Detections: {len(result.baseline)} (")
+        and len(repr(result.baseline)) < 120
+    )
+    assert repr(headoff.Status.KEPT) == str(headoff.Status.KEPT) == "kept"
+    explanation = headoff.explain(detector, headoff.sample_image(0), "first 3")
+    assert repr(explanation).startswith("<Explanation by chefer: 1 configuration, ")

@@ -43,13 +43,15 @@ from operator import and_
 from typing import NoReturn, TypeVar, cast
 
 from headoff.choices import SITES, Site
-from headoff.errors import GateError
+from headoff.errors import GateError, did_you_mean
 from headoff.gates.clauses import Clause, Heads
 from headoff.gates.configurations import Configuration, first_off, none_off, off_matrix
 from headoff.gates.orders import Order, check_order, random_order
 from headoff.gates.validation import MAX_NUMBER
 
 T = TypeVar("T")
+
+_WORDS = ("none", "first", "only", "query", "layer", *SITES)
 
 OrderResolver = Callable[[int], Order]
 """From the number of heads to an order of them. Raises GateError if the order is for another number of heads."""
@@ -247,9 +249,12 @@ def _pattern(reader: _Reader) -> Configuration:
     if reader.next() in set("0123456789."):
         return _off_rows(reader)
     if reader.next() not in set("lha"):
+        word = reader.take("[a-z_]+")
+        if guess := did_you_mean(word.lower(), _WORDS) if word else "":
+            reader.fail(f"there is no word {word!r}{guess}", reader.position - len(word))
         reader.fail(
-            "expected heads such as L4H2 or H0-3, an off vector such as 0,1,0, "
-            "'first 3', 'only H2 on' or 'none'"
+            "expected heads such as L4H2 or H0-3, an off vector such as 0,1,0, 'first 3', 'only H2 on' or 'none'",
+            reader.position - len(word),
         )
     clauses = _separated(reader, ",", lambda: _gated(reader))
     if all(clause.gate == 0 for clause in clauses):

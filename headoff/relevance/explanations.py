@@ -19,6 +19,7 @@ from headoff.errors import OutputError, SettingError, error_line
 from headoff.files import atomic_write
 from headoff.gates import Configuration, parse_configuration
 from headoff.relevance.rules import ZeroRows
+from headoff.wording import counted
 
 FORMAT = "headoff explanation 1"
 
@@ -33,7 +34,7 @@ class ExplanationStatus(StrEnum):
     """With `pick="object"`: no query detects the object under this configuration, so nothing is explained."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """Relevance of C configurations, O objects and M decoder layers over h x w image tokens. Tensors are on the CPU.
 
@@ -81,6 +82,13 @@ class Explanation:
 
     def __len__(self) -> int:
         return len(self.configurations)
+
+    def __repr__(self) -> str:
+        configurations, objects, layers = self.maps.shape[:3]
+        return (
+            f"<Explanation by {self.method}: {counted(configurations, 'configuration')}, "
+            f"{counted(objects, 'object')}, {counted(layers, 'layer')}>"
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
