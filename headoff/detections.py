@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -71,8 +70,12 @@ class Detections:
         return len(self.queries)
 
     def __repr__(self) -> str:
-        found = ", ".join(f"{detection.class_name} {detection.score:.2f}" for detection, _ in islice(self, 3))
-        return f"<Detections: {len(self)}{f' ({found}, ...)' if len(self) > 3 else f' ({found})' if found else ''}>"
+        best = [
+            f"{self.class_names[int(label)]} {score:.2f}"
+            for label, score in zip(self.labels, self.scores, strict=True)
+        ]
+        found = ", ".join(best[:3] + ["..."] * (len(best) > 3))
+        return f"<Detections: {len(self)}{f' ({found})' if found else ''}>"
 
     def __getitem__(self, index: int) -> Detection:
         label = int(self.labels[index])

@@ -176,15 +176,15 @@ def test_files_of_two_reports_never_mix(tmp_path, monkeypatch, failing):
         replace(source, target)
 
     before, wanted = contents(old), contents(new)
-    monkeypatch.setattr(output.os, "replace", interrupted)
-    try:
-        write_report(old, image, result, provenance={"image": "new.jpg"}, figures=False)
-        assert len(moves) < failing and moves[-1] == "sweep.json"
-    except KeyboardInterrupt:
-        left = {name: data for name, data in contents(old).items() if name != ".unfinished.json"}
-        assert left == before or left.items() <= wanted.items()
-        assert is_finished(old) == (left == before)
-    monkeypatch.undo()
+    with monkeypatch.context() as patching:
+        patching.setattr(output.os, "replace", interrupted)
+        try:
+            write_report(old, image, result, provenance={"image": "new.jpg"}, figures=False)
+            assert len(moves) < failing and moves[-1] == "sweep.json"
+        except KeyboardInterrupt:
+            left = {name: data for name, data in contents(old).items() if name != ".unfinished.json"}
+            assert left == before or left.items() <= wanted.items()
+            assert is_finished(old) == (left == before)
     write_report(old, image, result, provenance={"image": "new.jpg"}, figures=False)
     assert contents(old) == wanted
 
