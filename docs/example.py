@@ -19,7 +19,7 @@ for detection in headoff.detect(detector, image):
 # %% [markdown]
 # ## The cumulative sweep
 #
-# Nothing off, the first head off, the first two, ... in all decoder layers. The image is encoded once.
+# None off, the first head off, the first two, ... in all decoder layers. The image is encoded once.
 
 # %%
 result = headoff.sweep(detector, image)

@@ -36,7 +36,7 @@ class SweepResult:
         logits: (C, Q, K + 1), class logits, the last one "no object".
         boxes: (C, Q, 4), (centre x, centre y, width, height) as fractions of the image.
         detections: per configuration.
-        baseline: the detections with nothing off; each of them is an *object*.
+        baseline: the detections with none off; each of them is an *object*.
         outcomes: what became of each object, per configuration.
         confidence: the score above which a query's prediction is a detection.
     """
@@ -180,7 +180,7 @@ def query_of_object(objects: Detections, index: int) -> int:
         return objects[index].query
     listed = ", ".join(f"#{number} {found.class_name}" for number, found in enumerate(objects)) or "none"
     raise SettingError(
-        f"object {index} does not exist; with nothing off there are {len(objects)} ({listed}): "
+        f"object {index} does not exist; with none off there are {len(objects)} ({listed}): "
         "name one of them, or lower the confidence"
     )
 

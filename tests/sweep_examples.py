@@ -30,7 +30,7 @@ def example(
 ) -> SweepResult:
     """Objects (n, 4, cxcywh in 0..1) whose evidence fades: later configurations move, double, rename, lose.
 
-    With nothing off each is found by its own query; every status occurs somewhere if objects are many.
+    With none off each is found by its own query; every status occurs somewhere if objects are many.
     """
     configurations = cumulative() if configurations is None else tuple(configurations)
     generator = torch.Generator().manual_seed(seed)

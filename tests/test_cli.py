@@ -113,7 +113,7 @@ def test_detect_lists_what_there_is(capsys):
 @pytest.mark.usefixtures("blank_figures")
 def test_nothing_detected_is_no_error(capsys, tmp_path):
     code, printed, _ = run(capsys, "sweep", SAMPLE, "--confidence", "1", "--out", str(tmp_path))
-    assert code == 0 and "0 objects with nothing off" in printed and (tmp_path / "sweep.json").exists()
+    assert code == 0 and "0 objects with none off" in printed and (tmp_path / "sweep.json").exists()
 
 
 def test_scenes_are_drawn(capsys, tmp_path):
@@ -298,7 +298,8 @@ def test_configurations_given_twice_count_once(capsys, tmp_path):
     code, out, _ = run(
         capsys, "sweep", "--off", "none", "--off", "first 3", "--off", "first 3", "--out", str(tmp_path)
     )
-    assert code == 0 and out.count("first 3 off") == 1 and out.count("none off") == 1
+    names = [line.split("  ")[0] for line in out.splitlines()]
+    assert code == 0 and names.count("first 3 off") == 1 and names.count("none off") == 1
 
 
 def test_a_report_of_another_image_is_announced_before_it_is_replaced(capsys, tmp_path):
@@ -332,3 +333,12 @@ def test_python_m_headoff():
         [sys.executable, "-m", "headoff", "--version"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and done.stdout.startswith("headoff ")
+
+
+def test_tables_fit_a_terminal(capsys, tmp_path):
+    matrix = "/".join(["0,1,0.25,1,0,0,0,0"] * len(headoff.load("scenes").decoder.layers))
+    code, out, _ = run(capsys, "sweep", SAMPLE, "--off", matrix, "--off", "H2", "--out", str(tmp_path))
+    lines = [line for line in out.splitlines() if str(tmp_path) not in line and SAMPLE not in line]
+    assert code == 0 and all(len(line) <= 80 for line in lines)
+    assert any(line.startswith("0,1,0.25,1") and "…" in line for line in lines)
+    assert lines[-1].endswith("of 3 configurations lose an object")

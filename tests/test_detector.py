@@ -235,7 +235,7 @@ def test_encoder_gates_are_refused_by_decode():
 
 
 def test_sharing_follows_the_first_difference():
-    """Nothing off, L2H0 off and L2H1 off are one run up to the last layer."""
+    """None off, L2H0 off and L2H1 off are one run up to the last layer."""
     gate = torch.ones(3, LAYERS, 1, HEADS)
     gate[1, 2, 0, 0] = 0
     gate[2, 2, 0, 1] = 0

@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from sweep_examples import crowd, example, photo, scene_example
 
 from headoff.figures import object_colour, plot_detections, plot_outcomes, plot_survival, sweep_figures
-from headoff.figures.captions import heads_off_counts, slug, title_of, views
+from headoff.figures.captions import heads_off_counts, slug, views
 from headoff.figures.charts import spread
 from headoff.figures.marks import Line, Marks
 from headoff.figures.palette import OBJECT_COLOURS, UNMATCHED_COLOUR
 from headoff.figures.placing import Rect, place_label
 from headoff.figures.sheets import MOST_PICTURES
-from headoff.gates import all_subsets, cumulative, first_off, heads_off, none_off, single_heads
+from headoff.gates import all_subsets, cumulative, heads_off, none_off, single_heads
 from headoff.outcomes import Status
 
 
@@ -194,14 +194,14 @@ def test_figures_of_a_cumulative_sweep():
     assert [figure.stem for figure in figures] == [
         "00-none-off",
         *(f"{k:02}-first-{k}-off" for k in range(1, 9)),
-        "grid-nothing-off",
-        "grid-first-1-4-heads-off",
-        "grid-first-5-8-heads-off",
+        "grid-none-off",
+        "grid-first-1-4-off",
+        "grid-first-5-8-off",
         "survival",
         "outcomes",
     ]
     axes = figures[-3].draw().axes
-    assert [ax.get_title("left") for ax in axes] == [f"first {k} heads off" for k in (5, 6, 7, 8)]
+    assert [ax.get_title("left") for ax in axes] == [f"first {k} off" for k in (5, 6, 7, 8)]
 
 
 def test_figures_of_other_configurations():
@@ -227,10 +227,6 @@ def test_drawing_is_at_the_figure_s_resolution_not_the_image_s():
 
 
 def test_words_for_configurations():
-    assert title_of(none_off()) == "nothing off"
-    assert title_of(first_off(1)) == "first 1 head off"
-    assert title_of(first_off(3, site="decoder_self")) == "first 3 heads off (decoder_self)"
-    assert title_of(heads_off(2, layers=[5])) == "L5H2 off"
     assert heads_off_counts(cumulative(4, [3, 1, 0, 2])) == (0, 1, 2, 3, 4)
     assert heads_off_counts(cumulative(site="encoder_self")) == (*range(9),)
     for_one_query = [c.for_queries(17) if c.clauses else c for c in cumulative(3, [2, 0, 1])]
@@ -244,10 +240,10 @@ def test_words_for_configurations():
 
 def test_views_show_the_baseline_once():
     _, result = crowd(2, (30, 40))
-    assert [view.title for view in views(result)][:2] == ["nothing off", "first 1 head off"]
+    assert [view.title for view in views(result)][:2] == ["none off", "first 1 off"]
     _, result = crowd(2, (30, 40), configurations=[heads_off(3)])
     baseline, other = views(result)
-    assert (baseline.title, baseline.configuration, other.configuration) == ("nothing off", None, 0)
+    assert (baseline.title, baseline.configuration, other.configuration) == ("none off", None, 0)
     assert baseline.outcome.counts[Status.KEPT] == 2
 
 

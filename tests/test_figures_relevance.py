@@ -84,7 +84,7 @@ def test_any_number_of_objects(objects):
     explanation = explanation_of(result)
     ax = plot_relevance_grid(explanation, 0, image=np.full((192, 192, 3), 90, np.uint8))
     written = texts(ax)
-    assert written[0] == "nothing off"
+    assert written[0] == "none off"
     assert len(map_pixels(ax)) == objects * LAYERS
     if objects == 0:
         assert " ".join(written[1:]) == NOTHING_TO_EXPLAIN
@@ -97,7 +97,7 @@ def test_any_number_of_objects(objects):
 def test_titles_follow_the_configuration():
     views = object_views(EXPLANATION, 5)
     written = texts(plot_relevance_grid(EXPLANATION, 5))
-    assert written[0] == "first 5 heads off"
+    assert written[0] == "first 5 off"
     for view in views:
         assert view.heading in written and f"was {view.first_score:.2f}" in " ".join(written)
 
@@ -287,9 +287,9 @@ def test_scripts_are_well_formed(script, tmp_path):
 
 def test_evidence_in_words():
     told = evidence(EXPLANATION)
-    assert re.search(r"With nothing off \d+% of the relevance after layer 5 is within their boxes", told)
-    assert told.endswith("No image evidence at all: first 8 heads off.")
-    assert headline(RESULT, EXPLANATION).startswith(f"{OBJECTS} objects with nothing off.")
+    assert re.search(r"With none off \d+% of the relevance after layer 5 is within their boxes", told)
+    assert told.endswith("No image evidence at all: first 8 off.")
+    assert headline(RESULT, EXPLANATION).startswith(f"{OBJECTS} objects with none off.")
 
 
 @pytest.mark.usefixtures("blank_figures")

@@ -58,7 +58,7 @@ def test_attention(benchmark, bench, model, under_test, site, direction, off):
     shape = site_shape(model, site)
     gate = torch.ones(shape.batch, shape.heads, shape.queries, 1)
     gate[:, :off] = 0
-    # With nothing off the detector passes no gate at all.
+    # With none off the detector passes no gate at all.
     workload = AttentionWorkload.of(
         shape,
         direction,

@@ -174,5 +174,5 @@ def test_scenes_are_found_with_nothing_off(under_test):
             hits = (box_iou(box, baseline.boxes)[0] > 0.5) & (baseline.labels == truth["category_id"])
             found, total = found + bool(hits.any()), total + 1
     if found < 0.95 * total:
-        message = f"{found} of {total} true objects are found with nothing off"
+        message = f"{found} of {total} true objects are found with none off"
         fail_on([Finding("detections", message, "all scenes")])

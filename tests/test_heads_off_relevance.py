@@ -307,7 +307,7 @@ def fail_on_maps(under_test, case, configurations, maps, how: str) -> None:
 
 
 def some_configurations(case):
-    """Nothing off, some heads off, all but one off."""
+    """None off, some heads off, all but one off."""
     return tuple(case.cumulative[index] for index in (0, len(case.cumulative) // 3, -2))
 
 

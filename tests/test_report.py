@@ -130,7 +130,7 @@ def test_the_page_of_none_and_one(objects):
     html = render_page(image, result, {})
     read(html)
     assert html.count("<script>") == 1
-    assert ("No object with nothing off" in html) == (objects == 0)
+    assert ("No object with none off" in html) == (objects == 0)
 
 
 def test_equal_results_make_equal_pages():
@@ -258,14 +258,14 @@ def lost_at(*ks, objects=None):
 @pytest.mark.parametrize(
     ("ks", "said"),
     [
-        ((3, 8), "2 objects with nothing off. First lost at 3 heads off: #0 dog. All gone at 8."),
-        ((2, 2), "2 objects with nothing off. All are lost at 2 heads off."),
-        ((1,), "1 object with nothing off. It is lost at 1 head off."),
-        ((None, None), "2 objects with nothing off. None is lost, even with all 8 heads off."),
-        ((), "No object with nothing off. Nothing is found under any other configuration either."),
+        ((3, 8), "2 objects with none off. First lost at 3 heads off: #0 dog. All gone at 8."),
+        ((2, 2), "2 objects with none off. All are lost at 2 heads off."),
+        ((1,), "1 object with none off. It is lost at 1 head off."),
+        ((None, None), "2 objects with none off. None is lost, even with all 8 heads off."),
+        ((), "No object with none off. Nothing is found under any other configuration either."),
         (
             (None, 4),
-            "2 objects with nothing off. First lost at 4 heads off: #1 dog. "
+            "2 objects with none off. First lost at 4 heads off: #1 dog. "
             "With all 8 heads off: 1 kept, 1 lost.",
         ),
     ],
@@ -278,7 +278,7 @@ def test_verdict_of_other_configurations():
     _, result = scene_example(configurations=[heads_off(1), heads_off(2), heads_off(3)])
     assert (
         verdict(result)
-        == "5 objects with nothing off. 1 of 3 configurations lose at least one; 'H3 off' loses 3."
+        == "5 objects with none off. 1 of 3 configurations lose at least one; 'H3 off' loses 3."
     )
 
 

@@ -113,7 +113,7 @@ def test_one_object_alone(detector, image):
 
 
 def test_an_object_that_is_not_there(detector, image):
-    with pytest.raises(SettingError, match="object 99 does not exist; with nothing off there are"):
+    with pytest.raises(SettingError, match="object 99 does not exist; with none off there are"):
         sweep(detector, image, object_index=99)
 
 

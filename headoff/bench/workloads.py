@@ -366,7 +366,7 @@ class RelevanceWorkload(ModelWorkload):
     def of(
         cls, model: BenchmarkModel, configurations: tuple[Configuration, ...], objects: int, title: str = ""
     ) -> RelevanceWorkload:
-        """Explains the queries whose class scores are highest with nothing off."""
+        """Explains the queries whose class scores are highest with none off."""
         exact = model.in_dtype(torch.float64)
         with torch.no_grad():
             logits = with_attention(exact.detector, "eager").decode(exact.memory).logits[0, 0]

@@ -74,7 +74,7 @@ def describe_configurations(settings: argparse.Namespace) -> dict[str, str]:
     if settings.off:
         chosen = {"configurations": "; ".join(f"'{text}'" for text in settings.off)}
     else:
-        chosen = {"configurations": f"{settings.set} at {settings.site}" if settings.set else "nothing off"}
+        chosen = {"configurations": f"{settings.set} at {settings.site}" if settings.set else "none off"}
     if settings.order:
         chosen["order"] = settings.order
     return chosen

@@ -31,7 +31,7 @@ what to switch off:
 examples:
   headoff explain                                    the bundled model on a bundled scene
   headoff explain street.jpg --model detr-resnet-50 --overlay
-  headoff explain street.jpg --set cumulative        with nothing off, first 1 head off, ... all heads off
+  headoff explain street.jpg --set cumulative        with none off, first 1 off, ... all heads off
   headoff explain street.jpg --off 'L5H2' --object 0 --heads
   headoff explain street.jpg --target w --layers last --cmap magma
 """
@@ -164,7 +164,7 @@ def _summary(image: Path, explanation: Explanation) -> str:
     """The relevance after the last layer, one line for each configuration and object."""
     objects = explanation.objects
     if not len(objects):
-        return f"{image}: no object is detected with nothing off, so there is nothing to explain"
+        return f"{image}: no object is detected with none off, so there is nothing to explain"
     title = (
         f"{image}: {counted(len(objects), 'object')} explained, relevance ({explanation.method}) "
         f"after decoder layer {explanation.layers[-1]}"

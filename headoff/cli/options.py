@@ -13,7 +13,7 @@ from headoff.choices import DEFAULT_SITE, DTYPES, SITES
 CONFIGURATION_SETS = ("cumulative", "single", "subsets")
 
 NOTATION = """\
-  --off takes one configuration and can be repeated; the baseline (nothing off) is always added:
+  --off takes one configuration and can be repeated; the baseline (none off) is always added:
     'first 3'             the first 3 heads of every decoder layer
     'H2'                  head 2 of every layer          'L5'       all heads of layer 5
     'L4H2,L5H0-3'         head 2 of layer 4 and heads 0 to 3 of layer 5; all counted from 0
@@ -139,7 +139,7 @@ def add_configuration_options(
         choices=CONFIGURATION_SETS,
         default=default,
         help="the cumulative sweep, every single head of every layer, or all subsets of heads (default: "
-        + (f"{default})" if default else "nothing off)"),
+        + (f"{default})" if default else "none off)"),
     )
     group.add_argument(
         "--order",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from headoff.outcomes import Status
 from headoff.report import FINISHED, folder_index, is_finished, remove_report
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
+
+MOST_NAMED = 12
+"""Objects that the terminal names; the report has them all."""
 
 WriteReport = Callable[[Path, Path, Mapping[str, str], bool], str]
 """(folder of the report, image, provenance, whether to show progress): write the report, return its summary."""
@@ -109,13 +113,9 @@ def _is_finished(folder: Path, provenance: Mapping[str, str]) -> bool:
 
 
 def sweep_summary(image: Path, result: SweepResult) -> str:
-    """What became of the objects, one line for each configuration."""
-    objects = ", ".join(
-        f"#{number} {detection.class_name}" for number, detection in enumerate(result.baseline)
-    )
-    title = f"{image}: {counted(len(result.baseline), 'object')} with nothing off" + (
-        f" ({objects})" if objects else ""
-    )
+    """What became of the objects: one line for each configuration, and what loses objects at all."""
+    names = [f"#{number} {detection.class_name}" for number, detection in enumerate(result.baseline)]
+    more = f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     header = ("configuration", "found", *(status.value for status in Status), "unmatched")
     rows = [
         (configuration.name, len(detections), *outcome.counts.values(), len(outcome.unmatched))
@@ -123,4 +123,14 @@ def sweep_summary(image: Path, result: SweepResult) -> str:
             result.configurations, result.detections, result.outcomes, strict=True
         )
     ]
-    return f"{title}\n{table(header, rows)}"
+    losing = sum(bool(outcome.counts[Status.LOST]) for outcome in result.outcomes)
+    return "\n".join(
+        [
+            f"{image}: {counted(len(names), 'object')} with none off",
+            *textwrap.wrap(
+                ", ".join(names[:MOST_NAMED]) + more, 80, initial_indent="  ", subsequent_indent="  "
+            ),
+            table(header, rows),
+            f"{losing} of {counted(len(rows), 'configuration')} lose an object",
+        ]
+    )

@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
     evaluate = actions.add_parser(
         "evaluate",
         help="average precision of a model on held-out scenes, for every k of the cumulative sweep",
-        description="Average precision (COCO's definition) on held-out scenes for nothing off, first 1 off, ... "
+        description="Average precision (COCO's definition) on held-out scenes for none off, first 1 off, ... "
         "all heads off. With the defaults it reproduces the figures of the model card.",
     )
     evaluate.add_argument("--count", type=positive, default=1000, help="held-out scenes (default 1000)")

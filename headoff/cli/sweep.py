@@ -19,7 +19,7 @@ from headoff.cli.options import (
 
 EPILOG = f"""\
 what to switch off:
-  Default: the cumulative sweep, with nothing off, the first 1 head off, ... all heads off, in every decoder layer.
+  Default: the cumulative sweep, none off, first 1 off, first 2 off, ... all heads off, in every decoder layer.
 {NOTATION}
 examples:
   headoff sweep                                      the bundled model on a bundled scene

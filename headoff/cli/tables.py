@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from headoff.figures.captions import shorten
+
 MAX_ROWS = 60
 SHORTENED_ROWS = 10
+
+
+WIDTH = 80
+"""Characters of a line. The first column gives way: names of configurations, such as off matrices, are long."""
+
+LEAST = 12
+"""Characters of the first column that are always shown."""
 
 
 def columns(rows: Iterable[Iterable[object]]) -> str:
@@ -19,7 +28,10 @@ def columns(rows: Iterable[Iterable[object]]) -> str:
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A header and rows in columns; of more than `MAX_ROWS` rows, the first ones only: the report has them all."""
+    """A header and rows in columns of `WIDTH` characters; of more than `MAX_ROWS` rows, the first ones only."""
     shown = rows if len(rows) <= MAX_ROWS else rows[:SHORTENED_ROWS]
-    text = columns([header, *shown])
+    excess = max(map(len, columns([header, *shown]).splitlines())) - WIDTH
+    longest = max(len(str(row[0])) for row in (header, *shown))
+    room = max(LEAST, longest - max(0, excess))
+    text = columns([header, *((shorten(str(row[0]), room), *row[1:]) for row in shown)])
     return text if shown is rows else f"{text}\n... and {len(rows) - len(shown)} more in the report"

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from headoff.detections import Detections
-from headoff.gates import DEFAULT_SITE, SITES, Configuration
+from headoff.gates import DEFAULT_SITE, SITES, Configuration, none_off
 from headoff.outcomes import ConfigurationOutcome, Outcome, Status
 from headoff.sweeps import SweepResult
 
-NOTHING_OFF = "nothing off"
+NONE_OFF = none_off().name
 
 _FIRST_OFF = re.compile(rf"(?:({'|'.join(SITES)}) )?first (\d+) off")
 
@@ -33,7 +33,7 @@ def views(result: SweepResult) -> tuple[View, ...]:
     digits = max(2, len(str(max(len(result) - 1, 0))))
     shown = [
         View(
-            title=title_of(configuration),
+            title=configuration.name,
             stem=f"{index:0{digits}}-{slug(configuration.name)}",
             text=configuration.text,
             detections=result.detections[index],
@@ -44,7 +44,7 @@ def views(result: SweepResult) -> tuple[View, ...]:
     ]
     if all(configuration.clauses for configuration in result.configurations):
         shown.insert(
-            0, View(NOTHING_OFF, "baseline", "none", result.baseline, baseline_outcome(result.baseline), None)
+            0, View(NONE_OFF, "baseline", "none", result.baseline, baseline_outcome(result.baseline), None)
         )
     return tuple(shown)
 
@@ -58,17 +58,6 @@ def baseline_outcome(baseline: Detections) -> ConfigurationOutcome:
         ),
         unmatched=(),
     )
-
-
-def title_of(configuration: Configuration) -> str:
-    """`first 3 heads off`, `nothing off`, or the configuration's name as it is."""
-    if not configuration.clauses and configuration.name in ("none", "none off"):
-        return NOTHING_OFF
-    parsed = _first_off(configuration.name)
-    if parsed is None:
-        return configuration.name
-    site, k = parsed
-    return f"first {k} {'head' if k == 1 else 'heads'} off{f' ({site})' if site != DEFAULT_SITE else ''}"
 
 
 def heads_off_counts(configurations: Sequence[Configuration]) -> tuple[int, ...] | None:

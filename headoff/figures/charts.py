@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from headoff.figures.canvas import DPI, figure_of, width_of
-from headoff.figures.captions import heads_off_counts, object_name, shorten, title_of
+from headoff.figures.captions import heads_off_counts, object_name, shorten
 from headoff.figures.palette import GRID, INK, MUTED, STATUS_STYLES, StatusStyle, object_colour
 from headoff.sweeps import SweepResult
 
@@ -33,7 +33,7 @@ def plot_survival(result: SweepResult, ax: Axes | None = None) -> Axes:
         ax = _new_axes(width, max(4.0, 1.2 + objects * 0.155))
     _clean(ax)
     if objects == 0 or configurations == 0:
-        return _empty(ax, "No object is detected with nothing off.")
+        return _empty(ax, "No object is detected with none off.")
 
     survival = result.survival().tolist()
     ordered = counts is not None
@@ -208,7 +208,7 @@ def _name_configurations(ax: Axes, result: SweepResult) -> None:
         return
     # Names are vertical; if there are too many to read, only every nth is shown.
     every = max(1, len(result) // 60)
-    names = [shorten(title_of(configuration), 28) for configuration in result.configurations]
+    names = [shorten(configuration.name, 28) for configuration in result.configurations]
     shown = range(0, len(names), every)
     ax.set_xticks(shown, [names[index] for index in shown], rotation=90)
     for tick in ax.get_xticklabels():

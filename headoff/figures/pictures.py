@@ -57,7 +57,7 @@ def plot_detections(
         detections: what is drawn.
         ax: axes to draw in; by default those of a new figure with the image's shape.
         outcome: of the configuration that gave `detections`.
-        baseline: the detections with nothing off.
+        baseline: the detections with none off.
         title: above the image.
         legend: whether to explain lines below the image.
         colours: "#RRGGBB" by object; they repeat if there are more objects.

@@ -14,7 +14,7 @@ from torch import Tensor
 from headoff.detections import Detections
 from headoff.errors import SettingError
 from headoff.figures.canvas import TITLE_POINTS, fitted
-from headoff.figures.captions import listed, title_of
+from headoff.figures.captions import listed
 from headoff.figures.colouring import MapStyle, coloured
 from headoff.figures.object_views import object_views
 from headoff.figures.palette import MUTED
@@ -23,7 +23,7 @@ from headoff.figures.tiles import EDGE, LINE, SMALL, Place, Sheet, pixels_of, wr
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation, ExplanationStatus
 
-NOTHING_TO_EXPLAIN = "No object is detected with nothing off: there is nothing to explain."
+NOTHING_TO_EXPLAIN = "No object is detected with none off: there is nothing to explain."
 
 _GAP, _HEAD_GAP = 0.16, 0.06
 """Inches between columns of maps, and between heads."""
@@ -118,7 +118,7 @@ def plot_relevance_grid(
     row = cell_height + 1.4 * LINE
     rows = len(explanation.layers) if len(chosen) else 0
     sheet = Sheet(width, top + cell_height + rows * row + (0.36 if rows else 0.5), ax)
-    sheet.head(title_of(explanation.configurations[configuration]), words)
+    sheet.head(explanation.configurations[configuration].name, words)
     if not len(chosen):
         place = Place(EDGE, top - LINE, cell_width, cell_height)
         if picture is not None:
@@ -189,7 +189,7 @@ def plot_head_attention(
     words = wrapped(f"{view.heading}, {view.origin}: cross-attention of its query, per head", width)
     top = EDGE + 0.26 + (len(words) + 1.3) * LINE
     sheet = Sheet(width, top + len(explanation.layers) * row + 0.34, ax)
-    sheet.head(title_of(explanation.configurations[configuration]), words)
+    sheet.head(explanation.configurations[configuration].name, words)
     scaled, span = head_maps(explanation, style)[configuration, object], grid_span(explanation)
     for head in range(heads):
         sheet.write(left + head * pitch, top - 0.05, f"head {head}", SMALL, colour=MUTED)
@@ -249,7 +249,7 @@ def _explained(explanation: Explanation, configuration: int, width: float) -> li
         return []
     words = f"Image relevance ({explanation.method}) for {target_words(explanation)}."
     if explanation.configurations[configuration].clauses:
-        words += " Dotted: the box with nothing off."
+        words += " Dotted: the box with none off."
     return wrapped(words, width)
 
 

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from headoff.detections import Detections
 from headoff.figures.canvas import figure_of
-from headoff.figures.captions import slug, title_of
+from headoff.figures.captions import slug
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance import plot_head_attention, plot_relevance_grid
@@ -34,7 +34,7 @@ def relevance_figures(
     objects = len(explanation.objects)
     digits = max(2, len(str(len(explanation) - 1)))
     for number, configuration in enumerate(explanation.configurations[:MOST_PICTURES]):
-        title = title_of(configuration)
+        title = configuration.name
         stem = f"relevance-{number:0{digits}}-{slug(configuration.name)}"
         for start in range(0, max(objects, 1), OBJECTS_PER_FIGURE):
             indices = range(start, min(start + OBJECTS_PER_FIGURE, objects))

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from headoff.figures.canvas import CAPTION, caption_width, figure_of, image_figure, legend_height
-from headoff.figures.captions import NOTHING_OFF, View, heads_off_counts, slug, views
+from headoff.figures.captions import NONE_OFF, View, heads_off_counts, slug, views
 from headoff.figures.charts import plot_outcomes, plot_survival
 from headoff.figures.palette import MUTED
 from headoff.figures.pictures import explain_lines, plot_detections, small_picture, summary
@@ -37,7 +37,7 @@ class SweepFigure:
 def sweep_figures(image: ImageSource, result: SweepResult) -> Iterator[SweepFigure]:
     """One figure per configuration, grids of four, the survival chart and the table of outcomes.
 
-    A cumulative sweep has the grids `nothing off`, `first 1-4 heads off`, `first 5-8 heads off`; others have a grid for
+    A cumulative sweep has the grids `none off`, `first 1-4 off`, `first 5-8 off`; others have a grid for
     every four configurations. At most `MOST_PICTURES` configurations are drawn.
     """
     picture = small_picture(image)
@@ -62,11 +62,11 @@ def grids(result: SweepResult, shown: Sequence[View]) -> Iterator[tuple[str, Seq
                 members = shown[start : start + PANELS]
                 yield f"pictures {start + 1}-{start + len(members)}", members
         return
-    yield NOTHING_OFF, shown[:1]
+    yield NONE_OFF, shown[:1]
     for start in range(1, len(shown), PANELS):
         members = shown[start : start + PANELS]
         last = start + len(members) - 1
-        yield f"first {start}-{last} heads off" if last > start else members[0].title, members
+        yield f"first {start}-{last} off" if last > start else members[0].title, members
 
 
 def _sheet(picture: Image.Image, result: SweepResult, members: Sequence[View]) -> Figure:

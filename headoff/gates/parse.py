@@ -70,7 +70,7 @@ def read_configurations(
     configurations = tuple(dict.fromkeys(read))
     if not configurations:
         raise GateError(
-            "there is no configuration: give at least one, such as 'first 3', or 'none' for nothing off"
+            "there is no configuration: give at least one, such as 'first 3', or 'none' for all heads on"
         )
     return configurations
 

@@ -35,7 +35,7 @@ MONITORING_TOOLS = (4, 3)
 
 
 def model_calls(attention: Attention, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Call]:
-    """Calls as the bundled model makes them at each site, with nothing off, of one image and of a padded batch.
+    """Calls as the bundled model makes them at each site, with none off, of one image and of a padded batch.
 
     For `fallback_findings`. Other channels, other dtypes and calls without a gate are left out: an attention that
     passes on what it was not made for, or what torch does as well, hides nothing.

@@ -2,7 +2,6 @@
 
 import math
 
-from headoff.figures.captions import title_of
 from headoff.relevance.explanations import Explanation, ExplanationStatus
 from headoff.report.story import verdict
 from headoff.sweeps import SweepResult
@@ -26,11 +25,11 @@ def evidence(explanation: Explanation) -> str:
             whose = "its box" if objects == 1 else "their boxes"
             spread = f" ({min(inside):.0%} to {max(inside):.0%})" if len(inside) > 1 else ""
             parts.append(
-                f"With nothing off {sum(inside) / len(inside):.0%} of the relevance after layer "
+                f"With none off {sum(inside) / len(inside):.0%} of the relevance after layer "
                 f"{explanation.layers[-1]} is within {whose}{spread}."
             )
     without = [
-        title_of(configuration)
+        configuration.name
         for configuration, statuses in zip(explanation.configurations, explanation.statuses, strict=True)
         if all(layers[-1] is ExplanationStatus.NO_EVIDENCE for layers in statuses)
     ]

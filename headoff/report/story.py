@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from headoff.detections import Detections
-from headoff.figures.captions import heads_off_counts, listed, object_name, title_of
+from headoff.figures.captions import heads_off_counts, listed, object_name
 from headoff.outcomes import ConfigurationOutcome, Outcome, Status
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
@@ -13,9 +13,9 @@ _MOST_NAMED = 6
 
 
 def verdict(result: SweepResult) -> str:
-    """The sweep in two or three sentences: `5 objects with nothing off. First lost at 3 heads off. ...`"""
+    """The sweep in two or three sentences: `5 objects with none off. First lost at 3 heads off. ...`"""
     objects = len(result.baseline)
-    opening = f"{counted(objects, 'object') if objects else 'No object'} with nothing off."
+    opening = f"{counted(objects, 'object') if objects else 'No object'} with none off."
     if not len(result):
         return opening
     if not objects:
@@ -54,7 +54,7 @@ def _other_sentences(result: SweepResult, lost: Sequence[int]) -> str:
         rest = f"; {changed} of them {_change_verb(changed)} something else" if changed else ""
         return f"None is lost under {'the' if len(lost) == 1 else 'any of the'} {many}{rest}."
     worst = max(range(len(lost)), key=lost.__getitem__)
-    name = title_of(result.configurations[worst])
+    name = result.configurations[worst].name
     if len(lost) == 1:
         return f"{lost[0]} lost under '{name}'."
     more = sum(1 for count in lost if count == lost[worst]) - 1

@@ -136,7 +136,7 @@ def calls_of(case: ReferenceCase, configurations: tuple[Configuration, ...]) -> 
         grad_context = gradients[address]
         items = tuple(range(len(configurations)))
         if address.site == "encoder_self" and gates.encoder_self is None:
-            # The first ones: with nothing off, and with the first head off.
+            # The first ones: with none off, and with the first head off.
             items = items[:ENCODER_ITEMS]
         rows = list(items)
         gate = None if call.head_gate is None else call.head_gate[rows]

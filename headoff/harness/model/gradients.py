@@ -208,7 +208,7 @@ def _gradients(
 
 
 def _with_pixels(case: ReferenceCase) -> list[int]:
-    """Nothing off, and the middle of the cumulative configurations: a float64 pass through the backbone each."""
+    """None off, and the middle of the cumulative configurations: a float64 pass through the backbone each."""
     return [0, len(case.cumulative) // 2]
 
 

@@ -120,7 +120,7 @@ class ReferenceCase:
 
     @functools.cached_property
     def objects(self) -> Detections:
-        """What is explained: the detections with the highest scores with nothing off, or such queries if too few."""
+        """What is explained: the detections with the highest scores with none off, or such queries if too few."""
         with torch.no_grad():
             output = decode_all(self.detector, self.features, stack([none_off()], self.layout))
         found = self.detections(output.logits[0, 0], output.boxes[0, 0], confidence=0.0)
@@ -145,7 +145,7 @@ class ReferenceCase:
 
     @functools.cached_property
     def cumulative(self) -> tuple[Configuration, ...]:
-        """Nothing off, first 1 off, ..., all heads off."""
+        """None off, first 1 off, ..., all heads off."""
         return cumulative(self.layout.heads)
 
     @functools.cached_property
