@@ -24,7 +24,7 @@ from headoff.harness.operator.cases import DRAWN, SHARED, WANTED
 from headoff.harness.operator.compare import normalised
 from headoff.harness.operator.gates import GATE_KINDS, GATES_BY_SHAPE, gate_values
 from headoff.harness.operator.inputs import GRAD_CONTEXT_LAYOUTS, INPUT_KINDS, LAYOUTS
-from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE, mask_kind
+from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE, mask_values
 from headoff.harness.operator.reference import truth_of
 from headoff.harness.torch_settings import READERS, WRITERS, read_settings, watched_settings
 
@@ -57,7 +57,7 @@ def test_gates_broadcast(kind):
 
 @pytest.mark.parametrize("kind", [*MASK_KINDS, *MASKS_BY_SHAPE])
 def test_masks_broadcast_and_only_some_have_fully_masked_rows(kind):
-    mask = mask_kind(kind).build(torch.Generator().manual_seed(0), 2, 3, 7, 11)
+    mask = mask_values(kind, torch.Generator().manual_seed(0), (2, 3, 7, 11))
     assert mask.dim() >= 2
     attended = (mask if mask.dtype == torch.bool else mask != -math.inf).expand(2, 3, 7, 11)
     keyless = (
@@ -102,7 +102,7 @@ def test_flipped_padding_has_the_lengths_of_padding():
 
 def test_batches_of_mixed_padding_begin_as_they_say():
     masks = [
-        mask_kind(kind).build(torch.Generator().manual_seed(0), 4, 2, 9, 9)[:, 0, 0]
+        mask_values(kind, torch.Generator().manual_seed(0), (4, 2, 9, 9))[:, 0, 0]
         for kind in ("mixed padding", "mixed padding after all on")
     ]
     assert masks[0][0, 0] and masks[0][3].all()
@@ -111,7 +111,7 @@ def test_batches_of_mixed_padding_begin_as_they_say():
 
 @pytest.mark.parametrize("kind", ["causal window", "causal blocks"])
 def test_narrow_causal_masks_have_all_of_the_diagonal_and_nothing_above(kind):
-    mask = mask_kind(kind).build(torch.Generator(), 1, 1, 24, 24)
+    mask = mask_values(kind, torch.Generator(), (1, 1, 24, 24))
     assert mask.diagonal().all() and not mask.triu(1).any()
     assert not torch.equal(mask, torch.ones_like(mask).tril())
 

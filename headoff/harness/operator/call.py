@@ -20,7 +20,7 @@ from headoff.harness.operator.inputs import (
     input_values,
     layouts_of,
 )
-from headoff.harness.operator.masks import NEARLY_MASKED, mask_kind
+from headoff.harness.operator.masks import NEARLY_MASKED, mask_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,12 @@ class CallTensors:
         )
         return CallTensors(query, key, value, mask, gate, grad_context)
 
+    def on(self, device: torch.device | str) -> CallTensors:
+        """Copies on `device` with the same strides. What is one tensor stays one."""
+        tensors = {id(tensor): tensor for tensor in self.named().values()}
+        copies = {key: moved(tensor, tensor.dtype, device) for key, tensor in tensors.items()}
+        return replace(self, **{name: copies[id(tensor)] for name, tensor in self.named().items()})
+
 
 def tensors_of(case: OperatorCase, device: torch.device | str = "cpu") -> CallTensors:
     """New tensors at each call, made on the CPU and then moved to `device`; none requires a gradient."""
@@ -77,14 +83,14 @@ def tensors_of(case: OperatorCase, device: torch.device | str = "cpu") -> CallTe
 def _values_of(case: OperatorCase) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """Query, key, value, mask, gate, gradient of the context; float64, cached because a case is used several times."""
     # The seed comes from a text by CRC, because Python's own hash differs from process to process.
-    random_as = None if case.mask == "none" else mask_kind(case.mask).random_as
-    plain = replace(case, dtype=torch.float64, mask=random_as or case.mask)
+    # A flipped mask has the lengths of the one that is not.
+    plain = replace(case, dtype=torch.float64, mask=case.mask.removesuffix(" flipped"))
     generator = torch.Generator().manual_seed(zlib.crc32(repr(plain).encode()))
     sizes = (case.batch, case.heads, case.queries, case.keys, case.channels)
     query, key, value = input_values(case.inputs, generator, sizes)
     if case.dtype == torch.float16:
         value = value * (LARGEST_OF_HALF / max(LARGEST_OF_HALF, float(value.abs().max())))
-    mask = None if case.mask == "none" else mask_kind(case.mask).build(generator, *sizes[:4])
+    mask = mask_values(case.mask, generator, sizes[:4])
     if mask is not None and mask.dtype != torch.bool:
         mask = _with_strides(mask, lambda memory: _resolved(memory, case.dtype))
     gate = gate_values(case.gate, generator, case.batch, case.heads, case.queries)

@@ -11,7 +11,7 @@ from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding
 from headoff.harness.operator.call import CallTensors, gradients, leaves_of
 from headoff.harness.operator.cases import OperatorCase
-from headoff.harness.operator.compare import allowed_for, compare, describe, unsupported_dtype
+from headoff.harness.operator.compare import comparisons, describe, unsupported_dtype
 from headoff.harness.operator.reference import truth_for
 from headoff.harness.operator.side_effects import WITH_AND_WITHOUT, Fields, Trial, finding, side_effect
 from headoff.harness.tolerance import relative_error
@@ -94,11 +94,8 @@ def growing_numbers(trial: Trial, case: OperatorCase) -> list[Finding]:
 
 def _wrong_context(trial: Trial, case: OperatorCase, tensors: CallTensors) -> str | None:
     """What is wrong with the context of other `tensors` than the case's, of the same sizes."""
-    truth, allowed = truth_for(tensors, case), allowed_for(case, trial.device)["context"]
-    context = trial.forward(tensors)
-    comparison = compare(
-        "context", context, truth.values["context"], truth.scales["context"], allowed, trial.dtype
-    )
+    results = {"context": trial.forward(tensors)}
+    (comparison,) = comparisons(results, case, trial.device, truth_for(tensors, case))
     return None if comparison.is_right else describe(comparison, trial.dtype)
 
 

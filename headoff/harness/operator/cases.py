@@ -18,7 +18,7 @@ import torch
 from headoff.gates import Site
 from headoff.harness.operator.gates import GATE_KINDS, GATES_BY_SHAPE
 from headoff.harness.operator.inputs import CALL_LAYOUTS, INPUT_KINDS
-from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE
+from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE, SQUARE_KINDS
 
 Wanted = Literal[
     "all", "query", "key", "value", "query and key", "query and value", "key and value",
@@ -124,6 +124,9 @@ class OperatorCase:
             shared = ()
         return {name: GRADIENTS[shared[0] if name in shared else name] for name in INPUTS}
 
+
+Fields = dict[str, Any]
+"""What a case has that differs from another one."""
 
 Sizes = tuple[int, int, int, int, int]
 """(B, H, Q, S, D)"""
@@ -233,12 +236,12 @@ def _masks() -> list[OperatorCase]:
     cases = [
         _case(
             f"mask {name}",
-            (4, 3, 24, 24, 16) if kind.square else (3, 4, 34, 150, 16),
+            (4, 3, 24, 24, 16) if name in SQUARE_KINDS else (3, 4, 34, 150, 16),
             mask=name,
             gate=("none", "full", "per item")[number % 3],
             inputs=("normal", "positive")[number % 2],
         )
-        for number, (name, kind) in enumerate(MASK_KINDS.items())
+        for number, name in enumerate(MASK_KINDS)
     ]
     for name, (which, sizes) in itertools.product(MASKS_BY_SHAPE, EQUAL_AND_DIFFERENT):
         cases.append(_case(f"mask {name} {which}", sizes, mask=name))

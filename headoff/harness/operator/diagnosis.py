@@ -10,11 +10,9 @@ tried: what a case must have to fail, and which results are wrong.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,44 +20,43 @@ from torch import Tensor
 from headoff.attention.contract import Attention
 from headoff.harness.finding import Finding, Property
 from headoff.harness.operator.call import CallTensors, Results, call, context_alone, tensors_of
-from headoff.harness.operator.cases import OperatorCase, operator_cases
+from headoff.harness.operator.cases import Fields, OperatorCase, operator_cases
 from headoff.harness.operator.compare import (
     NAMES,
     WITHOUT_GRADIENTS,
     Comparison,
     allowed_for,
     compare,
+    comparisons,
     describe,
+    misshapen,
     operator_findings,
 )
-from headoff.harness.operator.conditions import CONDITIONS, Condition
+from headoff.harness.operator.conditions import CONDITIONS, Condition, sized
 from headoff.harness.operator.known_faults import Fault, backward_faults, fitted_faults, forward_faults
 from headoff.harness.operator.reference import truth_for, truth_of
 from headoff.harness.torch_settings import watched_settings
 
-SIMPLER: tuple[dict[str, Any], ...] = (
-    {"dtype": torch.float32},
-    {"grad_context": "random"},
-    {"wanted": "all"},
-    {"layout": "contiguous"},
-    {"inputs": "normal"},
-    {"queries": 64, "keys": 64},
-    *({"queries": size} for size in (64, 100, 200, 600)),
-    *({"keys": size} for size in (64, 100, 200, 600)),
-    {"channels": 32},
-    {"mask": "none"},
-    {"mask": "padding"},
-    {"mask": "bias"},
-    {"gate": "none"},
-    {"gate": "first-1"},
-    {"gate": "fractions"},
-    {"batch": 1},
-    {"heads": 4},
-    {"heads": 2},
-)
-"""What a case is without one of its difficulties, in the order in which they are taken away."""
+SIZES = (64, 100, 200, 600)
 
-VARIANTS: tuple[dict[str, Any], ...] = (
+SIMPLER: tuple[tuple[Fields, ...], ...] = (
+    ({"dtype": torch.float32},),
+    ({"grad_context": "random"},),
+    ({"wanted": "all"},),
+    ({"layout": "contiguous"},),
+    ({"inputs": "normal"},),
+    ({"queries": 64, "keys": 64},),
+    tuple({"queries": size} for size in SIZES),
+    tuple({"keys": size} for size in SIZES),
+    ({"channels": 32},),
+    ({"mask": "none"}, {"mask": "padding"}, {"mask": "bias"}),
+    ({"gate": "none"}, {"gate": "first-1"}, {"gate": "fractions"}),
+    ({"batch": 1},),
+    ({"heads": 2}, {"heads": 4}),
+)
+"""What a case is without its difficulties, in the order in which they are taken away: of each, the simplest first."""
+
+VARIANTS: tuple[Fields, ...] = (
     {"seed": 1},
     {"seed": 2, "inputs": "positive"},
     {"batch": 3, "heads": 5},
@@ -98,40 +95,34 @@ are roundings are judged by what is left alone."""
 PAIRS = 3
 """Failing cases that must be right without something before it is said that only with it they fail."""
 
-CALLS = 4
-"""Calls with the same inputs whose results are compared."""
+REPEATS = 3
+"""How often a call is repeated with the same inputs."""
 
 
 @dataclass
 class Observation:
-    """What a patch does on a case: its `results`, and the names of those that are wrong (`excess` above 1)."""
+    """What a patch does on a case: its `results`, and how they compare with the truth."""
 
     case: OperatorCase
     tensors: CallTensors
     results: Results
-    excess: dict[str, float]
+    comparisons: dict[str, Comparison]
 
     @functools.cached_property
     def rounded(self) -> CallTensors:
         """The same call with its inputs changed by about one rounding."""
         generator = torch.Generator().manual_seed(0)
-
-        def changed(tensor: Tensor) -> Tensor:
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            return tensor * (1 + torch.finfo(self.case.dtype).eps * noise)
-
         exact = self.tensors.double()
-        return replace(
-            exact,
-            query=changed(exact.query),
-            key=changed(exact.key),
-            value=changed(exact.value),
-            grad_context=changed(exact.grad_context),
-        )
+        changed = {}
+        for name in ("query", "key", "value", "grad_context"):
+            tensor = getattr(exact, name)
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            changed[name] = tensor * (1 + torch.finfo(self.case.dtype).eps * noise)
+        return replace(exact, **changed)
 
-    @property
-    def fails(self) -> bool:
-        return any(excess > 1 for excess in self.excess.values())
+    def fails(self, outputs: Iterable[str] = NAMES) -> bool:
+        """Whether any of these `outputs` is wrong."""
+        return any(name in self.comparisons and not self.comparisons[name].is_right for name in outputs)
 
 
 @dataclass
@@ -140,7 +131,7 @@ class Diagnosis:
 
     Args:
         wrong: the property that is.
-        outputs: the results that are wrong in the simplest case: `context`, or names of gradients.
+        outputs: the results that are wrong: `context`, or names of gradients.
         causes: the faults that all failing cases agree with; two where they cannot be told apart, none if unknown.
         conditions: what a case must have to fail, in words.
         failing, tried: numbers of cases.
@@ -211,14 +202,16 @@ class Experiments:
         for _, first in found:
             if first.property in ("dtype", "shape", "in-place", "state"):
                 return first
-        # Gradients follow from a wrong context, and the way without gradients is often that with them.
-        case, first = min(
-            found, key=lambda each: (each[1].property in ("dq", "dk", "dv"), _is_without_gradients(each[1]))
-        )
+
+        def rank(pair: tuple[OperatorCase, Finding]) -> tuple[bool, bool]:
+            """Gradients follow from a wrong context, and the way without gradients is often that with them."""
+            return pair[1].property in ("dq", "dk", "dv"), _is_without_gradients(pair[1])
+
+        case, first = min(found, key=rank)
         if first.property == "crash":
             return next(iter(self._findings(self._simplest(case, "crash"))), first)
         self.without_gradients = _is_without_gradients(first)
-        if unsteady := self._randomness(case) or self._state(case):
+        if unsteady := self._unrepeated([case], "randomness", REPEATS) or self._state(case):
             return unsteady
         simplest = self._simplest(case, first.property)
         failed = [case for case, finding in found if finding.property != "crash"]
@@ -229,127 +222,97 @@ class Experiments:
     def _findings(self, case: OperatorCase) -> list[Finding]:
         with watched_settings():
             findings = operator_findings(self.attention, case, self.device)
-        if self.without_gradients:
-            findings = [each for each in findings if _is_without_gradients(each)]
-        return findings
+        return [each for each in findings if _is_without_gradients(each) or not self.without_gradients]
 
     def _call(self, tensors: CallTensors, case: OperatorCase) -> Results:
-        with watched_settings():
-            if self.without_gradients:
-                return {"context": context_alone(self.attention, tensors)}
-            return call(self.attention, tensors, case.wanted)
+        """Results on the CPU in float64; none where the patch raises, or gives something of another shape."""
+        try:
+            with watched_settings():
+                if self.without_gradients:
+                    results = {"context": context_alone(self.attention, tensors)}
+                else:
+                    results = call(self.attention, tensors, case.wanted)
+        except Exception:
+            return {}
+        if misshapen(results["context"], case):
+            return {}
+        return {name: tensor.detach().cpu().double() for name, tensor in results.items()}
 
     def _observe(self, case: OperatorCase) -> Observation | None:
-        """None where the patch raises."""
-        try:
-            results = self._call(tensors_of(case, self.device), case)
-            results = {name: tensor.detach().cpu().double() for name, tensor in results.items()}
-        except Exception:
+        results = self._call(tensors_of(case, self.device), case)
+        if not results:
             return None
-        truth, allowed = truth_of(case), allowed_for(case, self.device)
-        excess = {
-            name: _excess(
-                compare(name, found, truth.values[name], truth.scales[name], allowed[name], case.dtype)
-            )
-            for name, found in results.items()
-            if name in truth.values
-        }
-        return Observation(case, tensors_of(case), results, excess)
+        compared = {each.name: each for each in comparisons(results, case, self.device)}
+        return Observation(case, tensors_of(case), results, compared)
 
     def observe(self, case: OperatorCase) -> Observation | None:
-        """The first call of a case, remembered."""
+        """The first call of a case, remembered; None where it gives nothing that can be compared."""
         if case not in self.observed:
             self.observed[case] = self._observe(case)
         return self.observed[case]
 
     # What numbers cannot explain
 
-    def _randomness(self, case: OperatorCase) -> Finding | None:
-        """Calls with the same inputs that are further apart than roundings could bring them."""
-        one, *others = (self._call(tensors_of(case, self.device), case) for _ in range(CALLS))
-        for name, other in itertools.product(one, others):
-            if not self._is_same(name, one[name], other[name], case):
-                message = f"{NAMES[name]} differs between two calls with the same inputs; case {case}"
-                return Finding("randomness", message, str(case))
+    def _unrepeated(self, cases: Iterable[OperatorCase], kind: Property, repeats: int = 1) -> Finding | None:
+        """A result that is another one when the first call of its case is repeated, by more than roundings."""
+        when = "between two calls" if kind == "randomness" else "after other calls,"
+        for case in cases:
+            before = self.observe(case)
+            for again in (self._observe(case) for _ in range(repeats)):
+                if before is None or again is None:
+                    continue
+                for name, result in before.results.items():
+                    if not self._is_same(name, result, again.results[name], case):
+                        message = f"{NAMES[name]} differs {when} with the same inputs; case {case}"
+                        return Finding(kind, message, str(case))
         return None
 
     def _is_same(self, name: str, one: Tensor, other: Tensor, case: OperatorCase) -> bool:
         """To the rounding of the case; what is not finite must be so in the same places."""
-        if torch.equal(one, other):
-            return True
         if not torch.equal(one.isfinite(), other.isfinite()):
             return False
-        true, found = (each.detach().cpu().double().nan_to_num(0.0, 0.0, 0.0) for each in (one, other))
-        allowed = allowed_for(case, self.device)[name]
-        return compare(name, found, true, _scale(case, name, true), allowed, case.dtype).is_right
+        one, other = (each.nan_to_num(0.0, 0.0, 0.0) for each in (one, other))
+        return self._agree(name, other, one, _scale(case, name, one), case)
 
     def _state(self, case: OperatorCase) -> Finding | None:
         """Whether the order of two calls decides which of them is right, in sizes that no call had before.
 
-        At two sizes the second call follows the first, at two others it comes alone: smaller and larger ones in turn,
-        so that no size explains it.
+        The second is wrong after the first, and right without its last query: of another size, and otherwise the same.
         """
         case = replace(case, batch=max(2, min(3, case.batch)), heads=min(4, case.heads))
-        own: dict[str, Any] = {"seed": case.seed + 1}
-        gate: dict[str, Any] = {"gate": "fractions" if case.gate == "none" else "none"}
-        mask: dict[str, Any] = {"mask": "padding" if case.mask == "none" else "none"}
-        orders: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-            (own, {}),
-            ({}, own),
-            ({}, gate),
-            (gate, {}),
-            (gate, {"gate": "per item"}),
-            ({}, mask),
-            (mask, {}),
-        )
-        for number, (first, second) in enumerate(orders):
-
-            def wrong(fields: dict[str, Any], more: int, number: int = number) -> bool:
-                sizes: dict[str, Any] = {"queries": 8 + number, "keys": 64 * number + more}
-                return bool(self._findings(replace(case, **fields, **sizes)))
-
+        seed = replace(case, seed=case.seed + 1)
+        gate = replace(case, gate="fractions" if case.gate == "none" else "none")
+        mask = replace(case, mask="padding" if case.mask == "none" else "none")
+        orders = [(one, other) for each in (seed, gate, mask) for one, other in ((each, case), (case, each))]
+        for number, (first, second) in enumerate([*orders, (gate, replace(gate, gate="per item"))]):
+            sizes: list[Fields] = [
+                {"queries": q + number, "keys": k + 64 * number} for q, k in ((8, 16), (31, 48))
+            ]
             if all(
-                not wrong(first, more) and wrong(second, more) if is_after else not wrong(second, more)
-                for more, is_after in ((16, True), (48, False), (64, True), (32, False))
+                not self._findings(replace(first, **fields))
+                and self._findings(wrong := replace(second, **fields))
+                and self._is_right_on(sized(tensors_of(wrong), "queries", wrong.queries - 1), wrong)
+                for fields in sizes
             ):
                 message = "right in the first call of its sizes, wrong after another call of the same sizes"
                 return Finding("state", f"{message}; case {case}", str(case))
-        return None
-
-    def _unsteady(self) -> Finding | None:
-        """Calls that are repeated after all others, and give something else."""
-        for case, before in list(self.observed.items())[::-4]:
-            again = self._observe(case)
-            if before is None or again is None:
-                continue
-            for name, tensor in before.results.items():
-                if not self._is_same(name, tensor, again.results[name], case):
-                    message = f"{NAMES[name]} is another one after other calls, with the same inputs"
-                    return Finding("state", f"{message}; case {case}", str(case))
         return None
 
     # Numbers
 
     def _simplest(self, case: OperatorCase, kind: Property) -> OperatorCase:
         """The simplest case that fails in the same `kind` of result as `case` does."""
-        for plain in SIMPLER:
-            if all(getattr(case, name) == value for name, value in plain.items()):
-                continue
-            if any(
-                value > max(64, getattr(case, name))
-                for name, value in plain.items()
-                if name in ("queries", "keys")
-            ):
-                continue
-            if "mask" in plain and case.mask in ("none", "padding") and plain["mask"] != "none":
-                continue
-            if "gate" in plain and case.gate in ("none", "first-1"):
-                continue
-            if case.wanted == "query is key" and ("queries" in plain) != ("keys" in plain):
-                continue
-            simpler = replace(case, **plain)
-            if any(finding.property == kind for finding in self._findings(simpler)):
-                case = simpler
+        for group in SIMPLER:
+            for plain in group:
+                simpler = replace(case, **plain)
+                grows = any(
+                    getattr(simpler, n) > max(SIZES[0], getattr(case, n)) for n in ("queries", "keys")
+                )
+                if simpler == case or grows:
+                    break
+                if any(finding.property == kind for finding in self._findings(simpler)):
+                    case = simpler
+                    break
         return case
 
     def _numbers(self, simplest: OperatorCase, failed: Sequence[OperatorCase]) -> Finding | None:
@@ -358,131 +321,94 @@ class Experiments:
         small = [case for case in operator_cases(simplest.dtype, simplest.seed + 1) if case.weights <= SMALL]
         family += small[::2]
         tried = [each for case in dict.fromkeys(family) if (each := self.observe(case)) is not None]
-        outputs = self._outputs(tried)
-        failing = [each for each in tried if any(each.excess.get(name, 0) > 1 for name in outputs)]
+        # The context, if it is ever wrong; for gradients follow from it.
+        outputs = ["context"] if any(each.fails(["context"]) for each in tried) else ["dq", "dk", "dv"]
+        failing = sorted((each for each in tried if each.fails(outputs)), key=lambda each: each.case.weights)
         if not failing:
             return None
-        if unsteady := self._unsteady():
+        if unsteady := self._unrepeated(list(self.observed)[::-4], "state"):
             return unsteady
-        right = [each for each in tried if not each.fails]
-        necessary = self._necessary(failing)
-        causes, conditions = self._causes(failing, right, necessary, outputs)
+        conditions = self._necessary(failing)
+        causes, only_with = self._causes(failing, [each for each in tried if not each.fails()], conditions)
         properties = {fault.property for fault in causes}
         if len(causes) > 2 or len(properties) > 1:
             causes = []
-        if not causes:
-            conditions = [condition for condition in necessary]
         apart = [each for each in failing if len(set(each.case.gradient_names.values())) == 3] or failing
-        wrong_here = tuple(name for name in outputs if any(each.excess.get(name, 0) > 1 for each in apart))
-        prop: Property = (
-            causes[0].property
-            if causes
-            else next(iter(properties))
-            if len(properties) == 1
-            else self._property(wrong_here, conditions)
-        )
+        wrong = [name for name in outputs if any(each.fails([name]) for each in apart)]
+        if causes:
+            conditions = only_with
+        kind = properties.pop() if len(properties) == 1 else _property(wrong, conditions)
         shown = next((each for each in failing if each.case == simplest), failing[0])
-        name = max(wrong_here, key=lambda name: shown.excess.get(name, 0))
-        case, truth = shown.case, truth_of(shown.case)
-        comparison = compare(
-            name,
-            shown.results[name],
-            truth.values[name],
-            truth.scales[name],
-            allowed_for(case, self.device)[name],
-            case.dtype,
-        )
+        worst = max((shown.comparisons[name] for name in wrong if name in shown.comparisons),
+                    key=lambda each: each.excess)  # fmt: skip
         self.diagnosis = Diagnosis(
-            prop,
-            wrong_here,
+            kind,
+            tuple(wrong),
             tuple(causes),
             tuple(condition.words for condition in conditions),
             len(failing),
             len(tried),
-            case,
-            describe(comparison, case.dtype),
+            shown.case,
+            describe(worst, shown.case.dtype),
             self.without_gradients,
         )
-        error, budget = comparison.decisive
+        error, budget = worst.decisive
         return Finding(
-            prop,
+            kind,
             self.diagnosis.message,
-            str(case),
+            str(shown.case),
             error=error,
             budget=budget,
-            site=case.site,
-            head=comparison.place[1],
+            site=shown.case.site,
+            head=worst.place[1],
         )
 
-    def _outputs(self, tried: Sequence[Observation]) -> tuple[str, ...]:
-        """The context, if it is ever wrong; for gradients follow from it."""
-        if any(each.excess.get("context", 0) > 1 for each in tried):
-            return ("context",)
-        return ("dq", "dk", "dv")
-
-    def _property(self, outputs: Sequence[str], conditions: Sequence[Condition]) -> Property:
-        if outputs == ("context",):
-            return next((each.property for each in conditions if each.property), "context")
-        if len(outputs) == 1:
-            return outputs[0]  # type: ignore[return-value]
-        return "softmax backward" if "dq" in outputs else "dk"
-
     def _necessary(self, failing: Sequence[Observation]) -> list[Condition]:
-        """What all failing cases have, and without which they are right."""
+        """What all failing cases have, and without which the smallest of them are right."""
         necessary: list[Condition] = []
-        chosen = sorted(failing, key=lambda each: each.case.weights)[:PAIRS]
         for condition in CONDITIONS:
-            if any(condition.words in special.implies for special in necessary):
-                continue
-            if all(condition.holds(each.tensors) for each in failing) and all(
-                self._is_right_on(condition.without(each.tensors), each.case) for each in chosen
-            ):
+            if (
+                not any(condition.words in special.implies for special in necessary)
+                and all(condition.holds(each.tensors) for each in failing)
+                and all(self._is_right_on(condition.without(each.tensors), each.case) for each in failing[:PAIRS])
+            ):  # fmt: skip
                 necessary.append(condition)
         return necessary
 
     def _is_right_on(self, tensors: CallTensors, like: OperatorCase) -> bool:
+        """Whether the patch is right on `tensors`, within the tolerance of the case that they were made from."""
         batch, heads, queries, channels = tensors.query.shape
-        sizes: dict[str, Any] = {
-            "batch": batch,
-            "heads": heads,
-            "queries": queries,
-            "keys": tensors.key.shape[2],
-            "channels": channels,
-        }
-        case = replace(like, **sizes)
-        try:
-            results = self._call(tensors, case)
-        except Exception:
-            return False
+        keys = tensors.key.shape[2]
+        case = replace(like, batch=batch, heads=heads, queries=queries, keys=keys, channels=channels)
         truth, allowed = truth_for(tensors, case), allowed_for(like, self.device)
         if not any(bool(true.any()) for true in truth.values.values()):
             return False  # zeros prove nothing
-        return all(
-            compare(name, found, truth.values[name], truth.scales[name], allowed[name], case.dtype).is_right
-            for name, found in results.items()
+        results = self._call(tensors.on(self.device), case)
+        return bool(results) and all(
+            compare(name, result, truth.values[name], truth.scales[name], allowed[name], case.dtype).is_right
+            for name, result in results.items()
         )
 
     def _causes(
-        self,
-        failing: Sequence[Observation],
-        right: Sequence[Observation],
-        necessary: list[Condition],
-        outputs: Sequence[str],
+        self, failing: Sequence[Observation], right: Sequence[Observation], necessary: list[Condition]
     ) -> tuple[list[Fault], list[Condition]]:
         """Faults that reproduce all failing cases, and the conditions under which a patch has them.
 
         Those that hold in all cases come before those that hold under conditions alone.
         """
-        ordered = sorted(failing, key=lambda each: each.case.weights)
-        dtype = ordered[0].case.dtype
-        if outputs == ("context",):
-            first = ordered[len(ordered) // 2]
-            faults = [*forward_faults(dtype), *fitted_faults(first.results["context"], first.tensors)]
+        middle = failing[len(failing) // 2]
+        dtype = middle.case.dtype
+        if middle.fails(["context"]):
+            faults = forward_faults(dtype)
+            found = {"context": middle.results["context"]}
         else:
             faults = backward_faults(dtype)
-        reproduced = [fault for fault in faults if all(self._reproduces(fault, each) for each in ordered)]
+            found = {name: result for name, result in middle.results.items() if middle.fails([name])}
+        faults += fitted_faults(found, middle.tensors)
         everywhere, conditional = [], []
-        for fault in reproduced:
+        for fault in faults:
+            if not all(self._reproduces(fault, each) for each in failing):
+                continue
             visible = [each for each in right if not self._is_right(fault, each)]
             if not visible:
                 everywhere.append(fault)
@@ -493,30 +419,26 @@ class Experiments:
         return (everywhere, []) if everywhere else (conditional, necessary)
 
     def _reproduces(self, fault: Fault, observation: Observation) -> bool:
+        """Whether the patch gives the answer of the fault; see `RESIDUAL`."""
         case, truth = observation.case, truth_of(observation.case)
         answer = fault.answer(observation.tensors, case)
-        for name, expected in answer.items():
-            if name not in observation.results:
-                continue
-            found = observation.results[name]
+        for name in answer.keys() & observation.comparisons.keys():
+            found, expected, true = observation.results[name], answer[name], truth.values[name]
             if not torch.equal(found.isnan(), expected.isnan()):
                 return False
             found, expected = found.nan_to_num(0.0), expected.nan_to_num(0.0)
-            true, scale = truth.values[name], truth.scales[name]
-            if observation.excess[name] <= 1 and self._agree(name, expected, true, scale, case):
+            is_right = observation.comparisons[name].is_right
+            if is_right and self._agree(name, expected, true, truth.scales[name], case):
                 continue  # the fault does not show in this result
             if self._agree(name, found, expected, _scale(case, name, expected), case):
                 continue
             residual = _rms(found - expected) / max(_rms(found - true), 1e-300)
-            if residual > (RESIDUAL_OF_ROUNDINGS if fault.is_rounding else RESIDUAL):
+            if residual > (RESIDUAL_OF_ROUNDINGS if fault.rounding else RESIDUAL):
                 return False
-            moved = fault.answer(observation.rounded, case)[name].nan_to_num(0.0) - expected
-            if (
-                not fault.is_rounding
-                and residual > EXACT
-                and _largest(found - expected) > ROUNDINGS * _largest(moved)
-            ):
-                return False
+            if not fault.rounding and residual > EXACT:
+                moved = fault.answer(observation.rounded, case)[name].nan_to_num(0.0) - expected
+                if float((found - expected).abs().max()) > ROUNDINGS * float(moved.abs().max()):
+                    return False
         return True
 
     def _agree(self, name: str, found: Tensor, expected: Tensor, scale: Tensor, case: OperatorCase) -> bool:
@@ -524,9 +446,8 @@ class Experiments:
         found, expected = (
             torch.where(each.abs() < torch.finfo(case.dtype).tiny, 0.0, each) for each in (found, expected)
         )
-        return compare(
-            name, found, expected, scale, allowed_for(case, self.device)[name], case.dtype
-        ).is_right
+        allowed = allowed_for(case, self.device)[name]
+        return compare(name, found, expected, scale, allowed, case.dtype).is_right
 
     def _is_right(self, fault: Fault, observation: Observation) -> bool:
         """Whether the fault does not show in this case."""
@@ -538,23 +459,21 @@ class Experiments:
         )
 
 
-def _excess(comparison: Comparison) -> float:
-    """How many times as large as allowed the errors are; above 1 is wrong."""
-    errors, allowed = comparison.errors, comparison.allowed
-    return max(errors.largest / allowed.largest, errors.mean / allowed.mean)
-
-
 def _is_without_gradients(finding: Finding) -> bool:
     return finding.message.startswith(WITHOUT_GRADIENTS)
+
+
+def _property(outputs: Sequence[str], conditions: Sequence[Condition]) -> Property:
+    if outputs == ["context"]:
+        return next((each.property for each in conditions if each.property), "context")
+    if len(outputs) == 1:
+        return outputs[0]  # type: ignore[return-value]
+    return "softmax backward" if "dq" in outputs else "dk"
 
 
 def _scale(case: OperatorCase, name: str, answer: Tensor) -> Tensor:
     """How far rounding can move a wrong answer: as far as the right one, or as a sum of the answer's size."""
     return truth_of(case).scales[name].hypot(answer.square().mean(-1, keepdim=True).sqrt())
-
-
-def _largest(difference: Tensor) -> float:
-    return float(difference.abs().max())
 
 
 def _rms(difference: Tensor) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -31,24 +30,13 @@ WINDOW = 4
 """Keys in a sliding window, and in a block of a block-diagonal mask."""
 
 
-@dataclass(frozen=True)
-class MaskKind:
-    """How a kind of mask is made.
+def mask_values(kind: str, generator: Generator, sizes: tuple[int, int, int, int]) -> Tensor | None:
+    """A bool mask (True = attend) or a float64 one for sizes (B, H, Q, S); None for the kind `none`.
 
-    Args:
-        build: from a generator and sizes (B, H, Q, S) to a bool mask (True = attend) or a float64 one.
-        square: whether it is tried with as many queries as keys, where it may be mistaken for another mask.
-        random_as: the kind whose random numbers it is made of, if not its own: here, the same lengths.
+    Raises:
+        KeyError: there is no such kind in `MASK_KINDS` or `MASKS_BY_SHAPE`.
     """
-
-    build: Build
-    square: bool = False
-    random_as: str | None = None
-
-
-def mask_kind(name: str) -> MaskKind:
-    """The kind of `MASK_KINDS` or `MASKS_BY_SHAPE` called `name`. Raises KeyError where there is none."""
-    return MASKS_BY_SHAPE[name] if name in MASKS_BY_SHAPE else MASK_KINDS[name]
+    return None if kind == "none" else {**MASK_KINDS, **MASKS_BY_SHAPE}[kind](generator, *sizes)
 
 
 def unusual_mask(mask: Tensor | None) -> str | None:
@@ -213,64 +201,62 @@ def _bias(generator: Generator, *shape: int) -> Tensor:
     return 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-MASK_KINDS: dict[str, MaskKind] = {
-    "keys": MaskKind(lambda g, b, h, q, s: _padding(g, 1, s)),
-    "padding": MaskKind(lambda g, b, h, q, s: _padding(g, b, s)),
-    "left padding": MaskKind(lambda g, b, h, q, s: _left_padding(g, b, s)),
-    "holes": MaskKind(lambda g, b, h, q, s: _random(g, b, 1, 1, s)),
-    "rows": MaskKind(lambda g, b, h, q, s: _random(g, q, s)),
-    "rows per head": MaskKind(lambda g, b, h, q, s: _random(g, h, q, s)),
-    "rows per item": MaskKind(lambda g, b, h, q, s: _random(g, b, 1, q, s)),
-    "full": MaskKind(lambda g, b, h, q, s: _random(g, b, h, q, s)),
-    "causal": MaskKind(lambda g, b, h, q, s: torch.ones(q, s, dtype=torch.bool).tril(max(0, s - q))),
-    "single key": MaskKind(_single_key),
-    "fully masked rows": MaskKind(lambda g, b, h, q, s: _fully_masked_rows(g, b, q, s)),
-    "fully masked item": MaskKind(lambda g, b, h, q, s: _fully_masked_item(g, b, s)),
-    "all on": MaskKind(lambda g, b, h, q, s: torch.ones(q, s, dtype=torch.bool)),
-    "all masked": MaskKind(lambda g, b, h, q, s: torch.zeros(b, 1, 1, s, dtype=torch.bool)),
-    "expanded": MaskKind(lambda g, b, h, q, s: _padding(g, b, s).expand(b, h, q, s)),
-    "transposed": MaskKind(
-        lambda g, b, h, q, s: _random(g, s, q).logical_or(torch.eye(s, q, dtype=torch.bool)).mT
-    ),
-    "additive padding": MaskKind(lambda g, b, h, q, s: _additive(_padding(g, b, s))),
-    "additive left padding": MaskKind(lambda g, b, h, q, s: _additive(_left_padding(g, b, s))),
-    "additive fully masked rows": MaskKind(lambda g, b, h, q, s: _additive(_fully_masked_rows(g, b, q, s))),
-    "bias": MaskKind(lambda g, b, h, q, s: _bias(g, b, 1, q, s)),
-    "bias of rows": MaskKind(lambda g, b, h, q, s: _bias(g, q, s)),
-    "bias per head": MaskKind(lambda g, b, h, q, s: _bias(g, 1, h, q, s)),
-    "bias of keys": MaskKind(lambda g, b, h, q, s: _bias(g, b, 1, 1, s)),
-    "bias and padding": MaskKind(lambda g, b, h, q, s: _bias(g, b, h, q, s) + _additive(_padding(g, b, s))),
-    "bias expanded": MaskKind(lambda g, b, h, q, s: _bias(g, 1, h, q, s).expand(b, h, q, s)),
-    "bias transposed": MaskKind(lambda g, b, h, q, s: _bias(g, b, 1, s, q).mT),
-    "padding flipped": MaskKind(
-        lambda g, b, h, q, s: _padding(g, b, s).flip(-1), square=True, random_as="padding"
-    ),
-    "no padding": MaskKind(lambda g, b, h, q, s: torch.ones(b, 1, 1, s, dtype=torch.bool), square=True),
-    "mixed padding": MaskKind(lambda g, b, h, q, s: _mixed_padding(g, b, s, 0), square=True),
-    "mixed padding after all on": MaskKind(lambda g, b, h, q, s: _mixed_padding(g, b, s, 3), square=True),
-    "window": MaskKind(lambda g, b, h, q, s: _distance(q, s).abs() < WINDOW, square=True),
-    "causal window": MaskKind(
-        lambda g, b, h, q, s: (_distance(q, s) <= 0) & (_distance(q, s) > -WINDOW), square=True
-    ),
-    "blocks": MaskKind(lambda g, b, h, q, s: _blocks(q, s), square=True),
-    "causal blocks": MaskKind(lambda g, b, h, q, s: _blocks(q, s) & (_distance(q, s) <= 0), square=True),
-    "rows turned": MaskKind(lambda g, b, h, q, s: _turned(_random(g, b, h, q, s)), square=True),
-    "rows sliced": MaskKind(lambda g, b, h, q, s: _sliced(_random(g, b, 1, q, s)), square=True),
-    "rows every second": MaskKind(lambda g, b, h, q, s: _every_second(_random(g, b, 1, q, s)), square=True),
-    "bias turned": MaskKind(lambda g, b, h, q, s: _turned(_bias(g, q, s)), square=True),
-    "bias sliced": MaskKind(lambda g, b, h, q, s: _sliced(_bias(g, b, h, q, s)), square=True),
-    "bias every second": MaskKind(lambda g, b, h, q, s: _every_second(_bias(g, h, q, s)), square=True),
-    "bias by distance": MaskKind(lambda g, b, h, q, s: _bias_by_distance(g, h, q, s), square=True),
-    "bias of hundreds": MaskKind(lambda g, b, h, q, s: _bias_of_hundreds(g, b, 1, q, s), square=True),
-    "bias of rows of -2000": MaskKind(lambda g, b, h, q, s: _bias_of_low_rows(g, 2000.0, q, s), square=True),
-    "bias of rows of -12000": MaskKind(
-        lambda g, b, h, q, s: _bias_of_low_rows(g, 12000.0, b, 1, q, s), square=True
-    ),
-    "bias of -1e30": MaskKind(lambda g, b, h, q, s: _bias_nearly_masked(g, b, 1, q, s), square=True),
+_KINDS: dict[str, Build] = {
+    "keys": lambda g, b, h, q, s: _padding(g, 1, s),
+    "padding": lambda g, b, h, q, s: _padding(g, b, s),
+    "left padding": lambda g, b, h, q, s: _left_padding(g, b, s),
+    "holes": lambda g, b, h, q, s: _random(g, b, 1, 1, s),
+    "rows": lambda g, b, h, q, s: _random(g, q, s),
+    "rows per head": lambda g, b, h, q, s: _random(g, h, q, s),
+    "rows per item": lambda g, b, h, q, s: _random(g, b, 1, q, s),
+    "full": lambda g, b, h, q, s: _random(g, b, h, q, s),
+    "causal": lambda g, b, h, q, s: torch.ones(q, s, dtype=torch.bool).tril(max(0, s - q)),
+    "single key": _single_key,
+    "fully masked rows": lambda g, b, h, q, s: _fully_masked_rows(g, b, q, s),
+    "fully masked item": lambda g, b, h, q, s: _fully_masked_item(g, b, s),
+    "all on": lambda g, b, h, q, s: torch.ones(q, s, dtype=torch.bool),
+    "all masked": lambda g, b, h, q, s: torch.zeros(b, 1, 1, s, dtype=torch.bool),
+    "expanded": lambda g, b, h, q, s: _padding(g, b, s).expand(b, h, q, s),
+    "transposed": lambda g, b, h, q, s: _random(g, s, q).logical_or(torch.eye(s, q, dtype=torch.bool)).mT,
+    "additive padding": lambda g, b, h, q, s: _additive(_padding(g, b, s)),
+    "additive left padding": lambda g, b, h, q, s: _additive(_left_padding(g, b, s)),
+    "additive fully masked rows": lambda g, b, h, q, s: _additive(_fully_masked_rows(g, b, q, s)),
+    "bias": lambda g, b, h, q, s: _bias(g, b, 1, q, s),
+    "bias of rows": lambda g, b, h, q, s: _bias(g, q, s),
+    "bias per head": lambda g, b, h, q, s: _bias(g, 1, h, q, s),
+    "bias of keys": lambda g, b, h, q, s: _bias(g, b, 1, 1, s),
+    "bias and padding": lambda g, b, h, q, s: _bias(g, b, h, q, s) + _additive(_padding(g, b, s)),
+    "bias expanded": lambda g, b, h, q, s: _bias(g, 1, h, q, s).expand(b, h, q, s),
+    "bias transposed": lambda g, b, h, q, s: _bias(g, b, 1, s, q).mT,
 }
 
-MASKS_BY_SHAPE: dict[str, MaskKind] = {
-    **{f"bool {pattern}": MaskKind(_bool_of(pattern)) for pattern in PATTERNS},
-    **{f"bias {pattern}": MaskKind(_bias_of(pattern)) for pattern in PATTERNS},
+SQUARE_KINDS: dict[str, Build] = {
+    "padding flipped": lambda g, b, h, q, s: _padding(g, b, s).flip(-1),
+    "no padding": lambda g, b, h, q, s: torch.ones(b, 1, 1, s, dtype=torch.bool),
+    "mixed padding": lambda g, b, h, q, s: _mixed_padding(g, b, s, 0),
+    "mixed padding after all on": lambda g, b, h, q, s: _mixed_padding(g, b, s, 3),
+    "window": lambda g, b, h, q, s: _distance(q, s).abs() < WINDOW,
+    "causal window": lambda g, b, h, q, s: (_distance(q, s) <= 0) & (_distance(q, s) > -WINDOW),
+    "blocks": lambda g, b, h, q, s: _blocks(q, s),
+    "causal blocks": lambda g, b, h, q, s: _blocks(q, s) & (_distance(q, s) <= 0),
+    "rows turned": lambda g, b, h, q, s: _turned(_random(g, b, h, q, s)),
+    "rows sliced": lambda g, b, h, q, s: _sliced(_random(g, b, 1, q, s)),
+    "rows every second": lambda g, b, h, q, s: _every_second(_random(g, b, 1, q, s)),
+    "bias turned": lambda g, b, h, q, s: _turned(_bias(g, q, s)),
+    "bias sliced": lambda g, b, h, q, s: _sliced(_bias(g, b, h, q, s)),
+    "bias every second": lambda g, b, h, q, s: _every_second(_bias(g, h, q, s)),
+    "bias by distance": lambda g, b, h, q, s: _bias_by_distance(g, h, q, s),
+    "bias of hundreds": lambda g, b, h, q, s: _bias_of_hundreds(g, b, 1, q, s),
+    "bias of rows of -2000": lambda g, b, h, q, s: _bias_of_low_rows(g, 2000.0, q, s),
+    "bias of rows of -12000": lambda g, b, h, q, s: _bias_of_low_rows(g, 12000.0, b, 1, q, s),
+    "bias of -1e30": lambda g, b, h, q, s: _bias_nearly_masked(g, b, 1, q, s),
+}
+"""Kinds that are tried with as many queries as keys, where they may be mistaken for others."""
+
+MASK_KINDS: dict[str, Build] = {**_KINDS, **SQUARE_KINDS}
+
+MASKS_BY_SHAPE: dict[str, Build] = {
+    **{f"bool {pattern}": _bool_of(pattern) for pattern in PATTERNS},
+    **{f"bias {pattern}": _bias_of(pattern) for pattern in PATTERNS},
 }
 """A bool mask and a bias for each shape in `PATTERNS`; a bool mask that all keys share has fully masked rows."""

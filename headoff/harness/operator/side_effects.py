@@ -21,12 +21,9 @@ from headoff.errors import SettingError
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding, Property
 from headoff.harness.operator.call import CallTensors, Results, call, context_alone, tensors_of
-from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.cases import Fields, OperatorCase
 from headoff.harness.operator.compare import findings_of, operator_findings, unsupported_mask
 from headoff.harness.torch_settings import watched_settings
-
-Fields = dict[str, Any]
-"""What a case has that differs from the usual one."""
 
 WITH_AND_WITHOUT: tuple[Fields, ...] = (
     {},
