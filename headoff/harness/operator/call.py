@@ -126,6 +126,8 @@ def _grad_context(case: OperatorCase, generator: torch.Generator) -> Tensor:
     grad_context = torch.randn(shape, generator=generator, dtype=torch.float64)
     if case.grad_context == "ones":
         return torch.ones_like(grad_context)
+    if case.grad_context == "small":
+        return grad_context * 1e-6
     if case.grad_context == "one row":
         return grad_context * (torch.arange(case.queries)[:, None] == case.queries // 2)
     return grad_context

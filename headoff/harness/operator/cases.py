@@ -51,7 +51,8 @@ GRAD_CONTEXT_KINDS = (
     "expanded", "expanded over heads", "expanded over queries", "expanded over channels",
 )  # fmt: skip
 """Kinds of gradients of the context: `ones` is that of a sum, of stride 0, the expanded ones are those of sums over one
-dimension (`expanded` alone is over batch items); `one row` is zero except for one query."""
+dimension (`expanded` alone is over batch items); `one row` is zero except for one query. A case of its own has the kind
+`small`: gradients as small as those of a mean loss."""
 
 EQUAL_AND_DIFFERENT = (("equal", (5, 5, 5, 5, 8)), ("different", (2, 3, 4, 7, 8)))
 """Sizes where one dimension read as another still has the right size, and where every dimension has its own."""
@@ -271,7 +272,7 @@ def _layouts() -> list[OperatorCase]:
         mask = "none" if kind == "contiguous" else "padding"
         cases.append(_case(f"layout {kind}", (3, 4, 25, 47, 32), layout=kind, gate="full", mask=mask))
     usual = {"gate": "full", "layout": "heads last", "inputs": "positive"}
-    for kind in GRAD_CONTEXT_KINDS:
+    for kind in (*GRAD_CONTEXT_KINDS, "small"):
         cases.append(_case(f"grad-context {kind}", (2, 3, 40, 50, 32), grad_context=kind, **usual))
     for wanted in WANTED:
         name = f"wanted {wanted}"

@@ -89,11 +89,10 @@ class Formulation:
         if self.normalize == "last":
             context = context / total
         for scores, values in blocks if self.normalize != "last" else ():
-            weights = (
-                exp(scores - finite) / total
-                if self.normalize == "first"
-                else exp(scores - (finite + log(total)))
-            )
+            if self.normalize == "logsumexp":
+                weights = exp(scores - (finite + log(total)))
+            else:
+                weights = (exponentials if self.by_hand else exp(scores - finite)) / total
             context = context + (weights * gate_of_weights).to(dtype).to(compute) @ values
         return (context * gate_of_context).to(dtype)
 
