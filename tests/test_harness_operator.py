@@ -382,7 +382,6 @@ SIDE_EFFECT_FAULTS = {
     "repeatable": (lambda: noisy, "randomness"),
     "random-state": (lambda: noisy, "state"),
     "inputs-untouched": (lambda: scales_and_restores, "in-place"),
-    "settings-untouched": (lambda: sets_precision, "state"),
     "changing-calls": (Remembers, "state"),
     "changed-contents": (Remembers, "state"),
     "context-owns-memory": (lambda: expands_single_values, "layout"),
@@ -393,6 +392,10 @@ SIDE_EFFECT_FAULTS = {
 def test_side_effects_are_found(check):
     make, prop = SIDE_EFFECT_FAULTS[check]
     assert side_effect_findings(make(), check, torch.float32, "cpu")[0].property == prop
+
+
+def test_settings_are_watched_in_every_call():
+    assert operator_findings(sets_precision, SMALL, "cpu")[0].property == "state"
 
 
 def test_a_mask_that_is_written_into_is_found():

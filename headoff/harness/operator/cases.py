@@ -135,16 +135,8 @@ Sizes = tuple[int, int, int, int, int]
 
 def _case(name: str, sizes: Sizes, **fields: Any) -> OperatorCase:
     """A case called `name`, with dashes for spaces."""
-    batch, heads, queries, keys, channels = sizes
-    return OperatorCase(
-        name=name.replace(" ", "-"),
-        batch=batch,
-        heads=heads,
-        queries=queries,
-        keys=keys,
-        channels=channels,
-        **fields,
-    )
+    by_name: Fields = dict(zip(("batch", "heads", "queries", "keys", "channels"), sizes, strict=True))
+    return OperatorCase(name=name.replace(" ", "-"), **by_name, **fields)
 
 
 def _detr() -> list[OperatorCase]:

@@ -182,17 +182,18 @@ def _raised(attention: Attention, case: OperatorCase, device: torch.device | str
     return None
 
 
-def contents_of(tensors: CallTensors) -> dict[str, Tensor]:
-    """A copy of the memory of each tensor, for `overwritten`."""
-    return {name: _memory_of(tensor).clone() for name, tensor in tensors.named().items()}
+def contents_of(tensors: CallTensors) -> dict[str, tuple[Tensor, int]]:
+    """A copy of the memory of each tensor, and how often it was written into; for `overwritten`."""
+    return {name: (_memory_of(tensor).clone(), tensor._version) for name, tensor in tensors.named().items()}
 
 
-def overwritten(tensors: CallTensors, before: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor whose memory differs from `before`."""
-    changed = (
-        name for name, tensor in tensors.named().items() if not torch.equal(_memory_of(tensor), before[name])
-    )
-    return next(changed, None)
+def overwritten(tensors: CallTensors, before: Mapping[str, tuple[Tensor, int]]) -> str | None:
+    """The name of the first tensor that was written into since `before`, even if that was undone."""
+    for name, tensor in tensors.named().items():
+        memory, version = before[name]
+        if tensor._version != version or not torch.equal(_memory_of(tensor), memory):
+            return name
+    return None
 
 
 def _memory_of(tensor: Tensor) -> Tensor:

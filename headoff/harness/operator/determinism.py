@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,6 @@ from headoff.harness.finding import Finding
 from headoff.harness.operator.call import CallTensors, call
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.side_effects import Trial, finding, same, side_effect
-from headoff.harness.torch_settings import watched_settings
 
 REPEATS = 24
 """Calls without gradients that must give the same bits: more than a patch is likely to count before it changes."""
@@ -101,49 +99,26 @@ def random_state(trial: Trial, case: OperatorCase) -> list[Finding]:
     """A call neither uses nor seeds the random numbers of torch, Python and NumPy."""
     tensors = trial.tensors(case)
     trial.call(tensors)  # what is set up once, at a first call, may use random numbers
-    if generator := _generator_changed_by(lambda: trial.call(tensors), trial.seed):
-        return finding("state", f"a call changes the state of {generator}", case)
-    torch.manual_seed(trial.seed)
-    # Numbers are drawn first, so that a patch that seeds with the same seed is noticed as well.
-    _random_numbers(trial.device)
-    expected = _random_numbers(trial.device)
-    torch.manual_seed(trial.seed)
-    _random_numbers(trial.device)
-    trial.call(tensors)
-    if not torch.equal(_random_numbers(trial.device), expected):
-        return finding("state", "a call changes the state of torch's random numbers", case)
-    return []
-
-
-def _generator_changed_by(body: Callable[[], object], seed: int) -> str | None:
-    """The random number generator, of Python's and NumPy's, that `body` uses or seeds; both are restored."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        # Seeded and used, so that a patch that seeds with the same number is noticed as well.
-        random.seed(seed)
-        np.random.seed(seed)
-        random.random(), np.random.random()
-        states = random.getstate(), np.random.get_state()
-        expected = random.random(), float(np.random.random())
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        body()
-        found = random.random(), float(np.random.random())
+        for of, seed, draw in (
+            (
+                "torch's",
+                torch.manual_seed,
+                lambda: float(torch.rand(()) + torch.rand((), device=trial.device).cpu()),
+            ),
+            ("Python's", random.seed, random.random),
+            ("NumPy's", np.random.seed, np.random.random),
+        ):
+            # A number is drawn before the call, so that a patch that seeds with the same seed is noticed as well.
+            seed(trial.seed)
+            _, expected = draw(), draw()
+            seed(trial.seed)
+            draw()
+            trial.call(tensors)
+            if draw() != expected:
+                return finding("state", f"a call changes the state of {of} random numbers", case)
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-    names = ("Python's random numbers", "NumPy's random numbers")
-    return next((name for name, one, other in zip(names, expected, found, strict=True) if one != other), None)
-
-
-def _random_numbers(device: torch.device) -> Tensor:
-    return torch.cat([torch.rand(4), torch.rand(4, device=device).cpu()])
-
-
-@side_effect("settings-untouched", {}, {"mask": "none", "gate": "none"}, {"mask": "bias"})
-def settings_untouched(trial: Trial, case: OperatorCase) -> list[Finding]:
-    """Torch's global settings are the same after a call and its backward pass."""
-    with watched_settings() as changes:
-        trial.call(trial.tensors(case))
-        trial.forward(trial.tensors(case))
-    return [Finding("state", f"a call changes {change}", str(case)) for change in changes]
+    return []

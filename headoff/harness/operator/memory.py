@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from headoff.harness.finding import Finding
 from headoff.harness.operator.cases import OperatorCase
-from headoff.harness.operator.compare import contents_of, misshapen, overwritten
+from headoff.harness.operator.compare import misshapen, operator_findings
 from headoff.harness.operator.side_effects import WITH_AND_WITHOUT, Trial, finding, same, side_effect
 
 CALLS = 160
@@ -36,22 +36,8 @@ def optional_arguments(trial: Trial, case: OperatorCase) -> list[Finding]:
 )
 def inputs_untouched(trial: Trial, case: OperatorCase) -> list[Finding]:
     """Neither forward nor backward writes into an input or the memory around it, not even to restore it."""
-    for when, run in (
-        ("a call without gradients", trial.forward),
-        ("a call and its backward pass", trial.call),
-    ):
-        tensors = trial.tensors(case)
-        memory = contents_of(tensors)
-        versions = {name: tensor._version for name, tensor in tensors.named().items()}
-        run(tensors)
-        if name := overwritten(tensors, memory):
-            around = same(tensors.named()[name], trial.tensors(case).named()[name])
-            what = "the memory around" if around else "the memory of"
-            return finding("in-place", f"{when} changes {what} the {name}", case)
-        for name, tensor in tensors.named().items():
-            if versions[name] != tensor._version:
-                return finding("in-place", f"{when} writes into the {name} and restores it", case)
-    return []
+    found = operator_findings(trial.attention, case, trial.device)
+    return [each for each in found if each.property == "in-place"]
 
 
 @side_effect(
