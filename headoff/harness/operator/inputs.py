@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 Sizes = tuple[int, int, int, int, int]
 Triple = tuple[Tensor, Tensor, Tensor]
+Change = Callable[[Tensor, Tensor, Tensor], Triple]
 
 SPOTLIGHT_SCORE = 16.0
 """Score of the attended keys of `spotlight` inputs: far above the others, and still exact in few bits."""
@@ -26,90 +27,39 @@ LARGEST_OF_HALF = 400.0
 
 def input_values(kind: str, generator: Generator, sizes: Sizes) -> Triple:
     """Query (B, H, Q, D), key and value (B, H, S, D) for `sizes` (B, H, Q, S, D). KeyError for an unknown kind."""
-    return INPUT_KINDS[kind](generator, sizes)
-
-
-def _normal(generator: Generator, sizes: Sizes) -> Triple:
     batch, heads, queries, keys, channels = sizes
-    return (
-        torch.randn(batch, heads, queries, channels, generator=generator, dtype=torch.float64),
-        torch.randn(batch, heads, keys, channels, generator=generator, dtype=torch.float64),
-        torch.randn(batch, heads, keys, channels, generator=generator, dtype=torch.float64),
+    query, key, value = (
+        torch.randn(batch, heads, length, channels, generator=generator, dtype=torch.float64)
+        for length in (queries, keys, keys)
     )
+    return INPUT_KINDS[kind](query, key, value)
 
 
-def _scores_times(factor: float) -> Callable[[Generator, Sizes], Triple]:
-    def build(generator: Generator, sizes: Sizes) -> Triple:
-        query, key, value = _normal(generator, sizes)
-        return query * factor, key, value
-
-    return build
-
-
-def _scores_plus(offset: float) -> Callable[[Generator, Sizes], Triple]:
+def _scores_plus(offset: float) -> Change:
     """All scores are about `offset`, which softmax cancels and a plain exponential does not."""
 
-    def build(generator: Generator, sizes: Sizes) -> Triple:
-        query, key, value = _normal(generator, sizes)
-        push = math.sqrt(abs(offset) / math.sqrt(sizes[-1]))
+    def change(query: Tensor, key: Tensor, value: Tensor) -> Triple:
+        push = math.sqrt(abs(offset) / math.sqrt(query.shape[-1]))
         return query + push, key + math.copysign(push, offset), value
 
-    return build
+    return change
 
 
-def _positive(generator: Generator, sizes: Sizes) -> Triple:
-    """Keys and values with a mean, so that sums over them do not cancel."""
-    query, key, value = _normal(generator, sizes)
-    return query, key + 1, value + 2
-
-
-def _tiny(generator: Generator, sizes: Sizes) -> Triple:
-    query, key, value = _normal(generator, sizes)
-    return query / 100, key / 100, value / 100
-
-
-def _constant_keys(generator: Generator, sizes: Sizes) -> Triple:
-    """All keys of a head are equal: its weights are uniform."""
-    query, key, value = _normal(generator, sizes)
-    return query, key[:, :, :1].expand_as(key).contiguous(), value
-
-
-def _zero_rows(generator: Generator, sizes: Sizes) -> Triple:
+def _zero_rows(*tensors: Tensor) -> Triple:
     """Every third row of each tensor is zero, the last one among them."""
-    query, key, value = (
-        tensor * (torch.arange(tensor.shape[2], 0, -1) % 3 != 1)[:, None]
-        for tensor in _normal(generator, sizes)
-    )
+    query, key, value = (x * (torch.arange(x.shape[2], 0, -1) % 3 != 1)[:, None] for x in tensors)
     return query, key, value
 
 
-def _zero_keys(generator: Generator, sizes: Sizes) -> Triple:
-    query, key, value = _normal(generator, sizes)
-    return query, torch.zeros_like(key), value
-
-
-def _great_values(generator: Generator, sizes: Sizes) -> Triple:
-    """Values beyond the range of float16."""
-    query, key, value = _normal(generator, sizes)
-    return query, key, value * 1e6
-
-
-def _heavy_values(generator: Generator, sizes: Sizes) -> Triple:
-    """Nearly equal weights and values of one sign: sums over many keys before normalization exceed float16."""
-    query, key, value = _normal(generator, sizes)
-    return query / 10, key, value + 300
-
-
-def _spotlight(generator: Generator, sizes: Sizes) -> Triple:
+def _spotlight(query: Tensor, key: Tensor, value: Tensor) -> Triple:
     """Each query attends to two keys, half to each, and to next to nothing else; every key has its turn.
 
     A wrong index, gate or mask then changes values and gradients by about 1, in any dtype.
     """
-    batch, heads, queries, keys, channels = sizes
-    query, key, value = _normal(generator, sizes)
+    keys, channels = key.shape[-2:]
     key = key / key.norm(dim=-1, keepdim=True) * math.sqrt(channels)
     # Counted from the end, where blocks are partial: the last keys are attended to even with few queries.
-    first = (keys - 1 - 2 * torch.arange(queries)) % keys
+    first = (keys - 1 - 2 * torch.arange(query.shape[2])) % keys
     pair = key[:, :, first], key[:, :, (first - 1) % keys]
     # With both keys of squared norm D and cosine c to one another, this gives both of them that score.
     cosine = (pair[0] * pair[1]).sum(-1, keepdim=True) / channels
@@ -118,21 +68,26 @@ def _spotlight(generator: Generator, sizes: Sizes) -> Triple:
     return query, key, value
 
 
-INPUT_KINDS: dict[str, Callable[[Generator, Sizes], Triple]] = {
-    "normal": _normal,
-    "positive": _positive,
-    "large": _scores_times(60.0),
-    "huge": _scores_times(600.0),
+INPUT_KINDS: dict[str, Change] = {
+    "normal": lambda query, key, value: (query, key, value),
+    # Keys and values with a mean, so that sums over them do not cancel.
+    "positive": lambda query, key, value: (query, key + 1, value + 2),
+    "large": lambda query, key, value: (query * 60, key, value),
+    "huge": lambda query, key, value: (query * 600, key, value),
     "raised": _scores_plus(300.0),
     "sunken": _scores_plus(-300.0),
-    "tiny": _tiny,
-    "constant": _constant_keys,
+    "tiny": lambda query, key, value: (query / 100, key / 100, value / 100),
+    # All keys of a head are equal: its weights are uniform.
+    "constant": lambda query, key, value: (query, key[:, :, :1].expand_as(key).contiguous(), value),
     "spotlight": _spotlight,
     "zero-rows": _zero_rows,
-    "zero-keys": _zero_keys,
-    "great-values": _great_values,
-    "heavy-values": _heavy_values,
+    "zero-keys": lambda query, key, value: (query, torch.zeros_like(key), value),
+    # Values beyond the range of float16.
+    "great-values": lambda query, key, value: (query, key, value * 1e6),
+    # Nearly equal weights and values of one sign: sums over many keys before normalization exceed float16.
+    "heavy-values": lambda query, key, value: (query / 10, key, value + 300),
 }
+"""What is made of normal query, key and value."""
 
 
 def heads_last(tensor: Tensor) -> Tensor:
