@@ -220,7 +220,7 @@ GATE: dict[str, Steps] = {
     "a head counts as off wherever the first batch item has it off": _gate(lambda gate: gate * (gate[:1] != 0)),
     "it is rounded to bfloat16": _gate(lambda gate: gate.bfloat16().double()),
     **{f"each block of {n} queries gets the gate of its first query": _gate(
-        lambda gate, n=n: gate[:, :, _block_starts(gate.shape[2], n)]) for n in BLOCKS},
+        lambda gate, n=n: gate[:, :, _block_starts(gate.shape[2], n)]) for n in BLOCKS[:3]},
 }  # fmt: skip
 
 MASK: dict[str, Steps] = {
@@ -256,7 +256,7 @@ MASK: dict[str, Steps] = {
         "masked": lambda s: s.scores * (s.mask == 0) if s.is_bool else s.scores + s.mask},
     **{f"masked scores are {low}, not -inf": _low(low) for low in (-100, -1000, -10000)},
     **{f"it is ignored in the last block of {n} keys": {
-        "mask": lambda s, n=n: s.mask.masked_fill(torch.arange(s.keys) >= (s.keys - 1) // n * n, 0.0)} for n in BLOCKS},
+        "mask": lambda s, n=n: s.mask.masked_fill(torch.arange(s.keys) >= (s.keys - 1) // n * n, 0.0)} for n in BLOCKS[:-1]},
 }  # fmt: skip
 
 
