@@ -33,17 +33,11 @@ REVIEWED = ROOT / "tests" / "mutants" / "diagnoses.toml"
 VERDICTS = ("cause named and right", "property right", "nothing named", "FALSE")
 
 SHOWN_BY: dict[str, set[str]] = {
-    "state": {"state", "memory", "threads", "grad mode", "second backward", "settings"},
-    "randomness": {"randomness"},
-    "in-place": {"in-place"},
-    "layout": {"layout"},
-    "dtype": {"dtype"},
-    "crash": {"crash"},
-    "calls": {"calls"},
+    "state": {"memory", "threads", "second backward", "settings"},
     "gate": {"gate gradient"},
     "dq": {"no gradient"},
 }
-"""What a mutant shows (`Wrong.shows`, any of these) where a finding of this property, not about numbers, is true."""
+"""Effects (`Wrong.shows`) other than the property itself that make a finding true which is not about numbers."""
 
 
 def judge(task: tuple[str, str, int]) -> dict[str, Any]:
@@ -140,7 +134,8 @@ def verdict_on(row: dict[str, Any], reviewed: dict[str, list[str]]) -> str:
     elif outputs:
         is_shown = "context" not in shows and outputs == gradients
     else:
-        is_shown = row["property"] is None or bool(SHOWN_BY.get(row["property"], set()) & shows)
+        effects = {row["property"], *SHOWN_BY.get(row["property"], ())}
+        is_shown = row["property"] is None or bool(effects & shows)
     if not is_shown:
         claims.add(f"{row['property']}: {' and '.join(sorted(outputs)) or '*'}")
     if not claims <= set(reviewed.get(row["name"], [])):

@@ -11,8 +11,7 @@ from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding
 from headoff.harness.operator.call import CallTensors, gradients, leaves_of
 from headoff.harness.operator.cases import OperatorCase
-from headoff.harness.operator.compare import comparisons, describe, unsupported_dtype
-from headoff.harness.operator.reference import truth_for
+from headoff.harness.operator.compare import unsupported_dtype
 from headoff.harness.operator.side_effects import WITH_AND_WITHOUT, Fields, Trial, finding, side_effect
 from headoff.harness.tolerance import relative_error
 
@@ -86,17 +85,9 @@ def growing_numbers(trial: Trial, case: OperatorCase) -> list[Finding]:
     tensors = trial.tensors(case)
     for power in (0, 3, 6) if trial.dtype == torch.float16 else (0, 10, 20):
         grown = replace(tensors, query=tensors.query * 2.0**-power, key=tensors.key * 2.0**power)
-        if wrong := _wrong_context(trial, case, grown):
-            message = f"with keys {2**power} times as large, {wrong}"
-            return finding("state" if power else "context", message, case)
+        if found := trial.wrong_context(case, grown, f"with keys {2**power} times as large"):
+            return found
     return []
-
-
-def _wrong_context(trial: Trial, case: OperatorCase, tensors: CallTensors) -> str | None:
-    """What is wrong with the context of other `tensors` than the case's, of the same sizes."""
-    results = {"context": trial.forward(tensors)}
-    (comparison,) = comparisons(results, case, trial.device, truth_for(tensors, case))
-    return None if comparison.is_right else describe(comparison, trial.dtype)
 
 
 SEQUENCE: tuple[Fields, ...] = (
@@ -165,8 +156,8 @@ def changed_contents(trial: Trial, case: OperatorCase) -> list[Finding]:
         _copy_into(tensors, trial.tensors(case))
         trial.forward(tensors)
         tensors.named()[name].copy_(trial.tensors(cases[1]).named()[name])
-        if wrong := _wrong_context(trial, case, tensors):
-            return finding("state", f"with new contents in the {name} alone, {wrong}", case)
+        if found := trial.wrong_context(case, tensors, f"with new contents in the {name} alone"):
+            return found
     return []
 
 

@@ -24,6 +24,7 @@ class Condition:
         holds: whether a call has it.
         without: the same call without it and with all else as it was, strides included.
         implies: what a call with it has as well, and what is not said of it again.
+        barely: the same call with no more of it than makes the difference, where there may be more or less of it.
     """
 
     words: str
@@ -31,6 +32,7 @@ class Condition:
     holds: Callable[[CallTensors], bool]
     without: Callable[[CallTensors], CallTensors]
     implies: tuple[str, ...] = ()
+    barely: Callable[[CallTensors], CallTensors] | None = None
 
 
 BLOCKS = (2, 4, 8, 16, 32, 64)
@@ -96,7 +98,7 @@ def sized(call: CallTensors, what: str, size: int) -> CallTensors:
         dim = dimensions.index(what) - len(dimensions) if what in dimensions else 0
         if tensor is None or dim == 0 or -dim > tensor.dim() or (broadcasts and tensor.shape[dim] == 1):
             return tensor
-        return tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
+        return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
 
     made: dict[int, Any] = {}  # one tensor that is several inputs stays one
     for name, rows in (("query", "queries"), ("key", "keys"), ("value", "keys")):
@@ -132,13 +134,31 @@ def _sizes(what: str, numbers: Sequence[int], *, multiple: bool = False) -> Iter
             return _size(call, what) % n > 0 if multiple else _size(call, what) > n
 
         def without(call: CallTensors, n: int = n) -> CallTensors:
-            return sized(call, what, -(-_size(call, what) // n) * n if multiple else n)
+            # Of the multiples an odd one: nearly all sizes that are even more than multiples of n are among the others.
+            size = max(3, -(-_size(call, what) // n) | 1) * n if multiple else n
+            return sized(call, what, size)
 
-        implied = words[place + 1 :] if multiple else [*words[place + 1 :], one]
-        says_nothing = n == 1 or what == "batch items"
+        def barely(call: CallTensors, n: int = n) -> CallTensors:
+            return sized(call, what, n + 1)
+
         yield Condition(
-            one if n == 1 else words[place], None if says_nothing else "sizes", holds, without, tuple(implied)
+            one if n == 1 else words[place],
+            None if n == 1 or what == "batch items" else "sizes",
+            holds,
+            without,
+            tuple(words[place + 1 :] if multiple else [*words[place + 1 :], one]),
+            None if multiple else barely,
         )
+
+
+def _no_power_of_2(what: str) -> Condition:
+    return Condition(
+        f"{what} that are no power of 2",
+        "sizes",
+        lambda call: _size(call, what).bit_count() > 1,
+        lambda call: sized(call, what, 1 << _size(call, what).bit_length()),
+        _ragged(what),
+    )
 
 
 def _ragged(*several: str) -> tuple[str, ...]:
@@ -218,6 +238,7 @@ CONDITIONS: tuple[Condition, ...] = (
     *_sizes("channels", (128, 64, 32, 16)),
     *_sizes("heads", (32, 16, 8, 1)),
     *_sizes("batch items", (32, 1)),
+    _no_power_of_2("channels"),
     *(condition for what in ("keys", "queries", "channels") for condition in _sizes(what, BLOCKS, multiple=True)),
 )  # fmt: skip
 """What is taken away from failing calls, the more special first."""

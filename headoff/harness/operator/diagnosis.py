@@ -211,7 +211,7 @@ class Experiments:
         if first.property == "crash":
             return next(iter(self._findings(self._simplest(case, "crash"))), first)
         self.without_gradients = _is_without_gradients(first)
-        if unsteady := self._unrepeated([case], "randomness", REPEATS) or self._state(case):
+        if unsteady := self._unrepeated([case], REPEATS) or self._state(case):
             return unsteady
         simplest = self._simplest(case, first.property)
         failed = [case for case, finding in found if finding.property != "crash"]
@@ -253,26 +253,38 @@ class Experiments:
 
     # What numbers cannot explain
 
-    def _unrepeated(self, cases: Iterable[OperatorCase], kind: Property, repeats: int = 1) -> Finding | None:
-        """A result that is another one when the first call of its case is repeated, by more than roundings."""
-        when = "between two calls" if kind == "randomness" else "after other calls,"
+    def _unrepeated(self, cases: Sequence[OperatorCase], repeats: int) -> Finding | None:
+        """A result that is another one when the first call of its case is repeated, by more than roundings.
+
+        Random if calls differ that follow one another: of this case, or of the largest, which has most to be random in.
+        """
         for case in cases:
             before = self.observe(case)
             for again in (self._observe(case) for _ in range(repeats)):
-                if before is None or again is None:
+                if not (name := self._differing(before, again)):
                     continue
-                for name, result in before.results.items():
-                    if not self._is_same(name, result, again.results[name], case):
-                        message = f"{NAMES[name]} differs {when} with the same inputs; case {case}"
-                        return Finding(kind, message, str(case))
+                largest = max(cases, key=lambda case: case.weights)
+                pairs = ((self._observe(each), self._observe(each)) for each in (case, largest))
+                is_random = any(self._differing(*pair) for pair in pairs)
+                when = "between two calls" if is_random else "after other calls,"
+                message = f"{NAMES[name]} differs {when} with the same inputs; case {case}"
+                return Finding("randomness" if is_random else "state", message, str(case))
         return None
 
-    def _is_same(self, name: str, one: Tensor, other: Tensor, case: OperatorCase) -> bool:
+    def _differing(self, one: Observation | None, other: Observation | None) -> str | None:
+        """The name of the first result that differs between two observations of a case."""
+        if one is None or other is None:
+            return None
+        names = (name for name in one.results if not self._is_same(name, one, other))
+        return next(names, None)
+
+    def _is_same(self, name: str, one: Observation, other: Observation) -> bool:
         """To the rounding of the case; what is not finite must be so in the same places."""
-        if not torch.equal(one.isfinite(), other.isfinite()):
+        result, again = one.results[name], other.results[name]
+        if not torch.equal(result.isfinite(), again.isfinite()):
             return False
-        one, other = (each.nan_to_num(0.0, 0.0, 0.0) for each in (one, other))
-        return self._agree(name, other, one, _scale(case, name, one), case)
+        result, again = (each.nan_to_num(0.0, 0.0, 0.0) for each in (result, again))
+        return self._agree(name, again, result, _scale(one.case, name, result), one.case)
 
     def _state(self, case: OperatorCase) -> Finding | None:
         """Whether the order of two calls decides which of them is right, in sizes that no call had before.
@@ -326,7 +338,7 @@ class Experiments:
         failing = sorted((each for each in tried if each.fails(outputs)), key=lambda each: each.case.weights)
         if not failing:
             return None
-        if unsteady := self._unrepeated(list(self.observed)[::-4], "state"):
+        if unsteady := self._unrepeated(list(self.observed)[::-4], 1):
             return unsteady
         conditions = self._necessary(failing)
         causes, only_with = self._causes(failing, [each for each in tried if not each.fails()], conditions)
@@ -367,10 +379,13 @@ class Experiments:
         """What all failing cases have, and without which the smallest of them are right."""
         necessary: list[Condition] = []
         for condition in CONDITIONS:
+            barely = condition.barely
             if (
                 not any(condition.words in special.implies for special in necessary)
                 and all(condition.holds(each.tensors) for each in failing)
                 and all(self._is_right_on(condition.without(each.tensors), each.case) for each in failing[:PAIRS])
+                # What grows with a size has no size from which on it is wrong.
+                and not (barely and all(self._is_right_on(barely(x.tensors), x.case) for x in failing[:PAIRS]))
             ):  # fmt: skip
                 necessary.append(condition)
         return necessary

@@ -256,7 +256,8 @@ MASK: dict[str, Steps] = {
         "masked": lambda s: s.scores * (s.mask == 0) if s.is_bool else s.scores + s.mask},
     **{f"masked scores are {low}, not -inf": _low(low) for low in (-100, -1000, -10000)},
     **{f"it is ignored in the last block of {n} keys": {
-        "mask": lambda s, n=n: s.mask.masked_fill(torch.arange(s.keys) >= (s.keys - 1) // n * n, 0.0)} for n in BLOCKS[:-1]},
+        "mask": lambda s, n=n: s.mask.masked_fill(torch.arange(s.keys) >= (s.keys - 1) // n * n, 0.0)}
+       for n in BLOCKS[:-1]},
 }  # fmt: skip
 
 

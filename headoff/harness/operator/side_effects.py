@@ -22,7 +22,15 @@ from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding, Property
 from headoff.harness.operator.call import CallTensors, Results, call, context_alone, tensors_of
 from headoff.harness.operator.cases import Fields, OperatorCase
-from headoff.harness.operator.compare import findings_of, operator_findings, unsupported_mask
+from headoff.harness.operator.compare import (
+    comparisons,
+    describe,
+    findings_of,
+    operator_findings,
+    unsupported_mask,
+)
+from headoff.harness.operator.conditions import sized
+from headoff.harness.operator.reference import truth_for
 from headoff.harness.torch_settings import watched_settings
 
 WITH_AND_WITHOUT: tuple[Fields, ...] = (
@@ -33,6 +41,10 @@ WITH_AND_WITHOUT: tuple[Fields, ...] = (
     {"mask": "bias per head", "gate": "per item"},
 )
 """Mask and gate, which a patch may have separate code for: both, neither, one of them, both of other kinds."""
+
+
+REPEATS = 8
+"""Calls that must give the same before what is wrong with one is called state."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +118,35 @@ class Trial:
     def state(self, case: OperatorCase, findings: list[Finding], when: str, **fields: int) -> list[Finding]:
         """`findings` about `case`, attributed to state that is carried from call to call.
 
-        Unless the same is wrong where nothing can have been carried over, with sizes that no call had before: other
-        `fields`, and more queries and keys. Then what is wrong there.
+        Unless the same is wrong where nothing can have been carried over, with one batch item more and other `fields`:
+        then what is wrong there.
         """
-        fresh = replace(case, queries=case.queries + 64, keys=case.keys + 64, **fields)  # type: ignore[arg-type]
+        fresh = replace(case, batch=case.batch + 1, **fields)  # type: ignore[arg-type]
         if plain := operator_findings(self.attention, fresh, self.device):
             return plain
+        first, *others = (self.forward(self.tensors(case)) for _ in range(REPEATS))
+        if not all(same(first, other) for other in others):
+            return finding(
+                "randomness", f"the context differs between {REPEATS} calls with the same inputs", case
+            )
         return [replace(findings[0], property="state", message=f"{when}, {findings[0].message}")]
+
+    def wrong_context(self, case: OperatorCase, tensors: CallTensors, when: str) -> list[Finding]:
+        """What is wrong with the context of other `tensors` than the case's, of the same sizes.
+
+        It is state if it is right with one batch item more, the first again: in a call of another size, and with memory
+        of its own.
+        """
+        if not (wrong := self._described(case, tensors)):
+            return []
+        more = sized(tensors, "batch items", case.batch + 1)
+        is_state = not self._described(replace(case, batch=case.batch + 1), more)
+        return finding("state" if is_state else "context", f"{when}, {wrong}", case)
+
+    def _described(self, case: OperatorCase, tensors: CallTensors) -> str | None:
+        truth = truth_for(tensors, case)
+        (comparison,) = comparisons({"context": self.forward(tensors)}, case, self.device, truth)
+        return None if comparison.is_right else describe(comparison, self.dtype)
 
 
 Check = Callable[[Trial, OperatorCase], list[Finding]]
@@ -162,6 +196,11 @@ def side_effect_findings(
     with watched_settings() as changes:
         # An attention that is wrong from its first call is not blamed for a side effect.
         findings = operator_findings(attention, trial.case(), device)
+        if findings and findings[0].property == "context":
+            findings = (
+                trial.wrong_context(trial.case(), trial.tensors(trial.case()), "after other calls")
+                or findings
+            )
         for fields in SIDE_EFFECTS[name].cases:
             findings = findings or _findings(trial, trial.case(**fields))
     return findings or [Finding("state", f"a call changes {change}", name) for change in changes]
