@@ -72,7 +72,8 @@ VARIANTS: tuple[Fields, ...] = (
       for kind in ("first-1", "binary heads", "full", "per item", "per query", "beyond", "small", "all off")),
     {"mask": "none"},
     *({"mask": kind, "batch": 3, "heads": 5}
-      for kind in ("padding", "holes", "rows per item", "full", "bias", "bias and padding", "fully masked rows")),
+      for kind in ("padding", "holes", "rows per item", "full", "bias", "bias of hundreds", "bias and padding",
+                   "fully masked rows")),
     {"layout": "heads last"},
 )  # fmt: skip
 """Cases beside the simplest one that fails: faults that agree on one of them differ on another."""
