@@ -193,6 +193,7 @@ def _not_contiguous(words: str, *names: str) -> Condition:
         lambda call: replace(
             call, **{name: getattr(call, name).clone(memory_format=torch.contiguous_format) for name in names}
         ),
+        tuple(f"a {name}" for name in names),
     )
 
 
