@@ -12,6 +12,7 @@ from headoff.attention import eager, sdpa
 from headoff.harness.finding import Finding
 from headoff.harness.operator import OperatorCase, diagnose, operator_cases, operator_findings
 from headoff.harness.operator.call import tensors_of
+from headoff.harness.operator.cases import SHARED
 from headoff.harness.operator.compare import allowed_for, compare
 from headoff.harness.operator.conditions import CONDITIONS
 from headoff.harness.operator.diagnosis import Experiments
@@ -314,16 +315,21 @@ def test_known_faults_have_names_of_their_own():
 
 
 def test_conditions_are_taken_away():
-    """A call without something has it no longer, and its numbers and strides are the same otherwise."""
-    seen = set()
+    """A call without something has it no longer, and is a call like any other: a right attention is right."""
+    seen, experiments = set(), Experiments(eager, torch.device("cpu"))
     for case in operator_cases():
-        if case.weights > 20_000:
+        if case.weights > 10_000:
             continue
         tensors = tensors_of(case)
         for condition in CONDITIONS:
-            if condition.words not in seen and condition.holds(tensors):
-                seen.add(condition.words)
-                assert not condition.holds(condition.without(tensors)), condition.words
+            kind = condition.words, case.wanted in SHARED
+            if kind in seen or not condition.holds(tensors):
+                continue
+            seen.add(kind)
+            assert not condition.holds(condition.without(tensors)), condition.words
+            if min(case.queries, case.keys) > 1 and case.mask != "all masked" and case.gate != "all off":
+                found = experiments._is_right_on(condition.without(tensors), case)
+                assert found or case.wanted in SHARED, (condition.words, str(case))
     assert len(seen) > len(CONDITIONS) / 2
 
 

@@ -100,13 +100,18 @@ def sized(call: CallTensors, what: str, size: int) -> CallTensors:
             return tensor
         return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
 
-    made: dict[int, Any] = {}  # one tensor that is several inputs stays one
+    # One tensor that is several inputs stays one, unless there are no longer as many queries as keys.
+    is_shared = call.query is call.key or call.query is call.value
+    apart = is_shared and what in ("queries", "keys")
+    made: dict[Any, Any] = {}
     for name, rows in (("query", "queries"), ("key", "keys"), ("value", "keys")):
         tensor = getattr(call, name)
-        made.setdefault(id(tensor), taken(tensor, "batch items", "heads", rows, "channels"))
+        made.setdefault(
+            name if apart else id(tensor), taken(tensor, "batch items", "heads", rows, "channels")
+        )
     return replace(
         call,
-        **{name: made[id(getattr(call, name))] for name in ("query", "key", "value")},
+        **{name: made[name if apart else id(getattr(call, name))] for name in ("query", "key", "value")},
         mask=taken(call.mask, "batch items", "heads", "queries", "keys", broadcasts=True),
         gate=taken(call.gate, "batch items", "heads", "queries", "", broadcasts=True),
         grad_context=taken(call.grad_context, "batch items", "heads", "queries", "channels"),

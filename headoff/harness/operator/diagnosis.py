@@ -400,8 +400,8 @@ class Experiments:
         keys = tensors.key.shape[2]
         case = replace(like, batch=batch, heads=heads, queries=queries, keys=keys, channels=channels)
         truth, allowed = truth_for(tensors, case), allowed_for(like, self.device)
-        if not any(bool(true.any()) for true in truth.values.values()):
-            return False  # zeros prove nothing
+        if truth.values.keys() != allowed.keys() or not any(bool(x.any()) for x in truth.values.values()):
+            return False  # inputs that are no longer one tensor, and zeros, prove nothing
         results = self._call(tensors.on(self.device), case)
         return bool(results) and all(
             compare(name, result, truth.values[name], truth.scales[name], allowed[name], case.dtype).is_right
