@@ -13,6 +13,8 @@ from torch import Tensor
 from headoff.harness.finding import Property
 from headoff.harness.operator.call import CallTensors, moved
 
+Change = Callable[[CallTensors], CallTensors]
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -22,7 +24,7 @@ class Condition:
         words: "only with ...".
         property: what is wrong if nothing but this makes calls fail; None where that says nothing.
         holds: whether a call has it.
-        without: the same call without it and with all else as it was, strides included.
+        without: ways to make the same call without it and with all else as it was, strides included.
         implies: what a call with it has as well, and what is not said of it again.
         barely: the same call with no more of it than makes the difference, where there may be more or less of it.
     """
@@ -30,9 +32,9 @@ class Condition:
     words: str
     property: Property | None
     holds: Callable[[CallTensors], bool]
-    without: Callable[[CallTensors], CallTensors]
+    without: tuple[Change, ...]
     implies: tuple[str, ...] = ()
-    barely: Callable[[CallTensors], CallTensors] | None = None
+    barely: Change | None = None
 
 
 BLOCKS = (2, 4, 8, 16, 32, 64)
@@ -51,7 +53,7 @@ def _of(name: str, holds: Callable[[Tensor], Any]) -> Callable[[CallTensors], bo
     return lambda call: getattr(call, name) is not None and bool(holds(_four(getattr(call, name))))
 
 
-def with_values(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[CallTensors], CallTensors]:
+def with_values(name: str, change: Callable[[Tensor], Tensor]) -> Change:
     """Other numbers in the memory of a mask or a gate."""
 
     def changed(call: CallTensors) -> CallTensors:
@@ -124,7 +126,7 @@ def _differs(name: Property, what: str) -> Condition:
         f"{name}s that differ between {what}",
         name,
         _of(name, lambda tensor: (tensor != tensor.narrow(dim, 0, 1)).any()),
-        with_values(name, lambda tensor: tensor.narrow(dim, 0, 1).expand_as(tensor)),
+        (with_values(name, lambda tensor: tensor.narrow(dim, 0, 1).expand_as(tensor)),),
         (f"a {name}", f"more than one {one}"),
     )
 
@@ -150,7 +152,7 @@ def _sizes(what: str, numbers: Sequence[int], *, multiple: bool = False) -> Iter
             one if n == 1 else words[place],
             None if n == 1 or what == "batch items" else "sizes",
             holds,
-            without,
+            (without,),
             tuple(words[place + 1 :] if multiple else [*words[place + 1 :], one]),
             None if multiple else barely,
         )
@@ -161,7 +163,7 @@ def _no_power_of_2(what: str) -> Condition:
         f"{what} that are no power of 2",
         "sizes",
         lambda call: _size(call, what).bit_count() > 1,
-        lambda call: sized(call, what, 1 << _size(call, what).bit_length()),
+        (lambda call: sized(call, what, 1 << _size(call, what).bit_length()),),
         _ragged(what),
     )
 
@@ -175,7 +177,7 @@ def _as_many_queries_as(what: str, *several: str) -> Condition:
         f"as many queries as {what}",
         None,
         lambda call: _size(call, "queries") == _size(call, what),
-        lambda call: sized(call, "queries", _size(call, "queries") + 3),
+        tuple(lambda call, one=one: sized(call, one, _size(call, one) + 3) for one in ("queries", what)),  # type: ignore[misc]
         _ragged(*several),
     )
 
@@ -185,7 +187,7 @@ def _one(what: str) -> Condition:
         f"one {DIMENSIONS[what][1]}",
         "sizes",
         lambda call: _size(call, what) == 1,
-        lambda call: sized(call, what, 3),
+        (lambda call: sized(call, what, 3),),
         _ragged(what),
     )
 
@@ -195,8 +197,11 @@ def _not_contiguous(words: str, *names: str) -> Condition:
         f"{words} not contiguous",
         "layout",
         lambda call: not all(x.is_contiguous() for name in names if (x := getattr(call, name)) is not None),
-        lambda call: replace(
-            call, **{name: getattr(call, name).clone(memory_format=torch.contiguous_format) for name in names}
+        (
+            lambda call: replace(
+                call,
+                **{name: getattr(call, name).clone(memory_format=torch.contiguous_format) for name in names},
+            ),
         ),
         tuple(f"a {name}" for name in names),
     )
@@ -205,16 +210,16 @@ def _not_contiguous(words: str, *names: str) -> Condition:
 def _gate(
     words: str, holds: Callable[[Tensor], Any], change: Callable[[Tensor], Tensor], *more: str
 ) -> Condition:
-    return Condition(words, "gate", _of("gate", holds), with_values("gate", change), ("a gate", *more))
+    return Condition(words, "gate", _of("gate", holds), (with_values("gate", change),), ("a gate", *more))
 
 
 def _mask(words: str, holds: Callable[[Tensor], Any], change: Callable[[Tensor], Tensor]) -> Condition:
-    return Condition(words, "mask", _of("mask", holds), with_values("mask", change), ("a mask",))
+    return Condition(words, "mask", _of("mask", holds), (with_values("mask", change),), ("a mask",))
 
 
 def _any(name: Property) -> Condition:
     none: dict[str, Any] = {name: None}
-    return Condition(f"a {name}", name, _of(name, lambda _: True), lambda call: replace(call, **none))
+    return Condition(f"a {name}", name, _of(name, lambda _: True), (lambda call: replace(call, **none),))
 
 
 CONDITIONS: tuple[Condition, ...] = (
@@ -232,9 +237,10 @@ CONDITIONS: tuple[Condition, ...] = (
     _mask("fully masked rows", lambda mask: (~_attended(mask)).all(-1).any(), _opened_rows),
     _mask("biases in the mask", lambda mask: mask.dtype != torch.bool and ((mask != 0) & mask.isfinite()).any(),
           lambda mask: torch.where(mask.isfinite(), 0.0, mask)),
-    Condition("a bool mask", "mask", _of("mask", lambda mask: mask.dtype == torch.bool), _additive, ("a mask",)),
+    Condition("a bool mask", "mask", _of("mask", lambda mask: mask.dtype == torch.bool), (_additive,), ("a mask",)),
     *(_differs("mask", what) for what in ("queries", "batch items", "heads")),
     _any("mask"),
+    _as_many_queries_as("batch items", "queries"),
     _as_many_queries_as("heads", "queries"),
     _as_many_queries_as("keys", "queries", "keys"),
     _one("queries"),

@@ -387,7 +387,11 @@ class Experiments:
                 # A call of another size has other strides.
                 and not (condition.property in ("sizes", None) and any(x.property == "layout" for x in necessary))
                 and all(condition.holds(each.tensors) for each in failing)
-                and all(self._is_right_on(condition.without(each.tensors), each.case) for each in failing[:PAIRS])
+                and all(
+                    self._is_right_on(without(each.tensors), each.case)
+                    for each in failing[:PAIRS]
+                    for without in condition.without
+                )
                 # What grows with a size has no size from which on it is wrong.
                 and not (barely and all(self._is_right_on(barely(x.tensors), x.case) for x in failing[:PAIRS]))
             ):  # fmt: skip
