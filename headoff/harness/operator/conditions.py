@@ -153,7 +153,7 @@ def _sizes(what: str, numbers: Sequence[int], *, multiple: bool = False) -> Iter
             None if n == 1 or what == "batch items" else "sizes",
             holds,
             (without,),
-            tuple(words[place + 1 :] if multiple else [*words[place + 1 :], one]),
+            (*words[place + 1 :], f"{what} that are no power of 2" if multiple else one),
             None if multiple else barely,
         )
 
@@ -164,7 +164,6 @@ def _no_power_of_2(what: str) -> Condition:
         "sizes",
         lambda call: _size(call, what).bit_count() > 1,
         (lambda call: sized(call, what, 1 << _size(call, what).bit_length()),),
-        _ragged(what),
     )
 
 
@@ -250,7 +249,7 @@ CONDITIONS: tuple[Condition, ...] = (
     *_sizes("channels", (128, 64, 32, 16)),
     *_sizes("heads", (32, 16, 8, 1)),
     *_sizes("batch items", (32, 1)),
-    _no_power_of_2("channels"),
     *(condition for what in ("keys", "queries", "channels") for condition in _sizes(what, BLOCKS, multiple=True)),
+    _no_power_of_2("channels"),
 )  # fmt: skip
 """What is taken away from failing calls, the more special first."""
