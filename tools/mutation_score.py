@@ -168,27 +168,29 @@ def summary(rows: list[dict[str, Any]], command: str) -> str:
     )
     missed = [row["name"] for row in wrong if not row["caught"]]
     alarms = [row for row in right if row["caught"]]
+    not_run = [f"the suites on {len(WRONG) - len(wrong)} mutants"] if len(wrong) < len(WRONG) else []
+    not_run += [f"the diagnosis of {len(WRONG) - len(diagnosed)}"] if len(diagnosed) < len(WRONG) else []
+    not_run += [] if right else ["right attentions"]
+    alarmed = f" {len({r['name'] for r in right})} right ones raise {len(alarms)} false alarms in {len(right)} runs."
     lines = [
         f"`{command}`, float32 on a CPU, one scene in the model ({RIGHT_SCENES} for right attentions). "
-        f"{len(wrong) - len(missed)} of {len(wrong)} wrong attentions are caught. {len({r['name'] for r in right})} "
-        f"right ones raise {len(alarms)} false alarms in {len(right)} runs.",
+        f"{len(wrong) - len(missed)} of {len(wrong)} wrong attentions are caught.{alarmed if right else ''}"
+        + (f" Not run for this table: {', '.join(not_run)}." if not_run else ""),
         "",
-        "| family | mutants | " + " | ".join(SUITES) + " | any | " + " | ".join(VERDICTS) + " |",
-        "| --- " * (len(SUITES) + len(VERDICTS) + 3) + "|",
+        "| family | mutants | run | " + " | ".join(SUITES) + " | any | " + " | ".join(VERDICTS) + " |",
+        "| --- " * (len(SUITES) + len(VERDICTS) + 4) + "|",
     ]
     for family in [*sorted(FAMILIES), "all"]:
-        some = [row for row in wrong if family in ("all", WRONG[row["name"]].family)]
-        said = Counter(
-            verdict_on(row, reviewed) for row in diagnosed if family in ("all", WRONG[row["name"]].family)
-        )
-        counts = [sum(suite in row["caught"] for row in some) for suite in SUITES]
-        cells = [len(some), *counts, sum(bool(row["caught"]) for row in some), *(said[v] for v in VERDICTS)]
+        names = {name for name, entry in WRONG.items() if family in ("all", entry.family)}
+        some = [row["caught"] for row in wrong if row["name"] in names]
+        said = Counter(verdict_on(row, reviewed) for row in diagnosed if row["name"] in names)
+        counts = [sum(suite in caught for caught in some) for suite in SUITES]
+        cells = [len(names), len(some), *counts, sum(map(bool, some)), *(said[v] for v in VERDICTS)]
         lines.append(f"| {family} | " + " | ".join(map(str, cells)) + " |")
     seconds = sorted(row["seconds"] for row in diagnosed) or [0.0]
     lines += [
         "",
-        f"A diagnosis takes {seconds[len(seconds) // 2]:.1f} s in the median and {seconds[-1]:.1f} s at most, on one "
-        "core and with nothing in the cache.",
+        f"A diagnosis takes {seconds[len(seconds) // 2]:.1f} s in the median and {seconds[-1]:.1f} s at most.",
     ]
     for title, some in (
         ("Missed", missed),
@@ -249,6 +251,9 @@ def main() -> None:
         "--sample", type=int, metavar="N", help="N attentions, drawn by --seed; nothing is written"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing, and write tables of the results so far"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "mutation_score.jsonl")
     chosen = parser.parse_args()
     todo = [task for task in tasks(chosen.seeds, chosen.slow) if chosen.only in (None, task[0])]
@@ -262,7 +267,7 @@ def main() -> None:
         else []
     )
     done = {(row["kind"], row["name"], row["seed"]) for row in rows}
-    left = [task for task in todo if task not in done]
+    left = [] if chosen.report else [task for task in todo if task not in done]
     reviewed = tomllib.loads(REVIEWED.read_text())
     started = time.perf_counter()
     with (
@@ -275,8 +280,8 @@ def main() -> None:
             said = verdict_on(row, reviewed) if row["kind"] == "diagnosis" else ", ".join(row["caught"])
             print(f"{number} of {len(left)}, {time.perf_counter() - started:.0f} s: {row['kind']} {row['name']}: {said}"
                   f" {row.get('sentence', '')}", flush=True)  # fmt: skip
-    wanted = {(kind, name, seed) for kind, name, seed in todo}
-    rows = [row for row in rows if (row["kind"], row["name"], row["seed"]) in wanted]
+    by_task = {(row["kind"], row["name"], row["seed"]): row for row in rows}
+    rows = [by_task[task] for task in todo if task in by_task]
     command = "python tools/mutation_score.py" + (f" --seeds {chosen.seeds}" if chosen.seeds != 1 else "")
     print(summary(rows, command))
     if not chosen.only and not chosen.sample:

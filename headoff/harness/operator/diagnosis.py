@@ -85,6 +85,9 @@ TRIED = 5
 SMALL = 8_000
 """Weights of the suite's own cases on which an explanation is tried."""
 
+LARGEST = 500_000
+"""Weights that a case has at most, unless it is one that failed."""
+
 ROUNDINGS = 16.0
 RESIDUAL = 0.02
 EXACT = 2e-3
@@ -322,7 +325,7 @@ class Experiments:
                 grows = any(
                     getattr(simpler, n) > max(SIZES[0], getattr(case, n)) for n in ("queries", "keys")
                 )
-                if simpler == case or grows:
+                if simpler == case or grows or simpler.weights > max(LARGEST, case.weights):
                     break
                 if any(finding.property == kind for finding in self._findings(simpler)):
                     case = simpler
@@ -331,7 +334,8 @@ class Experiments:
 
     def _numbers(self, simplest: OperatorCase, failed: Sequence[OperatorCase]) -> Finding | None:
         family = [simplest, *failed]
-        family += [replace(simplest, name="variant", **variant) for variant in VARIANTS]
+        variants = (replace(simplest, name="variant", **variant) for variant in VARIANTS)
+        family += [case for case in variants if case.weights <= max(LARGEST, simplest.weights)]
         small = [case for case in operator_cases(simplest.dtype, simplest.seed + 1) if case.weights <= SMALL]
         family += small[::2]
         tried = [each for case in dict.fromkeys(family) if (each := self.observe(case)) is not None]
