@@ -145,8 +145,8 @@ def _sizes(what: str, numbers: Sequence[int], *, multiple: bool = False) -> Iter
             size = max(3, -(-_size(call, what) // n) | 1) * n if multiple else n
             return sized(call, what, size)
 
-        def barely(call: CallTensors, n: int = n) -> CallTensors:
-            return sized(call, what, n + 1)
+        def barely(call: CallTensors, without: Change = without) -> CallTensors:
+            return sized(call, what, _size(without(call), what) + 1)
 
         yield Condition(
             one if n == 1 else words[place],
@@ -154,7 +154,7 @@ def _sizes(what: str, numbers: Sequence[int], *, multiple: bool = False) -> Iter
             holds,
             (without,),
             (*words[place + 1 :], f"{what} that are no power of 2" if multiple else one),
-            None if multiple else barely,
+            barely,
         )
 
 

@@ -312,9 +312,9 @@ def _total(s: SimpleNamespace) -> Tensor:
 
 
 def _overflowing(s: SimpleNamespace) -> Tensor:
-    """No maximum is subtracted; what overflows in float32 is infinite."""
-    exponentials = s.filled.exp()
-    return _quotient(exponentials.masked_fill(exponentials > torch.finfo(torch.float32).max, math.inf))
+    """No maximum is subtracted, and exponentials and their sum are float32."""
+    exponentials = s.filled.exp().float().double()
+    return _quotient(exponentials, exponentials.sum(-1, keepdim=True).float().double())
 
 
 def _normalised_apart(size: int) -> Step:
