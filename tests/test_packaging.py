@@ -57,3 +57,29 @@ def test_an_installed_headoff_verifies(wheel, tmp_path, at_a_desk):
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(installed) in done.stdout and "sdpa is right" in done.stdout
     assert not list(elsewhere.iterdir()), "nothing is left where it ran"
+
+
+def test_pytest_finds_the_suites_of_an_installed_headoff(wheel, tmp_path, at_a_desk):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    plugin = ["-p", "headoff.harness.plugin.hooks", "-p", "no:cacheprovider"]  # no entry point without pip
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-c",
+            os.devnull,
+            *plugin,
+            "--pyargs",
+            "headoff.suites",
+            "-k",
+            "heads_off_calls",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sdpa is right: 1 check passed" in done.stdout and str(tmp_path / "installed") in done.stdout
