@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,8 +29,9 @@ from headoff.harness.operator.call import call as attend
 from headoff.harness.operator.cases import OperatorCase
 from headoff.harness.operator.compare import FLOOR_LARGEST
 from headoff.harness.operator.reference import Truth, truth_for
+from headoff.harness.reference.cache import Arrays, cached
 from headoff.harness.reference.cases import ReferenceCase
-from headoff.harness.reference.implementations import right_implementations
+from headoff.harness.reference.implementations import machine, right_implementations
 from headoff.harness.reference.oracle import forward_batch
 from headoff.harness.tolerance import allowed_error, relative_error
 from headoff.wording import number_ranges
@@ -88,7 +90,7 @@ def faulty_layers(
     chosen = tuple(configurations)
     wrong: dict[Site, list[_Wrong]] = defaultdict(list)
     findings: list[Finding] = []
-    for call in calls_of(case, chosen):
+    for call, allowed in zip(calls_of(case, chosen), _allowed(case, chosen, device, dtype), strict=True):
         site, layer = call.address
         name = f"{case.name}, {site} of layer {layer}"
         tensors, scale = _tensors(call, device, dtype)
@@ -100,7 +102,7 @@ def faulty_layers(
             shapes = f"{tuple(found['context'].shape)}, expected {tuple(call.query.shape)}"
             raised = [Finding("shape", f"the context is of shape {shapes}", case=name)]
         if not raised:
-            wrong[site] += _compare(found, call, device, dtype, scale)
+            wrong[site] += _compare(found, call, dtype, scale, allowed)
         elif not any(finding.site == site for finding in findings):
             message = f"{site}: in layer {layer}, {raised[0].message}"
             findings.append(Finding(raised[0].property, message, case=name, site=site, layer=layer))
@@ -193,14 +195,32 @@ def _expected(call: ModelCall, dtype: torch.dtype) -> Truth:
 
 
 @functools.cache
-def _allowed(call: ModelCall, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What others may be off by, in units of eps times the scale: measured on right implementations."""
-    tensors, _ = _tensors(call, device, dtype)
-    measured = [_errors(attend(attention, tensors), call, dtype) for attention in right_implementations()]
-    return {
-        name: allowed_error(max(float(errors[name].max()) for errors in measured), FLOOR_LARGEST)
-        for name in QUANTITIES
-    }
+def _allowed(
+    case: ReferenceCase, configurations: tuple[Configuration, ...], device: torch.device, dtype: torch.dtype
+) -> list[dict[str, float]]:
+    """What each of `calls_of` may be off by, in units of eps times the scale.
+
+    By the largest errors of right implementations. Measured once on a machine, and cached.
+    """
+
+    def largest(call: ModelCall) -> list[float]:
+        tensors, _ = _tensors(call, device, dtype)
+        measured = [_errors(attend(attention, tensors), call, dtype) for attention in right_implementations()]
+        return [max(float(errors[name].max()) for errors in measured) for name in QUANTITIES]
+
+    def measure() -> Arrays:
+        return {"errors": np.array([largest(call) for call in calls_of(case, configurations)])}
+
+    inputs = {**case.inputs_of_all(), **machine(device, dtype)}
+    inputs["calls under"] = "; ".join(configuration.text for configuration in configurations)
+    errors = cached("call-rounding", inputs, measure)["errors"]
+    return [
+        {
+            name: allowed_error(float(error), FLOOR_LARGEST)
+            for name, error in zip(QUANTITIES, row, strict=True)
+        }
+        for row in errors
+    ]
 
 
 def _errors(found: Results, call: ModelCall, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -215,10 +235,9 @@ def _errors(found: Results, call: ModelCall, dtype: torch.dtype) -> dict[str, Te
 
 
 def _compare(
-    found: Results, call: ModelCall, device: torch.device, dtype: torch.dtype, loss_scale: float
+    found: Results, call: ModelCall, dtype: torch.dtype, loss_scale: float, allowed: dict[str, float]
 ) -> list[_Wrong]:
-    expected, allowed = _expected(call, dtype), _allowed(call, device, dtype)
-    unit = torch.finfo(dtype).eps
+    expected, unit = _expected(call, dtype), torch.finfo(dtype).eps
     wrong = []
     for name, relative in _errors(found, call, dtype).items():
         errors, scale = _by_item(call, name, relative), _by_item(call, name, expected.scales[name]) * unit

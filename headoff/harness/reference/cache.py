@@ -31,6 +31,7 @@ SOURCES = (
     "detr",
     "gates",
     "harness/model",
+    "harness/operator",
     "harness/reference",
     "harness/tolerance.py",
     "images.py",
