@@ -72,7 +72,7 @@ def test_a_sweep_with_relevance(capsys, tmp_path, objects, monkeypatch):
     expected = headoff.explain(headoff.load("scenes"), SAMPLE)
     torch.testing.assert_close(explanation.maps, expected.maps)
     page = (tmp_path / "index.html").read_text()
-    assert "No image evidence at all: first 8 heads off." in page and "maps-data" in page
+    assert "No image evidence at all: first 8 off." in page and "maps-data" in page
     assert len(list((tmp_path / "figures").glob("relevance-*.png"))) == 2
 
 

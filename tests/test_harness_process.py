@@ -140,7 +140,9 @@ def test_nothing_is_left_behind(targets):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_child_ends_with_its_parent(targets, number):
     program = (
-        "from headoff.harness.process import run_in_process as run; import sys\n"
+        # A shell that runs tests in the background ignores Ctrl-C, and its children inherit that.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from headoff.harness.process import run_in_process as run\n"
         "ended = run('targets:leaves_a_child', sys.argv[1], print, limit=60)\n"
         "sys.exit(130 if ended.interrupted else 1)"
     )

@@ -473,11 +473,15 @@ class TestPreprocess:
         assert values.dtype == dtype and mask.dtype == torch.bool
         assert torch.equal(values, preprocess([picture], SMALL)[0].to(dtype))
 
+    def test_other_modes_are_converted(self):
+        grey = Image.new("L", (4, 4), 100)
+        assert torch.equal(preprocess(grey)[0], preprocess(grey.convert("RGB"))[0])
+
     def test_what_cannot_be_preprocessed(self):
         with pytest.raises(ImageError, match="at least one"):
             preprocess([])
-        with pytest.raises(ImageError, match="mode L.*load_image"):
-            preprocess([Image.new("L", (4, 4))])
+        with pytest.raises(ImageError, match="cannot make an image of a int"):
+            preprocess([3])
         with pytest.raises(SettingError, match="int64"):
             preprocess([Image.new("RGB", (4, 4))], dtype=torch.int64)
 

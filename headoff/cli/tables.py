@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from headoff.figures.captions import shorten
-
 MAX_ROWS = 60
 SHORTENED_ROWS = 10
 
@@ -29,6 +27,8 @@ def columns(rows: Iterable[Iterable[object]]) -> str:
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """A header and rows in columns of `WIDTH` characters; of more than `MAX_ROWS` rows, the first ones only."""
+    from headoff.figures.captions import shorten
+
     shown = rows if len(rows) <= MAX_ROWS else rows[:SHORTENED_ROWS]
     excess = max(map(len, columns([header, *shown]).splitlines())) - WIDTH
     longest = max(len(str(row[0])) for row in (header, *shown))
