@@ -8,13 +8,24 @@ from matplotlib.figure import Figure
 from sweep_examples import crowd, example, photo, scene_example
 
 from headoff.figures import object_colour, plot_detections, plot_outcomes, plot_survival, sweep_figures
-from headoff.figures.captions import heads_off_counts, slug, views
-from headoff.figures.charts import spread
+from headoff.figures.captions import slug, views
+from headoff.figures.changes import changes, head_changes, head_changes_by_object
+from headoff.figures.cumulative import spread
 from headoff.figures.marks import Line, Marks
 from headoff.figures.palette import OBJECT_COLOURS, UNMATCHED_COLOUR
 from headoff.figures.placing import Rect, place_label
 from headoff.figures.sheets import MOST_PICTURES
-from headoff.gates import all_subsets, cumulative, heads_off, none_off, single_heads
+from headoff.figures.subsets import heads_text, subsets_by_size
+from headoff.figures.survival import NARROW_WIDTH, narrow_height, survival_chart
+from headoff.gates import (
+    all_subsets,
+    cumulative,
+    heads_off,
+    kind_of,
+    layers_off,
+    none_off,
+    single_heads,
+)
 from headoff.outcomes import Status
 
 
@@ -179,6 +190,123 @@ def test_survival_has_a_line_for_each_object_in_its_colour():
     assert names == [f"#{i} {found.class_name}" for i, found in enumerate(result.baseline)]
 
 
+MANY_OTHERS = [heads_off(head, layers=[0, 1]) for head in range(8)]
+CHARTS = {
+    "plot_cumulative": cumulative(),
+    "plot_bars": [heads_off(3)],
+    "plot_head_changes": single_heads(),
+    "plot_subsets": all_subsets(3),
+    "plot_changes": MANY_OTHERS,
+}
+
+
+@pytest.mark.parametrize(("name", "configurations"), CHARTS.items())
+def test_the_chart_suits_the_kind_of_sweep(name, configurations):
+    _, result = crowd(2, (30, 40), configurations=configurations)
+    assert survival_chart(result).plot.__name__ == name
+    _, twice = crowd(2, (30, 40), configurations=[none_off(), *configurations][::-1])
+    # The order of configurations and a further baseline change only a cumulative sweep and the subsets.
+    assert name in ("plot_cumulative", "plot_subsets") or survival_chart(twice).plot.__name__ == name
+
+
+@pytest.mark.parametrize("objects", [0, 1, 20])
+@pytest.mark.parametrize(
+    "configurations",
+    [*CHARTS.values(), single_heads(1, 8), single_heads(8, 1), single_heads(1, 1), [none_off()]],
+)
+def test_every_chart_draws_with_its_texts_within_the_figure(objects, configurations):
+    names = ("a remarkably long-winded name of a class", r"$\frac$")
+    _, result = crowd(objects, (30, 40), names, configurations=configurations)
+    drawings = [plot_survival(result)]
+    if (height := narrow_height(result)) is not None:
+        narrow = Figure(figsize=(NARROW_WIDTH, height), layout="constrained").add_subplot()
+        drawings.append(plot_survival(result, narrow))
+    for ax in drawings:
+        figure = ax.get_figure(root=True)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        extent = ax.get_tightbbox(canvas.get_renderer())
+        assert extent.x0 >= -2 and extent.x1 <= figure.bbox.x1 + 2
+        assert extent.y0 >= -2 and extent.y1 <= figure.bbox.y1 + 2
+
+
+def test_a_cell_of_single_heads_is_the_largest_change_of_any_object():
+    _, result = scene_example(configurations=[none_off(), *single_heads()][::-1])
+    sweep = kind_of(result.configurations)
+    found, by_object = head_changes(result, sweep), changes(result)
+    for row, layer in enumerate(sweep.layers):
+        for column, head in enumerate(sweep.heads):
+            place = result.configurations.index(heads_off(head, layers=[layer]))
+            values = by_object[:, place]
+            assert abs(found.values[row, column]) == max(abs(values))
+            assert found.values[row, column] == values[found.objects[row, column]]
+            letters = {"M": Status.MOVED, "D": Status.DUPLICATED, "R": Status.RELABELLED, "L": Status.LOST}
+            told = {letters[one[-1]]: int(one[:-1]) for one in str(found.statuses[row, column]).split()}
+            counts = result.outcomes[place].counts
+            assert told == {status: n for status, n in counts.items() if n and status is not Status.KEPT}
+    before = torch.tensor([one.score for one in result.baseline])[:, None]
+    assert torch.allclose(torch.as_tensor(by_object).float(), result.survival() - before, atol=1e-6)
+
+    ax = plot_survival(result)
+    written = [
+        (f"{value:+.2f}\n#{object}".replace("-", "−") if abs(value) >= 0.005 else "0") + f"\n{status}"
+        for value, object, status in zip(
+            found.values.flat, found.objects.flat, found.statuses.flat, strict=True
+        )
+    ]
+    assert [text.get_text() for text in ax.texts] == [text.rstrip() for text in written]
+    explained = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert explained >= {
+        "fall",
+        "rise",
+        "0: below 0.005",
+        "#2: the object's number",
+        "not kept",
+        "2L: 2 lost",
+    }
+
+
+def test_single_heads_by_object():
+    image, result = crowd(5, (30, 40), configurations=single_heads())
+    titles = [ax.get_title("left") for ax in head_changes_by_object(result).axes]
+    assert [title for title in titles if title] == [
+        f"#{i} {one.class_name}" for i, one in enumerate(result.baseline)
+    ]
+    assert "survival-by-object" in [figure.stem for figure in sweep_figures(image, result)]
+    image, result = crowd(7, (30, 40), configurations=single_heads())
+    assert "survival-by-object" not in [figure.stem for figure in sweep_figures(image, result)]
+
+
+def test_subsets_by_number_of_heads_off():
+    _, result = scene_example(configurations=all_subsets(4))
+    sizes = subsets_by_size(result, kind_of(result.configurations))
+    assert [len(one.found) for one in sizes] == [1, 4, 6, 4, 1]
+    found = {
+        configuration.text: len(result.baseline)
+        - outcome.counts[Status.LOST]
+        - outcome.counts[Status.RELABELLED]
+        for configuration, outcome in zip(result.configurations, result.outcomes, strict=True)
+    }
+    for one in sizes:
+        assert found[heads_off(*one.best).text] == one.most == max(one.found)
+        assert found[heads_off(*one.worst).text] == one.fewest == min(one.found)
+    written = [text.get_text() for text in plot_survival(result).texts]
+    assert {heads_text(heads) for one in sizes for heads in (one.best, one.worst)} <= {*written}
+    assert heads_text((0, 1, 2, 5)) == "H0-2+5"
+
+
+def test_bars_start_with_none_off_and_have_a_bar_for_each_object():
+    _, result = scene_example(configurations=[heads_off(3), layers_off(5)])
+    ax = plot_survival(result)
+    assert [t.get_text() for t in ax.texts if t.get_fontweight() == "bold"] == [
+        "none off",
+        "H3 off",
+        "L5 off",
+    ]
+    scores = [one.score for one in result.baseline] + result.survival().T.flatten().tolist()
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx(scores)
+
+
 def test_spread_keeps_order_and_distance():
     values = [0.5, 0.5, 0.51, 1.0, 0.0, 0.99]
     placed = spread(values, 0.1, 0, 1)
@@ -226,14 +354,7 @@ def test_drawing_is_at_the_figure_s_resolution_not_the_image_s():
         assert 300 < width < 1700 and 150 < height < 1800
 
 
-def test_words_for_configurations():
-    assert heads_off_counts(cumulative(4, [3, 1, 0, 2])) == (0, 1, 2, 3, 4)
-    assert heads_off_counts(cumulative(site="encoder_self")) == (*range(9),)
-    for_one_query = [c.for_queries(17) if c.clauses else c for c in cumulative(3, [2, 0, 1])]
-    assert heads_off_counts(for_one_query) == (0, 1, 2, 3)
-    assert heads_off_counts([none_off(), heads_off(1), heads_off(2)]) is None
-    assert heads_off_counts(single_heads()) is None
-    assert heads_off_counts(cumulative()[::2]) is None
+def test_names_of_files():
     assert slug("query 17: L5H2=0.5; L0") == "query-17-l5h2-0-5-l0"
     assert slug("→") == "configuration"
 

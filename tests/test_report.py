@@ -12,7 +12,8 @@ from sweep_examples import crowd, scene_example
 
 import headoff.report.output as output
 from headoff.errors import OutputError
-from headoff.gates import cumulative, heads_off
+from headoff.figures.survival import survival_chart
+from headoff.gates import all_subsets, cumulative, heads_off, none_off, parse_configuration, single_heads
 from headoff.outcomes import Status
 from headoff.report import SCHEMA_VERSION, folder_index, is_finished, verdict, write_report
 from headoff.report.page import render_page
@@ -280,6 +281,92 @@ def test_verdict_of_other_configurations():
         verdict(result)
         == "5 objects with none off. 1 of 3 configurations lose at least one; 'H3 off' loses 3."
     )
+
+
+def losing(configurations, lost):
+    """Two objects, of which those of `lost[text]` are lost under the configuration of that text; no score changes."""
+    _, result = crowd(2, (60, 80), ("dog",), configurations=configurations)
+    outcomes = []
+    for configuration in configurations:
+        missing = lost.get(configuration.text, ())
+        each = [
+            dataclasses.replace(one, status=Status.LOST, detections=()) if one.object in missing else one
+            for one in result.outcomes[0].outcomes
+        ]
+        outcomes.append(dataclasses.replace(result.outcomes[0], outcomes=tuple(each)))
+    return dataclasses.replace(result, outcomes=tuple(outcomes))
+
+
+@pytest.mark.parametrize(
+    ("configurations", "lost", "said"),
+    [
+        (
+            (none_off(), *single_heads()),
+            {"L5H6": (0, 1), "L4H2": (1,)},
+            "Of 48 heads switched off one at a time, 2 lose an object; L5H6 off loses 2 (#0 dog and #1 dog).",
+        ),
+        (
+            single_heads(2, 3, site="decoder_self"),
+            {"decoder_self L1H2": (1,)},
+            "Of 6 heads (decoder_self) switched off one at a time, 1 loses an object; L1H2 off loses 1 (#1 dog).",
+        ),
+        (
+            single_heads(),
+            {},
+            "Of 48 heads switched off one at a time, none loses an object or lowers a probability by 0.01.",
+        ),
+        (
+            all_subsets(3),
+            {"H2": (1,), "H0+2": (0, 1), "H1-2": (1,), "H0-2": (0, 1)},
+            "4 of 8 subsets of 3 heads can be off with every object found: up to 2 heads (H0-1). "
+            "H2 off is enough to miss 1.",
+        ),
+        (all_subsets(2), {}, "All 4 subsets of 2 heads can be off with every object found."),
+    ],
+)
+def test_verdict_names_heads(configurations, lost, said):
+    lost = {parse_configuration(text).text: objects for text, objects in lost.items()}
+    assert verdict(losing(configurations, lost)) == f"2 objects with none off. {said}"
+
+
+def test_verdict_of_single_heads_that_lose_nothing_names_the_largest_fall():
+    _, result = crowd(1, (60, 80), ("dog",), configurations=single_heads(1, 3))
+    low = dataclasses.replace(result.outcomes[0].outcomes[0], query_score=0.61)
+    outcomes = (
+        result.outcomes[0],
+        dataclasses.replace(result.outcomes[0], outcomes=(low,)),
+        result.outcomes[0],
+    )
+    assert verdict(dataclasses.replace(result, outcomes=outcomes)) == (
+        "1 object with none off. Of 3 heads switched off one at a time, none loses an object; "
+        f"L0H1 off lowers #0 dog most, from {result.baseline[0].score:.2f} to 0.61."
+    )
+
+
+def test_verdict_of_single_heads_that_lose_nothing_names_what_changes_most():
+    """A moved object matters more than any probability."""
+    _, result = crowd(2, (60, 80), ("dog",), configurations=single_heads(1, 3))
+    kept = result.outcomes[0]
+    low = dataclasses.replace(kept.outcomes[0], query_score=0.01)
+    moved = dataclasses.replace(kept.outcomes[1], status=Status.MOVED)
+    outcomes = (
+        dataclasses.replace(kept, outcomes=(low, kept.outcomes[1])),
+        kept,
+        dataclasses.replace(kept, outcomes=(kept.outcomes[0], moved)),
+    )
+    assert verdict(dataclasses.replace(result, outcomes=outcomes)) == (
+        "2 objects with none off. Of 3 heads switched off one at a time, none loses an object; "
+        "L0H2 off changes most: 1 moved (#1 dog)."
+    )
+
+
+@pytest.mark.parametrize("configurations", [single_heads(), all_subsets(3), [heads_off(1)]])
+def test_the_page_has_the_charts_of_its_sweep(configurations):
+    image, result = crowd(3, (30, 40), configurations=configurations)
+    html = render_page(image, result, {})
+    read(html)
+    assert html.count("<svg") == (3 if len(configurations) == 48 else 2)
+    assert survival_chart(result).caption in html.replace("&#39;", "'")
 
 
 def test_sentences_name_every_object_once():

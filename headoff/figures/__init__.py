@@ -9,7 +9,10 @@ The plotting functions take and return matplotlib axes. Without axes they create
     marks.py      the matplotlib artist for boxes and labels
     canvas.py     figures of an image's shape
     pictures.py   plot_detections
-    charts.py     plot_survival, plot_outcomes
+    survival.py   plot_survival: the chart that suits the kind of sweep, from one of the next four
+    cumulative.py, bars.py, changes.py, subsets.py
+    chart_axes.py    what these charts have in common
+    outcome_table.py  plot_outcomes
     sheets.py     all figures of a sweep
     colouring.py  relevance to colours
     object_views.py  explained objects: texts and boxes
@@ -18,13 +21,14 @@ The plotting functions take and return matplotlib axes. Without axes they create
     relevance_sheets.py  all figures of an explanation
 """
 
-from headoff.figures.charts import plot_outcomes, plot_survival
 from headoff.figures.colouring import MapStyle
+from headoff.figures.outcome_table import plot_outcomes
 from headoff.figures.palette import OBJECT_COLOURS, object_colour
 from headoff.figures.pictures import plot_detections
 from headoff.figures.relevance import plot_head_attention, plot_map, plot_relevance_grid
 from headoff.figures.relevance_sheets import relevance_figures
 from headoff.figures.sheets import SweepFigure, sweep_figures
+from headoff.figures.survival import plot_survival
 
 __all__ = [
     "OBJECT_COLOURS",

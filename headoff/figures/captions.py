@@ -1,17 +1,15 @@
 """Titles and file names of configurations, and the list of pictures of a sweep."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from headoff.detections import Detections
-from headoff.gates import DEFAULT_SITE, SITES, Configuration, none_off
+from headoff.gates import none_off
 from headoff.outcomes import ConfigurationOutcome, Outcome, Status
 from headoff.sweeps import SweepResult
 
 NONE_OFF = none_off().name
-
-_FIRST_OFF = re.compile(rf"(?:({'|'.join(SITES)}) )?first (\d+) off")
 
 
 @dataclass(frozen=True)
@@ -60,38 +58,6 @@ def baseline_outcome(baseline: Detections) -> ConfigurationOutcome:
     )
 
 
-def heads_off_counts(configurations: Sequence[Configuration]) -> tuple[int, ...] | None:
-    """0, 1, 2, ... if the configurations are a cumulative sweep, in order; None if they are not.
-
-    They are one by name (`first k off`), whatever the order of heads, or by their clauses: none off, then one more
-    head in every configuration, in all layers, at one site and for the same queries.
-    """
-    if len(configurations) < 2 or configurations[0].clauses:
-        return None
-    steps = configurations[1:]
-    named = [_first_off(step.name) for step in steps]
-    site = named[0][0] if named[0] else None
-    if named == [(site, k) for k in range(1, len(configurations))] or _adds_one_head_each(steps):
-        return tuple(range(len(configurations)))
-    return None
-
-
-def _adds_one_head_each(steps: Sequence[Configuration]) -> bool:
-    if any(len(step.clauses) != 1 for step in steps):
-        return False
-    clauses = [step.clauses[0] for step in steps]
-    if len({(clause.site, clause.queries) for clause in clauses}) > 1:
-        return False
-    before: set[int] = set()
-    for clause in clauses:
-        plain = clause.layers is None and clause.gate == 0 and not clause.kept_heads and clause.off is None
-        heads = set(clause.heads or ())
-        if not plain or not before < heads or len(heads) != len(before) + 1:
-            return False
-        before = heads
-    return True
-
-
 def slug(name: str) -> str:
     """`name` as a part of a file name: at most 60 lower case ASCII letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].rstrip("-") or "configuration"
@@ -116,8 +82,3 @@ def listed(words: Iterable[str]) -> str:
     """`a, b and c`."""
     *most, last = [*words] or [""]
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def _first_off(name: str) -> tuple[str, int] | None:
-    match = _FIRST_OFF.fullmatch(name)
-    return (match[1] or DEFAULT_SITE, int(match[2])) if match else None

@@ -10,10 +10,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from headoff.figures.canvas import CAPTION, caption_width, figure_of, image_figure, legend_height
-from headoff.figures.captions import NONE_OFF, View, heads_off_counts, slug, views
-from headoff.figures.charts import plot_outcomes, plot_survival
+from headoff.figures.captions import NONE_OFF, View, slug, views
+from headoff.figures.changes import head_changes_by_object
+from headoff.figures.outcome_table import plot_outcomes
 from headoff.figures.palette import MUTED
 from headoff.figures.pictures import explain_lines, plot_detections, small_picture, summary
+from headoff.figures.survival import plot_survival, shows_objects_apart
+from headoff.gates import CumulativeSweep, kind_of
 from headoff.images import ImageSource
 from headoff.sweeps import SweepResult
 
@@ -37,6 +40,8 @@ class SweepFigure:
 def sweep_figures(image: ImageSource, result: SweepResult) -> Iterator[SweepFigure]:
     """One figure per configuration, grids of four, the survival chart and the table of outcomes.
 
+    Single heads also have the survival chart of each object, if there are few objects.
+
     A cumulative sweep has the grids `none off`, `first 1-4 off`, `first 5-8 off`; others have a grid for
     every four configurations. At most `MOST_PICTURES` configurations are drawn.
     """
@@ -51,12 +56,14 @@ def sweep_figures(image: ImageSource, result: SweepResult) -> Iterator[SweepFigu
             lambda members=members: _sheet(picture, result, members),  # type: ignore[misc]
         )
     yield SweepFigure("survival", "Survival", lambda: figure_of(plot_survival(result)))
+    if shows_objects_apart(result):
+        yield SweepFigure("survival-by-object", "Survival by object", lambda: head_changes_by_object(result))
     yield SweepFigure("outcomes", "What became of each object", lambda: figure_of(plot_outcomes(result)))
 
 
 def grids(result: SweepResult, shown: Sequence[View]) -> Iterator[tuple[str, Sequence[View]]]:
     """Titles and members of the grids."""
-    if heads_off_counts(result.configurations) is None:
+    if not isinstance(kind_of(result.configurations), CumulativeSweep):
         if len(shown) > 1:
             for start in range(0, len(shown), PANELS):
                 members = shown[start : start + PANELS]

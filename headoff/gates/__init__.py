@@ -8,6 +8,7 @@ from 0.
 - `Configuration`: a name and some clauses, whose gates multiply. It is independent of the detector.
 - `HeadLayout`: the numbers of layers, heads and queries of a detector.
 - `Gates`: a batch of configurations as tensors, made by `stack` for one layout.
+- `kind_of` says whether configurations are a cumulative sweep, all single heads, or all subsets.
 - `parse_configuration` reads a configuration from text, `Configuration.text` writes it.
 
 Example:
@@ -32,6 +33,7 @@ from headoff.gates.configurations import (
     only_heads_on,
     single_heads,
 )
+from headoff.gates.kinds import CumulativeSweep, SingleHeadSweep, SubsetSweep, SweepKind, kind_of
 from headoff.gates.orders import Order, check_order, order_by_score, random_order
 from headoff.gates.parse import OrderResolver, parse_configuration, parse_order, read_configurations
 
@@ -40,17 +42,22 @@ __all__ = [
     "SITES",
     "Clause",
     "Configuration",
+    "CumulativeSweep",
     "Gates",
     "HeadLayout",
     "Heads",
     "Order",
     "OrderResolver",
+    "SingleHeadSweep",
     "Site",
+    "SubsetSweep",
+    "SweepKind",
     "all_subsets",
     "check_order",
     "cumulative",
     "first_off",
     "heads_off",
+    "kind_of",
     "layers_off",
     "none_off",
     "off_matrix",

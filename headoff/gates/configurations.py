@@ -134,13 +134,15 @@ def first_off(k: int, order: Order | None = None, *, site: Site = DEFAULT_SITE) 
             f"the first {k} heads cannot be off: the order has only "
             f"{counted(len(rows[0]), 'head')}, ask for no more than that"
         )
+    if not k:
+        return none_off(site=site)
     if rows is None or len(rows) == 1:
         configuration = heads_off(*(range(k) if rows is None else rows[0][:k]), site=site)
     else:
         # A matrix rather than a clause per layer: a detector with another number of layers rejects it.
         configuration = off_matrix([[head in row[:k] for head in range(len(row))] for row in rows], site=site)
     place = "" if site == DEFAULT_SITE else f"{site} "
-    return configuration.named(f"{place}first {k} off" if k else "none off")
+    return configuration.named(f"{place}first {k} off")
 
 
 def heads_off(*heads: int, layers: Iterable[int] | None = None, site: Site = DEFAULT_SITE) -> Configuration:

@@ -25,11 +25,13 @@ from PIL import Image
 
 from headoff.figures import plot_detections, plot_survival
 from headoff.figures.canvas import figure_of
-from headoff.figures.captions import View, heads_off_counts, object_name, views
+from headoff.figures.captions import View, object_name, views
+from headoff.figures.changes import head_changes_by_object
 from headoff.figures.colouring import MapStyle
 from headoff.figures.palette import GRID, INK, MUTED, STATUS_STYLES, object_colour
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance import target_words
+from headoff.figures.survival import NARROW_WIDTH, narrow_height, shows_objects_apart, survival_chart
 from headoff.images import ImageSource
 from headoff.outcomes import Status
 from headoff.relevance.explanations import Explanation
@@ -95,7 +97,6 @@ def render_page(
     picture = small_picture(image)
     shown = views(result)
     pictured = shown[:MOST_PICTURES]
-    cumulative = heads_off_counts(result.configurations) is not None
     background = _background(picture)
     wide, narrow = WIDE.size(result.image_size), NARROW.size(result.image_size)
     frames = []
@@ -122,8 +123,8 @@ def render_page(
         wide_width=round(wide[0]),
         narrow_width=round(narrow[0]),
         aspect=f"{result.image_size[1]} / {result.image_size[0]}",
-        charts=_charts(result) if len(shown) > 1 else {},
-        survival_of="the number of heads off" if cumulative else "configurations",
+        charts=_charts(result) if len(shown) > 1 else [],
+        survival_caption=survival_chart(result).caption,
         objects=[
             {"name": object_name(result.baseline, index), "colour": object_colour(index), "index": index}
             for index in range(len(result.baseline))
@@ -240,12 +241,16 @@ def _relevance(
     }
 
 
-def _charts(result: SweepResult) -> dict[str, str]:
-    """The survival chart as SVG, and one for narrow screens if it would be readable."""
-    charts = {"wide": inline_svg(plot_survival(result), "survival")}
-    if len(result) <= MANY and len(result.baseline) <= 16:
-        narrow = Figure(figsize=(4.3, 4.0), layout="constrained").add_subplot()
-        charts["narrow"] = inline_svg(plot_survival(result, narrow), "survival-narrow")
+def _charts(result: SweepResult) -> list[dict[str, str]]:
+    """The survival charts as SVG, each with one for narrow screens if that would be readable."""
+    charts = [{"wide": inline_svg(plot_survival(result), "survival")}]
+    height = narrow_height(result)
+    if height is not None:
+        narrow = Figure(figsize=(NARROW_WIDTH, height), layout="constrained").add_subplot()
+        charts[0]["narrow"] = inline_svg(plot_survival(result, narrow), "survival-narrow")
+    if shows_objects_apart(result):
+        by_object = head_changes_by_object(result)
+        charts.append({"wide": inline_svg(by_object.axes[0], "survival-by-object")})
     return charts
 
 

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 from headoff.detections import Detections
-from headoff.figures.captions import heads_off_counts, listed, object_name
+from headoff.figures.captions import listed, object_name
+from headoff.figures.changes import changes
+from headoff.figures.subsets import heads_text, subsets_by_size
+from headoff.gates import DEFAULT_SITE, CumulativeSweep, SingleHeadSweep, SubsetSweep, kind_of
 from headoff.outcomes import ConfigurationOutcome, Outcome, Status
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
@@ -26,9 +29,16 @@ def verdict(result: SweepResult) -> str:
             else "Nothing is found under any other configuration either."
         )
     lost = [outcome.counts[Status.LOST] for outcome in result.outcomes]
-    if heads_off_counts(result.configurations) is None:
-        return f"{opening} {_other_sentences(result, lost)}"
-    return f"{opening} {_cumulative_sentences(result, lost)}"
+    kind = kind_of(result.configurations)
+    if isinstance(kind, CumulativeSweep):
+        told = _cumulative_sentences(result, lost)
+    elif isinstance(kind, SingleHeadSweep):
+        told = _single_head_sentence(result, kind, lost)
+    elif isinstance(kind, SubsetSweep):
+        told = _subset_sentences(result, kind)
+    else:
+        told = _other_sentences(result, lost)
+    return f"{opening} {told}"
 
 
 def _cumulative_sentences(result: SweepResult, lost: Sequence[int]) -> str:
@@ -44,6 +54,61 @@ def _cumulative_sentences(result: SweepResult, lost: Sequence[int]) -> str:
     if gone == first:
         return f"{'It is' if objects == 1 else 'All are'} lost at {_heads(first)} off."
     return f"First lost at {_heads(first)} off: {names}. All gone at {gone}."
+
+
+def _single_head_sentence(result: SweepResult, sweep: SingleHeadSweep, lost: Sequence[int]) -> str:
+    """How many heads lose an object when they are off alone, and which head changes most."""
+    by_head = changes(result)
+    places = {
+        configuration: f"L{layer}H{head}"
+        for layer, row in zip(sweep.layers, sweep.configurations, strict=True)
+        for head, configuration in zip(sweep.heads, row, strict=True)
+    }
+    where = "" if sweep.site == DEFAULT_SITE else f" ({sweep.site})"
+    opening = f"Of {_heads(len(places))}{where} switched off one at a time"
+    losing = sum(lost[configuration] > 0 for configuration in places)
+    if losing:
+        # Of heads that lose equally many, the one whose removal lowers the probabilities most.
+        worst = max(places, key=lambda c: (lost[c], -by_head[:, c].sum()))
+        names = _in_brackets(result, worst, Status.LOST)
+        lose = f"{losing} {'loses' if losing == 1 else 'lose'} an object"
+        return f"{opening}, {lose}; {places[worst]} off loses {lost[worst]}{names}."
+    unkept = [len(result.baseline) - outcome.counts[Status.KEPT] for outcome in result.outcomes]
+    if any(unkept[configuration] for configuration in places):
+        worst = max(places, key=lambda c: (unkept[c], -by_head[:, c].sum()))
+        told = [
+            f"{count} {status.value}{_in_brackets(result, worst, status)}"
+            for status, count in result.outcomes[worst].counts.items()
+            if count and status is not Status.KEPT
+        ]
+        return f"{opening}, none loses an object; {places[worst]} off changes most: {', '.join(told)}."
+    worst = min(places, key=lambda c: by_head[:, c].min())
+    index = int(by_head[:, worst].argmin())
+    before, after = result.baseline[index].score, result.outcomes[worst].outcomes[index].query_score
+    if f"{after:.2f}" >= f"{before:.2f}":
+        return f"{opening}, none loses an object or lowers a probability by 0.01."
+    return (
+        f"{opening}, none loses an object; {places[worst]} off lowers {object_name(result.baseline, index)} most, "
+        f"from {before:.2f} to {after:.2f}."
+    )
+
+
+def _subset_sentences(result: SweepResult, sweep: SubsetSweep) -> str:
+    """The largest subset of heads that can be off with every object found, and the smallest that misses one."""
+    objects, sizes = len(result.baseline), subsets_by_size(result, sweep)
+    complete = sum(size.found.count(objects) for size in sizes)
+    every = "it" if objects == 1 else "every object"
+    largest = max((size for size in sizes if size.most == objects), key=lambda size: size.size)
+    if complete == len(result):
+        return f"All {counted(len(result), 'subset')} of {_heads(len(sweep.heads))} can be off with {every} found."
+    smallest = next(size for size in sizes if size.fewest < objects)
+    missed = objects - smallest.fewest
+    most = f"up to {_heads(largest.size)} ({heads_text(largest.best)})" if largest.size else "no head"
+    return (
+        f"{complete} of {counted(len(result), 'subset')} of {_heads(len(sweep.heads))} can be off with {every} "
+        f"found: {most}. "
+        f"{heads_text(smallest.worst)} off is enough to miss {'it' if objects == 1 else missed}."
+    )
 
 
 def _other_sentences(result: SweepResult, lost: Sequence[int]) -> str:
@@ -105,6 +170,12 @@ def sentences(baseline: Detections, detections: Detections, outcome: Configurati
             f"{f' and {rest} more' if rest > 0 else ''}."
         )
     return lines or ["Nothing found."]
+
+
+def _in_brackets(result: SweepResult, configuration: int, status: Status) -> str:
+    """` (#1 dog and #3 ring)`: the objects with that status; nothing if they are too many to name."""
+    outcome = result.outcomes[configuration]
+    return f" ({_named(result.baseline, outcome, status)})" if outcome.counts[status] <= _MOST_NAMED else ""
 
 
 def _named(baseline: Detections, outcome: ConfigurationOutcome, status: Status) -> str:

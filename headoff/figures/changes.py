@@ -1,0 +1,326 @@
+"""Matrices of changes: how much a configuration changes the probability of an object's class."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize, to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from headoff.figures.canvas import DPI, figure_of, width_of
+from headoff.figures.captions import object_name, shorten
+from headoff.figures.chart_axes import (
+    LABEL_POINTS,
+    LONGEST_NAME,
+    clean,
+    draw_cells,
+    legend_above,
+    name_configurations,
+    new_axes,
+    plain_text,
+    without_frame,
+)
+from headoff.figures.palette import INK, MUTED, STATUS_STYLES, ink_on
+from headoff.gates import SingleHeadSweep, kind_of
+from headoff.outcomes import Status
+from headoff.sweeps import SweepResult
+
+MOST_SMALL_MATRICES = 6
+"""With more objects than this, single heads have no matrix for each object."""
+
+_COLOURS = ListedColormap(colormaps["RdBu"](np.linspace(0.14, 0.86, 101)))
+"""Red for a fall, blue for a rise, near white for zero: distinct in protanopia and deuteranopia too. The darkest
+colours are left out, as frames would not be visible on them."""
+_LEAST_LIMIT = 0.1
+"""The colours end at the largest change, but not below this: rounding errors must not look like changes."""
+_NO_CHANGE = 0.005
+"""Smaller changes are written as 0."""
+_LEAST_POINTS = 4.5
+"""The smallest text of a cell."""
+_MOST_NAMED = 8
+"""Most objects that are named below a matrix of heads."""
+
+
+@dataclass(frozen=True)
+class HeadChanges:
+    """Changes by single heads, as arrays (layers, heads).
+
+    Attributes:
+        values: the largest change of an object's probability, with its sign.
+        objects: whose probability that is.
+        statuses: what became of the objects that are not kept, as letters: `3M`; empty where all are kept.
+    """
+
+    values: np.ndarray
+    objects: np.ndarray
+    statuses: np.ndarray
+
+
+def changes(result: SweepResult) -> np.ndarray:
+    """(objects, C): how much the probability of each object's class at its query differs from none off."""
+    before = np.array([found.score for found in result.baseline], dtype=np.float64)
+    return result.survival().double().numpy() - before[:, None]
+
+
+def head_changes(result: SweepResult, sweep: SingleHeadSweep) -> HeadChanges:
+    """The largest change that each head makes when it is off alone. There must be an object."""
+    by_head = changes(result)[:, np.array(sweep.configurations)]
+    objects = np.abs(by_head).argmax(axis=0)
+    statuses = np.array([_status_counts(one.counts) for one in result.outcomes])
+    return HeadChanges(
+        np.take_along_axis(by_head, objects[None], axis=0)[0],
+        objects,
+        statuses[np.array(sweep.configurations)],
+    )
+
+
+def plot_head_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
+    """The largest change that each head makes when it is off alone, as a matrix of layers x heads.
+
+    Each cell has the change and the number of the object that it is of. Heads without which an object is not kept
+    have a frame, and say what becomes of how many objects. A fall is red, a rise blue.
+    """
+    sweep = _single_heads(result)
+    found = head_changes(result, sweep)
+    rows, columns = found.values.shape
+    if ax is None:
+        ax = new_axes(max(5.2, 1.9 + 0.62 * min(columns, 32)), 1.6 + max(0.5 * min(rows, 32), 1.0))
+    clean(ax)
+    limit = _limit(found.values)
+    _matrix(ax, sweep, found.values, limit)
+    # A value has six characters. Where there is no room for what became of many objects, the frame alone says it.
+    cell = 72 * width_of(ax) / (columns + 1.5)
+    longest = max(len(text) for text in found.statuses.flat)
+    letters = cell >= _LEAST_POINTS * 0.62 * longest
+    points = min(LABEL_POINTS, cell / (0.62 * max(6, longest if letters else 0)))
+    written = points >= _LEAST_POINTS
+    for row, column in np.ndindex(rows, columns) if written else ():
+        value = float(found.values[row, column])
+        changed = f"{_signed(value)}\n#{found.objects[row, column]}" if abs(value) >= _NO_CHANGE else "0"
+        status = found.statuses[row, column] if letters else ""
+        ax.text(
+            column,
+            row,
+            f"{changed}\n{status}" if status else changed,
+            ha="center",
+            va="center",
+            fontsize=points,
+            linespacing=1.05,
+            color=ink_on(_colour(value, limit)),
+        )
+    _frames(ax, found.statuses != "")
+    named = sorted({int(n) for n in found.objects[np.abs(found.values) >= _NO_CHANGE]})
+    ax.set_xlabel(_key(result, named, width_of(ax)), linespacing=1.4)
+    ax.xaxis.label.set_parse_math(False)
+    ax.set_ylabel("layer")
+    _colour_bar(ax, limit, "largest change of an object's probability")
+    handles = _hue_handles()
+    if written:
+        handles += [_text_handle(f"0: below {_NO_CHANGE:g}"), _text_handle("#2: the object's number")]
+    handles += _frame_handles(result, "2", letters=written and letters)
+    legend_above(ax, handles, entry=1.25)
+    return ax
+
+
+def head_changes_by_object(result: SweepResult) -> Figure:
+    """A small matrix of layers x heads for each object: how much each head, off alone, changes its probability.
+
+    Heads without which the object is not kept have a frame, and a letter for what becomes of it.
+    """
+    sweep = _single_heads(result)
+    grid = np.array(sweep.configurations)
+    rows, columns = grid.shape
+    values = changes(result)[:, grid]
+    count = len(result.baseline)
+    across = min(count, 3)
+    down = -(-count // across)
+    figure = Figure(
+        figsize=(1.2 + across * max(0.24 * columns, 1.9), max(0.9 + down * (0.75 + 0.2 * rows), 2.6)),
+        dpi=DPI,
+        facecolor="white",
+        layout="constrained",
+    )
+    axes = figure.subplots(down, across, squeeze=False)
+    limit = _limit(values)
+    for index, ax in enumerate(axes.flat):
+        if index >= count:
+            ax.set_visible(False)
+            continue
+        clean(ax)
+        _matrix(ax, sweep, values[index], limit)
+        statuses = np.array([one.outcomes[index].status for one in result.outcomes])[grid]
+        _frames(ax, statuses != Status.KEPT)
+        _letters(ax, statuses, values[index], limit)
+        title = ax.set_title(
+            shorten(object_name(result.baseline, index), LONGEST_NAME), loc="left", fontsize=9
+        )
+        title.set(parse_math=False, color=INK)
+        ax.set_xlabel("head" if index + across >= count else "", fontsize=8)
+        ax.set_ylabel("layer" if index % across == 0 else "", fontsize=8)
+    _colour_bar(axes, limit, "change of probability")
+    handles = [*_hue_handles(), *_frame_handles(result)]
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=min(len(handles), max(1, int(figure.get_figwidth() / 1.25))),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        handlelength=1.6,
+        handletextpad=0.4,
+        columnspacing=1.3,
+    )
+    return figure
+
+
+def plot_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
+    """The change of each object's probability (rows) by each configuration (columns).
+
+    Where an object is not kept its cell has a frame, and a letter if there is room. A fall is red, a rise blue.
+    """
+    values = changes(result)
+    objects, configurations = values.shape
+    cell = 0.3 if configurations <= 60 else 0.085
+    if ax is None:
+        ax = new_axes(min(max(5.2, 3.2 + cell * configurations), 40.0), 2.9 + 0.22 * objects)
+    clean(ax)
+    limit = _limit(values)
+    _cells(ax, values, limit)
+    statuses = np.array([[found.status for found in one.outcomes] for one in result.outcomes]).T
+    _frames(ax, statuses != Status.KEPT)
+    letters = cell >= 0.2
+    if letters:
+        _letters(ax, statuses, values, limit)
+    names = [shorten(object_name(result.baseline, index), LONGEST_NAME) for index in range(objects)]
+    ax.set_yticks(range(objects), names)
+    plain_text(ax.yaxis)
+    name_configurations(ax, result)
+    _colour_bar(ax, limit, "change of the object's probability")
+    legend_above(ax, [*_hue_handles(), *_frame_handles(result, letters=letters)], entry=1.25)
+    return ax
+
+
+def _single_heads(result: SweepResult) -> SingleHeadSweep:
+    kind = kind_of(result.configurations)
+    assert isinstance(kind, SingleHeadSweep)
+    return kind
+
+
+def _limit(values: np.ndarray) -> float:
+    """The end of the colour scale."""
+    return max(float(np.abs(values).max()), _LEAST_LIMIT)
+
+
+def _colour(value: float, limit: float) -> str:
+    return to_hex(_COLOURS(0.5 + 0.5 * value / limit))
+
+
+def _signed(value: float) -> str:
+    """`−0.93`, `+0.02`."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _matrix(ax: Axes, sweep: SingleHeadSweep, values: np.ndarray, limit: float) -> None:
+    """Cells of layers x heads, and their numbers; of very many, not all are numbered."""
+    _cells(ax, values, limit)
+    for axis, numbers in ((ax.xaxis, sweep.heads), (ax.yaxis, sweep.layers)):
+        every = -(-len(numbers) // 32)
+        axis.set_ticks(range(0, len(numbers), every), [str(number) for number in numbers[::every]])
+
+
+def _cells(ax: Axes, values: np.ndarray, limit: float) -> None:
+    rows, columns = values.shape
+    draw_cells(ax, [(c, r, _colour(float(values[r, c]), limit)) for r, c in np.ndindex(rows, columns)])
+    without_frame(ax)
+    ax.set_xlim(-0.55, columns - 0.45)
+    ax.set_ylim(rows - 0.45, -0.55)
+
+
+def _frames(ax: Axes, where: np.ndarray) -> None:
+    for row, column in np.argwhere(where):
+        ax.add_patch(
+            Rectangle(
+                (column - 0.46, row - 0.43), 0.92, 0.86, fill=False, edgecolor=INK, linewidth=1.3, zorder=3
+            )
+        )
+
+
+def _letters(ax: Axes, statuses: np.ndarray, values: np.ndarray, limit: float) -> None:
+    """The letters of statuses other than kept."""
+    for row, column in np.argwhere(statuses != Status.KEPT):
+        ax.text(
+            column,
+            row,
+            STATUS_STYLES[statuses[row, column]].letter,
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=ink_on(_colour(float(values[row, column]), limit)),
+        )
+
+
+def _status_counts(counts: Mapping[Status, int]) -> str:
+    """`3M 1L`: how many objects are not kept, by the letters of their statuses."""
+    return " ".join(
+        f"{counts[status]}{look.letter}"
+        for status, look in STATUS_STYLES.items()
+        if counts[status] and status is not Status.KEPT
+    )
+
+
+def _frame_handles(result: SweepResult, number: str = "", *, letters: bool = True) -> list[Patch | Line2D]:
+    """Legend entries of the frame, and of the letters that occur, after `number`."""
+    seen = {found.status for one in result.outcomes for found in one.outcomes} - {Status.KEPT}
+    if not seen:
+        return []
+    frame = Patch(facecolor="none", edgecolor=INK, linewidth=1.3, label="not kept")
+    shown = [status for status in STATUS_STYLES if status in seen] if letters else []
+    return [
+        frame,
+        *(
+            _text_handle(f"{number}{STATUS_STYLES[one].letter}: {number} {one.value}".replace(":  ", ": "))
+            for one in shown
+        ),
+    ]
+
+
+def _text_handle(label: str) -> Line2D:
+    return Line2D([], [], linestyle="none", label=label)
+
+
+def _hue_handles() -> list[Patch | Line2D]:
+    return [
+        Patch(facecolor=to_hex(_COLOURS(0.1)), label="fall"),
+        Patch(facecolor=to_hex(_COLOURS(0.9)), label="rise"),
+    ]
+
+
+def _key(result: SweepResult, objects: Sequence[int], width: float) -> str:
+    """`head`, and below it the names of objects, in lines that fit in `width` inches."""
+    names = [shorten(object_name(result.baseline, index), LONGEST_NAME) for index in objects[:_MOST_NAMED]]
+    if len(objects) > _MOST_NAMED:
+        names.append(f"and {len(objects) - _MOST_NAMED} more")
+    lines = ["head"]
+    room = int(width * 72 / 4.8)
+    for name in names:
+        longer = f"{lines[-1]}   {name}"
+        if len(lines) > 1 and len(longer) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(name)
+    return "\n".join(lines)
+
+
+def _colour_bar(axes: Axes | np.ndarray, limit: float, label: str) -> None:
+    first = axes if isinstance(axes, Axes) else axes.flat[0]
+    scale = ScalarMappable(Normalize(-limit, limit), _COLOURS)
+    bar = figure_of(first).colorbar(scale, ax=axes, aspect=14, pad=0.02, fraction=0.05)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=7)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}".replace("-", "−"))
+    bar.set_label(label, color=INK, fontsize=8)
