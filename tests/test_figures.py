@@ -277,7 +277,7 @@ def test_single_heads_by_object():
     assert "survival-by-object" not in [figure.stem for figure in sweep_figures(image, result)]
 
 
-def test_subsets_by_number_of_heads_off():
+def test_subsets_by_size():
     _, result = scene_example(configurations=all_subsets(4))
     sizes = subsets_by_size(result, kind_of(result.configurations))
     assert [len(one.found) for one in sizes] == [1, 4, 6, 4, 1]
