@@ -54,7 +54,7 @@ def write_reports(
                 _note(f"the report of one image in {settings.out} is replaced by those of {settings.image}")
                 remove_report(settings.out)
             return _write_folder(settings, images, provenance, write)
-        earlier = _image_of_report(settings.out)
+        earlier = _provenance_of(settings.out).get("image")
         if earlier not in (None, str(images[0])):
             _note(f"the report of {earlier} in {settings.out} is replaced")
         print(write(settings.out, images[0], {"image": str(images[0]), **provenance}, True))
@@ -66,11 +66,12 @@ def _note(text: str) -> None:
     print(f"headoff: note: {text}", file=sys.stderr)
 
 
-def _image_of_report(folder: Path) -> str | None:
+def _provenance_of(folder: Path) -> dict[str, str]:
+    """What the report in a folder says of its origin; empty where there is none."""
     try:
-        return str(json.loads((folder / FINISHED).read_text())["provenance"]["image"])
+        return dict(json.loads((folder / FINISHED).read_text())["provenance"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
 
 
 def _write_folder(
@@ -104,12 +105,8 @@ def _write_folder(
 
 def _is_finished(folder: Path, provenance: Mapping[str, str]) -> bool:
     """Whether the folder holds a complete report of the same image, detector and options."""
-    try:
-        earlier = json.loads((folder / FINISHED).read_text())["provenance"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
     # Different command lines can ask for the same report.
-    return {**earlier, "command": ""} == {**provenance, "command": ""}
+    return {**_provenance_of(folder), "command": ""} == {**provenance, "command": ""}
 
 
 def sweep_summary(image: Path, result: SweepResult) -> str:

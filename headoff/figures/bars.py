@@ -4,16 +4,16 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from headoff.figures.canvas import figure_of
-from headoff.figures.captions import object_name, shorten, views
+from headoff.figures.captions import shorten, views
 from headoff.figures.chart_axes import (
     CONFIDENCE_DASHES,
     LABEL_POINTS,
-    LONGEST_NAME,
     clean,
     confidence_handle,
     legend_above,
     marker,
     new_axes,
+    object_names,
     plain_text,
     status_handles,
 )
@@ -48,7 +48,7 @@ def plot_bars(result: SweepResult, ax: Axes | None = None) -> Axes:
     clean(ax, grid="x")
     ax.axvline(result.confidence, color=MUTED, linewidth=0.9, linestyle=CONFIDENCE_DASHES, zorder=3)
     points = min(LABEL_POINTS, 0.8 * ax.get_window_extent().height / figure_of(ax).dpi * 72 / rows)
-    places, names = [], []
+    known, places, names = object_names(result), [], []
     for number, view in enumerate(shown):
         top = number * group
         title = ax.text(
@@ -71,7 +71,7 @@ def plot_bars(result: SweepResult, ax: Axes | None = None) -> Axes:
                 color=INK,
             )
             places.append(place)
-            names.append(shorten(object_name(result.baseline, outcome.object), LONGEST_NAME))
+            names.append(known[outcome.object])
     ax.set_yticks(places, names, fontsize=points)
     plain_text(ax.yaxis)
     ax.tick_params(axis="y", length=0)

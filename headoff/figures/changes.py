@@ -13,15 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from headoff.figures.canvas import DPI, figure_of, width_of
-from headoff.figures.captions import object_name, shorten
 from headoff.figures.chart_axes import (
     LABEL_POINTS,
-    LONGEST_NAME,
     clean,
     draw_cells,
     legend_above,
     name_configurations,
     new_axes,
+    object_names,
     plain_text,
     without_frame,
 )
@@ -146,7 +145,7 @@ def head_changes_by_object(result: SweepResult) -> Figure:
         layout="constrained",
     )
     axes = figure.subplots(down, across, squeeze=False)
-    limit = _limit(values)
+    limit, names = _limit(values), object_names(result)
     for index, ax in enumerate(axes.flat):
         if index >= count:
             ax.set_visible(False)
@@ -156,25 +155,13 @@ def head_changes_by_object(result: SweepResult) -> Figure:
         statuses = np.array([one.outcomes[index].status for one in result.outcomes])[grid]
         _frames(ax, statuses != Status.KEPT)
         _letters(ax, statuses, values[index], limit)
-        title = ax.set_title(
-            shorten(object_name(result.baseline, index), LONGEST_NAME), loc="left", fontsize=9
-        )
+        title = ax.set_title(names[index], loc="left", fontsize=9)
         title.set(parse_math=False, color=INK)
         ax.set_xlabel("head" if index + across >= count else "", fontsize=8)
         ax.set_ylabel("layer" if index % across == 0 else "", fontsize=8)
     _colour_bar(axes, limit, "change of probability")
     handles = [*_hue_handles(), *_frame_handles(result)]
-    figure.legend(
-        handles=handles,
-        loc="outside upper left",
-        ncols=min(len(handles), max(1, int(figure.get_figwidth() / 1.25))),
-        frameon=False,
-        fontsize=8,
-        labelcolor=INK,
-        handlelength=1.6,
-        handletextpad=0.4,
-        columnspacing=1.3,
-    )
+    legend_above(figure, handles, entry=1.25)
     return figure
 
 
@@ -196,8 +183,7 @@ def plot_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
     letters = cell >= 0.2
     if letters:
         _letters(ax, statuses, values, limit)
-    names = [shorten(object_name(result.baseline, index), LONGEST_NAME) for index in range(objects)]
-    ax.set_yticks(range(objects), names)
+    ax.set_yticks(range(objects), object_names(result))
     plain_text(ax.yaxis)
     name_configurations(ax, result)
     _colour_bar(ax, limit, "change of the object's probability")
@@ -302,7 +288,8 @@ def _hue_handles() -> list[Patch | Line2D]:
 
 def _key(result: SweepResult, objects: Sequence[int], width: float) -> str:
     """`head`, and below it the names of objects, in lines that fit in `width` inches."""
-    names = [shorten(object_name(result.baseline, index), LONGEST_NAME) for index in objects[:_MOST_NAMED]]
+    known = object_names(result)
+    names = [known[index] for index in objects[:_MOST_NAMED]]
     if len(objects) > _MOST_NAMED:
         names.append(f"and {len(objects) - _MOST_NAMED} more")
     lines = ["head"]

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from headoff.figures.canvas import DPI, width_of
-from headoff.figures.captions import shorten
+from headoff.figures.captions import object_name, shorten
 from headoff.figures.palette import GRID, INK, MUTED, STATUS_STYLES, StatusStyle
 from headoff.outcomes import Status
 from headoff.sweeps import SweepResult
@@ -80,20 +80,32 @@ def confidence_handle(confidence: float) -> Artist:
     return Line2D([], [], color=MUTED, lw=0.9, ls=CONFIDENCE_DASHES, label=f"confidence {confidence:g}")
 
 
-def legend_above(ax: Axes, handles: Sequence[Artist], *, entry: float = 0.9) -> None:
-    """A legend above the axes, in rows of entries that are `entry` inches wide."""
-    ax.legend(
+def legend_above(owner: Axes | Figure, handles: Sequence[Artist], *, entry: float = 0.9) -> None:
+    """A legend above the axes, or above all axes of a figure, in rows of entries that are `entry` inches wide."""
+    width = owner.get_figwidth() if isinstance(owner, Figure) else width_of(owner)
+    place: dict[str, Any] = (
+        {"loc": "outside upper left"}
+        if isinstance(owner, Figure)
+        else {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
+    )
+    owner.legend(
         handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=max(1, min(len(handles), int(width_of(ax) / entry))),
+        ncols=max(1, min(len(handles), int(width / entry))),
         frameon=False,
         fontsize=8,
         labelcolor=INK,
         handlelength=1.6,
         handletextpad=0.4,
         columnspacing=1.3,
+        **place,
     )
+
+
+def object_names(result: SweepResult) -> list[str]:
+    """`#0 dog`, ...: the objects as charts name them."""
+    return [
+        shorten(object_name(result.baseline, index), LONGEST_NAME) for index in range(len(result.baseline))
+    ]
 
 
 def plain_text(axis: Axis) -> None:

@@ -6,17 +6,16 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from headoff.figures.canvas import figure_of
-from headoff.figures.captions import object_name, shorten
 from headoff.figures.chart_axes import (
     CONFIDENCE_DASHES,
     LABEL_POINTS,
-    LONGEST_NAME,
     clean,
     confidence_handle,
     legend_above,
     marker,
     new_axes,
     number_heads_off,
+    object_names,
     status_handles,
 )
 from headoff.figures.palette import INK, MUTED, STATUS_STYLES, object_colour
@@ -53,8 +52,7 @@ def plot_cumulative(result: SweepResult, ax: Axes | None = None) -> Axes:
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     ax.set_ylabel("probability of the object's class\nat its own query")
     number_heads_off(ax, configurations - 1)
-    names = [shorten(object_name(result.baseline, index), LONGEST_NAME) for index in range(objects)]
-    _label_ends(ax, names, [row[-1] for row in survival])
+    _label_ends(ax, object_names(result), [row[-1] for row in survival])
     seen = {outcome.status for one in result.outcomes for outcome in one.outcomes}
     legend_above(ax, [*status_handles(seen), confidence_handle(result.confidence)])
     return ax

@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from headoff.figures.captions import object_name, shorten
+from headoff.figures.captions import object_name
 from headoff.figures.chart_axes import (
     LABEL_POINTS,
     LONGEST_NAME,
@@ -13,6 +13,7 @@ from headoff.figures.chart_axes import (
     name_configurations,
     new_axes,
     number_heads_off,
+    object_names,
     plain_text,
     without_frame,
 )
@@ -47,9 +48,9 @@ def plot_outcomes(result: SweepResult, ax: Axes | None = None) -> Axes:
     draw_cells(ax, [cell[:3] for cell in cells])
     for x, y, _, letter in cells if letters else ():
         ax.text(x, y + 0.02, letter, ha="center", va="center", fontsize=LABEL_POINTS, color=INK)
-    names = [shorten(object_name(result.baseline, index), LONGEST_NAME) for index in range(objects)]
     ax.set_yticks(
-        [*range(objects), objects + 0.35, objects + 1.35], [*names, "duplicates", "unmatched detections"]
+        [*range(objects), objects + 0.35, objects + 1.35],
+        [*object_names(result), "duplicates", "unmatched detections"],
     )
     plain_text(ax.yaxis)
     for index in range(objects):

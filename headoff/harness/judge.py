@@ -44,14 +44,9 @@ def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequen
     report: Path | None = values.get("report")
     if report:
         remove_earlier_report(report)
-    defaults = {name: str(getattr(Settings, name)) for name in ("attention", "baseline", "model", "seed")}
-    run = Run(
-        {
-            **defaults,
-            **{name: str(values[name]) for name in defaults if name in values},
-            "command": command_line(),
-        }
-    )
+    names = ("attention", "baseline", "model", "seed")
+    chosen = {name: str(values.get(name, getattr(Settings, name))) for name in names}
+    run = Run({**chosen, "command": command_line()})
     errors: list[str] = []
 
     def take(event: Event) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -107,7 +108,7 @@ def run_in_process(
         os.close(child_end)
         if not interactive:
             stack.enter_context(_killed_with_this_process(child.pid))
-        return _Watch(child, events, take, notice, float("inf") if interactive else limit).wait()
+        return _Watch(child, events, take, notice, math.inf if interactive else limit).wait()
 
 
 @contextlib.contextmanager
@@ -125,10 +126,14 @@ def _killed_with_this_process(group: int) -> Iterator[None]:
     try:
         yield
     finally:
-        # What the child started and left behind goes as well.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)
+        _signal_group(group, signal.SIGKILL)  # what the child started and left behind
         guard.communicate(b"done\n")
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    """Nothing where the group has ended."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
 
 
 @dataclass
@@ -165,15 +170,12 @@ class _Watch:
                 if interrupted_at is not None:
                     return self._kill(interrupted=True)
                 interrupted_at = time.monotonic()
-                if self.limit < float(
-                    "inf"
-                ):  # otherwise it is in the terminal's foreground, and has got it as well
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(self.child.pid, signal.SIGINT)
+                # Without a limit it is in the terminal's foreground, and has got Ctrl-C as well.
+                if self.limit < math.inf:
+                    _signal_group(self.child.pid, signal.SIGINT)
 
     def _kill(self, timed_out: str | None = None, interrupted: bool = False) -> Ended:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGKILL)
+        _signal_group(self.child.pid, signal.SIGKILL)
         code = self.child.wait()
         self._read(0.0)
         return Ended(code, list(self.begun), timed_out, self.limit, interrupted)

@@ -156,7 +156,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     try:
         yield new
         files = [str(path.relative_to(new).as_posix()) for path in new.rglob("*") if path.is_file()]
-        earlier = files_of_report(folder)
+        earlier = _files_of_report(folder)
         if earlier:
             write_file(folder / _UNFINISHED, json.dumps({"files": sorted(earlier.union(files))}))
         remove_report(folder)
@@ -170,7 +170,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 def remove_report(folder: Path) -> None:
     """Remove the files of the report in `folder`; others stay."""
-    files = files_of_report(folder)
+    files = _files_of_report(folder)
     (folder / FINISHED).unlink(missing_ok=True)
     for file in sorted(files - {_UNFINISHED}):
         (folder / file).unlink(missing_ok=True)
@@ -193,7 +193,7 @@ def _output_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def files_of_report(folder: Path) -> set[str]:
+def _files_of_report(folder: Path) -> set[str]:
     """What the report in `folder` consists of, as its sweep.json says; only names that stay within the folder."""
     files: list[object] = []
     for name in (FINISHED, _UNFINISHED):
