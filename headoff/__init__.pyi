@@ -51,6 +51,7 @@ from .gates import all_subsets as all_subsets
 from .gates import cumulative as cumulative
 from .gates import first_off as first_off
 from .gates import heads_off as heads_off
+from .gates import last_off as last_off
 from .gates import layers_off as layers_off
 from .gates import none_off as none_off
 from .gates import off_matrix as off_matrix

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,12 +108,12 @@ def sweep(
 ) -> SweepResult:
     """Run a detector on one image under every configuration.
 
-    On a GPU the host waits only for logits and boxes; with `object_index`, also for the baseline's detections.
+    On a GPU the host waits only for logits and boxes; where objects are named, also for the baseline's detections.
 
     Args:
         detector: see `headoff.load`.
         image: a path, a `PIL.Image` or an array; see `headoff.images.load_image`.
-        configurations: configurations, or their text (`"first 3"`, `"query 17: L5H2"`). By default the cumulative
+        configurations: configurations, or their text (`"first 3"`, `"object 0: L5H2"`). By default the cumulative
             sweep: none off, first 1 off, ..., all heads off, in every decoder layer.
         object_index: switch heads off for the query of this object only; objects are the detections with nothing
             off, counted from 0 by falling score.
@@ -132,19 +133,21 @@ def sweep(
     """
     layout = detector.head_layout
     chosen = cumulative(layout.heads) if configurations is None else read_configurations(configurations)
+    if object_index is not None:
+        chosen = tuple(c.for_objects(object_index) if c.clauses else c for c in chosen)
+    for configuration in chosen:
+        configuration.check(layout)
     picture = load_image(image)
     image_size = (picture.height, picture.width)
     with torch.inference_mode(), detector.autocasting(autocast):
         pixel_values, _ = detector.preprocess([picture])
         features = detector.features(pixel_values)
-        if object_index is not None:
+        if any(configuration.names_objects for configuration in chosen):
             alone = decode_all(detector, features, stack([none_off()], layout))
             objects = detections_from(
                 alone.logits[0, 0], alone.boxes[0, 0], image_size, detector.class_names, confidence
             )
-            chosen = tuple(
-                c.for_queries(query_of_object(objects, object_index)) if c.clauses else c for c in chosen
-            )
+            chosen = for_queries_of(objects, chosen)
         # The baseline is decoded in the same batch, so that layers it shares with others are computed once.
         gates = stack((none_off().named("baseline of the sweep"), *chosen), layout)
         output = decode_all(detector, features, gates, memory_budget=memory_budget, graphs=graphs)
@@ -183,6 +186,15 @@ def query_of_object(objects: Detections, index: int) -> int:
         f"object {index} does not exist; with none off there are {len(objects)} ({listed}): "
         "name one of them, or lower the confidence"
     )
+
+
+def for_queries_of(objects: Detections, configurations: Iterable[Configuration]) -> tuple[Configuration, ...]:
+    """Configurations in which the queries that detected the objects take their place.
+
+    Raises:
+        SettingError: a configuration names an object that does not exist.
+    """
+    return tuple(one.with_queries(partial(query_of_object, objects)) for one in configurations)
 
 
 def decode_all(

@@ -18,6 +18,7 @@ from headoff.gates import (
     cumulative,
     first_off,
     heads_off,
+    last_off,
     layers_off,
     none_off,
     off_matrix,
@@ -276,6 +277,14 @@ def test_gates_are_chosen_by_index(index, chosen):
     assert some.encoder_self is None
 
 
+def test_the_last_heads_are_those_of_the_detector():
+    for heads in (4, 8):
+        layout = HeadLayout(heads=heads)
+        assert stack([last_off(3)], layout).decoder_cross.equal(
+            stack([heads_off(*range(heads - 3, heads))], layout).decoder_cross
+        )
+
+
 def test_gates_go_to_another_dtype_or_device():
     gates = stack(cumulative(), DETR)
     assert gates.to(dtype=torch.float64).decoder_cross.dtype == torch.float64
@@ -307,9 +316,13 @@ def test_gates_go_to_another_dtype_or_device():
         (lambda: Configuration(clauses=(Clause(gate=-0.5),)), "the gate -0.5 is invalid"),
         (
             lambda: Clause(heads=(1,), off=((1,),)),
-            "either heads with a gate, or kept heads, or off amounts",
+            "either heads with a gate, or kept heads, or last heads, or off amounts",
         ),
         (lambda: Clause(off=((1,), (1, 1))), "must be equally long"),
+        (lambda: Clause(last=0), "cannot be about the last 0 heads"),
+        (lambda: Clause(queries=(1,), objects=(1,)), "about queries or about objects"),
+        (lambda: last_off(9), "names the last 9 heads, but this detector has 8"),
+        (lambda: heads_off(1).for_objects(0), "names objects"),
         (lambda: heads_off(-1), "a head number must be a whole number from 0 to 9999: -1 is not"),
         (lambda: heads_off([0, 1]), r"must be a whole number from 0 to 9999: \[0, 1\] is not"),
         (lambda: heads_off(0, layers=3), "layer numbers must be a list"),

@@ -15,6 +15,7 @@ from headoff.gates import (
     cumulative,
     first_off,
     heads_off,
+    last_off,
     layers_off,
     none_off,
     off_matrix,
@@ -43,8 +44,12 @@ rows = st.integers(1, 5).flatmap(
 def clauses(draw) -> Clause:
     """Any clause at all, whether or not a detector has what it names."""
     site = draw(st.sampled_from(SITES))
-    scope = {"queries": None if site == "encoder_self" else draw(some), "layers": draw(some)}
-    form = draw(st.sampled_from(["heads", "kept_heads", "off"]))
+    scope = {"layers": draw(some)}
+    if site != "encoder_self":
+        scope[draw(st.sampled_from(["queries", "objects"]))] = draw(some)
+    form = draw(st.sampled_from(["heads", "kept_heads", "last", "off"]))
+    if form == "last":
+        return Clause(site, **scope, last=draw(st.integers(1, 9999)))
     if form == "heads":
         return Clause(site, **scope, heads=draw(some), gate=draw(fractions))
     if form == "kept_heads":
@@ -67,6 +72,28 @@ def test_what_is_written_is_read_back_as_an_equal(configuration):
 @given(configurations)
 def test_an_automatic_name_reads_back_too(configuration):
     assert parse_configuration(configuration.name) == configuration
+
+
+own_names = st.text(min_size=1, max_size=12).filter(
+    lambda text: text[0].isalpha() and text == text.strip() and set(text).isdisjoint(",:;/=")
+)
+
+
+@quick
+@given(own_names, configurations)
+@example("L5H", none_off())
+@example("first three", first_off(3))
+def test_a_name_of_your_own_is_read_back_with_its_configuration(name, configuration):
+    text = f"{name} = {configuration.text}"
+    try:
+        parse_configuration(name)
+    except GateError:
+        if not configuration.text.replace(".", "").isdecimal():  # what could be a gate is none
+            read = parse_configuration(text)
+            assert (read.name, read) == (name, configuration)
+    else:
+        with pytest.raises(GateError):
+            parse_configuration(text)
 
 
 def test_names_of_sweeps_read_back():
@@ -99,7 +126,7 @@ def test_case_and_white_space_are_free(configuration, random: random.Random):
 
 
 @quick
-@given(st.text(alphabet="LHlhallonyfirstquerylayer0123456789.,;:/=+-_ \t", max_size=30))
+@given(st.text(alphabet="LHlhallonyfirstqueryobjectlayer0123456789.,;:/=+-_ \t", max_size=30))
 @example("H0-99999999999")
 @example("9" * 5000)
 @example("only")
@@ -122,6 +149,15 @@ def test_any_text_is_read_or_refused_at_a_character(text):
         ("first 3", heads_off(0, 1, 2)),
         ("FIRST 3 OFF", first_off(3)),
         ("first 0", none_off()),
+        ("last 3", last_off(3)),
+        ("Last 3 off", Configuration(clauses=(Clause(last=3),))),
+        ("last 0", none_off()),
+        ("layer 4: last 2; L0", last_off(2).on_layers(4) & layers_off(0)),
+        ("object 0: L5H2", heads_off(2, layers=[5]).for_objects(0)),
+        ("objects 0,2-3: decoder_self last 1", last_off(1, site="decoder_self").for_objects(0, 2, 3)),
+        ("edges = L5H2+7", heads_off(2, 7, layers=[5])),
+        ("mine=0,1,0", off_vector([0, 1, 0])),
+        ("H2=0", heads_off(2)),
         ("H2", heads_off(2)),
         ("h 2", heads_off(2)),
         ("L5", layers_off(5)),
@@ -159,6 +195,7 @@ def test_the_notation(text, configuration):
         (heads_off(1).for_queries(4, 3, 17), "query 3-4,17: H1"),
         (off_matrix([[0, 1], [0.5, 0]], site="decoder_self"), "decoder_self 0,1/0.5,0"),
         (heads_off(2, layers=[5]) & heads_off(1), "H1,L5H2"),
+        (last_off(2).on_layers(4, 5).for_objects(1), "object 1: layer 4-5: last 2"),
         (only_heads_on(2).for_queries(1) & layers_off(0), "L0; query 1: only H2 on"),
     ],
 )
@@ -169,7 +206,12 @@ def test_the_canonical_text(configuration, text):
 def test_names():
     assert parse_configuration("first 3").name == "first 3 off"
     assert parse_configuration("l4h2, L5H0-3").name == "L4H2,L5H0-3 off"
+    assert parse_configuration("last 3").name == "last 3 off"
+    assert parse_configuration("object 0: last 3").name == "object 0: last 3 off"
     assert parse_configuration("H2", name="mine").name == "mine"
+    assert parse_configuration(" edge heads = L5H2; L0").name == "edge heads"
+    assert parse_configuration("yours = H2", name="mine").name == "mine"
+    assert parse_configuration("L5H2 = 0.5").name == "L5H2=0.5"
 
 
 def refusal(parse, text: str) -> tuple[str, str]:
@@ -214,6 +256,11 @@ def test_the_message_shows_the_text_and_the_place():
         ("query 17 H2", "H2", "expected ':' after the query numbers"),
         ("query 1: query 2: H1", "query 2: H1", "expected one query prefix only"),
         ("decoder_self decoder_cross H1", "decoder_cross H1", "expected one site prefix only"),
+        ("query 1: object 2: H1", "query 1: object 2: H1", "name one of the two"),
+        ("last", "", "expected a number of heads after 'last'"),
+        ("first 3 = L5", "first 3 = L5", "'first 3' is a configuration and no name"),
+        ("mine =", "", "expected heads such as L4H2"),
+        ("a = b = L5", "b = L5", "expected heads such as L4H2"),
         ("H0; encoder_self query 3: H1", "encoder_self query 3: H1", "encoder_self has no object queries"),
         ("layer 4: L5H2", "layer 4: L5H2", "does not act on the layers 4"),
         ("\tH2\x1b[31m", " [31m", "expected ',', ';' or the end"),
@@ -269,7 +316,16 @@ def test_an_order_for_another_number_of_heads():
 
 @pytest.mark.parametrize(
     "text, word",
-    [("frist 3", "first"), ("nnoe", "none"), ("decoder_slef L0", "decoder_self"), ("qurey 3: H1", "query")],
+    [
+        ("frist 3", "first"),
+        ("nnoe", "none"),
+        ("decoder_slef L0", "decoder_self"),
+        ("qurey 3: H1", "query"),
+        ("lsat 3", "last"),
+        ("layr 3: H1", "layer"),
+        ("objcet 0: H1", "object"),
+        ("mine = frist 3", "first"),
+    ],
 )
 def test_a_misspelt_word_is_named(text, word):
     with pytest.raises(GateError, match=rf"there is no word '\w+' \(did you mean '{word}'\?\)"):

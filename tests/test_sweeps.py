@@ -112,6 +112,31 @@ def test_one_object_alone(detector, image):
     assert changed.nonzero().flatten().tolist() == [query]
 
 
+def test_objects_named_in_configurations_are_those_of_the_image(detector, image):
+    baseline = sweep(detector, image, "none", confidence=0.2).baseline
+    queries = baseline.queries.tolist()
+    named = sweep(detector, image, ["object 1: L2", "objects 0-1: H0", "last 1", "mine = L1"], confidence=0.2)
+    assert [one.name for one in named.configurations] == [
+        "object 1: L2 off", "object 0-1: H0 off", "last 1 off", "mine"
+    ]  # fmt: skip
+    numbered = [f"query {queries[1]}: L2", f"queries {queries[0]},{queries[1]}: H0", "H3", "L1"]
+    torch.testing.assert_close(
+        named.logits, sweep(detector, image, numbered, confidence=0.2).logits, rtol=0, atol=0
+    )
+    explained = headoff.explain(detector, image, "object 1: L2", confidence=0.2)
+    assert explained.configurations == named.configurations[:1]
+    torch.testing.assert_close(explained.logits[0], named.logits[0], rtol=0, atol=1e-12)
+    for run in (sweep, headoff.explain):
+        with pytest.raises(SettingError, match="object 99 does not exist"):
+            run(detector, image, "object 99: H0")
+        with pytest.raises(GateError, match="names the last 5 heads, but this detector has 4"):
+            run(detector, image, "object 0: last 5")
+    with pytest.raises(
+        GateError, match="names objects, and which queries detect these is known for an image"
+    ):
+        detector.decode(detector.encode(torch.zeros(1, 3, 48, 48)), "object 0: H0")
+
+
 def test_an_object_that_is_not_there(detector, image):
     with pytest.raises(SettingError, match="object 99 does not exist; with none off there are"):
         sweep(detector, image, object_index=99)

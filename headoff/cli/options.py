@@ -14,14 +14,15 @@ CONFIGURATION_SETS = ("cumulative", "single", "subsets")
 
 NOTATION = """\
   --off takes one configuration and can be repeated; the baseline (none off) is always added:
-    'first 3'             the first 3 heads of every decoder layer
+    'first 3', 'last 3'   the first or last 3 heads of every decoder layer
     'H2'                  head 2 of every layer          'L5'       all heads of layer 5
     'L4H2,L5H0-3'         head 2 of layer 4 and heads 0 to 3 of layer 5; all counted from 0
     'only L5H2 on'        everything off except this head
     '0,1,0,1,1,0,0,0'     an off vector: heads 1, 3 and 4 off (0.5 is half off)
     'L4H2=0.5'            a gate between 0 (off) and 1 (on)
-    'query 17: L5H2'      for object query 17 only
+    'object 0: L5H2'      for the query of the best detection only; 'query 17: L5H2' by number
     'decoder_self L0H1'   in decoder self-attention instead of cross-attention
+    'edges = L5H2,L5H7'   a name of your own
 """
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headoff.choices import DEFAULT_SITE, SITES, Site
 from headoff.errors import GateError
-from headoff.gates.validation import check_exist, check_site, fraction, numbers
+from headoff.gates.validation import check_exist, check_site, fraction, number, numbers
 from headoff.wording import counted
 
 
@@ -53,14 +53,17 @@ class Heads:
 
 @dataclass(frozen=True)
 class Clause:
-    """A statement about the heads of one site, in one of three forms.
+    """A statement about the heads of one site, in one of four forms.
 
     - `heads` of `layers` have the gate `gate`: `Clause(layers=(4,), heads=(2,))` switches L4H2 off.
     - `kept_heads`: every head of `layers` is off except these: `Clause(kept_heads=(Heads((5,), (2,)),))`.
+    - `last`: the last heads of `layers` are off, however many heads a layer has: `Clause(last=3)`.
     - `off`: off amounts, one row for all `layers`, or one row for each layer of the site, of which only the rows of
       `layers` are used: `Clause(off=((0, 1, 0, 1, 1, 0, 0, 0),))`.
 
     `layers`, `heads` and `queries` of None mean all. Heads that the clause does not mention keep the gate 1.
+    `objects`, instead of `queries`, are detections with nothing off, by falling score from 0: `headoff.sweep` and
+    `headoff.explain` replace them by the queries that detected them in their image.
 
     Raises:
         GateError: an unknown site, numbers that are not indices, values outside 0..1, or mixed forms.
@@ -73,12 +76,15 @@ class Clause:
     gate: float = 0.0
     kept_heads: tuple[Heads, ...] = ()
     off: tuple[tuple[float, ...], ...] | None = None
+    last: int | None = None
+    objects: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_site(self.site)
         # Everything is normalised, so that clauses which mean the same compare equal.
         normalise = object.__setattr__
         normalise(self, "queries", numbers("query", self.queries))
+        normalise(self, "objects", numbers("object", self.objects))
         normalise(self, "layers", numbers("layer", self.layers))
         normalise(self, "heads", numbers("head", self.heads))
         normalise(self, "gate", fraction("the gate", self.gate))
@@ -91,12 +97,17 @@ class Clause:
                     "the rows of off amounts must be equally long and not empty: "
                     f"give one value per head, not rows of {[len(row) for row in rows]}"
                 )
-        if (self.heads is not None or self.gate != 0) + bool(self.kept_heads) + (self.off is not None) > 1:
+        if self.last is not None and not number("a count of last heads", self.last):
+            raise GateError("a clause cannot be about the last 0 heads: leave it out")
+        named = self.heads is not None or self.gate != 0
+        if named + bool(self.kept_heads) + (self.off is not None) + (self.last is not None) > 1:
             raise GateError(
-                "a clause has either heads with a gate, or kept heads, or off amounts: "
+                "a clause has either heads with a gate, or kept heads, or last heads, or off amounts: "
                 "combine several clauses with '&' instead"
             )
-        if self.queries is not None and self.site == "encoder_self":
+        if self.queries is not None and self.objects is not None:
+            raise GateError("a clause is about queries or about objects: name one of the two")
+        if (self.queries or self.objects) is not None and self.site == "encoder_self":
             raise GateError(
                 "encoder_self has no object queries, its rows are image tokens: "
                 "drop the query numbers or use decoder_self or decoder_cross"
@@ -104,7 +115,8 @@ class Clause:
 
     def values(self, layers: int, heads: int) -> Tensor:
         """The gate of each head for the clause's queries: float64 (layers, heads)."""
-        affected = Heads(self.layers, self.heads).mask(layers, heads)
+        chosen = self.heads if self.last is None else tuple(range(heads - self.last, heads))
+        affected = Heads(self.layers, chosen).mask(layers, heads)
         for kept in self.kept_heads:
             affected &= ~kept.mask(layers, heads)
         if self.off is None:
@@ -120,6 +132,11 @@ class Clause:
             check_exist(subject, "layer", where.layers, layers, self.site)
             check_exist(subject, "head", where.heads, layout.heads, self.site)
         check_exist(subject, "query", self.queries, layout.queries, self.site)
+        if self.last is not None and self.last > layout.heads:
+            raise GateError(
+                f"{subject} names the last {self.last} heads, but this detector has {layout.heads} at {self.site}: "
+                "name no more than that"
+            )
         if self.off is not None and len(self.off[0]) != layout.heads:
             raise GateError(
                 f"{subject} has off amounts for {counted(len(self.off[0]), 'head')}, "
@@ -133,11 +150,12 @@ class Clause:
 
     def sort_key(self) -> tuple[Any, ...]:
         """For a canonical order: the most general clauses first, clauses of one form next to each other."""
-        form = bool(self.kept_heads), self.off or ()
+        form = bool(self.kept_heads), self.off or (), self.last or 0
         kept = [heads.sort_key() for heads in self.kept_heads]
         return (
             SITES.index(self.site),
             self.queries or (),
+            self.objects or (),
             form,
             self.layers or (),
             self.heads or (),

@@ -1,6 +1,6 @@
 """Configurations: named sets of clauses, and functions that make them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -23,8 +23,9 @@ class Configuration:
     off is off.
 
     The name is a label: configurations are equal if their clauses are equal. An empty name is replaced by an automatic
-    one, which says what is off: `L5H2 off`, `query 17: only H0-3 on`. `at`, `on_layers`, `for_queries` and `&` return
-    configurations with automatic names, because the old name would no longer describe the clauses.
+    one, which says what is off: `L5H2 off`, `query 17: only H0-3 on`. `at`, `on_layers`, `for_queries`,
+    `for_objects` and `&` return configurations with automatic names, because the old name would no longer describe the
+    clauses.
     """
 
     name: str = field(default="", compare=False)
@@ -61,8 +62,33 @@ class Configuration:
         """Restricted to the rows of these object queries. Raises GateError if no clause acts on them."""
         return self._restricted("queries", numbers("query", queries))
 
+    def for_objects(self, *objects: int) -> "Configuration":
+        """Restricted to the queries of these objects: detections with nothing off, by falling score from 0.
+
+        Which queries these are depends on the image: `headoff.sweep` and `headoff.explain` find them.
+
+        Raises:
+            GateError: no clause acts on them, or one names queries already.
+        """
+        return self._restricted("objects", numbers("object", objects))
+
+    @property
+    def names_objects(self) -> bool:
+        """Whether a clause is about objects, so that gates can be made only for an image."""
+        return any(clause.objects is not None for clause in self.clauses)
+
+    def with_queries(self, query_of: Callable[[int], int]) -> "Configuration":
+        """Under the same name, with the query `query_of(object)` in the place of each object."""
+        clauses = [
+            clause
+            if clause.objects is None
+            else replace(clause, objects=None, queries=tuple(map(query_of, clause.objects)))
+            for clause in self.clauses
+        ]
+        return Configuration(self.name, tuple(clauses))
+
     def _restricted(self, to: str, indices: tuple[int, ...] | None) -> "Configuration":
-        """With the field `to` of each clause (`layers` or `queries`) restricted to `indices`."""
+        """With the field `to` of each clause (`layers`, `queries` or `objects`) restricted to `indices`."""
         clauses = []
         for clause in self.clauses:
             current = getattr(clause, to)
@@ -83,6 +109,11 @@ class Configuration:
             return NotImplemented
         return Configuration(clauses=self.clauses + other.clauses)
 
+    def check(self, layout: HeadLayout) -> None:
+        """Raise GateError if `layout` lacks a layer, head or query, or if off amounts have another shape."""
+        for clause in self.clauses:
+            clause.check(layout, self._quoted())
+
     def gate(self, site: Site, layout: HeadLayout) -> Tensor | None:
         """The gate of each head at `site`.
 
@@ -91,12 +122,16 @@ class Configuration:
             everything is on.
 
         Raises:
-            GateError: `layout` lacks a layer, head or query, or off amounts have another shape.
+            GateError: `layout` lacks a layer, head or query, off amounts have another shape, or objects are named.
         """
+        self.check(layout)
+        if self.names_objects:
+            raise GateError(
+                f"{self._quoted()} names objects, and which queries detect these is known for an image only: give it "
+                "to headoff.sweep or headoff.explain, or name queries"
+            )
         layers = layout.layers(site)
         clauses = [clause for clause in self.clauses if clause.site == site]
-        for clause in clauses:
-            clause.check(layout, self._quoted())
         rows = 1 if all(clause.queries is None for clause in clauses) else layout.queries
         gate = torch.ones(layers, rows, layout.heads, dtype=torch.float64)
         for clause in clauses:
@@ -143,6 +178,12 @@ def first_off(k: int, order: Order | None = None, *, site: Site = DEFAULT_SITE) 
         configuration = off_matrix([[head in row[:k] for head in range(len(row))] for row in rows], site=site)
     place = "" if site == DEFAULT_SITE else f"{site} "
     return configuration.named(f"{place}first {k} off")
+
+
+def last_off(k: int, *, site: Site = DEFAULT_SITE) -> Configuration:
+    """The last `k` heads off in all layers, however many heads a layer has."""
+    k = number("a count of heads", k)
+    return Configuration(clauses=(Clause(site, last=k),)) if k else none_off(site=site)
 
 
 def heads_off(*heads: int, layers: Iterable[int] | None = None, site: Site = DEFAULT_SITE) -> Configuration:

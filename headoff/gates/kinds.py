@@ -59,7 +59,8 @@ class _Off:
     """Heads that are fully off: the same ones in all of `layers`, or in every layer (None)."""
 
     site: Site
-    queries: tuple[int, ...] | None
+    queries: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
+    """Queries and objects; None stands for all."""
     layers: tuple[int, ...] | None
     heads: tuple[int, ...]
 
@@ -150,9 +151,11 @@ def _off(configuration: Configuration) -> _Off | None:
     (clause,) = configuration.clauses
     if clause.off is not None:
         return _off_in_matrix(clause, clause.off)
-    if clause.kept_heads or clause.gate != 0 or clause.heads is None:
+    # The last heads are counted from the end, as nothing here says how many there are.
+    heads = clause.heads if clause.last is None else tuple(range(-clause.last, 0))
+    if clause.kept_heads or clause.gate != 0 or heads is None:
         return None
-    return _Off(clause.site, clause.queries, clause.layers, clause.heads)
+    return _Off(clause.site, (clause.queries, clause.objects), clause.layers, heads)
 
 
 def _off_in_matrix(clause: Clause, rows: Sequence[Sequence[float]]) -> _Off | None:
@@ -160,8 +163,10 @@ def _off_in_matrix(clause: Clause, rows: Sequence[Sequence[float]]) -> _Off | No
         return None
     found = [tuple(head for head, value in enumerate(row) if value) for row in rows]
     if len(set(found)) == 1:
-        return _Off(clause.site, clause.queries, clause.layers, found[0])
+        return _Off(clause.site, (clause.queries, clause.objects), clause.layers, found[0])
     chosen = range(len(rows)) if clause.layers is None else clause.layers
     layers = tuple(layer for layer in chosen if layer < len(rows) and found[layer])
     heads = {found[layer] for layer in layers}
-    return _Off(clause.site, clause.queries, layers, heads.pop()) if len(heads) == 1 else None
+    return (
+        _Off(clause.site, (clause.queries, clause.objects), layers, heads.pop()) if len(heads) == 1 else None
+    )

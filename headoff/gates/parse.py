@@ -2,6 +2,7 @@
 
     none                        everything on: the baseline
     first 3                     heads 0, 1 and 2 off in all layers
+    last 3                      the last 3 heads off in all layers
     L4H2,L5H0-3                 head 2 of layer 4, and heads 0 to 3 of layer 5, off
     H2                          head 2 off in all layers
     L0-2+5H1+3                  heads 1 and 3 off in layers 0, 1, 2 and 5
@@ -11,23 +12,26 @@
     0,1,0,1,1,0,0,0             an off vector, one *off* amount per head: heads 1, 3 and 4 off in all layers
     0,1,0.25 / 1,0,0            an off matrix, a row per layer; 0.25 off is a gate of 0.75
     query 17: L5H2              for the rows of object query 17 only;  query 3,17: for two of them
+    object 0: L5H2              for the query of the image's best detection only
     layer 4-5: 0,1,0,1,1,0,0,0  in these layers only
     decoder_self L0H1           at another site; decoder_cross is the default
     query 17: L5H2; L0          several statements: their gates multiply
+    edge heads = L5H2,L5H7      a name of your own
 
 Upper and lower case are the same, and white space is ignored. Everything counts from 0. In EBNF:
 
-    configuration = statement, { ";", statement } ;
+    configuration = [ name, "=" ], statement, { ";", statement } ;
+    name          = ? text that begins with a letter, has none of ,:;/= and is no configuration itself ? ;
     statement     = { scope }, pattern ;
-    scope         = ( "query" | "queries" | "layer" | "layers" ), numbers, ":" | site, [ ":" ] ;
+    scope         = ( "query" | "queries" | "object" | "objects" | "layer" | "layers" ), numbers, ":" | site, [ ":" ] ;
     site          = "encoder_self" | "decoder_self" | "decoder_cross" ;
-    pattern       = "none", [ "off" ] | "first", number, [ "off" ] | "only", selectors, "on"
+    pattern       = "none", [ "off" ] | ( "first" | "last" ), number, [ "off" ] | "only", selectors, "on"
                   | gated, { ",", gated } | selectors, "off" | row, { "/", row } ;
     selectors     = selector, { ",", selector } ;
     selector      = "all" | "L", numbers, [ "H", numbers ] | "H", numbers ;
     gated         = selector, [ "=", fraction ] ;
     row           = fraction, { ",", fraction } ;
-    numbers       = range, { "+", range } ;    (* after "query" and "layer" a "," may stand for the "+" *)
+    numbers       = range, { "+", range } ;    (* after "query", "object" and "layer" a "," may stand for the "+" *)
     range         = number, [ "-", number ] ;
     fraction      = ? decimal number from 0 to 1 ? ;
     number        = ? whole number from 0 to 9999 ? ;
@@ -45,13 +49,16 @@ from typing import NoReturn, TypeVar, cast
 from headoff.choices import SITES, Site
 from headoff.errors import GateError, did_you_mean
 from headoff.gates.clauses import Clause, Heads
-from headoff.gates.configurations import Configuration, first_off, none_off, off_matrix
+from headoff.gates.configurations import Configuration, first_off, last_off, none_off, off_matrix
 from headoff.gates.orders import Order, check_order, random_order
 from headoff.gates.validation import MAX_NUMBER
 
 T = TypeVar("T")
 
-_WORDS = ("none", "first", "only", "query", "layer", *SITES)
+_WORDS = ("none", "first", "last", "only", "query", "object", "layer", *SITES)
+_FRACTION = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?"
+_NAMED = re.compile(rf"\s*(?P<name>[^\W\d_][^,:;/=]*?)\s*=(?!\s*{_FRACTION}\s*$)", re.IGNORECASE)
+"""A name and its "=", unless what follows can only be a gate."""
 
 OrderResolver = Callable[[int], Order]
 """From the number of heads to an order of them. Raises GateError if the order is for another number of heads."""
@@ -80,7 +87,7 @@ def parse_configuration(text: str, *, name: str | None = None) -> Configuration:
 
     Args:
         text: for example `L4H2,L5H0-3`.
-        name: its name; by default one that says what is off.
+        name: its name; by default that in the text (`edge heads = L5H2,L5H7`), or one that says what is off.
 
     Raises:
         GateError: the text cannot be read; the message has a caret under the character where reading stopped.
@@ -90,6 +97,8 @@ def parse_configuration(text: str, *, name: str | None = None) -> Configuration:
         'only L5H2 on'
     """
     reader = _Reader(text, "configuration")
+    own_name = _own_name(reader)
+    name = own_name if name is None else name
     statements = [_statement(reader)]
     while reader.take(";"):
         statements.append(_statement(reader))
@@ -172,7 +181,7 @@ class _Reader:
         return int(digits)
 
     def fraction(self, expected: str) -> float:
-        digits = self.expect(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]+)?", expected)
+        digits = self.expect(_FRACTION, expected)
         if float(digits) > 1:
             self.fail(f"expected {expected}", self.position - len(digits))
         return float(digits)
@@ -205,12 +214,27 @@ def _separated(reader: _Reader, separator: str, item: Callable[[], T]) -> list[T
     return items
 
 
+def _own_name(reader: _Reader) -> str | None:
+    """The name before a "="; None where there is none, or where that "=" is a gate's."""
+    found = _NAMED.match(reader.text)
+    if found is None:
+        return None
+    try:
+        parse_configuration(found["name"])
+    except GateError:
+        reader.position = found.end()
+        return found["name"]
+    if re.match(r"\s*([0-9.]|$)", reader.text[found.end() :]):
+        return None
+    reader.fail(f"{found['name']!r} is a configuration and no name; choose another name", found.start("name"))
+
+
 def _statement(reader: _Reader) -> Configuration:
     start = reader.here()
     scope: dict[str, tuple[int, ...]] = {}
     site: Site | None = None
-    while word := reader.word("query|queries|layers?|" + "|".join(SITES)):
-        kind = "site" if word in SITES else "layer" if word.startswith("layer") else "query"
+    while word := reader.word("query|queries|objects?|layers?|" + "|".join(SITES)):
+        kind = "site" if word in SITES else "query" if word == "queries" else word.removesuffix("s")
         if kind in scope or kind == "site" and site:
             reader.fail(
                 f"expected one {kind} prefix only; use ';' to start another statement",
@@ -230,6 +254,8 @@ def _statement(reader: _Reader) -> Configuration:
             configuration = configuration.on_layers(*scope["layer"])
         if "query" in scope:
             configuration = configuration.for_queries(*scope["query"])
+        if "object" in scope:
+            configuration = configuration.for_objects(*scope["object"])
     return configuration
 
 
@@ -241,6 +267,10 @@ def _pattern(reader: _Reader) -> Configuration:
         k = reader.number("a number of heads after 'first'")
         reader.word("off")
         return first_off(k)
+    if reader.word("last"):
+        k = reader.number("a number of heads after 'last'")
+        reader.word("off")
+        return last_off(k)
     if reader.word("only"):
         kept = _separated(reader, ",", lambda: _selector(reader))
         if not reader.word("on"):
@@ -248,13 +278,15 @@ def _pattern(reader: _Reader) -> Configuration:
         return Configuration(clauses=(Clause(kept_heads=tuple(kept)),))
     if reader.next() in set("0123456789."):
         return _off_rows(reader)
+    start = reader.here()
+    word = reader.take("[a-z_]{2,}")
+    if word.lower() != "all" and (guess := did_you_mean(word.lower(), _WORDS) if word else ""):
+        reader.fail(f"there is no word {word!r}{guess}", start)
+    reader.position = start
     if reader.next() not in set("lha"):
-        word = reader.take("[a-z_]+")
-        if guess := did_you_mean(word.lower(), _WORDS) if word else "":
-            reader.fail(f"there is no word {word!r}{guess}", reader.position - len(word))
         reader.fail(
-            "expected heads such as L4H2 or H0-3, an off vector such as 0,1,0, 'first 3', 'only H2 on' or 'none'",
-            reader.position - len(word),
+            "expected heads such as L4H2 or H0-3, an off vector such as 0,1,0, 'first 3', 'last 3', 'only H2 on' or "
+            "'none'"
         )
     clauses = _separated(reader, ",", lambda: _gated(reader))
     if all(clause.gate == 0 for clause in clauses):

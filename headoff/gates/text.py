@@ -20,12 +20,18 @@ def describe_clauses(clauses: Iterable[Clause]) -> str:
 
 def _statements(clauses: Iterable[Clause], off: str = "") -> Iterator[str]:
     """The text of each statement; `off` is appended to lists of heads that are off."""
-    # Lists of heads share a statement; kept heads and off amounts need statements of their own.
-    for (site, queries, is_list), group in groupby(
+    # Lists of heads share a statement; kept heads, last heads and off amounts need statements of their own.
+    for (site, queries, objects, is_list), group in groupby(
         clauses,
-        key=lambda clause: (clause.site, clause.queries, not clause.kept_heads and clause.off is None),
+        key=lambda clause: (
+            clause.site,
+            clause.queries,
+            clause.objects,
+            not clause.kept_heads and clause.off is None and clause.last is None,
+        ),
     ):
         scope = f"query {number_ranges(queries, ',')}: " if queries else ""
+        scope += f"object {number_ranges(objects, ',')}: " if objects else ""
         scope += "" if site == DEFAULT_SITE else f"{site} "
         if is_list:
             listed = list(group)
@@ -38,7 +44,9 @@ def _statements(clauses: Iterable[Clause], off: str = "") -> Iterator[str]:
             continue
         for clause in group:
             layers = f"layer {number_ranges(clause.layers, ',')}: " if clause.layers else ""
-            if clause.off is None:
+            if clause.last is not None:
+                pattern = f"last {clause.last}{off}"
+            elif clause.off is None:
                 pattern = f"only {','.join(map(_format_heads, clause.kept_heads))} on"
             else:
                 pattern = "/".join(",".join(map(_format_fraction, row)) for row in clause.off)

@@ -22,6 +22,7 @@ from headoff.relevance.kernels import Kernels
 from headoff.relevance.methods import Method, resolve_method
 from headoff.relevance.rules import ZeroRows
 from headoff.relevance.targets import Target, TargetSpec, make_target
+from headoff.sweeps import for_queries_of
 
 
 def explain(
@@ -84,7 +85,8 @@ def explain(
     layout = detector.head_layout
     chosen_layers = _layers(layers, layout.decoder_layers)
     chosen = cumulative(layout.heads) if configurations is None else read_configurations(configurations)
-    gates = stack(chosen, layout)
+    for configuration in chosen:
+        configuration.check(layout)
     wanted = None if queries is None else _queries(queries, layout.queries)
     picture = load_image(image)
     image_size = (picture.height, picture.width)
@@ -101,6 +103,12 @@ def explain(
         memory_budget=memory_budget,
     )
     (baseline,) = engine.run(stack((none_off(),), layout), lambda *_: ())
+    if any(configuration.names_objects for configuration in chosen):
+        detected = _objects(
+            baseline.logits, baseline.boxes, image_size, detector.class_names, confidence, None
+        )
+        chosen = for_queries_of(detected, chosen)
+    gates = stack(chosen, layout)
     objects = _objects(baseline.logits, baseline.boxes, image_size, detector.class_names, confidence, wanted)
     specs = _specs(target, len(objects))
     picked_queries = torch.full((len(chosen), len(objects)), -1)
