@@ -8,10 +8,10 @@ whose message is one sentence with the file's name and a remedy.
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -72,19 +72,21 @@ def load_image(source: ImageSource) -> Image.Image:
     raise ImageError(f"cannot make an image of a {kind}: give a path, a PIL image or a numpy array")
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """The image files directly in `folder` (by suffix, see `IMAGE_SUFFIXES`), sorted by name, without hidden files.
+def find_images(folder: str | os.PathLike[str], skip: Callable[[Path], bool] = lambda _: False) -> list[Path]:
+    """The image files in `folder` and all folders below (by suffix, see `IMAGE_SUFFIXES`), sorted by path.
+
+    Hidden files and folders are left out, and links to folders are not followed.
+
+    Args:
+        folder: where to search.
+        skip: whether a folder below is left out.
 
     Raises:
-        ImageError: the folder cannot be read, or contains no image.
+        ImageError: a folder cannot be read, or there is no image.
     """
     root = Path(folder)
     try:
-        found = sorted(
-            path
-            for path in root.iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
+        found = sorted(_walk(root, skip))
     except FileNotFoundError:
         raise ImageError(f"there is no folder {str(root)!r}: check the path") from None
     except NotADirectoryError:
@@ -99,6 +101,19 @@ def find_images(folder: str | os.PathLike[str]) -> list[Path]:
             f"folder {str(root)!r} holds no image: put files with one of these suffixes there: {known}"
         )
     return found
+
+
+def _walk(root: Path, skip: Callable[[Path], bool]) -> Iterator[Path]:
+    def stop(error: OSError) -> NoReturn:
+        raise error
+
+    for place, folders, files in os.walk(root, onerror=stop):
+        here = Path(place)
+        # os.walk goes on with what is left in this list.
+        folders[:] = [name for name in folders if not name.startswith(".") and not skip(here / name)]
+        for path in map(here.joinpath, files):
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
+                yield path
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,40 @@ def test_folders_resume_and_survive_a_bad_image(capsys, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("blank_figures")
+def test_several_images_and_folders_on_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for index, place in enumerate(("a.png", "days/1/front.png", "days/2/front.png", "days/note.txt")):
+        path = Path(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(headoff.sample_image(index).read_bytes())
+    Path("days/2/broken.jpg").write_bytes(b"not a picture")
+    arguments = ("sweep", "a.png", "days", "days/1/front.png", "--off", "H0-6", "--out", "days/results")
+    code, printed, error = run(capsys, *arguments)
+    assert code == 2 and "3 reports in days/results" in printed and "broken.jpg" in error
+    reports = {
+        str(path.parent.relative_to("days/results")) for path in Path("days/results").rglob("sweep.json")
+    }
+    assert reports == {"a.png", "days/1/front.png", "days/2/front.png"}
+    index = Path("days/results/index.html").read_text()
+    assert 'href="days/1/front.png/index.html"' in index and ">days/2/front.png<" in index
+    written = {path: path.stat().st_mtime_ns for path in Path("days/results").rglob("sweep.json")}
+    Path("days/results/a.png/sweep.json").unlink()
+    run(capsys, *arguments)
+    redone = {path for path, time in written.items() if path.stat().st_mtime_ns != time}
+    assert redone == {Path("days/results/a.png/sweep.json")}
+    # The pictures of these reports are no images to detect, in whatever folder they are.
+    code, printed, _ = run(capsys, "detect", "days", "a.png", "--confidence", "1")
+    assert [line.split(":")[0] for line in printed.splitlines()] == [
+        "days/1/front.png",
+        "days/2/front.png",
+        "a.png",
+    ]
+    Path("empty").mkdir()
+    assert "'empty' holds no image" in rejected(capsys, "sweep", "a.png", "empty")
+    assert "no image or folder missing.png" in rejected(capsys, "detect", "a.png", "missing.png")
+
+
 def test_detect_lists_what_there_is(capsys):
     code, printed, _ = run(capsys, "detect", SAMPLE)
     assert code == 0 and "#0" in printed

@@ -327,6 +327,14 @@ class TestFindImages:
         assert [path.name for path in find_images(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
         assert find_images(str(tmp_path)) == find_images(tmp_path)
 
+    def test_folders_below_are_searched_unless_hidden_or_left_out(self, tmp_path):
+        for place in ("day/a.png", "day/deep/a.png", ".hidden/b.png", "left out/c.png", "z.png"):
+            (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / place).touch()
+        (tmp_path / "link").symlink_to(tmp_path)
+        found = find_images(tmp_path, lambda folder: folder.name == "left out")
+        assert [str(path.relative_to(tmp_path)) for path in found] == ["day/a.png", "day/deep/a.png", "z.png"]
+
     def test_nothing_to_find(self, tmp_path):
         with pytest.raises(ImageError, match=r"holds no image.*\.jpg"):
             find_images(tmp_path)

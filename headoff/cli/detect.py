@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from headoff.cli.options import add_confidence_option, add_detector_options, named_path
+from headoff.cli.options import add_confidence_option, add_detector_options, add_image_argument
 
 
 def add_parser(commands: Any) -> None:
@@ -13,12 +13,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "detect",
         help="list detections with all heads on",
-        description="List the detections in an image, or in all images of a folder, with all heads on.",
+        description="List the detections in images, or in all images of folders, with all heads on.",
         epilog="example: headoff detect street.jpg --model detr-resnet-50 --confidence 0.7",
     )
-    parser.add_argument(
-        "image", nargs="?", type=named_path, metavar="IMAGE|FOLDER", help="default: a bundled scene"
-    )
+    add_image_argument(parser)
     add_confidence_option(parser)
     parser.add_argument(
         "--json", action="store_true", help="print JSON instead of a table, one object per image"
@@ -32,20 +30,21 @@ def run(settings: argparse.Namespace) -> int:
     import json
     import sys
 
-    from headoff.cli.detectors import images_at, load_detector
+    from headoff.cli.detectors import load_detector
+    from headoff.cli.images import images_at
     from headoff.cli.tables import columns
     from headoff.detections import detect
     from headoff.errors import ImageError
     from headoff.wording import counted
 
-    images = images_at(settings.image)
+    images = images_at(settings.images)
     detector = load_detector(settings)
     failed = 0
-    for path in images:
+    for path in images.paths:
         try:
             detections = detect(detector, path, settings.confidence)
         except ImageError as error:
-            if len(images) == 1:
+            if images.common is None:
                 raise
             print(f"headoff: error: {error}", file=sys.stderr)
             failed += 1

@@ -1,4 +1,4 @@
-"""The detector and the images that the options ask for."""
+"""The detector that the options ask for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from headoff.attention import attention_label
 from headoff.detr import Detector
 from headoff.detr.checkpoints import load
 from headoff.devices import chosen_device, set_threads
-from headoff.errors import ImageError, SettingError, error_line
-from headoff.images import find_images
-from headoff.scenes.samples import sample_image
+from headoff.errors import SettingError, error_line
 
 
 def load_detector(settings: argparse.Namespace) -> Detector:
@@ -66,18 +64,3 @@ def provenance(settings: argparse.Namespace, detector: Detector) -> dict[str, st
     if detector.device.type == "cuda":
         made_with["gpu"] = torch.cuda.get_device_name(detector.device)
     return made_with
-
-
-def images_at(path: Path | None) -> list[Path]:
-    """The image at `path`, or the images in that folder; a bundled scene for None.
-
-    Raises:
-        ImageError: there is no image.
-    """
-    if path is None:
-        return [sample_image(0)]
-    if path.is_dir():
-        return find_images(path)
-    if not path.exists():
-        raise ImageError(f"there is no image or folder {path}; name one that exists")
-    return [path]

@@ -103,18 +103,27 @@ def add_autocast_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_image_argument(parser: argparse.ArgumentParser) -> None:
+    """Add IMAGE|FOLDER, any number of them."""
+    parser.add_argument(
+        "images",
+        nargs="*",
+        type=named_path,
+        metavar="IMAGE|FOLDER",
+        help="images, and folders of images, with the folders in them; default: a bundled scene",
+    )
+
+
 def add_report_options(parser: argparse.ArgumentParser, out: str) -> None:
     """Add IMAGE|FOLDER, --out (`out` by default) and --again."""
-    parser.add_argument(
-        "image", nargs="?", type=named_path, metavar="IMAGE|FOLDER", help="default: a bundled scene"
-    )
+    add_image_argument(parser)
     parser.add_argument(
         "--out", type=named_path, default=Path(out), help=f"folder of the report (default {out})"
     )
     parser.add_argument(
         "--again",
         action="store_true",
-        help="for a folder of images: also redo the images that have a finished report",
+        help="for several images: also redo those that have a finished report",
     )
 
 

@@ -1,4 +1,4 @@
-"""One report for an image, or one for every image of a folder; an interrupted run over a folder can be continued."""
+"""One report for an image, or one for each of several images; an interrupted run over several can be continued."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from headoff.cli.detectors import images_at
+from headoff.cli.images import ImageChoice, images_at
 from headoff.cli.tables import table
 from headoff.errors import ImageError, SettingError
 from headoff.files import lock
@@ -27,21 +27,21 @@ WriteReport = Callable[[Path, Path, Mapping[str, str], bool], str]
 """(folder of the report, image, provenance, whether to show progress): write the report, return its summary."""
 
 
-def images_to_report(settings: argparse.Namespace) -> list[Path]:
+def images_to_report(settings: argparse.Namespace) -> ImageChoice:
     """The images that were asked for.
 
     Raises:
         ImageError: there are none.
         SettingError: --out is a file.
     """
-    images = images_at(settings.image)
+    images = images_at(settings.images, settings.out)
     if settings.out.exists() and not settings.out.is_dir():
         raise SettingError(f"--out {settings.out} is a file; name a folder")
     return images
 
 
 def write_reports(
-    settings: argparse.Namespace, images: list[Path], provenance: Mapping[str, str], write: WriteReport
+    settings: argparse.Namespace, images: ImageChoice, provenance: Mapping[str, str], write: WriteReport
 ) -> int:
     """Call `write` for every image and print where the results are. Returns the exit code.
 
@@ -49,15 +49,16 @@ def write_reports(
         OutputError: another process is writing to the same folder.
     """
     with lock(settings.out):
-        if settings.image is not None and settings.image.is_dir():
+        if images.common is not None:
             if is_finished(settings.out):
-                _note(f"the report of one image in {settings.out} is replaced by those of {settings.image}")
+                _note(f"the report of one image in {settings.out} is replaced by those of {images.given}")
                 remove_report(settings.out)
             return _write_folder(settings, images, provenance, write)
+        (image,) = images.paths
         earlier = _provenance_of(settings.out).get("image")
-        if earlier not in (None, str(images[0])):
+        if earlier not in (None, str(image)):
             _note(f"the report of {earlier} in {settings.out} is replaced")
-        print(write(settings.out, images[0], {"image": str(images[0]), **provenance}, True))
+        print(write(settings.out, image, {"image": str(image), **provenance}, True))
         print(f"report: {settings.out / 'index.html'}")
         return 0
 
@@ -75,23 +76,24 @@ def _provenance_of(folder: Path) -> dict[str, str]:
 
 
 def _write_folder(
-    settings: argparse.Namespace, images: list[Path], provenance: Mapping[str, str], write: WriteReport
+    settings: argparse.Namespace, images: ImageChoice, provenance: Mapping[str, str], write: WriteReport
 ) -> int:
     """Write a report for each image, in separate folders. Images that cannot be read are left out."""
     failed: dict[str, str] = {}
     done: list[Path] = []
-    with tqdm(images, desc="working", unit="image") as bar:
+    with tqdm(images.paths, desc="working", unit="image") as bar:
         for image in bar:
             # The name with its suffix: street.jpg and street.png are two images.
-            folder = settings.out / image.name
-            bar.set_postfix_str(image.name)
+            name = images.place(image).as_posix()
+            folder = settings.out / name
+            bar.set_postfix_str(name)
             made_with = {"image": str(image), **provenance}
             try:
                 if settings.again or not _is_finished(folder, made_with):
                     write(folder, image, made_with, False)
                 done.append(folder)
             except (ImageError, SettingError) as error:
-                failed[image.name] = str(error)
+                failed[name] = str(error)
                 bar.write(f"headoff: error: {error}", file=sys.stderr)
             finally:
                 if done:

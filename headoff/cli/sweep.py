@@ -27,6 +27,7 @@ examples:
   headoff sweep street.jpg --model detr-resnet-50 --object 0
   headoff sweep street.jpg --relevance
   headoff sweep photos/ --order random:7 --out random7
+  headoff sweep day1/ day2/ extra.jpg                a report for each image, an index, totals
   headoff sweep street.jpg --autocast bfloat16
   headoff sweep --off 'L4H2,L5H0-3' --off 'only L5H2 on'
 """
@@ -83,7 +84,7 @@ def run(settings: argparse.Namespace) -> int:
     configurations = choice.configurations(detector)
     autocast = Autocast(settings.autocast)
     # The images of a folder often have one size: on a GPU, CUDA graphs of their decodes are then replayed.
-    graphs = DecodeGraphs() if len(images) > 1 else None
+    graphs = DecodeGraphs() if len(images.paths) > 1 else None
 
     def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)

@@ -10,7 +10,7 @@ folder.py   the index page of a folder of images
 """
 
 from headoff.report.folder import folder_index
-from headoff.report.output import FINISHED, is_finished, remove_report, write_report
+from headoff.report.output import FINISHED, has_results, is_finished, remove_report, write_report
 from headoff.report.story import verdict
 from headoff.report.tables import SCHEMA_VERSION
 
@@ -18,6 +18,7 @@ __all__ = [
     "FINISHED",
     "SCHEMA_VERSION",
     "folder_index",
+    "has_results",
     "is_finished",
     "remove_report",
     "verdict",

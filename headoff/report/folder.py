@@ -42,6 +42,8 @@ def _card(folder: Path, entry: Path) -> dict[str, Any]:
     try:
         sweep = json.loads((entry / FINISHED).read_text(encoding="utf-8"))
         name, verdict = PurePath(sweep["provenance"].get("image", "")).name or entry.name, sweep["verdict"]
+        if entry.is_relative_to(folder):
+            name = (entry.relative_to(folder).parent / name).as_posix()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{str(entry)!r} holds no finished results (its {FINISHED} is missing or damaged): "

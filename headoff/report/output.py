@@ -42,6 +42,7 @@ from headoff.sweeps import SweepResult
 FINISHED = "sweep.json"
 PAGE = "index.html"
 THUMBNAIL = "thumbnail.webp"
+TOTALS = "totals.csv"
 _UNFINISHED = ".unfinished.json"
 """The files of both reports while one replaces the other, for the next run if this one is killed meanwhile."""
 
@@ -131,6 +132,11 @@ def write_report(
 def is_finished(folder: str | os.PathLike[str]) -> bool:
     """Whether `folder` has a complete report."""
     return (Path(folder) / FINISHED).is_file()
+
+
+def has_results(folder: Path) -> bool:
+    """Whether headoff has written `folder`: a report, or the index of several."""
+    return is_finished(folder) or (folder / TOTALS).is_file()
 
 
 def write_file(path: Path, contents: bytes | str) -> None:
