@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchvision.ops import box_convert
 
+from headoff.boxes import corners_of
 from headoff.detr.detector import Detector
 from headoff.errors import NonFiniteError, SettingError
 from headoff.images import ImageSource, load_image
@@ -148,7 +148,7 @@ def detections_from(
     queries = order[scores[order] > confidence]
 
     scale = torch.tensor([width, height, width, height], dtype=torch.float64)
-    corners = box_convert(boxes[queries], in_fmt="cxcywh", out_fmt="xyxy") * scale
+    corners = corners_of(boxes[queries]) * scale
     corners = corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=scale)
     return Detections(
         queries=queries,

@@ -26,8 +26,8 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from torchvision.ops import box_iou
 
+from headoff.boxes import pairwise_iou
 from headoff.detections import Detections, check_output, class_probabilities
 from headoff.errors import SettingError
 
@@ -239,7 +239,7 @@ def _overlaps(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """IoU (n, m) in float64 of boxes (n, 4) and (m, 4)."""
     # In float64 the areas of float32 boxes are nearly exact, so that rounding decides no threshold and no tie.
     boxes, others = boxes.double(), others.double()
-    overlaps = box_iou(boxes, others)
+    overlaps = pairwise_iou(boxes, others)
     # The IoU of a box without area (at the image's edge) is 0/0, even with itself.
     overlaps = overlaps.nan_to_num(nan=0.0)
     return overlaps.masked_fill((boxes[:, None] == others[None]).all(dim=-1), 1.0)

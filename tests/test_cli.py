@@ -289,6 +289,17 @@ print({{"torch", "numpy", "matplotlib", "PIL", "pytest", "transformers"}} & set(
     assert done.stdout.strip() == "set()"
 
 
+def test_a_detection_does_without_imports_as_slow_as_torch():
+    program = """
+import sys
+import headoff
+headoff.detect(headoff.load("scenes"), headoff.sample_image(0))
+print({"torch._dynamo", "torchvision", "sympy", "matplotlib", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_help_names_every_relevance_method():
     assert method_names()[: len(METHODS)] == METHODS
 

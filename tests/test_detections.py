@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from headoff.boxes import corners_of, pairwise_iou
 from headoff.detections import Detection, Detections, detections_from
 from headoff.errors import HeadoffError, NonFiniteError, SettingError
 
@@ -166,3 +167,13 @@ def test_output_on_a_gpu_gives_detections_on_the_cpu():
     )
     assert there.boxes.device.type == "cpu"
     assert here.rows() == there.rows()
+
+
+def test_boxes_are_those_of_torchvision():
+    theirs = pytest.importorskip("torchvision.ops")
+    boxes = torch.rand(7, 4, dtype=torch.float64)
+    corners = corners_of(boxes)
+    assert torch.equal(corners, theirs.box_convert(boxes, "cxcywh", "xyxy"))
+    torch.testing.assert_close(
+        pairwise_iou(corners, corners[2:]), theirs.box_iou(corners, corners[2:]), rtol=0, atol=1e-15
+    )

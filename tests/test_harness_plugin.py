@@ -8,7 +8,6 @@ import re
 import pytest
 import syrupy
 import torch
-import torchvision  # noqa: F401  a nested run that imports it leaves it half registered: have it before them all
 
 # What a nested run imports is forgotten after it: what is here already is not imported again by every one.
 import headoff.harness.model.attention_calls

@@ -157,8 +157,7 @@ def test_everything_off_sees_nothing_of_the_image(case, under_test):
 
 def test_scenes_are_found_with_nothing_off(under_test):
     """The bundled model really detects: nearly every true object of the bundled scenes is found in its place."""
-    from torchvision.ops import box_convert, box_iou
-
+    from headoff.boxes import pairwise_iou
     from headoff.scenes.samples import sample_annotations
 
     if under_test.settings.model != BUNDLED:
@@ -170,8 +169,9 @@ def test_scenes_are_found_with_nothing_off(under_test):
         with patched(case, under_test.attention, under_test.device, under_test.dtype) as detector:
             baseline = headoff.detect(detector, case.image)
         for truth in (a for a in annotations["annotations"] if a["image_id"] == image["id"]):
-            box = box_convert(torch.tensor([truth["bbox"]]), "xywh", "xyxy")
-            hits = (box_iou(box, baseline.boxes)[0] > 0.5) & (baseline.labels == truth["category_id"])
+            left, top, width, height = truth["bbox"]
+            box = torch.tensor([[left, top, left + width, top + height]])
+            hits = (pairwise_iou(box, baseline.boxes)[0] > 0.5) & (baseline.labels == truth["category_id"])
             found, total = found + bool(hits.any()), total + 1
     if found < 0.95 * total:
         message = f"{found} of {total} true objects are found with none off"

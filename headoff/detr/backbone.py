@@ -1,19 +1,103 @@
-"""ResNet feature extractor, built from torchvision's residual blocks.
+"""ResNet feature extractor.
 
-torchvision's `ResNet` class always has a stem of 64 channels and four stages; the small bundled model has fewer of
-both. Parameter names are torchvision's (`layer3.0.conv2.weight`), as in the original DETR checkpoints after
-`backbone.0.body.`.
+Parameter names are torchvision's (`layer3.0.conv2.weight`), as in the original DETR checkpoints after
+`backbone.0.body.`, and so are the numbers. torchvision's own class always has a stem of 64 channels and four stages,
+where the small bundled model has fewer of both, and importing torchvision takes as long as importing torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import FrozenBatchNorm2d
 
 from headoff.detr.config import BackboneConfig
+
+Norm = Callable[[int], nn.Module]
+"""Makes a normalisation layer for a number of channels."""
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm whose statistics and affine parameters never change."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, mean, variance = (
+            buffer.reshape(1, -1, 1, 1)
+            for buffer in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
+        scale = weight * (variance + self.eps).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: object) -> None:
+        # A trained batch norm also counts its batches.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, as in ResNet-18 and 34."""
+
+    expansion = 1
+
+    def __init__(
+        self, channels: int, width: int, stride: int, dilation: int, shortcut: nn.Module | None, norm: Norm
+    ) -> None:
+        super().__init__()
+        self.conv1 = _convolution(channels, width, 3, stride, dilation)
+        self.bn1 = norm(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _convolution(width, width, 3, dilation=dilation)
+        self.bn2 = norm(width)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, as in ResNet-50; the stride is that of the 3x3 convolution."""
+
+    expansion = 4
+
+    def __init__(
+        self, channels: int, width: int, stride: int, dilation: int, shortcut: nn.Module | None, norm: Norm
+    ) -> None:
+        super().__init__()
+        self.conv1 = _convolution(channels, width, 1)
+        self.bn1 = norm(width)
+        self.conv2 = _convolution(width, width, 3, stride, dilation)
+        self.bn2 = norm(width)
+        self.conv3 = _convolution(width, width * self.expansion, 1)
+        self.bn3 = norm(width * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 class ResNet(nn.Module):
@@ -25,7 +109,7 @@ class ResNet(nn.Module):
             change), or `nn.BatchNorm2d` to train from scratch. Their parameter names are the same.
     """
 
-    def __init__(self, config: BackboneConfig, norm: Callable[[int], nn.Module] = FrozenBatchNorm2d) -> None:
+    def __init__(self, config: BackboneConfig, norm: Norm = FrozenBatchNorm2d) -> None:
         super().__init__()
         self.config = config
         self._block = BasicBlock if config.block == "basic" else Bottleneck
@@ -50,15 +134,15 @@ class ResNet(nn.Module):
         depth: int,
         stride: int,
         dilation: int,
-        norm: Callable[[int], nn.Module],
+        norm: Norm,
     ) -> nn.Sequential:
         out = width * self._block.expansion
         shortcut = None
         if stride != 1 or channels != out:
-            shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride, bias=False), norm(out))
+            shortcut = nn.Sequential(_convolution(channels, out, 1, stride), norm(out))
         # As in torchvision, the first block of a dilated stage has the dilation of the previous stage.
-        blocks = [self._block(channels, width, stride, shortcut, norm_layer=norm)]
-        blocks += [self._block(out, width, dilation=dilation, norm_layer=norm) for _ in range(depth - 1)]
+        blocks = [self._block(channels, width, stride, 1, shortcut, norm)]
+        blocks += [self._block(out, width, 1, dilation, None, norm) for _ in range(depth - 1)]
         return nn.Sequential(*blocks)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -66,3 +150,8 @@ class ResNet(nn.Module):
         for stage in range(1, len(self.config.depths) + 1):
             x = self.get_submodule(f"layer{stage}")(x)
         return x
+
+
+def _convolution(channels: int, out: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    padding = dilation if size == 3 else 0
+    return nn.Conv2d(channels, out, size, stride, padding, dilation, bias=False)

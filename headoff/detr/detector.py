@@ -11,10 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from headoff.attention import Attention, resolve_attention
-from headoff.detr.backbone import ResNet
+from headoff.detr.backbone import FrozenBatchNorm2d, ResNet
 from headoff.detr.config import DetrConfig
 from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import SharingPlan, sharing_plan
@@ -116,7 +115,12 @@ class Detector(nn.Module):
         self.input_projection = nn.Conv2d(self.backbone.channels, config.width, 1)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.query_embedding = nn.Embedding(config.queries, config.width)
+        # As `nn.Embedding` draws it. On the meta device, where nothing is drawn, torch would import its compiler for
+        # that, which takes longer than a sweep.
+        queries = torch.empty(config.queries, config.width)
+        self.query_embedding = nn.Embedding.from_pretrained(queries, freeze=False)
+        if not queries.is_meta:
+            nn.init.normal_(self.query_embedding.weight)
         self.class_head = nn.Linear(config.width, config.classes + 1)
         self.box_head = BoxHead(config.width)
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torchvision.ops import box_convert
 
+from headoff.boxes import corners_of
 from headoff.detr.detector import Detector
 from headoff.errors import SettingError
 from headoff.gates import Configuration, cumulative, stack
@@ -77,8 +77,8 @@ def evaluate(
             pixel_values, _ = detector.preprocess([load_image(scene.image) for scene in drawn])
             output = decode_all(detector, detector.features(pixel_values), gates)
             scores, labels = output.logits.double().softmax(-1)[..., :-1].max(-1)
-            corners = box_convert(output.boxes.double(), "cxcywh", "xyxy") * side
-            boxes = box_convert(corners.clamp(0, side), "xyxy", "xywh")
+            corners = (corners_of(output.boxes.double()) * side).clamp(0, side)
+            boxes = torch.cat((corners[..., :2], corners[..., 2:] - corners[..., :2]), -1)
         for index, rows in enumerate(results):
             confident[index] += int((scores[index] > 0.5).sum())
             rows += _rows(start, scores[index], labels[index], boxes[index])

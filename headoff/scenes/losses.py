@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_convert
+
+from headoff.boxes import corners_of
 
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 1.0, 5.0, 2.0
 NO_OBJECT_WEIGHT = 0.1
@@ -39,7 +40,7 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
 
     torchvision only has all pairs of two lists, without batch dimensions.
     """
-    a, b = box_convert(first, "cxcywh", "xyxy"), box_convert(second, "cxcywh", "xyxy")
+    a, b = corners_of(first), corners_of(second)
     overlap = (
         (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     )
