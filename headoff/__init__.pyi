@@ -44,6 +44,7 @@ from .figures import plot_map as plot_map
 from .figures import plot_outcomes as plot_outcomes
 from .figures import plot_relevance_grid as plot_relevance_grid
 from .figures import plot_survival as plot_survival
+from .figures import plot_totals as plot_totals
 from .gates import Configuration as Configuration
 from .gates import Gates as Gates
 from .gates import HeadLayout as HeadLayout
@@ -77,5 +78,7 @@ from .scenes.samples import sample_image as sample_image
 from .scenes.samples import sample_images as sample_images
 from .sweeps import SweepResult as SweepResult
 from .sweeps import sweep as sweep
+from .totals import Totals as Totals
+from .totals import total as total
 
 __version__: str

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from headoff.errors import OutputError
+from headoff.errors import OutputError, error_line
 
 
 @contextmanager
@@ -35,6 +35,35 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_file(path: Path, contents: bytes | str) -> None:
+    """Write a file completely or not at all, and its folder if that does not exist.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    data = contents.encode("utf-8", "replace") if isinstance(contents, str) else contents
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(data)
+
+
+@contextmanager
+def output_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError into an OutputError that names `target`."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        reason = error_line(error)
+        if isinstance(error.filename, str) and error.filename != str(target):
+            reason += f": {error.filename!r}"
+        raise OutputError(
+            f"{str(target)!r} cannot be written ({reason}): choose another place, or free space and permissions there"
+        ) from error
 
 
 _locked: set[Path] = set()

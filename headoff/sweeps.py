@@ -6,14 +6,15 @@ configurations as one batch, in which configurations share layers where their ga
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from headoff.dataframes import dataframe
 from headoff.detections import Detections, detections_from
 from headoff.detr.detector import Detector, DetectorOutput, Features
 from headoff.detr.graphs import DecodeGraphs
@@ -23,6 +24,9 @@ from headoff.gates import Configuration, Gates, cumulative, none_off, read_confi
 from headoff.images import ImageSource, load_image
 from headoff.outcomes import KEEP_IOU, TOUCH_IOU, ConfigurationOutcome, outcomes_of
 from headoff.wording import counted
+
+if TYPE_CHECKING:
+    import pandas
 
 MEMORY_BUDGET = 256 * 2**20
 """Default limit of decoder activations in bytes; see `configurations_at_once`."""
@@ -71,6 +75,29 @@ class SweepResult:
         """(objects, C) float32: probability of each object's class at the object's query, detected or not."""
         rows = [[outcome.query_score for outcome in one.outcomes] for one in self.outcomes]
         return torch.tensor(rows, dtype=torch.float32).reshape(len(self), len(self.baseline)).T
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row for each object under each configuration, as in objects.csv."""
+        for configuration, outcome in zip(self.configurations, self.outcomes, strict=True):
+            for found in outcome.outcomes:
+                new = found.new_label
+                yield {
+                    "configuration": configuration.name,
+                    "text": configuration.text,
+                    "object": found.object,
+                    "query": found.query,
+                    "label": found.label,
+                    "class": self.class_names[found.label],
+                    "status": found.status.value,
+                    "iou": found.iou,
+                    "score": found.score,
+                    "query_score": found.query_score,
+                    "new_class": None if new is None else self.class_names[new],
+                }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """`rows` as a DataFrame. Raises SettingError where pandas is missing."""
+        return dataframe(self.rows())
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the logits, as a dict of JSON types."""

@@ -6,14 +6,13 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headoff.cli.options import named_path, positive, ratio
 from headoff.devices import DTYPES, chosen_device, torch_dtype
 from headoff.errors import OutputError, SettingError, error_line
-from headoff.files import atomic_write
+from headoff.files import write_file
 
 if TYPE_CHECKING:
     from headoff.bench.runner import Plan
@@ -113,7 +112,9 @@ def run(settings: argparse.Namespace) -> int:
     print(page, end="")
     if settings.out:
         contents = {"bench.json": report.to_json(), "bench.csv": report.to_csv(), "bench.md": page}
-        _write({settings.out / name: content.encode() for name, content in contents.items()})
+        for name, content in contents.items():
+            write_file(settings.out / name, content)
+            print(f"written: {settings.out / name}")
     return 0
 
 
@@ -167,16 +168,3 @@ class Progress:
             file=sys.stderr,
             flush=True,
         )
-
-
-def _write(files: Mapping[Path, bytes]) -> None:
-    """Write all files atomically. Raises OutputError."""
-    for path, content in files.items():
-        try:
-            with atomic_write(path) as file:
-                file.write(content)
-        except OSError as error:
-            raise OutputError(
-                f"{path} cannot be written ({error_line(error)}): choose another folder"
-            ) from error
-        print(f"written: {path}")

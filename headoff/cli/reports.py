@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def _write_folder(
     """Write a report for each image, in separate folders. Images that cannot be read are left out."""
     failed: dict[str, str] = {}
     done: list[Path] = []
-    with tqdm(images.paths, desc="working", unit="image") as bar:
+    index = _Index(settings.out, done, failed)
+    with index, tqdm(images.paths, desc="working", unit="image") as bar:
         for image in bar:
             # The name with its suffix: street.jpg and street.png are two images.
             name = images.place(image).as_posix()
@@ -95,14 +97,41 @@ def _write_folder(
             except (ImageError, SettingError) as error:
                 failed[name] = str(error)
                 bar.write(f"headoff: error: {error}", file=sys.stderr)
-            finally:
-                if done:
-                    folder_index(settings.out, done, failures=failed)
+            index.refresh()
     if done:
         print(f"{counted(len(done), 'report')} in {settings.out}, index: {settings.out / 'index.html'}")
     if failed:
         print(f"{counted(len(failed), 'image')} left out, see above", file=sys.stderr)
     return 2 if failed else 0
+
+
+class _Index:
+    """The index of the finished reports, and of why others failed; both lists grow.
+
+    All reports are read each time it is written, so it is written when the block ends, in whatever way, and meanwhile
+    so rarely that this takes little time.
+    """
+
+    def __init__(self, folder: Path, done: list[Path], failed: dict[str, str]) -> None:
+        self.folder, self.done, self.failed = folder, done, failed
+        self.due = time.monotonic()
+
+    def refresh(self) -> None:
+        if self.done and time.monotonic() >= self.due:
+            self.write()
+
+    def write(self) -> None:
+        started = time.monotonic()
+        folder_index(self.folder, self.done, failures=self.failed)
+        ended = time.monotonic()
+        self.due = ended + max(5.0, 20 * (ended - started))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if self.done:
+            self.write()
 
 
 def _is_finished(folder: Path, provenance: Mapping[str, str]) -> bool:

@@ -13,6 +13,7 @@ The plotting functions take and return matplotlib axes. Without axes they create
     cumulative.py, bars.py, changes.py, subsets.py
     chart_axes.py    what these charts have in common
     outcome_table.py  plot_outcomes
+    totals.py     plot_totals: many images together
     sheets.py     all figures of a sweep
     colouring.py  relevance to colours
     object_views.py  explained objects: texts and boxes
@@ -29,6 +30,7 @@ from headoff.figures.relevance import plot_head_attention, plot_map, plot_releva
 from headoff.figures.relevance_sheets import relevance_figures
 from headoff.figures.sheets import SweepFigure, sweep_figures
 from headoff.figures.survival import plot_survival
+from headoff.figures.totals import plot_totals
 
 __all__ = [
     "OBJECT_COLOURS",
@@ -41,6 +43,7 @@ __all__ = [
     "plot_outcomes",
     "plot_relevance_grid",
     "plot_survival",
+    "plot_totals",
     "relevance_figures",
     "sweep_figures",
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor
 
 from headoff.choices import Pick
+from headoff.dataframes import dataframe
 from headoff.detections import Detections, class_probabilities
-from headoff.errors import OutputError, SettingError, error_line
-from headoff.files import atomic_write
+from headoff.errors import SettingError, error_line
+from headoff.files import atomic_write, output_errors
 from headoff.gates import Configuration, parse_configuration
 from headoff.relevance.rules import ZeroRows
 from headoff.wording import counted
+
+if TYPE_CHECKING:
+    import pandas
 
 FORMAT = "headoff explanation 1"
 
@@ -195,6 +200,42 @@ class Explanation:
         constant = span <= 4 * torch.finfo(maps.dtype).eps * greatest
         return ((maps - least) / span.masked_fill(constant, 1)).masked_fill(constant, 0)
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row for each map, as in relevance.csv; None where there is no value, as in the peak of no evidence."""
+        scores, values = self.scores.tolist(), self.values.tolist()
+        masses, shares = self.masses.tolist(), self.box_shares.tolist()
+        peaks, statuses = self.peaks.tolist(), self.statuses
+        for c, configuration in enumerate(self.configurations):
+            for o in range(len(self.objects)):
+                query, label = int(self.queries[c, o]), int(self.labels[c, o])
+                found = query >= 0
+                for m, layer in enumerate(self.layers):
+                    yield {
+                        "configuration": configuration.name,
+                        "text": configuration.text,
+                        "method": self.method,
+                        "target": self.target[o],
+                        "object": o,
+                        "query": query if found else None,
+                        "label": label if found else None,
+                        "class": self.objects.class_names[label] if found else None,
+                        "score": _without_nan(scores[c][o]),
+                        "value": _without_nan(values[c][o]),
+                        "layer": layer,
+                        "status": statuses[c][o][m].value,
+                        "mass": _without_nan(masses[c][o][m]),
+                        "share_in_box": _without_nan(shares[c][o][m]),
+                        "peak_x": _without_nan(peaks[c][o][m][0]),
+                        "peak_y": _without_nan(peaks[c][o][m][1]),
+                        "decoder_identity_rows": int(self.decoder_identity_rows[c, o, m]),
+                        "encoder_identity_rows": int(self.encoder_identity_rows[c, o]),
+                        "reference_differs": bool(self.reference_differs[c, o, m]),
+                    }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """`rows` as a DataFrame. Raises SettingError where pandas is missing."""
+        return dataframe(self.rows())
+
     def as_dict(self) -> dict[str, Any]:
         """Everything but the maps as JSON types; NaN becomes None."""
 
@@ -258,21 +299,16 @@ class Explanation:
         )
         if path.suffix not in (".npz", ".safetensors"):
             raise SettingError(f"{path} has no known format: end its name in .npz or .safetensors")
-        try:
-            with atomic_write(path) as file:
-                if path.suffix == ".npz":
-                    np.savez_compressed(
-                        file,
-                        allow_pickle=False,
-                        metadata=np.array(metadata),
-                        **{k: v.numpy() for k, v in tensors.items()},
-                    )
-                else:
-                    file.write(safetensors.torch.save(tensors, {"headoff": metadata}))
-        except OSError as error:
-            raise OutputError(
-                f"{path} cannot be written ({error_line(error)}): choose another path"
-            ) from error
+        with output_errors(path), atomic_write(path) as file:
+            if path.suffix == ".npz":
+                np.savez_compressed(
+                    file,
+                    allow_pickle=False,
+                    metadata=np.array(metadata),
+                    **{k: v.numpy() for k, v in tensors.items()},
+                )
+            else:
+                file.write(safetensors.torch.save(tensors, {"headoff": metadata}))
         return path
 
     def _edges(self) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
-"""The index page of a folder of images: a sentence on every image, and the link to its page."""
+"""The index of a folder of reports: a sentence on every image, the link to its page, and totals."""
 
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -7,9 +8,21 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
+from matplotlib.axes import Axes
+
 from headoff.errors import OutputError
-from headoff.report.output import FINISHED, PAGE, THUMBNAIL, write_file
+from headoff.figures.canvas import figure_of
+from headoff.figures.totals import plot_totals
+from headoff.files import output_errors
+from headoff.report.output import FINISHED, INDEX, PAGE, THUMBNAIL, replacing
 from headoff.report.page import template
+from headoff.report.tables import TOTAL_COLUMNS, csv_text, total_rows
+from headoff.totals import ImageSums, add_up
+
+TOTALS_TABLE = "totals.csv"
+TOTALS_CHART = "totals.png"
+MOST_ROWS = 60
+"""Most configurations in the table of the page."""
 
 
 def folder_index(
@@ -19,6 +32,9 @@ def folder_index(
     failures: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `folder`/index.html, which links the pages of `entries`, and return its path.
+
+    Where all entries have the same configurations, totals.csv and the chart totals.png say what became of all objects
+    together (`headoff.total`).
 
     Args:
         folder: where the page is written.
@@ -30,24 +46,57 @@ def folder_index(
         OutputError: an entry has no finished report, or the page cannot be written.
     """
     folder = Path(folder)
-    cards = [_card(folder, Path(entry)) for entry in entries]
-    html = template("folder.html").render(
-        title=folder.resolve().name or "Results", cards=cards, failures=dict(failures or {})
-    )
-    write_file(folder / PAGE, html)
+    cards, sums = [], []
+    for entry in map(Path, entries):
+        try:
+            contents = json.loads((entry / FINISHED).read_text(encoding="utf-8"))
+            cards.append(_card(folder, entry, contents))
+            sums.append(ImageSums.of(contents))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{str(entry)!r} holds no finished results (its {FINISHED} is missing or damaged): "
+                "run the sweep of that image again"
+            ) from error
+    same = len({tuple(image.names) for image in sums}) == 1
+    total = add_up(sums) if same else None
+    with output_errors(folder), replacing(folder) as new:
+        files = {
+            PAGE: template("folder.html")
+            .render(
+                title=folder.resolve().name or "Results",
+                cards=cards,
+                failures=dict(failures or {}),
+                totals=total,
+                chart=TOTALS_CHART,
+                table=TOTALS_TABLE,
+                most_rows=MOST_ROWS,
+            )
+            .encode()
+        }
+        if total is not None:
+            files[TOTALS_TABLE] = csv_text(TOTAL_COLUMNS, total_rows(total)).encode()
+            files[TOTALS_CHART] = _png(plot_totals(total))
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+        index = {"schema": "headoff.index", "files": list(files), "images": len(cards)}
+        (new / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     return folder / PAGE
 
 
-def _card(folder: Path, entry: Path) -> dict[str, Any]:
-    try:
-        sweep = json.loads((entry / FINISHED).read_text(encoding="utf-8"))
-        name, verdict = PurePath(sweep["provenance"].get("image", "")).name or entry.name, sweep["verdict"]
-        if entry.is_relative_to(folder):
-            name = (entry.relative_to(folder).parent / name).as_posix()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(
-            f"{str(entry)!r} holds no finished results (its {FINISHED} is missing or damaged): "
-            "run the sweep of that image again"
-        ) from error
+def _png(ax: Axes) -> bytes:
+    buffer = io.BytesIO()
+    figure_of(ax).savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _card(folder: Path, entry: Path, sweep: Mapping[str, Any]) -> dict[str, Any]:
+    name = PurePath(sweep["provenance"].get("image", "")).name or entry.name
+    if entry.is_relative_to(folder):
+        name = (entry.relative_to(folder).parent / name).as_posix()
     place = quote(os.path.relpath(entry, folder).replace(os.sep, "/"))
-    return {"name": name, "verdict": verdict, "page": f"{place}/{PAGE}", "thumbnail": f"{place}/{THUMBNAIL}"}
+    return {
+        "name": name,
+        "verdict": sweep["verdict"],
+        "page": f"{place}/{PAGE}",
+        "thumbnail": f"{place}/{THUMBNAIL}",
+    }

@@ -18,12 +18,12 @@ from typing import Literal
 
 from PIL import Image
 
-from headoff.errors import OutputError, SettingError, error_line
+from headoff.errors import SettingError
 from headoff.figures import sweep_figures
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance_sheets import relevance_figures
-from headoff.files import atomic_write, lock
+from headoff.files import lock, output_errors, write_file
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
 from headoff.report.page import render_page
@@ -42,7 +42,8 @@ from headoff.sweeps import SweepResult
 FINISHED = "sweep.json"
 PAGE = "index.html"
 THUMBNAIL = "thumbnail.webp"
-TOTALS = "totals.csv"
+INDEX = "headoff-index.json"
+"""In a folder with the index of several reports."""
 _UNFINISHED = ".unfinished.json"
 """The files of both reports while one replaces the other, for the next run if this one is killed meanwhile."""
 
@@ -96,7 +97,7 @@ def write_report(
         path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
         written.append(file)
 
-    with _output_errors(folder), lock(folder), _replacing(folder) as new:
+    with output_errors(folder), lock(folder), replacing(folder) as new:
         write("detections.csv", csv_text(DETECTION_COLUMNS, detection_rows(result, name)))
         write("objects.csv", csv_text(OBJECT_COLUMNS, object_rows(result, name)))
         if explanation is not None:
@@ -136,25 +137,12 @@ def is_finished(folder: str | os.PathLike[str]) -> bool:
 
 def has_results(folder: Path) -> bool:
     """Whether headoff has written `folder`: a report, or the index of several."""
-    return is_finished(folder) or (folder / TOTALS).is_file()
-
-
-def write_file(path: Path, contents: bytes | str) -> None:
-    """Write a file atomically, and its folder if that does not exist.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    data = contents.encode() if isinstance(contents, str) else contents
-    with _output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(data)
+    return is_finished(folder) or (folder / INDEX).is_file()
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder, whose files replace those of the report in `folder` when the block ends without an error."""
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder, whose files replace the report or index in `folder` when the block ends without an error."""
     folder.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_process in folder.glob(".new-*"):
         shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
@@ -166,7 +154,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
         if earlier:
             write_file(folder / _UNFINISHED, json.dumps({"files": sorted(earlier.union(files))}))
         remove_report(folder)
-        for file in sorted(files, key=FINISHED.__eq__):
+        for file in sorted(files, key=(FINISHED, INDEX).__contains__):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (new / file).replace(folder / file)
         (folder / _UNFINISHED).unlink(missing_ok=True)
@@ -175,34 +163,17 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 
 def remove_report(folder: Path) -> None:
-    """Remove the files of the report in `folder`; others stay."""
+    """Remove the files of the report or index in `folder`; others stay."""
     files = _files_of_report(folder)
     (folder / FINISHED).unlink(missing_ok=True)
     for file in sorted(files - {_UNFINISHED}):
         (folder / file).unlink(missing_ok=True)
 
 
-@contextmanager
-def _output_errors(target: Path) -> Iterator[None]:
-    """Turn an OSError into an OutputError that names `target`."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except OSError as error:
-        reason = error_line(error)
-        if isinstance(error.filename, str) and error.filename != str(target):
-            reason += f": {error.filename!r}"
-        raise OutputError(
-            f"cannot write results to {str(target)!r} ({reason}):"
-            " choose another output folder, or free space and permissions there"
-        ) from error
-
-
 def _files_of_report(folder: Path) -> set[str]:
-    """What the report in `folder` consists of, as its sweep.json says; only names that stay within the folder."""
+    """What the report or index in `folder` consists of, as its JSON says; only names that stay within the folder."""
     files: list[object] = []
-    for name in (FINISHED, _UNFINISHED):
+    for name in (FINISHED, INDEX, _UNFINISHED):
         try:
             listed = json.loads((folder / name).read_text())["files"]
         except (OSError, ValueError, KeyError, TypeError):

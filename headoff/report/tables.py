@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from headoff.outcomes import ConfigurationOutcome
+from headoff.outcomes import ConfigurationOutcome, Status
 from headoff.relevance.explanations import Explanation
 from headoff.report.evidence import headline
 from headoff.sweeps import SweepResult
+from headoff.totals import Totals
 
 SCHEMA_VERSION = 2
 """Version of sweep.json. It changes when a key is renamed or removed or gets another meaning, not when one is added."""
@@ -28,6 +29,11 @@ RELEVANCE_COLUMNS = (
     *("object", "query", "label", "class", "score", "value"),
     *("layer", "status", "mass", "share_in_box", "peak_x", "peak_y"),
     *("decoder_identity_rows", "encoder_identity_rows", "reference_differs"),
+)
+TOTAL_COLUMNS = (
+    *("configuration", "text", "images", "objects"),
+    *(status.value for status in Status),
+    *("unmatched", "survival", "low", "high"),
 )
 Row = dict[str, str | int]
 
@@ -57,56 +63,19 @@ def detection_rows(result: SweepResult, image: str = "") -> Iterator[Row]:
 
 def object_rows(result: SweepResult, image: str = "") -> Iterator[Row]:
     """One row for each object under each configuration."""
-    for configuration, outcome in zip(result.configurations, result.outcomes, strict=True):
-        for found in outcome.outcomes:
-            yield {
-                "image": image,
-                "configuration": configuration.name,
-                "text": configuration.text,
-                "object": found.object,
-                "query": found.query,
-                "label": found.label,
-                "class": result.class_names[found.label],
-                "status": found.status.value,
-                "iou": f"{found.iou:.6g}",
-                "score": f"{found.score:.6g}",
-                "query_score": f"{found.query_score:.6g}",
-                "new_class": "" if found.new_label is None else result.class_names[found.new_label],
-            }
+    for row in result.rows():
+        yield {"image": image, **_cells(row)}
 
 
 def relevance_rows(explanation: Explanation, image: str = "") -> Iterator[Row]:
     """One row for each map. Values that do not exist are empty, such as the peak of a map without evidence."""
-    scores, values = explanation.scores.tolist(), explanation.values.tolist()
-    masses, shares = explanation.masses.tolist(), explanation.box_shares.tolist()
-    peaks = explanation.peaks.tolist()
-    statuses = explanation.statuses
-    for c, configuration in enumerate(explanation.configurations):
-        for o in range(len(explanation.objects)):
-            query, label = int(explanation.queries[c, o]), int(explanation.labels[c, o])
-            for m, layer in enumerate(explanation.layers):
-                yield {
-                    "image": image,
-                    "configuration": configuration.name,
-                    "text": configuration.text,
-                    "method": explanation.method,
-                    "target": explanation.target[o],
-                    "object": o,
-                    "query": query if query >= 0 else "",
-                    "label": label if query >= 0 else "",
-                    "class": explanation.objects.class_names[label] if query >= 0 else "",
-                    "score": _number(scores[c][o]),
-                    "value": _number(values[c][o]),
-                    "layer": layer,
-                    "status": statuses[c][o][m].value,
-                    "mass": _number(masses[c][o][m]),
-                    "share_in_box": _number(shares[c][o][m]),
-                    "peak_x": _number(peaks[c][o][m][0]),
-                    "peak_y": _number(peaks[c][o][m][1]),
-                    "decoder_identity_rows": int(explanation.decoder_identity_rows[c, o, m]),
-                    "encoder_identity_rows": int(explanation.encoder_identity_rows[c, o]),
-                    "reference_differs": int(explanation.reference_differs[c, o, m]),
-                }
+    for row in explanation.rows():
+        yield {"image": image, **_cells(row)}
+
+
+def total_rows(totals: Totals) -> Iterator[Row]:
+    """One row for each configuration."""
+    return map(_cells, totals.rows())
 
 
 def object_assignments(outcome: ConfigurationOutcome) -> dict[int, tuple[int, str]]:
@@ -147,5 +116,15 @@ def sweep_json(
     return json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}"
+def _cells(row: Mapping[str, Any]) -> Row:
+    """Values as CSV has them: six digits, and nothing where there is no value."""
+    return {
+        name: ("" if math.isnan(value) else f"{value:.6g}")
+        if isinstance(value, float)
+        else ""
+        if value is None
+        else int(value)
+        if isinstance(value, bool)
+        else value
+        for name, value in row.items()
+    }

@@ -1,4 +1,4 @@
-"""Reading tensors from untrusted files, and writing checkpoints atomically.
+"""Reading tensors from untrusted files.
 
 Nothing in a checkpoint is ever executed. Pickles are read with torch's restricted unpickler, which allows tensors,
 plain containers and, here, `argparse.Namespace` (DETR's training settings).
@@ -20,8 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from headoff.errors import CheckpointError, OutputError, error_line
-from headoff.files import atomic_write
+from headoff.errors import CheckpointError, error_line
 
 _WEIGHTS_KEYS = ("model", "state_dict", "model_state_dict")
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
@@ -167,19 +166,3 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{str(path)!r} holds a JSON {type(values).__name__} and not an object; check it"
         )
     return values
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically, and its folder if that is missing.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise OutputError(
-            f"{str(path)!r} cannot be written ({error_line(error)}); check the folder and the free space"
-        ) from error

@@ -15,10 +15,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from headoff.detr.checkpoints.files import TensorFile, write_bytes
+from headoff.detr.checkpoints.files import TensorFile
 from headoff.detr.config import DetrConfig
 from headoff.detr.detector import Detector
 from headoff.errors import CheckpointError, SettingError
+from headoff.files import write_file
 
 FORMAT = "headoff"
 VERSION = 1
@@ -53,7 +54,7 @@ def save_native(detector: Detector, path: str | os.PathLike[str], dtype: torch.d
         "config": json.dumps(detector.config.as_dict()),
         "class_names": json.dumps(list(detector.class_names), ensure_ascii=False),
     }
-    write_bytes(Path(path), _with_sorted_metadata(safetensors.torch.save(tensors, metadata)))
+    write_file(Path(path), _with_sorted_metadata(safetensors.torch.save(tensors, metadata)))
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from headoff.errors import OutputError, SettingError
-from headoff.files import atomic_write
+from headoff.files import write_file
 from headoff.harness.report.document import FORMAT, Document, validate
 from headoff.harness.report.html import render
 from headoff.harness.report.markdown import summary
@@ -72,26 +72,15 @@ def render_file(json_path: str | os.PathLike[str], path: str | os.PathLike[str])
         text = renderer(document)
     except SettingError as error:
         raise SettingError(f"{str(source)!r}: {error}") from error
-    _write(target, text)
+    write_file(target, text)
     return target
 
 
 def write_report(document: Mapping[str, Any], path: Path) -> None:
     """Write the JSON of a verification and, where `path` ends in .html, the page. Raises OutputError."""
-    _write(path.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False))
+    write_file(path.with_suffix(".json"), json.dumps(document, indent=1, allow_nan=False))
     if path.suffix == ".html":
-        _write(path, render(document))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with atomic_write(path) as file:
-            file.write(text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise OutputError(
-            f"the report cannot be written to {str(path)!r} ({error.strerror}): choose another place, or free space "
-            "and permissions there"
-        ) from error
+        write_file(path, render(document))
 
 
 def remove_earlier_report(path: Path) -> None:
