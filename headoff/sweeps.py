@@ -99,6 +99,17 @@ class SweepResult:
         """`rows` as a DataFrame. Raises SettingError where pandas is missing."""
         return dataframe(self.rows())
 
+    # Notebooks ask a result for its pictures, which are drawn by what else depends on this module.
+    def _repr_html_(self) -> str:
+        from headoff.figures.notebook import sweep_html
+
+        return sweep_html(self)
+
+    def _repr_png_(self) -> bytes:
+        from headoff.figures.notebook import sweep_png
+
+        return sweep_png(self)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything but the logits, as a dict of JSON types."""
         return {

@@ -20,6 +20,7 @@ The plotting functions take and return matplotlib axes. Without axes they create
     tiles.py      the parts of grids of maps
     relevance.py  plot_map, plot_relevance_grid, plot_head_attention
     relevance_sheets.py  all figures of an explanation
+    notebook.py   results as notebooks show them
 """
 
 from headoff.figures.colouring import MapStyle

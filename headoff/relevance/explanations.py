@@ -236,6 +236,17 @@ class Explanation:
         """`rows` as a DataFrame. Raises SettingError where pandas is missing."""
         return dataframe(self.rows())
 
+    # Notebooks ask a result for its pictures, which are drawn by what else depends on this module.
+    def _repr_html_(self) -> str:
+        from headoff.figures.notebook import explanation_html
+
+        return explanation_html(self)
+
+    def _repr_png_(self) -> bytes:
+        from headoff.figures.notebook import explanation_png
+
+        return explanation_png(self)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything but the maps as JSON types; NaN becomes None."""
 
