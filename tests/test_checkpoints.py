@@ -21,6 +21,7 @@ from torch import nn
 
 from headoff.detr import BackboneConfig, Detector, DetrConfig
 from headoff.detr.checkpoints import COCO_CLASSES, ORIGINALS, load, save_native
+from headoff.detr.checkpoints.layouts import HUGGING_FACE, ORIGINAL
 from headoff.errors import CheckpointError, OutputError, SettingError
 from headoff.images import Preprocessing
 
@@ -458,6 +459,63 @@ def test_folders(tmp_path):
     assert_same_weights(load(str(tmp_path)), detector(pre_norm=True))
 
 
+def hugging_face(**changes):
+    """A detector's tensors under Hugging Face's names, and its configuration."""
+    tensors = detector(**changes).state_dict()
+    return {HUGGING_FACE.name_of(name, ()): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_a_checkpoint_of_several_files_is_read_by_its_index(kind, tmp_path):
+    tensors = hugging_face()
+    stem, suffix = kind.split(".")
+    shards = [f"{stem}-{number:05}-of-00002.{suffix}" for number in (1, 2)]
+    places = {name: shards[number % 2] for number, name in enumerate(tensors)}
+    write = safetensors.torch.save_file if suffix == "safetensors" else torch.save
+    for shard in shards:
+        write({name: tensors[name] for name, place in places.items() if place == shard}, tmp_path / shard)
+    (tmp_path / "config.json").write_text("{}")
+    index = tmp_path / f"{kind}.index.json"
+
+    def indexed(changes):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": places | changes}))
+
+    indexed({})
+    for source in (tmp_path, index):
+        assert_same_weights(load(source), detector())
+    assert f"one of 2 files of a checkpoint; give their folder, or {kind}.index.json" in message_of(
+        tmp_path / shards[0]
+    )
+    first = next(iter(places))
+    for elsewhere in ("../secret.bin", "/etc/passwd", "..", "a\\b.bin"):
+        indexed({first: elsewhere})
+        message = message_of(tmp_path)
+        assert "outside its folder" in message and repr(elsewhere) in message
+    indexed({first: "gone.bin"})
+    assert "names 'gone.bin', which is missing" in message_of(tmp_path)
+    indexed({first: places[list(places)[1]]})
+    assert f"lacks {first}, which {kind}.index.json says it has" in message_of(tmp_path)
+    for content in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}'):
+        index.write_text(content)
+        assert "has no weight_map" in message_of(tmp_path)
+    index.write_text("[")
+    assert "cannot be read as JSON" in message_of(tmp_path)
+
+
+def test_names_of_both_layouts_and_back():
+    names = [*detector().state_dict(), *detector(pre_norm=True, backbone=BOTTLENECK).state_dict()]
+    assert {ORIGINAL.name_of(name, ()) for name in detector().state_dict()} == original().keys()
+    newer = ("x.o_proj.weight", "x.mlp.fc1.weight", "model.backbone.model.x")
+    for known in ((), ("x.out_proj.weight", "x.fc1.weight"), newer):
+        for name in names:
+            assert HUGGING_FACE.rename(HUGGING_FACE.name_of(name, known)) == name
+    output = "encoder.layers.0.self_attention.output.weight"
+    assert HUGGING_FACE.name_of(output, newer) == "model.encoder.layers.0.self_attn.o_proj.weight"
+    expand = "decoder.layers.1.feedforward.expand.bias"
+    assert HUGGING_FACE.name_of(expand, newer) == "model.decoder.layers.1.mlp.fc1.bias"
+    assert HUGGING_FACE.name_of("backbone.conv1.weight", newer) == "model.backbone.model.conv1.weight"
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in its file system")
 def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
@@ -494,11 +552,20 @@ def saved_with(tmp_path, **changed):
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"class_embed.weight": None}, "class_head.weight"),
+        ({"class_embed.weight": None}, "lacks class_embed.weight"),
+        (
+            {
+                f"transformer.decoder.layers.1.multihead_attn.in_proj_{part}": None
+                for part in ("weight", "bias")
+            },
+            "2 tensors are missing (transformer.decoder.layers.1.multihead_attn.in_proj_weight, "
+            "transformer.decoder.layers.1.multihead_attn.in_proj_bias)",
+        ),
+        ({"bbox_embed.layers.2.bias": None}, "1 tensor is missing (bbox_embed.layers.2.bias)"),
         ({"class_embed.bias": None, "bbox_embed.layers.1.bias": None}, "2 tensors are missing"),
         ({"query_embed.weight": None}, "no DETR"),
         ({"backbone.0.body.layer2.0.conv1.weight": None}, "layer2.0.conv1"),
-        ({"extra.weight": torch.ones(1)}, "1 tensors are unexpected (extra.weight)"),
+        ({"extra.weight": torch.ones(1)}, "1 tensor is unexpected (extra.weight)"),
         ({f"extra{i}": torch.ones(1) for i in range(9)}, "9 tensors are unexpected"),
         ({"class_embed.bias": torch.ones(7)}, "class_embed.bias has shape (7,) where (5,)"),
         ({"query_embed.weight": torch.ones(5)}, "dimensions"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from headoff.detr.config import BackboneConfig, DetrConfig
 from headoff.detr.detector import Detector
 from headoff.errors import CheckpointError
 from headoff.images import Preprocessing
+from headoff.wording import counted
 
 DEFAULT_HEADS = 8
 _SHOWN = 3
@@ -42,27 +43,35 @@ class Hints:
         return replace(defaults, **{name: value for name, value in vars(self).items() if value is not None})
 
 
-def infer_config(tensors: Mapping[str, Tensor], hints: Hints) -> DetrConfig:
+NameInFile = Callable[[str], str]
+"""From headoff's name of a tensor to its name in the checkpoint file, for messages."""
+
+
+def infer_config(tensors: Mapping[str, Tensor], hints: Hints, name_in_file: NameInFile = str) -> DetrConfig:
     """The sizes of a detector, from the shapes of its tensors (named as in `Detector.state_dict`).
 
     Raises:
         CheckpointError: a tensor that determines a size is missing or has the wrong number of dimensions.
     """
-    queries, width = _shape(tensors, "query_embedding.weight", 2)
+
+    def shape(name: str, dimensions: int) -> torch.Size:
+        return _shape(tensors, name, dimensions, name_in_file(name))
+
+    queries, width = shape("query_embedding.weight", 2)
     if hints.heads is None and width % DEFAULT_HEADS:
         raise CheckpointError(
             f"a width of {width} cannot be split into {DEFAULT_HEADS} heads, and the file does not say how many there "
             "are; give heads= (--heads-per-layer)"
         )
     config = DetrConfig(
-        backbone=_infer_backbone(tensors, bool(hints.dilated)),
+        backbone=_infer_backbone(tensors, bool(hints.dilated), shape),
         width=width,
         heads=DEFAULT_HEADS if hints.heads is None else hints.heads,
         encoder_layers=_count(tensors, r"encoder\.layers\.(\d+)\."),
         decoder_layers=_count(tensors, r"decoder\.layers\.(\d+)\."),
-        feedforward=_shape(tensors, "decoder.layers.0.feedforward.expand.weight", 2)[0],
+        feedforward=shape("decoder.layers.0.feedforward.expand.weight", 2)[0],
         queries=queries,
-        classes=_shape(tensors, "class_head.weight", 2)[0] - 1,
+        classes=shape("class_head.weight", 2)[0] - 1,
         # Only pre-norm encoders end with a norm.
         pre_norm="encoder.norm.weight" in tensors,
     )
@@ -72,7 +81,9 @@ def infer_config(tensors: Mapping[str, Tensor], hints: Hints) -> DetrConfig:
     return replace(config, preprocessing=preprocessing)
 
 
-def _infer_backbone(tensors: Mapping[str, Tensor], dilated: bool) -> BackboneConfig:
+def _infer_backbone(
+    tensors: Mapping[str, Tensor], dilated: bool, shape: Callable[[str, int], torch.Size]
+) -> BackboneConfig:
     stages = range(1, _count(tensors, r"backbone\.layer(\d+)\.", start=1) + 1)
     if not stages:
         raise CheckpointError(
@@ -81,19 +92,19 @@ def _infer_backbone(tensors: Mapping[str, Tensor], dilated: bool) -> BackboneCon
     return BackboneConfig(
         block="bottleneck" if "backbone.layer1.0.conv3.weight" in tensors else "basic",
         depths=tuple(_count(tensors, rf"backbone\.layer{stage}\.(\d+)\.") for stage in stages),
-        widths=tuple(_shape(tensors, f"backbone.layer{stage}.0.conv1.weight", 4)[0] for stage in stages),
-        stem=_shape(tensors, "backbone.conv1.weight", 4)[0],
+        widths=tuple(shape(f"backbone.layer{stage}.0.conv1.weight", 4)[0] for stage in stages),
+        stem=shape("backbone.conv1.weight", 4)[0],
         dilate_last=dilated,
     )
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> torch.Size:
+def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int, label: str) -> torch.Size:
     if name not in tensors:
-        raise CheckpointError(f"the checkpoint lacks {name}; it is incomplete or of another architecture")
+        raise CheckpointError(f"the checkpoint lacks {label}; it is incomplete or of another architecture")
     shape = tensors[name].shape
     if len(shape) != dimensions or not all(shape):
         raise CheckpointError(
-            f"{name} has shape {tuple(shape)} where {dimensions} dimensions are needed; "
+            f"{label} has shape {tuple(shape)} where {dimensions} dimensions are needed; "
             "the checkpoint is of another architecture"
         )
     return shape
@@ -116,7 +127,7 @@ def assemble(
     attention: Attention | str,
     device: torch.device | str,
     dtype: torch.dtype,
-    source_names: Mapping[str, str] | None = None,
+    name_in_file: NameInFile = str,
 ) -> Detector:
     """A detector in eval mode, with copies of `tensors` as its frozen weights.
 
@@ -127,23 +138,22 @@ def assemble(
         attention: the attention callable or its name.
         device: the device of the weights.
         dtype: the dtype of the weights.
-        source_names: names of the tensors in the checkpoint file, by headoff's names, for messages.
+        name_in_file: for messages.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, of a wrong shape or not floating point, or a weight is
             NaN or infinite, or becomes infinite in `dtype`.
         AttentionError: the attention cannot be found or called.
     """
-    source_names = source_names or {}
     # Before `torch.device("meta")`: this may import a user's file, whose tensors belong on a real device.
     attention = resolve_attention(attention)
     with torch.device("meta"):
         detector = Detector(config, class_names, attention=attention)
     expected = detector.state_dict()
-    _check_names(expected, tensors, source_names)
+    _check_names(expected, tensors, name_in_file)
     weights = {}
     for name, parameter in expected.items():
-        tensor, label = tensors[name], source_names.get(name, name)
+        tensor, label = tensors[name], name_in_file(name)
         if tensor.shape != parameter.shape:
             raise CheckpointError(
                 f"{label} has shape {tuple(tensor.shape)} where {tuple(parameter.shape)} is needed; "
@@ -162,12 +172,13 @@ def assemble(
 
 
 def _check_names(
-    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source_names: Mapping[str, str]
+    expected: Mapping[str, Tensor], given: Mapping[str, Tensor], name_in_file: NameInFile
 ) -> None:
-    missing = [name for name in expected if name not in given]
-    unexpected = [source_names.get(name, name) for name in given if name not in expected]
+    # A joint projection is one tensor of the file and three of the detector.
+    missing = list(dict.fromkeys(name_in_file(name) for name in expected if name not in given))
+    unexpected = list(dict.fromkeys(name_in_file(name) for name in given if name not in expected))
     problems = [
-        f"{len(names)} tensors are {what} ({', '.join(names[:_SHOWN])}{', ...' * (len(names) > _SHOWN)})"
+        f"{counted(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'} {what} ({_some(names)})"
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
@@ -175,6 +186,10 @@ def _check_names(
         raise CheckpointError(
             f"the checkpoint is not a complete DETR: {' and '.join(problems)}; give one of DETR's architecture"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
 
 
 def _not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> str:

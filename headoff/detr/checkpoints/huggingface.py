@@ -12,6 +12,7 @@ from headoff.detr.checkpoints.download import NotOnServer, download
 from headoff.detr.checkpoints.files import read_json, read_tensors
 from headoff.detr.checkpoints.fitting import Hints
 from headoff.detr.checkpoints.published import cache_folder
+from headoff.detr.checkpoints.shards import INDEX_SUFFIX
 from headoff.errors import CheckpointError, DownloadError, SettingError
 from headoff.images import Preprocessing
 
@@ -19,6 +20,7 @@ HUB_URL = "https://huggingface.co"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
+_FILES = tuple(f"{name}{suffix}" for name in WEIGHTS for suffix in ("", INDEX_SUFFIX))
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MODEL_TYPES = ("detr", "table-transformer")
@@ -30,8 +32,8 @@ def is_repository(name: str) -> bool:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The weights file in a checkpoint folder; None if there is none."""
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    """The weights file in a checkpoint folder, or the index of several; None if there is neither."""
+    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
 
 
 def hub_checkpoint(repository: str, *, url: str | None = None, folder: Path | None = None) -> Path:

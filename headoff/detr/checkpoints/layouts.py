@@ -12,7 +12,7 @@ Where the detector is a part of a larger model (segmentation models have it unde
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,12 +29,16 @@ class Layout:
     Attributes:
         name: for messages.
         anchor: a tensor name that every checkpoint of this layout has, possibly after a prefix.
-        rules: (pattern, replacement) pairs for `re.sub`, applied in this order.
+        rules: (pattern, replacement) pairs for `re.sub`, applied in this order: from its names to headoff's.
+        inverse: such rules from headoff's names to its names, for messages.
+        spellings: (spelling of `inverse`, other spelling) of parts of names that differ between versions.
     """
 
     name: str
     anchor: str
     rules: tuple[Rule, ...]
+    inverse: tuple[Rule, ...]
+    spellings: tuple[tuple[str, str], ...] = ()
 
     def prefix_in(self, names: Iterable[str]) -> str | None:
         """The prefix of the anchor among these names; None if the anchor is not among them."""
@@ -43,14 +47,33 @@ class Layout:
 
     def rename(self, name: str) -> str:
         """headoff's name of a tensor; a name that no rule matches is returned unchanged."""
-        for pattern, replacement in self.rules:
-            name = re.sub(pattern, replacement, name)
+        return _apply(self.rules, name)
+
+    def name_of(self, name: str, known: Collection[str]) -> str:
+        """The layout's name of a tensor of headoff's, spelled as the `known` names of the same file are."""
+        name = _apply(self.inverse, name)
+        for usual, other in self.spellings:
+            # One spelling may be part of the other.
+            if any(other in one for one in known) and not any(
+                usual in one.replace(other, "") for one in known
+            ):
+                name = name.replace(usual, other)
         return name
+
+
+def _apply(rules: Iterable[Rule], name: str) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _box_head(found: re.Match[str]) -> str:
     # In headoff a ReLU, which has no weights, stands between the linear layers.
     return f"box_head.{2 * int(found[1])}."
+
+
+def _box_layer(found: re.Match[str]) -> str:
+    return f"layers.{int(found[1]) // 2}."
 
 
 ORIGINAL = Layout(
@@ -72,6 +95,24 @@ ORIGINAL = Layout(
         (r"^(encoder\..*)\.norm2\.", r"\1.feedforward_residual.norm."),
         (r"^(decoder\..*)\.norm2\.", r"\1.cross_residual.norm."),
         (r"\.norm3\.", ".feedforward_residual.norm."),
+    ),
+    inverse=(
+        (r"^backbone\.", "backbone.0.body."),
+        (r"^input_projection\.", "input_proj."),
+        (r"^query_embedding\.", "query_embed."),
+        (r"^class_head\.", "class_embed."),
+        (r"^box_head\.(\d+)\.", lambda m: f"bbox_embed.{_box_layer(m)}"),
+        (r"^(encoder|decoder)\.", r"transformer.\1."),
+        (r"\.self_attention\.", ".self_attn."),
+        (r"\.cross_attention\.", ".multihead_attn."),
+        (r"_attn\.(?:query|key|value)\.", "_attn.in_proj_"),
+        (r"_attn\.output\.", "_attn.out_proj."),
+        (r"\.feedforward\.expand\.", ".linear1."),
+        (r"\.feedforward\.contract\.", ".linear2."),
+        (r"\.self_residual\.norm\.", ".norm1."),
+        (r"\.cross_residual\.norm\.", ".norm2."),
+        (r"(\.encoder\..*)\.feedforward_residual\.norm\.", r"\1.norm2."),
+        (r"\.feedforward_residual\.norm\.", ".norm3."),
     ),
 )
 
@@ -104,6 +145,28 @@ HUGGING_FACE = Layout(
         (r"\.encoder_attn_layer_norm\.", ".cross_residual.norm."),
         (r"\.final_layer_norm\.", ".feedforward_residual.norm."),
         (r"^(encoder|decoder)\.layernorm\.", r"\1.norm."),
+    ),
+    inverse=(
+        (r"^backbone\.", "model.backbone.conv_encoder.model."),
+        (r"^(input_projection|encoder|decoder)\.", r"model.\1."),
+        (r"^query_embedding\.", "model.query_position_embeddings."),
+        (r"^class_head\.", "class_labels_classifier."),
+        (r"^box_head\.(\d+)\.", lambda m: f"bbox_predictor.{_box_layer(m)}"),
+        (r"\.self_attention\.", ".self_attn."),
+        (r"\.cross_attention\.", ".encoder_attn."),
+        (r"_attn\.(query|key|value)\.", lambda m: f"_attn.{m[1][0]}_proj."),
+        (r"_attn\.output\.", "_attn.out_proj."),
+        (r"\.feedforward\.expand\.", ".fc1."),
+        (r"\.feedforward\.contract\.", ".fc2."),
+        (r"\.self_residual\.norm\.", ".self_attn_layer_norm."),
+        (r"\.cross_residual\.norm\.", ".encoder_attn_layer_norm."),
+        (r"\.feedforward_residual\.norm\.", ".final_layer_norm."),
+        (r"^model\.(encoder|decoder)\.norm\.", r"model.\1.layernorm."),
+    ),
+    spellings=(
+        (".out_proj.", ".o_proj."),
+        (".fc", ".mlp.fc"),
+        ("model.backbone.conv_encoder.model.", "model.backbone.model."),
     ),
 )
 
@@ -152,12 +215,14 @@ def detect_layout(names: Iterable[str]) -> Layout:
     )
 
 
-def translate(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], dict[str, str]]:
+def translate(
+    tensors: Mapping[str, Tensor], layout: Layout
+) -> tuple[dict[str, Tensor], Callable[[str], str]]:
     """Rename tensors to headoff's names, and split joint projections.
 
     Returns:
-        The tensors by headoff's names (views, not copies), and their names in `tensors`, for messages. Names
-        that no rule matches are unchanged.
+        The tensors by headoff's names (views, not copies), and a function from headoff's name of a tensor to that in
+        `tensors`, or to what it would be there, for messages. Names that no rule matches are unchanged.
 
     Raises:
         CheckpointError: two tensors get the same name, or a joint projection cannot be split in three.
@@ -176,7 +241,7 @@ def translate(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, 
                     "the checkpoint mixes layouts; give one in a single layout"
                 )
             renamed[name], sources[name] = part, source
-    return renamed, sources
+    return renamed, lambda name: sources.get(name) or prefix + layout.name_of(name, tensors)
 
 
 def _split(name: str, tensor: Tensor, source: str) -> list[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ import torch
 
 from headoff.attention import AUTO, Attention
 from headoff.detr.checkpoints.coco import COCO_CLASSES
-from headoff.detr.checkpoints.files import TensorFile, read_tensors
+from headoff.detr.checkpoints.files import TensorFile
 from headoff.detr.checkpoints.fitting import Hints, assemble, infer_config
 from headoff.detr.checkpoints.huggingface import (
     WEIGHTS,
@@ -26,6 +26,7 @@ from headoff.detr.checkpoints.huggingface import (
 from headoff.detr.checkpoints.layouts import HUGGING_FACE, detect_layout, translate
 from headoff.detr.checkpoints.native import is_native, read_native
 from headoff.detr.checkpoints.published import ORIGINALS, published_checkpoint
+from headoff.detr.checkpoints.shards import read_checkpoint
 from headoff.detr.config import DetrConfig
 from headoff.detr.detector import Detector
 from headoff.devices import chosen_device, torch_dtype
@@ -58,7 +59,8 @@ def load(
             - `detr-resnet-50`, `detr-resnet-50-dc5`, `detr-resnet-101`, `detr-resnet-101-dc5`: the original
               checkpoints (Carion et al., 2020), downloaded once, see `headoff.detr.checkpoints.cache_folder`;
             - a file: `.pth` of the original code, `.bin` or `.safetensors` of Hugging Face, or saved by headoff;
-            - a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`;
+            - a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, in one file or in several
+              with an index;
             - `owner/name`: a repository of the Hugging Face hub, unless there is a folder of that path.
 
             A model's name takes precedence over a file of that name: write `./scenes` for the file.
@@ -159,7 +161,7 @@ def _not_found_message(source: str, path: Path) -> str:
 def _from_file(
     path: Path, overrides: Hints, attention: Attention | str, device: torch.device | str, dtype: torch.dtype
 ) -> Detector:
-    file = read_tensors(path)
+    file = read_checkpoint(path)
     placement: dict[str, Any] = {"attention": attention, "device": device, "dtype": dtype}
     read = _from_native if is_native(file) else _from_published
     try:
@@ -184,15 +186,15 @@ def _from_native(file: TensorFile, overrides: Hints, placement: Mapping[str, Any
 
 def _from_published(file: TensorFile, overrides: Hints, placement: Mapping[str, Any]) -> Detector:
     layout = detect_layout(file.tensors)
-    tensors, source_names = translate(file.tensors, layout)
+    tensors, name_in_file = translate(file.tensors, layout)
     stored = hints_from_folder(file.path) if layout is HUGGING_FACE else _hints_from_training(file.settings)
     hints = overrides.with_defaults(stored)
     by_name = _name_contains_dc5(file.path)
-    config = infer_config(tensors, hints.with_defaults(Hints(dilated=by_name)))
+    config = infer_config(tensors, hints.with_defaults(Hints(dilated=by_name)), name_in_file)
     class_names = hints.class_names
     if overrides.class_names is None and (class_names is None or len(class_names) != config.classes):
         class_names = COCO_CLASSES if config.classes == len(COCO_CLASSES) else None
-    detector = assemble(config, tensors, class_names, **placement, source_names=source_names)
+    detector = assemble(config, tensors, class_names, **placement, name_in_file=name_in_file)
     is_original = file.path.name in ORIGINALS.values()
     if hints.heads is None and not is_original and not _has_published_sizes(config):
         detector.assumptions += (
