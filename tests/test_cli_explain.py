@@ -48,7 +48,7 @@ def test_explain_writes_maps_pictures_and_numbers(capsys, tmp_path, objects):
         assert f"{detection.query}" in printed and detection.class_name in printed
         assert (out / f"figures/heads-00-none-off-query-{detection.query}.png").is_file()
     assert (out / "figures/relevance-00-none-off.png").stat().st_size > 10_000
-    assert "attention of head 7" in (out / "index.html").read_text()
+    assert "attention, head 7" in (out / "index.html").read_text()
     # What lay in between is gone.
     assert not [path for path in out.rglob("*") if ".part" in path.name]
 

@@ -21,7 +21,7 @@ from sweep_examples import crowd, example, scene_example
 import headoff
 from headoff.errors import SettingError
 from headoff.figures import relevance_figures
-from headoff.figures.colouring import OPACITY, MapStyle, coloured
+from headoff.figures.colouring import OPACITY, SMOOTHING, MapStyle, coloured
 from headoff.figures.object_views import object_views
 from headoff.figures.relevance import NOTHING_TO_EXPLAIN, plot_head_attention, plot_map, plot_relevance_grid
 from headoff.relevance import load_explanation
@@ -41,7 +41,7 @@ def texts(ax):
 
 
 def map_pixels(ax):
-    """What was painted of maps: pictures with opacity."""
+    """What was painted of maps: pictures with opacity, in the order of objects, the large map and all layers."""
     arrays = [np.asarray(image.get_array()) for image in ax.images]
     return [array for array in arrays if array.shape[-1] == 4]
 
@@ -56,14 +56,23 @@ def pixels(ax):
 
 
 def test_plain_colours_are_the_colour_maps():
-    found = coloured(torch.tensor([[0.0, 1.0]]), MapStyle())
+    found = coloured(torch.tensor([[0.0, 1.0]]), MapStyle(overlay=False))
     assert found.dtype == np.uint8 and found.shape == (1, 2, 4)
     assert found[0, 0].tolist() == [8, 48, 107, 255] and found[0, 1].tolist() == [247, 251, 255, 255]
 
 
 def test_on_an_image_what_has_no_relevance_hides_nothing():
-    found = coloured(torch.tensor([[0.0, 0.25, 1.0]]), MapStyle(overlay=True))
-    assert found[0, :, 3].tolist() == [0, round(255 * OPACITY / 2), round(255 * OPACITY)]
+    found = coloured(torch.tensor([[0.0, 0.01, 0.1, 1.0]]), MapStyle())
+    least, faint, some, greatest = found[0, :, 3].tolist()
+    assert least == faint == 0 < some < greatest == round(255 * OPACITY)
+
+
+def test_a_smooth_map_has_the_values_of_its_tokens_in_their_middles():
+    found = coloured(torch.tensor([[0.0, 1.0]]), MapStyle(overlay=False, cmap="gray", smooth=True))
+    assert found.shape == (SMOOTHING, 2 * SMOOTHING, 4)
+    across = found[0, :, 0].astype(int)
+    assert (np.diff(across) >= 0).all() and across[0] == 0 and across[-1] == 255
+    assert abs(across[SMOOTHING - 1] + across[SMOOTHING] - 255) <= 1
 
 
 @pytest.mark.parametrize(
@@ -85,11 +94,11 @@ def test_any_number_of_objects(objects):
     ax = plot_relevance_grid(explanation, 0, image=np.full((192, 192, 3), 90, np.uint8))
     written = texts(ax)
     assert written[0] == "none off"
-    assert len(map_pixels(ax)) == objects * LAYERS
+    assert len(map_pixels(ax)) == objects * (1 + LAYERS)
     if objects == 0:
         assert " ".join(written[1:]) == NOTHING_TO_EXPLAIN
     for view in object_views(explanation, 0):
-        assert view.heading in written and f"query {view.query}" in written
+        assert f"{view.heading}, query {view.query}" in written
     assert written.count("layer 3") == objects
     assert pixels(ax).std() > 0
 
@@ -99,14 +108,16 @@ def test_titles_follow_the_configuration():
     written = texts(plot_relevance_grid(EXPLANATION, 5))
     assert written[0] == "first 5 off"
     for view in views:
-        assert view.heading in written and f"was {view.first_score:.2f}" in " ".join(written)
+        assert f"{view.heading}, {view.origin}" in written and f"was {view.first_score:.2f}" in " ".join(
+            written
+        )
 
 
 def test_no_evidence_is_said_and_never_drawn():
     for scale in ("map", "object", "sweep"):
         ax = plot_relevance_grid(EXPLANATION, 8, image=IMAGE, style=MapStyle(scale))
         assert map_pixels(ax) == []
-        assert texts(ax).count("no image evidence") == OBJECTS * LAYERS
+        assert " ".join(texts(ax)).replace("\n", " ").count("no image evidence") == OBJECTS * (1 + LAYERS)
 
 
 def test_a_constant_map_has_one_colour():
@@ -164,8 +175,8 @@ def test_an_object_that_is_not_found():
     maps[4, 0] = 0
     explanation = replace(EXPLANATION, queries=queries, labels=queries, maps=maps, pick="object")
     written = texts(plot_relevance_grid(explanation, 4))
-    assert written.count("not found") == LAYERS
-    assert f"{object_views(explanation, 4)[0].name} not found" in written
+    assert " ".join(written).replace("\n", " ").count("not found") == LAYERS + 2
+    assert f"{object_views(explanation, 4)[0].name} not found, was" in " ".join(written)
 
 
 @pytest.mark.parametrize("arguments", [{"configuration": 9}, {"object": 60}, {"layer": 7}])

@@ -30,7 +30,7 @@ what to switch off:
 {NOTATION}
 examples:
   headoff explain                                    the bundled model on a bundled scene
-  headoff explain street.jpg --model detr-resnet-50 --overlay
+  headoff explain street.jpg --model detr-resnet-50 --smooth
   headoff explain street.jpg --set cumulative        with none off, first 1 off, ... all heads off
   headoff explain street.jpg --off 'L5H2' --object 0 --heads
   headoff explain street.jpg --target w --layers last --cmap magma
@@ -89,16 +89,21 @@ def add_parser(commands: Any) -> None:
     style.add_argument(
         "--scale",
         choices=SCALES,
-        help="full colour is the greatest relevance of each map (default for one configuration), of each object, or of "
-        "the whole sweep (default for several)",
+        default="object",
+        help="full colour is the greatest relevance of each object (default), of the whole sweep, or of each map",
     )
     background = style.add_mutually_exclusive_group()
-    background.add_argument("--overlay", action="store_true", help="draw the maps on the image")
     background.add_argument(
-        "--plain", action="store_false", dest="overlay", help="draw the maps alone (default)"
+        "--overlay", action="store_true", default=True, help="draw the maps on the image (default)"
+    )
+    background.add_argument("--plain", action="store_false", dest="overlay", help="draw the maps alone")
+    style.add_argument(
+        "--smooth",
+        action="store_true",
+        help="interpolate between the cells of a map, which are the image tokens",
     )
     style.add_argument(
-        "--cmap", metavar="NAME", help="colour map of matplotlib (default: Blues_r, on the image inferno)"
+        "--cmap", metavar="NAME", help="colour map of matplotlib (default: inferno, with --plain Blues_r)"
     )
     parser.add_argument(
         "--maps",
@@ -120,6 +125,7 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.cli.detectors import load_detector, provenance
     from headoff.cli.relevance import RelevanceOptions, parse_layers
     from headoff.cli.reports import images_to_report, write_reports
+    from headoff.figures.colouring import MapStyle
     from headoff.images import load_image
 
     # Wrong options are reported before the weights are read.
@@ -134,9 +140,7 @@ def run(settings: argparse.Namespace) -> int:
         queries=tuple(dict.fromkeys(settings.query or ())),
         objects=tuple(dict.fromkeys(settings.object or ())),
         heads=settings.heads,
-        scale=settings.scale,
-        overlay=settings.overlay,
-        cmap=settings.cmap,
+        style=MapStyle(settings.scale, settings.overlay, settings.cmap, settings.smooth),
         maps=settings.maps,
     )
     detector = load_detector(settings)

@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image
 from tqdm import tqdm
 
-from headoff.choices import Pick, Scale
+from headoff.choices import Pick
 from headoff.detr import Detector
 from headoff.errors import SettingError
 from headoff.figures.colouring import MapStyle
@@ -27,9 +27,7 @@ class RelevanceOptions:
     Attributes:
         method, target, layers, pick, heads: see `headoff.explain`.
         queries, objects: explain only these; all detected objects if both are empty.
-        scale: see `headoff.MapStyle`. None: one scale for all configurations, or one per map if there is only one
-            configuration, as in the notebook of the paper.
-        overlay, cmap: see `headoff.MapStyle`.
+        style: how maps are drawn.
         maps: format of the file of raw maps.
 
     Raises:
@@ -43,15 +41,12 @@ class RelevanceOptions:
     queries: tuple[int, ...] = ()
     objects: tuple[int, ...] = ()
     heads: bool = False
-    scale: Scale | None = None
-    overlay: bool = False
-    cmap: str | None = None
+    style: MapStyle = MapStyle()
     maps: Literal["npz", "safetensors"] = "npz"
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
         make_target(self.target, 0, 0)
-        MapStyle(self.scale or "sweep", self.overlay, self.cmap)
 
     def check(self, layout: HeadLayout) -> None:
         """Raise SettingError for queries and layers that this detector does not have."""
@@ -73,12 +68,14 @@ class RelevanceOptions:
         relevance += [f"query {query}" for query in self.queries]
         relevance += [f"object {number}" for number in self.objects]
         relevance += ["heads"] if self.heads else []
-        maps = ["overlay" if self.overlay else "plain", self.scale or "default", self.cmap or "default"]
+        style = self.style
+        maps = [
+            "on the image" if style.overlay else "plain",
+            f"scale per {style.scale}",
+            style.cmap or "default",
+        ]
+        maps += ["smooth"] if style.smooth else []
         return {"relevance": ", ".join(relevance), "maps": f"{', '.join(maps)}, {self.maps}"}
-
-    def style(self, configurations: int) -> MapStyle:
-        """How maps of this number of configurations are drawn."""
-        return MapStyle(self.scale or ("sweep" if configurations > 1 else "map"), self.overlay, self.cmap)
 
     def write_report(
         self,
@@ -115,7 +112,7 @@ class RelevanceOptions:
             result,
             provenance=provenance,
             explanation=explanation,
-            style=self.style(len(result)),
+            style=self.style,
             maps=self.maps,
         )
         return explanation

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -42,6 +43,8 @@ _NO_CHANGE = 0.005
 _LEAST_POINTS = 4.5
 """The smallest text of a cell."""
 _MOST_NAMED = 8
+_MOST_LETTERED = 40
+"""Most objects whose cells have letters; of more, only frames are drawn."""
 """Most objects that are named below a matrix of heads."""
 
 
@@ -180,7 +183,7 @@ def plot_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
     _cells(ax, values, limit)
     statuses = np.array([[found.status for found in one.outcomes] for one in result.outcomes]).T
     _frames(ax, statuses != Status.KEPT)
-    letters = cell >= 0.2
+    letters = cell >= 0.2 and objects <= _MOST_LETTERED
     if letters:
         _letters(ax, statuses, values, limit)
     ax.set_yticks(range(objects), object_names(result))
@@ -228,12 +231,10 @@ def _cells(ax: Axes, values: np.ndarray, limit: float) -> None:
 
 
 def _frames(ax: Axes, where: np.ndarray) -> None:
-    for row, column in np.argwhere(where):
-        ax.add_patch(
-            Rectangle(
-                (column - 0.46, row - 0.43), 0.92, 0.86, fill=False, edgecolor=INK, linewidth=1.3, zorder=3
-            )
-        )
+    frames = [Rectangle((column - 0.46, row - 0.43), 0.92, 0.86) for row, column in np.argwhere(where)]
+    ax.add_collection(
+        PatchCollection(frames, facecolors="none", edgecolors=INK, linewidths=1.3, zorder=3), autolim=False
+    )
 
 
 def _letters(ax: Axes, statuses: np.ndarray, values: np.ndarray, limit: float) -> None:

@@ -73,7 +73,7 @@ def plot_detections(
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xticks=[], yticks=[])
     for spine in ax.spines.values():
         spine.set(color=GRID, linewidth=0.6, visible=image is not None)
-    marks = [*_marks(detections, outcome, baseline, colours)]
+    marks = [*marks_of(detections, outcome, baseline, colours)]
     ax.add_artist(Marks(marks, width, height, font_size))
     if title is not None:
         set_title(ax, title)
@@ -141,13 +141,13 @@ def explain_lines(ax: Axes, drop: float = 5.0) -> None:
         )
 
 
-def _marks(
+def marks_of(
     detections: Detections,
     outcome: ConfigurationOutcome | None,
     baseline: Detections | None,
     colours: tuple[str, ...],
 ) -> Iterator[Mark]:
-    """Detections by falling score, so that the best is on top; then baseline boxes."""
+    """Boxes and labels: detections by falling score, so that the best is on top; then baseline boxes."""
     if outcome is None:
         for index, detection in enumerate(detections):
             colour = colours[index % len(colours)]

@@ -1,7 +1,7 @@
-"""Pictures of an `Explanation`: one map, the grid of objects and layers of a configuration, the heads' attention.
+"""Pictures of an `Explanation`: one map, the objects and layers of a configuration, the heads' attention.
 
-Tokens are drawn as squares, without interpolation. A map without evidence is replaced by a text. Every picture is drawn
-in one axes (`headoff.figures.tiles`).
+Tokens are drawn as squares, unless the style is smooth. A map without evidence is replaced by a text. Every picture is
+drawn in one axes (`headoff.figures.tiles`).
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ NOTHING_TO_EXPLAIN = "No object is detected with none off: there is nothing to e
 
 _GAP, _HEAD_GAP = 0.16, 0.06
 """Inches between columns of maps, and between heads."""
-_LEAST_COLUMN, _LEAST_WIDTH = 1.78, 3.6
-"""Minimum widths in inches of the text above a map, and above a grid."""
+_LEAST_COLUMN, _LEAST_WIDTH, _WIDEST = 1.78, 3.6, 9.5
+"""Widths in inches: at least that of the text above a map and above a grid; about at most that of a grid."""
 
 
 def plot_map(
@@ -50,7 +50,7 @@ def plot_map(
         layer: the map after this decoder layer; by default after the last one that has a map.
         ax: axes to draw in; by default those of a new figure.
         image: the map is drawn over it, unless `style` says otherwise; None draws the map alone.
-        style: by default one scale for the whole sweep.
+        style: by default one scale for each object.
         title: by default class, score, query and layer.
 
     Raises:
@@ -58,7 +58,7 @@ def plot_map(
     """
     _check(explanation, configuration, object)
     at = len(explanation.layers) - 1 if layer is None else _layer(explanation, layer)
-    style = style or MapStyle(overlay=image is not None)
+    style = _style(style, image)
     width, height = fitted(explanation.image_size, area=16.0)
     above = 0.3
     place = Place(0, above, width, height)
@@ -87,17 +87,17 @@ def plot_relevance_grid(
     confidence: float = 0.5,
     objects: Sequence[int] | None = None,
 ) -> Axes:
-    """The maps of all objects: a column for each object, with its box at the top and a row for every decoder layer.
+    """The maps of all objects: for each a large one, after the last layer, and below it small ones of every layer.
 
     The solid box is that of the query under this configuration, if it detects the object; the dotted box is the
-    baseline's. Above a map are its mass and the share of the mass within the baseline's box.
+    baseline's. Below a large map are its mass and the share of the mass within the baseline's box.
 
     Args:
         explanation: the maps.
         configuration: index in `explanation`.
         ax: axes to draw in; by default those of a new figure.
-        image: shown at the top, and under the maps of an overlay.
-        style: by default one scale for the whole sweep.
+        image: the maps are drawn on it, unless `style` says otherwise; None draws the maps alone.
+        style: by default one scale for each object.
         baseline, confidence: see `headoff.figures.object_views`.
         objects: indices of the objects to draw; all by default.
 
@@ -106,23 +106,33 @@ def plot_relevance_grid(
     """
     chosen = range(len(explanation.objects)) if objects is None else objects
     _check(explanation, configuration, *chosen)
-    style = style or MapStyle()
-    cell_width, cell_height = fitted(explanation.image_size, area=3.2, longest=2.4)
-    cell = Place(0, 0, cell_width, cell_height)
-    picture = None if image is None else pixels_of(small_picture(image), cell)
-    under = _under(image, style, cell)
+    style = _style(style, image)
+    layers = len(explanation.layers)
+    cell_width, cell_height = fitted(explanation.image_size, area=8.4, longest=4.0)
     room = max(cell_width, _LEAST_COLUMN)
-    width = max(2 * EDGE + len(chosen) * (room + _GAP) - _GAP, _LEAST_WIDTH)
+    # Small maps are as wide as fits below the large one, in rows if they would be tiny.
+    across = min(layers, 6) if cell_width >= 2.4 else min(layers, 3)
+    small_width = min((room - (across - 1) * _HEAD_GAP) / across, cell_width)
+    small_height = small_width * cell_height / cell_width
+    rows = -(-layers // across) if layers > 1 else 0
+    large, small = (
+        _under(image, style, Place(0, 0, width, height))
+        for width, height in ((cell_width, cell_height), (small_width, small_height))
+    )
+    columns = min(max(len(chosen), 1), max(1, round(_WIDEST / room)))
+    columns = 2 if columns == 3 and len(chosen) == 4 else columns
+    width = max(2 * EDGE + columns * (room + _GAP) - _GAP, _LEAST_WIDTH)
     words = _explained(explanation, configuration, width)
-    top = EDGE + 0.3 + (len(words) + 2.4) * LINE
-    row = cell_height + 1.4 * LINE
-    rows = len(explanation.layers) if len(chosen) else 0
-    sheet = Sheet(width, top + cell_height + rows * row + (0.36 if rows else 0.5), ax)
+    top = EDGE + 0.3 + (len(words) + 0.6) * LINE
+    block = 1.7 * LINE + cell_height + 1.6 * LINE + rows * (small_height + 1.3 * LINE) + 0.16
+    if not len(chosen):
+        block = cell_height + 3 * LINE
+    sheet = Sheet(width, top + -(-max(len(chosen), 1) // columns) * block + 0.3, ax)
     sheet.head(explanation.configurations[configuration].name, words)
     if not len(chosen):
         place = Place(EDGE, top - LINE, cell_width, cell_height)
-        if picture is not None:
-            sheet.paint(picture, place)
+        if image is not None:
+            sheet.paint(pixels_of(small_picture(image), place), place)
         for number, line in enumerate(wrapped(NOTHING_TO_EXPLAIN, width)):
             sheet.write(EDGE, place.top + cell_height + (number + 1.3) * LINE, line)
         return sheet.ax
@@ -130,26 +140,38 @@ def plot_relevance_grid(
     views = object_views(explanation, configuration, baseline=baseline, confidence=confidence)
     shares, masses = explanation.box_shares[configuration], explanation.masses[configuration]
     statuses = explanation.statuses[configuration]
-    for column, index in enumerate(chosen):
-        view, left = views[index], EDGE + column * (room + _GAP)
-        sheet.write(left, top - 1.45 * LINE, view.heading, 8.5, room=room, bold=True)
-        sheet.write(left, top - 0.4 * LINE, view.origin, colour=MUTED, room=room)
-        place = Place(left, top, cell_width, cell_height)
-        if picture is not None:
-            sheet.paint(picture, place)
-        sheet.frame(place)
-        sheet.boxes(place, view, 1.6)
-        for at, layer in enumerate(explanation.layers):
-            place = Place(left, top + cell_height + at * row + 1.4 * LINE, cell_width, cell_height)
-            above = place.top - 0.35 * LINE
-            sheet.write(left, above, f"layer {layer}")
-            if statuses[index][at] is not ExplanationStatus.OK:
-                sheet.message(place, statuses[index][at].value)
-                continue
-            note = f"mass {float(masses[index, at]):.3g}, {float(shares[index, at]):.0%} in box"
-            sheet.write(left + room, above, note, SMALL, colour=MUTED, right=True)
+
+    def draw(place: Place, index: int, at: int, under: np.ndarray | None, line: float) -> None:
+        if statuses[index][at] is ExplanationStatus.OK:
             _draw(sheet, place, scaled[index, at], style, under, span)
-            sheet.boxes(place, view, 0.8)
+            sheet.boxes(place, views[index], line)
+        else:
+            sheet.message(place, statuses[index][at].value)
+
+    for number, index in enumerate(chosen):
+        view = views[index]
+        left, above = EDGE + number % columns * (room + _GAP), top + number // columns * block
+        sheet.write(left, above + 0.9 * LINE, f"{view.heading}, {view.origin}", 8.5, room=room, bold=True)
+        place = Place(left, above + 1.4 * LINE, cell_width, cell_height)
+        draw(place, index, layers - 1, large, 1.6)
+        below = place.top + cell_height + 1.1 * LINE
+        note = f"layer {explanation.layers[-1]}"
+        if statuses[index][-1] is ExplanationStatus.OK:
+            mass, share = float(masses[index, -1]), float(shares[index, -1])
+            note += f": mass {mass:.3g}, {share:.0%} of it in the box"
+        sheet.write(left, below, note, colour=MUTED, room=room)
+        for at, layer in enumerate(explanation.layers if rows else ()):
+            row, column = divmod(at, across)
+            place = Place(
+                left + column * (small_width + _HEAD_GAP),
+                below + 0.7 * LINE + row * (small_height + 1.3 * LINE),
+                small_width,
+                small_height,
+            )
+            draw(place, index, at, small, 0.6)
+            sheet.write(
+                place.left, place.top + small_height + 0.85 * LINE, f"layer {layer}", SMALL, colour=MUTED
+            )
     sheet.scale(style, "relevance", float(explanation.maps.max()))
     return sheet.ax
 
@@ -177,16 +199,20 @@ def plot_head_attention(
         raise SettingError(
             "this explanation has no attention weights per head: make it with explain(..., heads=True)"
         )
-    style = style or MapStyle()
+    style = _style(style, image)
     weights = explanation.heads[configuration, object]
     heads = weights.shape[1]
-    cell_width, cell_height = fitted(explanation.image_size, area=0.9, longest=1.5)
+    cell_width, cell_height = fitted(explanation.image_size, area=1.5, longest=2.0)
     under = _under(image, style, Place(0, 0, cell_width, cell_height))
     pitch, row = cell_width + _HEAD_GAP, cell_height + _HEAD_GAP
     left = EDGE + 0.55
     width = max(left + heads * pitch - _HEAD_GAP + EDGE, _LEAST_WIDTH)
     view = object_views(explanation, configuration, baseline=baseline, confidence=confidence)[object]
-    words = wrapped(f"{view.heading}, {view.origin}: cross-attention of its query, per head", width)
+    words = wrapped(
+        f"{view.heading}, {view.origin}: raw cross-attention of its query, per head and layer, after the gate; "
+        "the weights of a head sum to 1 over the image",
+        width,
+    )
     top = EDGE + 0.26 + (len(words) + 1.3) * LINE
     sheet = Sheet(width, top + len(explanation.layers) * row + 0.34, ax)
     sheet.head(explanation.configurations[configuration].name, words)
@@ -225,9 +251,19 @@ def target_words(explanation: Explanation) -> str:
     return listed("class logits" if name == "class" else name for name in dict.fromkeys(explanation.target))
 
 
+def _style(style: MapStyle | None, image: ImageSource | None) -> MapStyle:
+    """The style, without what needs an image where there is none."""
+    style = style or MapStyle()
+    return replace(style, overlay=False) if image is None else style
+
+
 def _under(image: ImageSource | None, style: MapStyle, place: Place) -> np.ndarray | None:
-    """The grey image under the maps of an overlay; None for plain maps."""
-    return pixels_of(small_picture(image), place, grey=True) if style.overlay and image is not None else None
+    """The subdued image under the maps of an overlay; None for plain maps."""
+    return (
+        pixels_of(small_picture(image), place, under_map=True)
+        if style.overlay and image is not None
+        else None
+    )
 
 
 def _draw(
@@ -247,7 +283,10 @@ def _draw(
 def _explained(explanation: Explanation, configuration: int, width: float) -> list[str]:
     if not explanation.target:
         return []
-    words = f"Image relevance ({explanation.method}) for {target_words(explanation)}."
+    words = (
+        f"Image relevance ({explanation.method}) for {target_words(explanation)}, after each decoder layer. "
+        "Mass: the sum of a map; it has no unit and is no share."
+    )
     if explanation.configurations[configuration].clauses:
         words += " Dotted: the box with none off."
     return wrapped(words, width)

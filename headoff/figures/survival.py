@@ -16,6 +16,9 @@ from headoff.sweeps import SweepResult
 FEW = 6
 """With at most so many configurations that have heads off, bars are easier to read than other charts."""
 
+MOST_LINES = 16
+"""With more objects, lines of a cumulative sweep cannot be told apart."""
+
 NARROW_WIDTH = 4.3
 """Width in inches of charts for narrow screens."""
 MOST_COLUMNS = 12
@@ -53,7 +56,7 @@ _OTHER = SurvivalChart(
 def survival_chart(result: SweepResult) -> SurvivalChart:
     """The chart that suits the sweep: of its kind, or bars if there are few configurations."""
     kind = kind_of(result.configurations)
-    if isinstance(kind, CumulativeSweep):
+    if isinstance(kind, CumulativeSweep) and len(result.baseline) <= MOST_LINES:
         return _CUMULATIVE
     few = sum(bool(configuration.clauses) for configuration in result.configurations) <= FEW
     if few and bars_of(result) <= MOST_BARS:
@@ -71,7 +74,7 @@ def narrow_height(result: SweepResult) -> float | None:
     if chart is _BARS:
         return 1.5 + 0.17 * bars_of(result) if bars_of(result) <= 60 else None
     if isinstance(kind, CumulativeSweep):
-        return 4.0 if kind.heads <= MOST_COLUMNS and objects <= 16 else None
+        return 4.0 if kind.heads <= MOST_COLUMNS and objects <= MOST_LINES else None
     if isinstance(kind, SingleHeadSweep):
         return 2.2 + 0.4 * len(kind.layers) if len(kind.heads) <= MOST_COLUMNS else None
     if isinstance(kind, SubsetSweep):
@@ -87,7 +90,7 @@ def shows_objects_apart(result: SweepResult) -> bool:
 def plot_survival(result: SweepResult, ax: Axes | None = None) -> Axes:
     """What remains of the objects under the configurations of a sweep, each object at the query that found it.
 
-    - Cumulative sweep: each object's probability as a line over the number of heads off.
+    - Cumulative sweep of up to 16 objects: each object's probability as a line over the number of heads off.
     - Up to six configurations: each object's probability as a bar, for each configuration.
     - Every single head: the largest change of a probability as a matrix of layers x heads.
     - All subsets of heads: the fraction of objects found over the number of heads off.

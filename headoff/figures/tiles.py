@@ -13,7 +13,7 @@ from PIL import Image
 
 from headoff.figures.canvas import DPI, TITLE_POINTS, figure_of
 from headoff.figures.captions import one_line, shorten
-from headoff.figures.colouring import MapStyle
+from headoff.figures.colouring import MapStyle, subdued
 from headoff.figures.marks import Line
 from headoff.figures.object_views import Box, ObjectView
 from headoff.figures.palette import GRID, INK, MUTED
@@ -24,6 +24,7 @@ LINE = 0.15
 """Height of a line of text in inches."""
 POINTS, SMALL = 7.5, 6.5
 _EMPTY = "#E9EBEF"
+_MIDDLE = 85
 _SAME = 0.015
 """Boxes whose sides differ by at most this fraction of the image look the same."""
 
@@ -150,11 +151,14 @@ class Sheet:
     def scale(self, style: MapStyle, what: str, greatest: float) -> None:
         """Draw the colour scale at the bottom, with its meaning."""
         bar = Place(EDGE, self.height - 0.25, min(1.2, self.width / 3), 0.1)
-        self.paint(np.repeat(style.colours[None], 2, axis=0), bar)
+        # As on an image of middle grey.
+        opacity = style.colours[:, 3:] / 255
+        colours = (style.colours[:, :3] * opacity + _MIDDLE * (1 - opacity)).astype(np.uint8)
+        self.paint(np.repeat(colours[None], 2, axis=0), bar)
         self.frame(bar)
         ends = {
             "sweep": f"0 to {greatest:.3g}, one scale for all",
-            "object": "0 to the object's maximum",
+            "object": "0 to each object's maximum over configurations and layers",
             "map": "each map's minimum to its maximum",
         }[style.scale]
         self.write(bar.left + bar.width + 0.07, bar.top + 0.085, f"{what}, {ends}", SMALL, colour=MUTED)
@@ -169,12 +173,12 @@ def wrapped(text: str, width: float) -> list[str]:
     return wrap(text, max(int((width - 2 * EDGE) * 72 / (POINTS * 0.54)), 12))
 
 
-def pixels_of(picture: Image.Image, place: Place, grey: bool = False) -> np.ndarray:
-    """The pixels of a picture, reduced to its displayed size; in grey for maps drawn over it."""
+def pixels_of(picture: Image.Image, place: Place, under_map: bool = False) -> np.ndarray:
+    """The pixels of a picture, reduced to its displayed size; subdued for maps that are drawn on it."""
     side = int(max(place.width, place.height) * DPI * 1.3)
     small = picture.copy()
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(small.convert("L").convert("RGB") if grey else small)
+    return subdued(small) if under_map else np.asarray(small)
 
 
 def _visible_boxes(view: ObjectView) -> Iterator[tuple[Box, tuple[float, float] | None]]:

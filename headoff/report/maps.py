@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headoff.figures.colouring import OPACITY, MapStyle
+from headoff.figures.colouring import SMOOTHING, MapStyle
 from headoff.figures.object_views import object_views
 from headoff.figures.relevance import grid_span
 from headoff.relevance.explanations import Explanation
@@ -78,9 +78,10 @@ def page_maps(
             name: _base64(replace(style, overlay=overlay).colours.tobytes())
             for name, overlay in (("plain", False), ("overlay", True))
         },
-        "opacity": OPACITY,
+        "smoothing": SMOOTHING,
         "scale": style.scale,
         "overlay": style.overlay,
+        "smooth": style.smooth,
     }
 
 

@@ -1,15 +1,13 @@
 """The page of a sweep: one HTML file with everything in it.
 
-The image is stored once. The boxes of every configuration are a transparent picture that is shown on top of it. There
-is one for wide screens and one for narrow ones, so that labels are readable on both. Without scripts the page shows
-all pictures one below the other; with scripts it steps through the configurations.
+The image is stored once. Boxes are elements on top of it; maps are data that the page's scripts draw. Without scripts
+the page shows all configurations one below the other; with scripts it steps through them.
 """
 
 import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import count
@@ -17,19 +15,17 @@ from pathlib import PurePath
 from typing import Any
 
 import jinja2
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from headoff.figures import plot_detections, plot_survival
+from headoff.figures import plot_survival
 from headoff.figures.canvas import figure_of
-from headoff.figures.captions import View, object_name, views
+from headoff.figures.captions import View, object_name, one_line, views
 from headoff.figures.changes import head_changes_by_object
-from headoff.figures.colouring import MapStyle
-from headoff.figures.palette import GRID, INK, MUTED, STATUS_STYLES, object_colour
-from headoff.figures.pictures import small_picture
+from headoff.figures.colouring import MapStyle, subdued_css
+from headoff.figures.palette import GRID, INK, MUTED, OBJECT_COLOURS, STATUS_STYLES, ink_on, object_colour
+from headoff.figures.pictures import marks_of, small_picture
 from headoff.figures.relevance import target_words
 from headoff.figures.survival import NARROW_WIDTH, narrow_height, shows_objects_apart, survival_chart
 from headoff.images import ImageSource
@@ -45,13 +41,14 @@ from headoff.wording import counted
 MOST_PICTURES = 256
 """Most configurations with a picture on the page: all subsets of eight heads. Others have numbers only."""
 
-MOST_DRAWN_TWICE = 64
-"""Most pictures that are also drawn for narrow screens; with more, narrow screens show those for wide ones."""
+MOST_ACROSS = 64
+"""Most configurations that are columns of a table."""
 
 MANY = 12
 """With more configurations or objects than this, the page has a filter and counts."""
 
-_CSS_PIXELS = 96.0
+_ROOM = (1240, 780)
+"""Width and height of the picture in CSS pixels, where the screen has them."""
 _STATUS_MEANINGS = {
     Status.KEPT: "found once, in the same place",
     Status.MOVED: "found once, at some distance",
@@ -59,31 +56,6 @@ _STATUS_MEANINGS = {
     Status.RELABELLED: "another class is found in its place",
     Status.LOST: "not found",
 }
-
-
-@dataclass(frozen=True)
-class Screen:
-    """A kind of screen: space for a picture in CSS pixels, device pixels per CSS pixel, font size in points."""
-
-    width: int
-    height: int
-    sharpness: float
-    points: float
-
-    def size(self, image_size: tuple[int, int]) -> tuple[float, float]:
-        """(width, height) of the picture in CSS pixels; very narrow and very flat images may exceed it.
-
-        What is longer than 100 times its width is drawn wider than it is: it would have no pixel to draw on.
-        """
-        aspect = min(max(image_size[1] / image_size[0], 0.01), 100)
-        width = min(self.width, self.height * aspect)
-        # A minimum width and height, so that labels fit, unless that makes the picture extremely long.
-        width = max(width, min(280, 2600 * aspect), min(110 * aspect, 1400))
-        return width, width / aspect
-
-
-WIDE = Screen(width=860, height=660, sharpness=1.6, points=9.0)
-NARROW = Screen(width=360, height=560, sharpness=2.4, points=8.0)
 
 
 def render_page(
@@ -98,7 +70,6 @@ def render_page(
     shown = views(result)
     pictured = shown[:MOST_PICTURES]
     background = _background(picture)
-    wide, narrow = WIDE.size(result.image_size), NARROW.size(result.image_size)
     frames = []
     for index, view in enumerate(pictured):
         frames.append(
@@ -106,8 +77,7 @@ def render_page(
                 "id": f"c{index}",
                 "view": view,
                 "sentences": sentences(result.baseline, view.detections, view.outcome),
-                "wide": _overlay(result, view, WIDE),
-                "narrow": _overlay(result, view, NARROW) if len(pictured) <= MOST_DRAWN_TWICE else "",
+                "marks": _marks(result, view),
                 "rows": _detection_rows(result, view),
             }
         )
@@ -120,8 +90,8 @@ def render_page(
         many=len(shown) > MANY,
         background=background,
         pixelated=max(picture.size) < 400,
-        wide_width=round(wide[0]),
-        narrow_width=round(narrow[0]),
+        width=_width(result.image_size),
+        subdued=subdued_css(),
         aspect=f"{result.image_size[1]} / {result.image_size[0]}",
         charts=_charts(result) if len(shown) > 1 else [],
         survival_caption=survival_chart(result).caption,
@@ -134,8 +104,10 @@ def render_page(
         finds=[_findable(result, view) for view in shown],
         flat=result.image_size[1] > 3.2 * result.image_size[0],
         styles={status.value: (style, _STATUS_MEANINGS[status]) for status, style in STATUS_STYLES.items()},
-        # With few objects, the table is easier to read than counts.
-        statuses=[status.value for status in Status] if len(result.baseline) > MANY else [],
+        # Many objects are counted in the table, and are rows of a second one.
+        across=len(result.baseline) > MANY and len(shown) <= MOST_ACROSS,
+        # Whether chart and table need the width of a large screen.
+        wide=len(shown) > MOST_ACROSS,
         confidence=result.confidence,
         size=f"{result.image_size[1]} × {result.image_size[0]} pixels",
         provenance=provenance,
@@ -194,34 +166,36 @@ def inline_svg(ax: Axes, name: str) -> str:
     return re.sub(r"\n\s*", "\n", text).strip()
 
 
-def _overlay(result: SweepResult, view: View, screen: Screen) -> str:
-    """The boxes of a configuration on a transparent background, as a data URI."""
-    width, height = screen.size(result.image_size)
-    figure = Figure(
-        figsize=(width / _CSS_PIXELS, height / _CSS_PIXELS),
-        dpi=_CSS_PIXELS * screen.sharpness,
-        facecolor="none",
-    )
-    ax = figure.add_axes((0, 0, 1, 1), facecolor="none")
-    crowded = 0.85 if len(view.detections) > 15 else 1.0
-    plot_detections(
-        None,
-        view.detections,
-        ax,
-        outcome=view.outcome,
-        baseline=result.baseline,
-        font_size=screen.points * crowded,
-    )
-    # Except for rounding, the picture has the image's shape; an equal aspect would leave a gap.
-    ax.set_aspect("auto")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    buffer = io.BytesIO()
-    drawing = Image.fromarray(np.asarray(canvas.buffer_rgba()))
-    # 200 shades suffice for a few flat colours with soft edges, and make a crowded picture five times smaller.
-    shades = drawing.quantize(200, method=Image.Quantize.FASTOCTREE).convert("RGBA")
-    shades.save(buffer, "WEBP", lossless=True, quality=40, method=1)
-    return data_uri("webp", buffer.getvalue())
+def _marks(result: SweepResult, view: View) -> list[dict[str, Any]]:
+    """The boxes of a configuration, the best detection last, so that it is on top. Sides are in per cent."""
+    height, width = result.image_size
+    marks = []
+    for mark in marks_of(view.detections, view.outcome, result.baseline, OBJECT_COLOURS):
+        left, top, right, bottom = mark.box
+        left, right = (100 * min(max(side / width, 0), 1) for side in (left, right))
+        top, bottom = (100 * min(max(side / height, 0), 1) for side in (top, bottom))
+        marks.append(
+            {
+                "line": mark.line.name.lower(),
+                "colour": mark.colour,
+                "ink": ink_on(mark.colour),
+                "name": one_line(mark.name),
+                "note": mark.note,
+                "sides": [f"{side:.2f}" for side in (left, top, right - left, bottom - top)],
+            }
+        )
+    return marks[::-1]
+
+
+def _width(image_size: tuple[int, int]) -> int:
+    """The greatest width of the picture in CSS pixels; very narrow and very flat images may exceed `_ROOM`.
+
+    What is longer than 100 times its width is drawn wider than it is: it would have no pixel to draw on.
+    """
+    aspect = min(max(image_size[1] / image_size[0], 0.01), 100)
+    width = min(_ROOM[0], _ROOM[1] * aspect)
+    # A minimum width and height, so that labels fit, unless that makes the picture extremely long.
+    return round(max(width, min(280, 2600 * aspect), min(110 * aspect, 1400)))
 
 
 def _relevance(

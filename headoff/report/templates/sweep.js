@@ -1,4 +1,3 @@
-"use strict";
 // Without this script the page shows every configuration, one below the other.
 (() => {
   const frames = [...document.querySelectorAll(".frame")];
@@ -10,28 +9,29 @@
   let open = frames;
   let current = frames[0];
 
-  const rowOf = (frame) => document.querySelector(`tr[data-frame="${frame.id}"]`);
+  function mark(frame, on) {
+    frame.classList.toggle("current", on);
+    for (const cell of document.querySelectorAll(`[data-frame="${frame.id}"], [data-column="${frame.id}"]`)) cell.classList.toggle("here", on);
+  }
 
   function show(frame) {
-    current.classList.remove("current");
-    rowOf(current)?.classList.remove("here");
+    mark(current, false);
     current = frame;
-    current.classList.add("current");
-    rowOf(current)?.classList.add("here");
+    mark(current, true);
     const place = open.indexOf(current);
     slider.value = Math.max(place, 0);
     slider.setAttribute("aria-valuetext", current.dataset.title);
     $("position").textContent = `${place + 1} of ${open.length}`;
     $("previous").disabled = place <= 0;
     $("next").disabled = place >= open.length - 1;
-    // The maps of an explanation, where there are some, follow.
-    document.dispatchEvent(new CustomEvent("configuration", { detail: frames.indexOf(current) }));
     $("spoken").textContent = `${current.dataset.title}. ${current.querySelector(".told").textContent.trim()}`;
   }
 
+  const choose = (frame) => page.set({ step: frames.indexOf(frame) });
+
   function step(by) {
     const place = open.indexOf(current) + by;
-    if (place >= 0 && place < open.length) show(open[place]);
+    if (place >= 0 && place < open.length) choose(open[place]);
   }
 
   function narrow() {
@@ -46,32 +46,58 @@
       $("position").textContent = "0 of 0";
       $("previous").disabled = $("next").disabled = true;
     } else {
-      show(open.includes(current) ? current : open[0]);
+      choose(open.includes(current) ? current : open[0]);
     }
   }
 
-  function follow() {
-    const frame = frames.find((each) => `#${each.id}` === location.hash);
-    if (!frame) return;
-    if (filter && frame.classList.contains("filtered")) { filter.value = ""; narrow(); }
-    show(frame);
+  // Links to the other pages of a folder.
+  const nav = $("pages");
+  for (const [kind, words] of [["prev", "← "], ["index", ""], ["next", ""]]) {
+    const link = document.head.querySelector(`link[rel=${kind}]`);
+    if (!link) continue;
+    const anchor = document.createElement("a");
+    anchor.href = link.getAttribute("href");
+    anchor.rel = kind;
+    anchor.textContent = `${words}${link.title}${kind === "next" ? " →" : ""}`;
+    nav.append(anchor);
+    nav.hidden = false;
   }
 
+  page.define("step", 0, (value) => value in frames);
+  page.define("all", false, () => true);
+  page.define("boxes", true, () => true);
+  page.followers.push((state) => {
+    const frame = frames[state.step];
+    if (filter && frame.classList.contains("filtered")) {
+      filter.value = "";
+      narrow();
+    }
+    show(frame);
+    $("all").checked = state.all;
+    $("boxes").checked = state.boxes;
+    root.classList.toggle("all", state.all);
+    root.classList.toggle("bare", !state.boxes);
+  });
+
+  // Beside a picture there is room for its detections.
+  if (matchMedia("(min-width: 64rem)").matches) for (const details of document.querySelectorAll(".frame details")) details.open = true;
   root.classList.add("stepping");
   slider.max = frames.length - 1;
-  slider.addEventListener("input", () => show(open[slider.valueAsNumber]));
+  slider.addEventListener("input", () => choose(open[slider.valueAsNumber]));
   $("previous").addEventListener("click", () => step(-1));
   $("next").addEventListener("click", () => step(1));
-  $("all").addEventListener("change", (event) => root.classList.toggle("all", event.target.checked));
-  $("boxes").addEventListener("change", (event) => root.classList.toggle("bare", !event.target.checked));
+  $("all").addEventListener("change", (event) => page.set({ all: event.target.checked }));
+  $("boxes").addEventListener("change", (event) => page.set({ boxes: event.target.checked }));
   filter?.addEventListener("input", narrow);
+  page.keys = {
+    ArrowLeft: () => step(-1),
+    ArrowRight: () => step(1),
+    a: () => page.set({ all: !page.state.all }),
+    b: () => page.set({ boxes: !page.state.boxes }),
+  };
   document.addEventListener("keydown", (event) => {
-    // Fields, sliders and what scrolls sideways have a use of their own for the arrows.
-    if (event.target.closest("input, .scroll, .outcomes") || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === "ArrowLeft") step(-1);
-    else if (event.key === "ArrowRight") step(1);
+    // Fields, sliders and what scrolls sideways have a use of their own for keys.
+    if (event.target.closest("input:not([type=checkbox]), select, .scroll") || event.ctrlKey || event.metaKey || event.altKey) return;
+    page.keys[event.key]?.();
   });
-  window.addEventListener("hashchange", follow);
-  show(frames[0]);
-  follow();
 })();
