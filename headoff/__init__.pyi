@@ -1,5 +1,6 @@
 """The public names of headoff, for `headoff/__init__.py` and for type checkers."""
 
+from . import ablation as ablation
 from . import attention as attention
 from . import detections as detections
 from . import detr as detr
@@ -8,11 +9,17 @@ from . import errors as errors
 from . import figures as figures
 from . import gates as gates
 from . import images as images
+from . import importance as importance
 from . import outcomes as outcomes
 from . import relevance as relevance
 from . import report as report
 from . import scenes as scenes
 from . import sweeps as sweeps
+from . import values as values
+from .ablation import References as References
+from .ablation import fit_optimal as fit_optimal
+from .ablation import gather_references as gather_references
+from .ablation import load_references as load_references
 from .attention import Attention as Attention
 from .attention import attention_names as attention_names
 from .attention import register_attention as register_attention
@@ -67,6 +74,8 @@ from .gates import stack as stack
 from .images import Preprocessing as Preprocessing
 from .images import load_image as load_image
 from .images import preprocess as preprocess
+from .importance import HeadImportance as HeadImportance
+from .importance import heads as heads
 from .outcomes import ConfigurationOutcome as ConfigurationOutcome
 from .outcomes import Outcome as Outcome
 from .outcomes import Status as Status

@@ -8,6 +8,24 @@ DEFAULT_SITE: Site = "decoder_cross"
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
+AblationKind = Literal["zero", "mean", "resample", "uniform", "optimal"]
+ABLATION_KINDS: tuple[AblationKind, ...] = get_args(AblationKind)
+"""What a head that is off contributes; see `headoff.ablation`."""
+
+VALUES = ("probability", "logit", "iou", "found", "duplicates", "detections", "unmatched")
+"""What the importance of heads is measured by; see `headoff.values`."""
+
+MEASURES = (
+    "removal",
+    "alone",
+    "gradient",
+    "integrated_gradient",
+    "shapley_columns",
+    "shapley_layers",
+    "shapley",
+)
+"""The measures of importance; see `headoff.importance.measures`."""
+
 METHODS = (
     "chefer",
     "chefer_no_normalisation",

@@ -18,7 +18,15 @@ from headoff.detr.config import DetrConfig
 from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import SharingPlan, sharing_plan
 from headoff.detr.transfers import copy_to_device
-from headoff.detr.transformer import Attend, AttentionCall, Decoder, Encoder, Interceptor, autocast
+from headoff.detr.transformer import (
+    Attend,
+    AttentionCall,
+    Decoder,
+    Encoder,
+    Interceptor,
+    Replacement,
+    autocast,
+)
 from headoff.errors import CheckpointError, GateError, ImageError, SettingError
 from headoff.gates import Configuration, Gates, HeadLayout, Site, read_configurations, stack
 from headoff.images import ImageSource, Preprocessing, preprocess
@@ -93,6 +101,7 @@ class Detector(nn.Module):
     assumptions: tuple[str, ...] = ()
     _attention: Attention
     _interceptors: tuple[Interceptor, ...] = ()
+    _replacement: Replacement | None = None
 
     def __init__(
         self,
@@ -182,6 +191,13 @@ class Detector(nn.Module):
             proceed = partial(interceptor, proceed=proceed)
         return proceed(call)
 
+    def context_of(self, call: AttentionCall) -> Tensor:
+        """Compute one attention call, and add what heads that are off contribute (see `replacing`)."""
+        context = self.attend(call)
+        if self._replacement is None or call.head_gate is None:
+            return context
+        return context + ((1 - call.head_gate) * self._replacement(call)).to(context.dtype)
+
     def _call_attention(self, call: AttentionCall) -> Tensor:
         return self._attention(call.query, call.key, call.value, call.attn_mask, head_gate=call.head_gate)
 
@@ -205,6 +221,25 @@ class Detector(nn.Module):
             yield
         finally:
             self._interceptors = tuple(other for other in self._interceptors if other is not interceptor)
+
+    @property
+    def replacement(self) -> Replacement | None:
+        """What heads that are off contribute, see `replacing`; None for nothing."""
+        return self._replacement
+
+    @contextmanager
+    def replacing(self, replacement: Replacement | None) -> Iterator[None]:
+        """Within this context, a head with the gate g contributes g A V + (1 - g) r to the output projection.
+
+        `replacement(call)` computes r, broadcastable to the context (B, H, Q, D); None has no effect. It is added
+        outside the attention callable and its interceptors, which therefore know nothing of it.
+        """
+        before = self._replacement
+        self._replacement = replacement if replacement is not None else before
+        try:
+            yield
+        finally:
+            self._replacement = before
 
     @property
     def is_intercepted(self) -> bool:
@@ -236,7 +271,7 @@ class Detector(nn.Module):
         if gate is not None:
             self._check_gate("encoder_self", gate, features.tokens.shape[1])
             (gate,) = copy_to_device([gate], features.tokens.device, features.tokens.dtype)
-        tokens = self.encoder(features.tokens, features.positions, self.attend, features.attn_mask, gate)
+        tokens = self.encoder(features.tokens, features.positions, self.context_of, features.attn_mask, gate)
         return Memory(tokens, features.positions, features.attn_mask, features.grid)
 
     def encode(
@@ -282,7 +317,7 @@ class Detector(nn.Module):
             positions,
             memory.tokens,
             memory.positions,
-            self.attend,
+            self.context_of,
             memory.attn_mask,
             plan,
             every_layer=False,

@@ -137,6 +137,7 @@ def _key(detector: Detector, memory: Memory, gates: Gates) -> Hashable:
     sites = (gates.decoder_self, gates.decoder_cross)
     return (
         detector.attention,
+        detector.replacement,
         detector.query_embedding.weight.data_ptr(),
         tuple(weight.data_ptr() for weight in weights),
         (memory.tokens.shape, memory.tokens.dtype, memory.tokens.device, memory.grid),

@@ -50,6 +50,10 @@ Attend = Callable[[AttentionCall], Tensor]
 """Computes the context (B, H, Q, D) of an attention call."""
 
 
+Replacement = Callable[[AttentionCall], Tensor]
+"""Computes what a head that is off contributes in place of its context, broadcastable to (B, H, Q, D)."""
+
+
 class Interceptor(Protocol):
     """Computes the context of a call, with the help of `proceed(call)`, which computes it without the interceptor."""
 

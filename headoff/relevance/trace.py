@@ -214,7 +214,7 @@ class EncoderTrace:
         gate = None if gate is None else gate.to(features.tokens)
         with recorder.recording():
             tokens = detector.encoder(
-                features.tokens, features.positions, detector.attend, features.attn_mask, gate
+                features.tokens, features.positions, detector.context_of, features.attn_mask, gate
             )
         recorder.check(features.tokens, [tokens])
         layers = []
@@ -314,7 +314,7 @@ class DecoderTrace:
                 positions,
                 memory.tokens,
                 memory.positions,
-                detector.attend,
+                detector.context_of,
                 memory.attn_mask,
                 separate_runs(
                     gates.decoder_self, gates.decoder_cross, len(detector.decoder.layers), len(gates)

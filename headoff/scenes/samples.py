@@ -44,6 +44,11 @@ def sample_annotations() -> dict[str, Any]:
     return json.loads((sample_folder() / ANNOTATIONS).read_text())
 
 
+def bundled_references() -> Path:
+    """The reference set of the bundled detector, see `headoff.ablation`; it was gathered from other scenes."""
+    return sample_folder().with_name("weights") / "references.safetensors"
+
+
 def write_scenes(folder: Path, seeds: Iterable[int], size: int, split: str = "held_out") -> list[Path]:
     """Draw scenes into `folder` as PNG files, with one `annotations.json`; returns the paths of the images.
 

@@ -1,0 +1,267 @@
+"""The detector on one image as a cooperative game: heads are the players, and the value of a coalition is what the
+detector finds with all other heads off.
+
+Shapes: C coalitions, L layers and H heads of the site, O objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from headoff.ablation import Ablation
+from headoff.choices import Site
+from headoff.detections import detections_from
+from headoff.detr.detector import Detector, DetectorOutput, Features
+from headoff.detr.sharing import separate_runs
+from headoff.detr.transformer import Attend, AttentionAddress, AttentionCall
+from headoff.errors import AttentionError, NonFiniteError, SettingError
+from headoff.gates import Gates
+from headoff.images import ImageSource, load_image
+from headoff.sweeps import MEMORY_BUDGET, configurations_at_once, decode_all
+from headoff.values import Objects, Value
+
+_WITH_GRADIENT = "use another, such as 'probability', or a measure without gradients, such as 'removal'"
+
+
+@dataclass
+class Game:
+    """An image under coalitions of heads of one site.
+
+    Attributes:
+        detector: the detector.
+        features: of the image.
+        site: where the heads are.
+        objects: the baseline's objects.
+        values: the value functions.
+        memory_budget: limit of decoder activations in bytes.
+        progress: called with the number of coalitions that were evaluated since the last call.
+    """
+
+    detector: Detector
+    features: Features
+    site: Site
+    objects: Objects
+    values: Sequence[Value]
+    memory_budget: int = MEMORY_BUDGET
+    progress: Callable[[int], None] | None = None
+    _draws: Sequence[Ablation] = field(default=(Ablation("zero"),))
+
+    @classmethod
+    def of(
+        cls,
+        detector: Detector,
+        image: ImageSource,
+        site: Site,
+        values: Sequence[Value],
+        confidence: float = 0.5,
+        memory_budget: int = MEMORY_BUDGET,
+    ) -> Game:
+        """The game on an image, whose objects are the detections with nothing off.
+
+        Raises:
+            ImageError: the image cannot be read.
+            SettingError: `confidence` is not a probability.
+            NonFiniteError: a logit or box is not finite.
+        """
+        picture = load_image(image)
+        with torch.inference_mode():
+            pixels, _ = detector.preprocess([picture])
+            features = detector.features(pixels)
+            output = detector.decode(detector.encode_features(features))
+        logits, boxes = output.logits[0, 0], output.boxes[0, 0]
+        size = (picture.height, picture.width)
+        found = detections_from(logits, boxes, size, detector.class_names, confidence)
+        return cls(detector, features, site, Objects.of(found, boxes, confidence), values, memory_budget)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, H)."""
+        layout = self.detector.head_layout
+        return layout.layers(self.site), layout.heads
+
+    def under(self, draws: Sequence[Ablation]) -> Game:
+        """The same game where heads that are off contribute what `draws` say; values are averaged over them."""
+        return Game(
+            self.detector,
+            self.features,
+            self.site,
+            self.objects,
+            self.values,
+            self.memory_budget,
+            self.progress,
+            draws,
+        )
+
+    def __call__(self, coalitions: Tensor) -> list[Tensor]:
+        """The values of coalitions.
+
+        Args:
+            coalitions: (C, L, H) gates: True or 1 for heads that are on.
+
+        Returns:
+            For each value float64 (C, O), or (C, 1) for a value of the image, on the CPU.
+
+        Raises:
+            NonFiniteError: a value is NaN or infinite.
+        """
+        totals: list[Tensor] = []
+        for draw in self._draws:
+            parts: list[list[Tensor]] = [[] for _ in self.values]
+            at_once = configurations_at_once(self.detector, self.features, self.memory_budget)
+            with torch.inference_mode(), draw.applied_to(self.detector):
+                for batch in coalitions.float().split(at_once):
+                    output = self._decode(batch)
+                    for part, value in zip(parts, self.values, strict=True):
+                        found = value(self.objects, output.logits[:, 0], output.boxes[:, 0])
+                        part.append(found.double().cpu())
+                    if self.progress is not None:
+                        self.progress(len(batch))
+            found_here = [torch.cat(part).clone() for part in parts]
+            totals = [a + b for a, b in zip(totals, found_here, strict=True)] if totals else found_here
+        means = [total / len(self._draws) for total in totals]
+        for value, mean in zip(self.values, means, strict=True):
+            if not bool(mean.isfinite().all()):
+                raise NonFiniteError(
+                    f"NaN or infinity in the value {value.name!r} of a coalition: check the attention, the weights "
+                    "and the value"
+                )
+        return means
+
+    def _decode(self, gates: Tensor) -> DetectorOutput:
+        return decode_all(
+            self.detector,
+            self.features,
+            Gates(tuple(map(str, range(len(gates)))), **{self.site: gates[:, :, None]}),
+            memory_budget=self.memory_budget,
+        )
+
+    def gradients(self, gates: Tensor) -> list[Tensor]:
+        """The derivative of each value with respect to each head's gate, where all heads have the same gate.
+
+        A head contributes g A V + (1 - g) r to the output projection, so the derivative is the sum over queries and
+        channels of dO (A V - r), where dO is the gradient of the context. One backward pass serves all heads, and a
+        batch of gates and objects; the attention needs no gradient with respect to its gate.
+
+        Args:
+            gates: (T,) float64, above 0.
+
+        Returns:
+            For each value float64 (T, O, L, H), or (T, 1, L, H) for a value of the image, on the CPU.
+
+        Raises:
+            SettingError: a value has no gradient.
+            AttentionError: the attention has no backward pass.
+            NonFiniteError: a derivative is NaN or infinite.
+        """
+        for value in self.values:
+            if not value.differentiable:
+                raise SettingError(f"the value {value.name!r} has no gradient: {_WITH_GRADIENT}")
+        results = [
+            torch.zeros(len(gates), 1 if value.of_image else len(self.objects), *self.shape).double()
+            for value in self.values
+        ]
+        # A backward pass keeps about three times as much as a forward pass.
+        at_once = max(1, configurations_at_once(self.detector, self.features, self.memory_budget) // 3)
+        at_each = torch.arange(len(gates)) if self.site == "encoder_self" else None
+        pairs = torch.cartesian_prod(torch.arange(len(gates)), torch.arange(max(len(self.objects), 1)))
+        batches = (
+            pairs.split(at_once)
+            if at_each is None
+            else [b for one in at_each for b in pairs[pairs[:, 0] == one].split(at_once)]
+        )
+        for draw in self._draws:
+            for batch in batches:
+                for result, found in zip(results, self._gradients(draw, batch, gates), strict=True):
+                    where = batch if result.shape[1] else batch[:0]
+                    if result.shape[1] == 1:
+                        where, found = where[where[:, 1] == 0], found[where[:, 1] == 0]
+                    result[where[:, 0], where[:, 1]] += found[: len(where)] / len(self._draws)
+        for value, result in zip(self.values, results, strict=True):
+            if not bool(result.isfinite().all()):
+                raise NonFiniteError(
+                    f"NaN or infinity in the derivative of the value {value.name!r}: check the backward pass of the "
+                    "attention"
+                )
+        return results
+
+    def _gradients(self, draw: Ablation, pairs: Tensor, gates: Tensor) -> list[Tensor]:
+        """For each value its derivatives (runs, L, H). Run g of the decoder has the gate and is differentiated for the
+        object that `pairs[g]` (runs, 2) names. For the encoder, which runs once, all pairs have the same gate.
+        """
+        layers, heads = self.shape
+        runs = len(pairs)
+        is_encoder = self.site == "encoder_self"
+        gate = gates[pairs[:1, 0] if is_encoder else pairs[:, 0]]
+        captured: dict[AttentionAddress, tuple[Tensor, Tensor]] = {}
+
+        def capture(call: AttentionCall, proceed: Attend) -> Tensor:
+            context = proceed(call)
+            if call.query.requires_grad and not context.requires_grad:
+                raise AttentionError(
+                    "the attention has no backward pass, as autograd knows of no way from its query to its context: "
+                    "give it one (torch.autograd.Function), or use measures without gradients, such as 'removal'"
+                )
+            if call.address.site != self.site:
+                return context
+            # The gradient of a context is that of zeros that are added to it.
+            zeros = torch.zeros_like(context, requires_grad=True)
+            ungated = context.detach() if call.head_gate is None else context.detach() / call.head_gate
+            if draw.replacement is not None:
+                ungated = ungated - draw.replacement(call).detach()
+            captured[call.address] = zeros, ungated
+            return context + zeros
+
+        own = {
+            self.site: None
+            if bool((gate == 1).all())
+            else gate.float()[:, None, None, None].expand(-1, layers, 1, heads)
+        }
+        # Tensors of inference mode cannot be saved for a backward pass.
+        tokens, positions = self.features.tokens.clone(), self.features.positions.clone()
+        mask = None if self.features.attn_mask is None else self.features.attn_mask.clone()
+        features = Features(tokens, positions, mask, self.features.grid)
+        with torch.enable_grad(), draw.applied_to(self.detector), self.detector.intercepting(capture):
+            encoder_gate = own.get("encoder_self")
+            memory = self.detector.encode_features(
+                features, None if encoder_gate is None else encoder_gate[0]
+            )
+            plan = separate_runs(
+                own.get("decoder_self"),
+                own.get("decoder_cross"),
+                self.detector.head_layout.decoder_layers,
+                1 if is_encoder else runs,
+            ).to(self.detector.device, self.detector.dtype)
+            output = self.detector.decode(memory, plan)
+            logits, boxes = output.logits[:, 0], output.boxes[:, 0]
+            contexts = [captured[AttentionAddress(self.site, layer)] for layer in range(layers)]
+            results = []
+            for value in self.values:
+                found = value(self.objects, logits, boxes)
+                column = pairs[:, 1].clamp(max=found.shape[1] - 1)
+                if not found.shape[1]:
+                    results.append(torch.zeros(runs, layers, heads, dtype=torch.float64))
+                elif is_encoder:
+                    each = [_gate_gradients(found[0, o], contexts, 1) for o in column.tolist()]
+                    results.append(torch.cat(each))
+                else:
+                    results.append(_gate_gradients(found[torch.arange(runs), column].sum(), contexts, runs))
+        return results
+
+
+def _gate_gradients(total: Tensor, contexts: Sequence[tuple[Tensor, Tensor]], runs: int) -> Tensor:
+    """(runs, L, H) from pairs of added zeros and A V - r."""
+    gradients = torch.autograd.grad(total, [zeros for zeros, _ in contexts], retain_graph=True)
+    per_layer = [
+        _per_run(gradient * ungated, runs).sum((2, 3))
+        for gradient, (_, ungated) in zip(gradients, contexts, strict=True)
+    ]
+    return torch.stack(per_layer, dim=1).double().cpu()
+
+
+def _per_run(x: Tensor, runs: int) -> Tensor:
+    """(runs, H, T, D) of a call that has runs as batch items, or concatenated along the query axis."""
+    return x if len(x) == runs else x[0].unflatten(1, (runs, -1)).transpose(0, 1)
