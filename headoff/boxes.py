@@ -13,9 +13,17 @@ def corners_of(boxes: Tensor) -> Tensor:
     return torch.stack((cx - 0.5 * width, cy - 0.5 * height, cx + 0.5 * width, cy + 0.5 * height), dim=-1)
 
 
+def iou_of(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU of boxes (..., 4) and others (..., 4), as left, top, right, bottom, whose dimensions broadcast.
+
+    NaN for two boxes without area.
+    """
+    areas, other_areas = ((b[..., 2:] - b[..., :2]).prod(-1) for b in (boxes, others))
+    least = torch.minimum(boxes[..., 2:], others[..., 2:])
+    overlap = (least - torch.maximum(boxes[..., :2], others[..., :2])).clamp(min=0).prod(-1)
+    return overlap / (areas + other_areas - overlap)
+
+
 def pairwise_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """IoU (n, m) of boxes (n, 4) and (m, 4), as left, top, right, bottom; NaN for two boxes without area."""
-    areas, other_areas = ((b[:, 2:] - b[:, :2]).prod(-1) for b in (boxes, others))
-    least = torch.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    overlap = (least - torch.maximum(boxes[:, None, :2], others[None, :, :2])).clamp(min=0).prod(-1)
-    return overlap / (areas[:, None] + other_areas - overlap)
+    """`iou_of` all pairs: (n, m) of boxes (n, 4) and (m, 4)."""
+    return iou_of(boxes[:, None], others[None])

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from headoff.ablation import Ablation, References, make_ablation
+from headoff.choices import AblationKind
 from headoff.dataframes import dataframe
 from headoff.detections import Detections, detections_from
 from headoff.detr.detector import Detector, DetectorOutput, Features
@@ -44,6 +47,7 @@ class SweepResult:
         baseline: the detections with none off; each of them is an *object*.
         outcomes: what became of each object, per configuration.
         confidence: the score above which a query's prediction is a detection.
+        ablation: what heads that are off contributed, see `headoff.ablation`.
     """
 
     configurations: tuple[Configuration, ...]
@@ -53,6 +57,7 @@ class SweepResult:
     baseline: Detections
     outcomes: tuple[ConfigurationOutcome, ...]
     confidence: float
+    ablation: AblationKind = "zero"
 
     def __len__(self) -> int:
         return len(self.configurations)
@@ -115,6 +120,7 @@ class SweepResult:
         return {
             "image_size": list(self.image_size),
             "confidence": self.confidence,
+            "ablation": self.ablation,
             "class_names": list(self.class_names),
             "baseline": self.baseline.as_dict(),
             "configurations": [
@@ -142,6 +148,8 @@ def sweep(
     touch_iou: float = TOUCH_IOU,
     memory_budget: int = MEMORY_BUDGET,
     autocast: torch.dtype | None = None,
+    ablation: AblationKind | Ablation = "zero",
+    references: References | str | Path | None = None,
     graphs: DecodeGraphs | None = None,
 ) -> SweepResult:
     """Run a detector on one image under every configuration.
@@ -161,6 +169,9 @@ def sweep(
             and changes results by rounding at most.
         autocast: mixed precision in bfloat16 or float16, see `Detector.autocasting`;
             `headoff.effects.effect_on_detections` says what it changes.
+        ablation: what heads that are off contribute: `zero`, `mean`, `resample` (of the first other sampled image),
+            `uniform` or `optimal`; see `headoff.ablation`.
+        references: the reference set of `mean`, `resample` and `optimal`, or its file.
         graphs: one object for all images of a folder, whose decodes are then CUDA graphs on a GPU.
 
     Raises:
@@ -177,7 +188,8 @@ def sweep(
         configuration.check(layout)
     picture = load_image(image)
     image_size = (picture.height, picture.width)
-    with torch.inference_mode(), detector.autocasting(autocast):
+    replaced = make_ablation(ablation, detector, references, picture)
+    with torch.inference_mode(), detector.autocasting(autocast), replaced.applied_to(detector):
         pixel_values, _ = detector.preprocess([picture])
         features = detector.features(pixel_values)
         if any(configuration.names_objects for configuration in chosen):
@@ -208,6 +220,7 @@ def sweep(
             for detections, one in zip(found[1:], logits[1:], strict=True)
         ),
         confidence=confidence,
+        ablation=replaced.kind,
     )
 
 

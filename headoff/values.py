@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
+from headoff.boxes import corners_of, iou_of
 from headoff.choices import VALUES
 from headoff.detections import Detections
 from headoff.errors import SettingError, did_you_mean
 from headoff.outcomes import KEEP_IOU, TOUCH_IOU
-from headoff.relevance.targets import Scalar
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +71,9 @@ class Value:
         return self.function(objects, logits, boxes)
 
 
+Scalar = Callable[[Tensor, Tensor], Tensor]
+"""(logits (Q, K + 1), boxes (Q, 4)) -> a tensor of one element."""
+
 ValueSpec = str | Scalar
 """A name, or a function of logits (Q, K + 1) and boxes (Q, 4) that returns a scalar tensor, as for
 `headoff.explain`."""
@@ -87,7 +89,7 @@ def _logit(objects: Objects, logits: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _iou(objects: Objects, logits: Tensor, boxes: Tensor) -> Tensor:
-    return paired_iou(boxes[:, objects.detections.queries], objects.boxes.to(boxes))
+    return iou_of(corners_of(boxes[:, objects.detections.queries]), corners_of(objects.boxes.to(boxes)))
 
 
 def _found(objects: Objects, logits: Tensor, boxes: Tensor) -> Tensor:
@@ -127,16 +129,7 @@ def _of_label(objects: Objects, logits: Tensor) -> Tensor:
 
 def _iou_with_all(objects: Objects, boxes: Tensor) -> Tensor:
     """IoU of each object's box with the box of every query: (C, O, Q)."""
-    return paired_iou(boxes[:, None], objects.boxes[:, None].to(boxes))
-
-
-def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes (..., 4) and (..., 4), cxcywh, whose dimensions broadcast; differentiable. 0 if both are empty."""
-    a, b = (box_convert(x, "cxcywh", "xyxy") for x in (a, b))
-    sides = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    both = sides.prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - both
-    return torch.where(union > 0, both / union.clamp(min=torch.finfo(union.dtype).tiny), 0)
+    return iou_of(corners_of(boxes[:, None]), corners_of(objects.boxes[:, None].to(boxes)))
 
 
 _REGISTERED = {

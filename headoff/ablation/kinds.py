@@ -39,12 +39,17 @@ class Ablation:
 
 
 def make_ablation(
-    kind: AblationKind | str,
+    kind: AblationKind | Ablation,
     detector: Detector,
     references: References | str | Path | None = None,
     image: ImageSource | None = None,
 ) -> Ablation:
-    """The ablation of that kind; for `resample` the first of `ablation_draws`. See there for arguments and errors."""
+    """The ablation of that kind; for `resample` the first of `ablation_draws`. See there for arguments and errors.
+
+    An `Ablation` is returned as it is.
+    """
+    if isinstance(kind, Ablation):
+        return kind
     return ablation_draws(kind, detector, references, image)[0]
 
 

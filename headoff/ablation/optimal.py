@@ -6,7 +6,8 @@ of the model; here, without labels, it is the mean squared change of a value of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -68,19 +69,27 @@ def fit_optimal(
         )
     if fingerprint_of(detector) != references.fingerprint:
         raise SettingError("the reference set was gathered with another model: gather one with this model")
-    games = []
-    for image in images:
-        if hash_of_image(image) not in references.images:
-            raise SettingError(
-                "an image is not of the reference set: fit on the images that it was gathered from"
-            )
-        game = _game(detector, image, chosen, confidence)
-        if len(game[1]):
-            games.append(game)
-    if not games:
+    if any(hash_of_image(image) not in references.images for image in images):
         raise SettingError(
-            "no reference image has a detection to fit optimal constants for: lower the confidence"
+            "an image is not of the reference set: fit on the images that it was gathered from"
         )
+
+    @functools.cache
+    def game(index: int) -> tuple[Memory, Objects, Tensor]:
+        return _game(detector, images[index], chosen, confidence)
+
+    def games() -> Iterator[tuple[Memory, Objects, Tensor]]:
+        """Those of images with objects, over and over."""
+        while True:
+            with_objects = 0
+            for index in range(len(images)):
+                if len(game(index)[1]):
+                    with_objects += 1
+                    yield game(index)
+            if not with_objects:
+                raise SettingError(
+                    "no reference image has a detection to fit optimal constants for: lower the confidence"
+                )
 
     start = references.mean[site].mean(2, keepdim=True).to(detector.device, detector.dtype)
     scale = references.samples[site].float().std((0, 3), keepdim=True)[0].to(start)
@@ -98,8 +107,7 @@ def fit_optimal(
         return (start[layer] + offset[layer] * scale[layer])[None]
 
     with torch.enable_grad(), detector.replacing(constant):
-        for step in range(steps):
-            memory, objects, baseline = games[step % len(games)]
+        for step, (memory, objects, baseline) in zip(range(steps), games(), strict=False):
             output = detector.decode(memory, plan)
             change = chosen(objects, output.logits[:, 0], output.boxes[:, 0]) - baseline
             # By the mean over objects and the sum over heads: the gradient of a head does not depend on the others.

@@ -89,6 +89,8 @@ class Autocast:
                 target=options.target,
                 pick=options.pick,
                 confidence=result.confidence,
+                ablation=options.ablation,
+                references=options.references,
             )
             self.messages.append(effect_on_maps(full, explanation).sentence(f"autocast to {self.name}"))
         return explanation

@@ -69,6 +69,14 @@ class ConfigurationChoice:
         return cumulative(layout.heads, self.order(layout.heads) if self.order else None, site=site)
 
 
+def describe_ablation(settings: argparse.Namespace) -> dict[str, str]:
+    """The options of `add_ablation_options` as part of a report's provenance; nothing for zero ablation."""
+    if settings.ablate == "zero":
+        return {}
+    source = f", references {settings.references}" if settings.references else ""
+    return {"ablation": f"{settings.ablate}{source}"}
+
+
 def describe_configurations(settings: argparse.Namespace) -> dict[str, str]:
     """The options of `add_configuration_options` as part of a report's provenance."""
     if settings.off:

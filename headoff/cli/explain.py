@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headoff.choices import BOX_COORDINATES, METHODS, PICKS, SCALES
 from headoff.cli.options import (
     NOTATION,
+    add_ablation_options,
     add_autocast_option,
     add_confidence_option,
     add_configuration_options,
@@ -111,7 +112,7 @@ def add_parser(commands: Any) -> None:
         default="npz",
         help="format of the file of raw maps (default npz)",
     )
-    add_configuration_options(parser, None)
+    add_ablation_options(add_configuration_options(parser, None))
     add_confidence_option(parser)
     add_detector_options(parser)
     add_autocast_option(parser)
@@ -121,7 +122,7 @@ def add_parser(commands: Any) -> None:
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
     from headoff.cli.autocast import Autocast, check_autocast
-    from headoff.cli.configurations import ConfigurationChoice, describe_configurations
+    from headoff.cli.configurations import ConfigurationChoice, describe_ablation, describe_configurations
     from headoff.cli.detectors import load_detector, provenance
     from headoff.cli.relevance import RelevanceOptions, parse_layers
     from headoff.cli.reports import images_to_report, write_reports
@@ -142,6 +143,8 @@ def run(settings: argparse.Namespace) -> int:
         heads=settings.heads,
         style=MapStyle(settings.scale, settings.overlay, settings.cmap, settings.smooth),
         maps=settings.maps,
+        ablation=settings.ablate,
+        references=settings.references,
     )
     detector = load_detector(settings)
     relevance.check(detector.head_layout)
@@ -150,13 +153,21 @@ def run(settings: argparse.Namespace) -> int:
 
     def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
-        result = autocast.sweep(detector, picture, configurations, confidence=settings.confidence)
+        result = autocast.sweep(
+            detector,
+            picture,
+            configurations,
+            confidence=settings.confidence,
+            ablation=settings.ablate,
+            references=settings.references,
+        )
         explanation = autocast.write_report(relevance, folder, picture, detector, result, made_with, progress)
         return autocast.summary(image, _summary(image, explanation), progress)
 
     made_with = {
         **provenance(settings, detector),
         **describe_configurations(settings),
+        **describe_ablation(settings),
         "confidence": f"{settings.confidence:g}",
         **autocast.describe(),
         **relevance.describe(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headoff.choices import DEFAULT_SITE, DTYPES, SITES
+from headoff.choices import ABLATION_KINDS, DEFAULT_SITE, DTYPES, SITES
 
 CONFIGURATION_SETS = ("cumulative", "single", "subsets")
 
@@ -103,14 +103,15 @@ def add_autocast_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_image_argument(parser: argparse.ArgumentParser) -> None:
-    """Add IMAGE|FOLDER, any number of them."""
+def add_image_argument(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add IMAGE|FOLDER, any number of them, or at least one if `required`."""
     parser.add_argument(
         "images",
-        nargs="*",
+        nargs="+" if required else "*",
         type=named_path,
         metavar="IMAGE|FOLDER",
-        help="images, and folders of images, with the folders in them; default: a bundled scene",
+        help="images, and folders of images, with the folders in them"
+        + ("" if required else "; default: a bundled scene"),
     )
 
 
@@ -163,6 +164,30 @@ def add_configuration_options(
         help=f"the attention that is gated (default {DEFAULT_SITE})",
     )
     return group
+
+
+def add_ablation_options(group: argparse._ArgumentGroup) -> None:
+    """Add --ablate and --references."""
+    group.add_argument(
+        "--ablate",
+        choices=ABLATION_KINDS,
+        default="zero",
+        help="what a head that is off contributes: nothing (zero, default), its mean over a reference set, its "
+        "context in another image (resample), attention spread evenly (uniform), or the constant that changes least "
+        "(optimal)",
+    )
+    add_references_option(group)
+
+
+def add_references_option(group: argparse._ArgumentGroup) -> None:
+    """Add --references."""
+    group.add_argument(
+        "--references",
+        type=named_path,
+        metavar="FILE",
+        help="the reference set of mean, resample and optimal, made by `headoff references` (default: the bundled "
+        "model's)",
+    )
 
 
 def named_path(text: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image
 from tqdm import tqdm
 
-from headoff.choices import Pick
+from headoff.choices import AblationKind, Pick
 from headoff.detr import Detector
 from headoff.errors import SettingError
 from headoff.figures.colouring import MapStyle
@@ -29,6 +29,7 @@ class RelevanceOptions:
         queries, objects: explain only these; all detected objects if both are empty.
         style: how maps are drawn.
         maps: format of the file of raw maps.
+        ablation, references: see `headoff.explain`.
 
     Raises:
         SettingError: an option is invalid for every detector.
@@ -43,6 +44,8 @@ class RelevanceOptions:
     heads: bool = False
     style: MapStyle = MapStyle()
     maps: Literal["npz", "safetensors"] = "npz"
+    ablation: AblationKind = "zero"
+    references: Path | None = None
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
@@ -104,6 +107,8 @@ class RelevanceOptions:
                 pick=self.pick,
                 confidence=result.confidence,
                 heads=self.heads,
+                ablation=self.ablation,
+                references=self.references,
                 progress=lambda *_: bar.update(),
             )
         write_report(

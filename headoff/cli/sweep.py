@@ -9,6 +9,7 @@ from typing import Any
 
 from headoff.cli.options import (
     NOTATION,
+    add_ablation_options,
     add_autocast_option,
     add_confidence_option,
     add_configuration_options,
@@ -28,6 +29,7 @@ examples:
   headoff sweep street.jpg --relevance
   headoff sweep photos/ --order random:7 --out random7
   headoff sweep day1/ day2/ extra.jpg                a report for each image, an index, totals
+  headoff sweep --ablate mean                        heads that are off contribute their mean context
   headoff sweep street.jpg --autocast bfloat16
   headoff sweep --off 'L4H2,L5H0-3' --off 'only L5H2 on'
 """
@@ -58,6 +60,7 @@ def add_parser(commands: Any) -> None:
         help="switch heads off for the query of this object only; objects are numbered from 0, as `headoff detect` "
         "lists them",
     )
+    add_ablation_options(group)
     add_confidence_option(parser)
     add_detector_options(parser)
     add_autocast_option(parser)
@@ -79,7 +82,11 @@ def run(settings: argparse.Namespace) -> int:
     images = images_to_report(settings)
     check_autocast(settings)
     choice = ConfigurationChoice.from_options(settings)
-    relevance = RelevanceOptions() if settings.relevance else None
+    relevance = (
+        RelevanceOptions(ablation=settings.ablate, references=settings.references)
+        if settings.relevance
+        else None
+    )
     detector = load_detector(settings)
     configurations = choice.configurations(detector)
     autocast = Autocast(settings.autocast)
@@ -94,6 +101,8 @@ def run(settings: argparse.Namespace) -> int:
             configurations,
             object_index=settings.object,
             confidence=settings.confidence,
+            ablation=settings.ablate,
+            references=settings.references,
             graphs=graphs,
         )
         if relevance is None:
@@ -110,9 +119,9 @@ def run(settings: argparse.Namespace) -> int:
 
 def _describe(settings: argparse.Namespace) -> dict[str, str]:
     """The options that decide what a sweep finds, as part of its report's provenance."""
-    from headoff.cli.configurations import describe_configurations
+    from headoff.cli.configurations import describe_ablation, describe_configurations
 
     options = {**describe_configurations(settings), "confidence": f"{settings.confidence:g}"}
     if settings.object is not None:
         options["object"] = f"only #{settings.object}"
-    return options
+    return options | describe_ablation(settings)

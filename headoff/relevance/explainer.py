@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from headoff.choices import PICKS, Pick
+from headoff.ablation import Ablation, References, make_ablation
+from headoff.choices import PICKS, AblationKind, Pick
 from headoff.detections import Detections, class_probabilities, detections_from
 from headoff.detr.detector import Detector
 from headoff.errors import SettingError
@@ -41,6 +43,8 @@ def explain(
     backward: Backward = "auto",
     kernels: Kernels = "auto",
     memory_budget: int | None = None,
+    ablation: AblationKind | Ablation = "zero",
+    references: References | str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Explanation:
     """Relevance maps of one image's objects under every configuration, after every decoder layer.
@@ -61,6 +65,8 @@ def explain(
         confidence: a query counts as a detection if its score exceeds this.
         heads: whether to return the cross-attention weights of every head.
         zero_rows, backward, kernels, memory_budget: see `headoff.relevance.rules` and `RelevanceEngine`.
+        ablation, references: what heads that are off contribute, as for `headoff.sweep`. It is held constant: what
+            replaces a head carries no relevance.
         progress: called with (number of finished configurations, number of configurations).
 
     Under `with detector.autocasting(dtype):` only the forward passes use mixed precision; relevance is float32.
@@ -134,19 +140,20 @@ def explain(
     head_maps = torch.zeros(*count, layout.heads, *features.grid, dtype=dtype) if heads else None
     logits = baseline.logits.new_empty(len(chosen), *baseline.logits.shape)
     boxes = baseline.boxes.new_empty(len(chosen), *baseline.boxes.shape)
-    for done, found in enumerate(engine.run(gates, targets, layers=chosen_layers, heads=heads), start=1):
-        logits[found.index], boxes[found.index] = found.logits, found.boxes
-        for slot, pair in enumerate(found.pairs):
-            if pair is not None:
-                maps[found.index, slot] = pair.rows.unflatten(-1, features.grid)
-                values[found.index, slot] = pair.value
-                decoder_zeros[found.index, slot] = pair.decoder_identity_rows
-                encoder_zeros[found.index, slot] = pair.encoder_identity_rows
-                differs[found.index, slot] = pair.reference_differs
-        if head_maps is not None and found.heads is not None:
-            head_maps[found.index] = found.heads.unflatten(-1, features.grid)
-        if progress is not None:
-            progress(done, len(chosen))
+    with make_ablation(ablation, detector, references, picture).applied_to(detector):
+        for done, found in enumerate(engine.run(gates, targets, layers=chosen_layers, heads=heads), start=1):
+            logits[found.index], boxes[found.index] = found.logits, found.boxes
+            for slot, pair in enumerate(found.pairs):
+                if pair is not None:
+                    maps[found.index, slot] = pair.rows.unflatten(-1, features.grid)
+                    values[found.index, slot] = pair.value
+                    decoder_zeros[found.index, slot] = pair.decoder_identity_rows
+                    encoder_zeros[found.index, slot] = pair.encoder_identity_rows
+                    differs[found.index, slot] = pair.reference_differs
+            if head_maps is not None and found.heads is not None:
+                head_maps[found.index] = found.heads.unflatten(-1, features.grid)
+            if progress is not None:
+                progress(done, len(chosen))
     return Explanation(
         configurations=chosen,
         objects=objects,

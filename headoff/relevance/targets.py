@@ -6,15 +6,14 @@ as fractions of the image). Class logits and box coordinates have names; any oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from headoff.choices import BOX_COORDINATES
 from headoff.errors import SettingError, did_you_mean
+from headoff.values import Scalar
 
-Scalar = Callable[[Tensor, Tensor], Tensor]
 TargetSpec = str | Scalar
 """`"class"`, one of `BOX_COORDINATES`, or a function of (logits, boxes) that returns a scalar tensor."""
 
