@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from headoff.choices import SITES, Site
-from headoff.detr.checkpoints.files import read_tensors, write_bytes
+from headoff.detr.checkpoints.files import read_tensors
 from headoff.detr.detector import Detector
 from headoff.detr.transformer import Attend, AttentionAddress, AttentionCall
 from headoff.errors import CheckpointError, ImageError, SettingError
+from headoff.files import write_file
 from headoff.images import ImageSource, load_image
 
 FORMAT = "headoff references 1"
@@ -71,7 +72,7 @@ class References:
             "sampled": json.dumps(self.sampled),
             "provenance": json.dumps(dict(self.provenance), sort_keys=True),
         }
-        write_bytes(Path(path), safetensors.torch.save(tensors, metadata))
+        write_file(Path(path), safetensors.torch.save(tensors, metadata))
 
 
 def load_references(path: str | Path) -> References:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from headoff.choices import AblationKind, Site
 from headoff.detections import Detections
-from headoff.detr.checkpoints.files import write_bytes
 from headoff.errors import SettingError, did_you_mean
+from headoff.files import write_file
 from headoff.gates import order_by_score
 from headoff.importance.measures import Scores
 from headoff.wording import counted
@@ -199,7 +199,7 @@ class HeadImportance:
             "scores": [str(key) for key in self.scores],
             "totals": ["/".join(key) for key in self.totals],
         }
-        write_bytes(path, safetensors.torch.save(tensors, {"headoff": json.dumps(metadata)}))
+        write_file(path, safetensors.torch.save(tensors, {"headoff": json.dumps(metadata)}))
         return path
 
 
