@@ -131,6 +131,7 @@ class KnownGame:
     function: object
     shape: tuple[int, int] = (2, 3)
     values: list = field(default_factory=lambda: [resolve_value("probability")])
+    store: None = None
 
     def __call__(self, coalitions):
         return [self.function(coalitions.double())]
@@ -319,6 +320,45 @@ def test_resampled_values_are_means_over_the_draws(detector, image):
     torch.testing.assert_close(mean, sum(each) / len(draws), rtol=0, atol=1e-7)
     assert len(draws) == 8
     assert torch.stack(each).std(0).max() > 1e-3
+
+
+def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, detector, image):
+    options = {
+        "measures": ("removal", SampledShapley(pairs=2)),
+        "values": ("probability", "detections"),
+        "ablations": "zero",
+        "memory_budget": 2**21,
+    }
+    expected = headoff.heads(detector, image, **options)
+
+    def interrupt(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        headoff.heads(detector, image, store=tmp_path, progress=interrupt, **options)
+    evaluated = []
+
+    def count(call, proceed):
+        evaluated.append(call)
+        return proceed(call)
+
+    with detector.intercepting(count):
+        again = headoff.heads(detector, image, store=tmp_path, **options)
+    half = len(evaluated)
+    for key, scores in expected.scores.items():
+        torch.testing.assert_close(again.scores[key].scores, scores.scores, rtol=0, atol=1e-6)
+    with detector.intercepting(count):
+        headoff.heads(detector, image, store=tmp_path, **options)
+    baseline = len(evaluated) - half
+    assert half > 3 * baseline  # a finished computation needs the baseline only
+    with detector.intercepting(count):
+        other = headoff.heads(detector, headoff.sample_image(1), store=tmp_path, **options)
+    assert len(evaluated) - half - baseline > half  # nothing of another image is used
+    assert other.objects.queries.tolist() != expected.objects.queries.tolist()
+    (tmp_path / "zero.safetensors").write_bytes(b"damaged")
+    mended = headoff.heads(detector, image, store=tmp_path, **options)
+    assert torch.equal(mended.get("removal").scores, expected.get("removal").scores)
 
 
 # Values

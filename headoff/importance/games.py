@@ -7,7 +7,7 @@ Shapes: C coalitions, L layers and H heads of the site, O objects.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from headoff.detr.transformer import Attend, AttentionAddress, AttentionCall
 from headoff.errors import AttentionError, NonFiniteError, SettingError
 from headoff.gates import Gates
 from headoff.images import ImageSource, load_image
+from headoff.importance.store import ValueStore
 from headoff.sweeps import MEMORY_BUDGET, configurations_at_once, decode_all
 from headoff.values import Objects, Value
 
@@ -39,6 +40,7 @@ class Game:
         values: the value functions.
         memory_budget: limit of decoder activations in bytes.
         progress: called with the number of coalitions that were evaluated since the last call.
+        draws, store: see `under`.
     """
 
     detector: Detector
@@ -48,7 +50,8 @@ class Game:
     values: Sequence[Value]
     memory_budget: int = MEMORY_BUDGET
     progress: Callable[[int], None] | None = None
-    _draws: Sequence[Ablation] = field(default=(Ablation("zero"),))
+    draws: Sequence[Ablation] = (Ablation("zero"),)
+    store: ValueStore | None = None
 
     @classmethod
     def of(
@@ -83,18 +86,14 @@ class Game:
         layout = self.detector.head_layout
         return layout.layers(self.site), layout.heads
 
-    def under(self, draws: Sequence[Ablation]) -> Game:
-        """The same game where heads that are off contribute what `draws` say; values are averaged over them."""
-        return Game(
-            self.detector,
-            self.features,
-            self.site,
-            self.objects,
-            self.values,
-            self.memory_budget,
-            self.progress,
-            draws,
-        )
+    def under(self, draws: Sequence[Ablation], store: ValueStore | None = None) -> Game:
+        """The same game where heads that are off contribute what `draws` say; values are averaged over them.
+
+        Args:
+            draws: see `headoff.ablation.ablation_draws`.
+            store: of the values of coalitions under `draws`.
+        """
+        return replace(self, draws=draws, store=store)
 
     def __call__(self, coalitions: Tensor) -> list[Tensor]:
         """The values of coalitions.
@@ -107,29 +106,50 @@ class Game:
 
         Raises:
             NonFiniteError: a value is NaN or infinite.
+            OutputError: the store cannot be written.
         """
-        totals: list[Tensor] = []
-        for draw in self._draws:
-            parts: list[list[Tensor]] = [[] for _ in self.values]
-            at_once = configurations_at_once(self.detector, self.features, self.memory_budget)
+        widths = [1 if value.of_image else len(self.objects) for value in self.values]
+        results = torch.zeros(len(coalitions), sum(widths), dtype=torch.float64)
+        missing = torch.arange(len(coalitions))
+        if self.store is not None and coalitions.dtype == torch.bool:
+            known = self.store.find(coalitions)
+            for index, row in enumerate(known):
+                if row is not None:
+                    results[index] = row
+            missing = torch.tensor([i for i, row in enumerate(known) if row is None], dtype=torch.long)
+        self._advance(len(coalitions) - len(missing))
+        at_once = configurations_at_once(self.detector, self.features, self.memory_budget)
+        for batch in missing.split(at_once) if len(missing) else ():
+            found = self._evaluate(coalitions[batch].float())
+            self._check_finite(found.split(widths, dim=1))
+            results[batch] = found
+            if self.store is not None and coalitions.dtype == torch.bool:
+                self.store.add(coalitions[batch], found)
+            self._advance(len(batch))
+        return list(results.split(widths, dim=1))
+
+    def _evaluate(self, gates: Tensor) -> Tensor:
+        """All values (C, V) of gates (C, L, H) that fit into memory together: the mean over the draws."""
+        total = torch.zeros(())
+        for draw in self.draws:
             with torch.inference_mode(), draw.applied_to(self.detector):
-                for batch in coalitions.float().split(at_once):
-                    output = self._decode(batch)
-                    for part, value in zip(parts, self.values, strict=True):
-                        found = value(self.objects, output.logits[:, 0], output.boxes[:, 0])
-                        part.append(found.double().cpu())
-                    if self.progress is not None:
-                        self.progress(len(batch))
-            found_here = [torch.cat(part).clone() for part in parts]
-            totals = [a + b for a, b in zip(totals, found_here, strict=True)] if totals else found_here
-        means = [total / len(self._draws) for total in totals]
-        for value, mean in zip(self.values, means, strict=True):
-            if not bool(mean.isfinite().all()):
+                output = self._decode(gates)
+                logits, boxes = output.logits[:, 0], output.boxes[:, 0]
+                found = [value(self.objects, logits, boxes).double().cpu() for value in self.values]
+            total = total + torch.cat(found, dim=1).clone()
+        return total / len(self.draws)
+
+    def _check_finite(self, values: Sequence[Tensor]) -> None:
+        for value, found in zip(self.values, values, strict=True):
+            if not bool(found.isfinite().all()):
                 raise NonFiniteError(
                     f"NaN or infinity in the value {value.name!r} of a coalition: check the attention, the weights "
                     "and the value"
                 )
-        return means
+
+    def _advance(self, count: int) -> None:
+        if self.progress is not None and count:
+            self.progress(count)
 
     def _decode(self, gates: Tensor) -> DetectorOutput:
         return decode_all(
@@ -173,13 +193,13 @@ class Game:
             if at_each is None
             else [b for one in at_each for b in pairs[pairs[:, 0] == one].split(at_once)]
         )
-        for draw in self._draws:
+        for draw in self.draws:
             for batch in batches:
                 for result, found in zip(results, self._gradients(draw, batch, gates), strict=True):
                     where = batch if result.shape[1] else batch[:0]
                     if result.shape[1] == 1:
                         where, found = where[where[:, 1] == 0], found[where[:, 1] == 0]
-                    result[where[:, 0], where[:, 1]] += found[: len(where)] / len(self._draws)
+                    result[where[:, 0], where[:, 1]] += found[: len(where)] / len(self.draws)
         for value, result in zip(self.values, results, strict=True):
             if not bool(result.isfinite().all()):
                 raise NonFiniteError(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from headoff.ablation import Ablation, References, ablation_draws
+from headoff.ablation import References, ablation_draws, load_references
+from headoff.ablation.references import fingerprint_of, hash_of_image
+from headoff.attention import attention_label
 from headoff.choices import DEFAULT_SITE, AblationKind, Site
 from headoff.detr.detector import Detector
 from headoff.errors import SettingError
@@ -16,6 +20,7 @@ from headoff.images import ImageSource, load_image
 from headoff.importance.games import Game
 from headoff.importance.measures import Measure, Scores, resolve_measure, score_all
 from headoff.importance.result import HeadImportance, Key, Totals
+from headoff.importance.store import ValueStore
 from headoff.sweeps import MEMORY_BUDGET
 from headoff.values import ValueSpec, resolve_value
 
@@ -34,6 +39,7 @@ def heads(
     references: References | str | Path | None = None,
     confidence: float = 0.5,
     memory_budget: int = MEMORY_BUDGET,
+    store: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeadImportance:
     """Score what every head of a site contributes to every object of an image.
@@ -50,6 +56,8 @@ def heads(
         references: the reference set of `mean`, `resample` and `optimal`, or its file.
         confidence: score above which a query's prediction is an object.
         memory_budget: limit of decoder activations in bytes; it changes results by rounding at most.
+        store: a folder where values of coalitions are kept, so that an interrupted call goes on where it stopped. It
+            is not used if a value is a function.
         progress: called with (number of evaluated coalitions, number of coalitions), without those of gradients.
 
     Returns:
@@ -60,6 +68,7 @@ def heads(
         SettingError: an argument is invalid, or a measure supports none of the values.
         AttentionError: gradients are wanted of an attention without a backward pass.
         NonFiniteError: a value or a derivative is not finite.
+        OutputError: the store cannot be written.
 
     Example:
         >>> found = headoff.heads(headoff.load("scenes"), headoff.sample_image(0))
@@ -67,7 +76,8 @@ def heads(
     """
     check_site(site)
     chosen = [resolve_measure(m) for m in ([measures] if isinstance(measures, str | Measure) else measures)]
-    wanted = [resolve_value(v) for v in ([values] if isinstance(values, str) or callable(values) else values)]
+    specs = [values] if isinstance(values, str) or callable(values) else list(values)
+    wanted = [resolve_value(spec) for spec in specs]
     kinds = [ablations] if isinstance(ablations, str) else list(ablations)
     _check_names("measure", [measure.name for measure in chosen])
     _check_names("value", [value.name for value in wanted])
@@ -83,20 +93,59 @@ def heads(
     draws = {kind: ablation_draws(kind, detector, references, picture) for kind in kinds}
     game = Game.of(detector, picture, site, wanted, confidence, memory_budget)
     if progress is not None:
-        game.progress = _total_progress(progress, chosen, game, draws.values())
+        game.progress = _total_progress(progress, chosen, game, len(kinds))
     scores: dict[Key, Scores] = {}
     totals: dict[tuple[AblationKind, str], Totals] = {}
     for kind in kinds:
-        under = game.under(draws[kind])
+        kept = None
+        if store is not None and not any(map(callable, specs)):
+            kept = _value_store(Path(store), game, kind, references, picture)
+        under = game.under(draws[kind], kept)
         everything = torch.tensor([True, False])[:, None, None].expand(2, *game.shape)
-        for value, found in zip(wanted, under(everything), strict=True):
-            totals[kind, value.name] = Totals(found[0], found[1])
-        for name, results in score_all(chosen, under).items():
+        try:
+            for value, found in zip(wanted, under(everything), strict=True):
+                totals[kind, value.name] = Totals(found[0], found[1])
+            tables = score_all(chosen, under)
+        finally:
+            if kept is not None:
+                kept.write()
+        for name, results in tables.items():
             for value, result in zip(wanted, results, strict=True):
                 if result is not None:
                     scores[Key(kind, name, value.name)] = result
     of_image = frozenset(value.name for value in wanted if value.of_image)
     return HeadImportance(game.objects.detections, site, game.shape, scores, totals, of_image)
+
+
+def _value_store(
+    folder: Path, game: Game, kind: str, references: References | str | Path | None, picture: Image.Image
+) -> ValueStore:
+    detector = game.detector
+    about = {
+        "weights": fingerprint_of(detector),
+        "attention": attention_label(detector.attention),
+        "dtype": f"{detector.dtype}, {detector.autocast_dtype}",
+        "preprocessing": repr(detector.preprocessing),
+        "image": hash_of_image(picture),
+        "site": game.site,
+        "confidence": repr(game.objects.confidence),
+        "values": ", ".join(value.name for value in game.values),
+        "ablation": kind,
+        "references": "" if kind in ("zero", "uniform") else _hash_of(references),
+    }
+    return ValueStore(folder / f"{kind}.safetensors", about)
+
+
+def _hash_of(references: References | str | Path | None) -> str:
+    if references is None:
+        return "bundled"
+    if not isinstance(references, References):
+        references = load_references(references)
+    total = hashlib.sha256()
+    for name in ("mean", "samples", "optimal"):
+        for site, tensor in sorted(getattr(references, name).items()):
+            total.update(f"{name} {site}".encode() + tensor.numpy().tobytes())
+    return total.hexdigest()
 
 
 def _check_names(what: str, names: Sequence[str]) -> None:
@@ -111,10 +160,10 @@ def _total_progress(
     progress: Callable[[int, int], None],
     measures: Sequence[Measure],
     game: Game,
-    draws: Iterable[Sequence[Ablation]],
+    kinds: int,
 ) -> Callable[[int], None]:
     each = torch.cat([measure.coalitions(*game.shape) for measure in measures]).flatten(1)
-    total = (len(each.unique(dim=0)) + 2) * sum(map(len, draws))
+    total = (len(each.unique(dim=0)) + 2) * kinds
     done = 0
 
     def advance(count: int) -> None:

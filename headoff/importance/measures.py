@@ -301,7 +301,7 @@ def score_all(measures: Sequence[Measure], game: Game) -> dict[str, list[Scores 
     results: dict[str, list[Scores | None]] = {}
     for measure, indices in zip(measures, place.split([len(one) for one in wanted]), strict=True):
         supported = [index for index, value in enumerate(game.values) if measure.supports(value)]
-        sub_game = replace(game, values=[game.values[index] for index in supported])
+        sub_game = replace(game, values=[game.values[index] for index in supported], store=None)
         found = measure.scores(sub_game, [values[index][indices] for index in supported])
         by_value: dict[int, Scores] = dict(zip(supported, found, strict=True))
         results[measure.name] = [by_value.get(index) for index in range(len(game.values))]
