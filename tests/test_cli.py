@@ -387,3 +387,39 @@ def test_tables_fit_a_terminal(capsys, tmp_path):
     assert code == 0 and all(len(line) <= 80 for line in lines)
     assert any(line.startswith("0,1,0.25,1") and "…" in line for line in lines)
     assert lines[-1].endswith("of 3 configurations lose an object")
+
+
+def test_sweep_by_importance_switches_the_least_important_heads_off_first(tmp_path, capsys):
+    """In Shapley's order objects survive longer than in the opposite one."""
+    kept = {}
+    for order in ("importance", "importance:most"):
+        assert main(["sweep", "--order", order, "--out", str(tmp_path / "out"), "--again"]) == 0
+        out = capsys.readouterr().out
+        kept[order] = [int(line.split()[4]) for line in out.splitlines() if line.startswith("first ")]
+        heads = out.split("important first: ")[1].split("\n")[0].split(", ")
+        assert sorted(heads) == list("01234567")
+    assert sum(kept["importance"]) > sum(kept["importance:most"]) + 5
+
+
+def test_ablation_kinds_are_options_and_part_of_the_provenance(tmp_path, capsys):
+    assert main(["sweep", "--ablate", "mean", "--off", "first 3", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    assert report["provenance"]["ablation"] == "mean"
+    assert report["ablation"] == "mean"
+    capsys.readouterr()
+    missing = ["sweep", "--ablate", "mean", "--references", str(tmp_path / "none"), "--out", str(tmp_path)]
+    assert main(missing) == 2
+    assert "there is no reference set" in capsys.readouterr().err
+
+
+def test_references_are_gathered_and_used(tmp_path, capsys):
+    folder = headoff.sample_image(0).parent
+    path = tmp_path / "references.safetensors"
+    gather = ["references", str(folder / "scene-000.png"), str(folder / "scene-001.png"), "--out", str(path)]
+    assert main([*gather, "--optimal", "--steps", "2"]) == 0
+    assert "the reference set of 2 images" in capsys.readouterr().out
+    sweep = ["sweep", "--references", str(path), "--out", str(tmp_path / "out"), "--off", "L5"]
+    assert main([*sweep, str(folder / "scene-002.png"), "--ablate", "optimal"]) == 0
+    capsys.readouterr()
+    assert main([*sweep, str(folder / "scene-000.png"), "--ablate", "optimal"]) == 2
+    assert "were fitted on the image that is judged" in capsys.readouterr().err

@@ -293,7 +293,7 @@ def test_orders_by_name():
 @pytest.mark.parametrize(
     ("text", "at", "says"),
     [
-        ("", "", "expected a head number, 'reverse' or 'random:SEED'"),
+        ("", "", "expected a head number, 'reverse', 'random:SEED' or 'importance'"),
         ("1,x", "x", "expected a head number"),
         ("random", "", "expected ':' and a seed"),
         ("random:x", "x", "expected a seed"),

@@ -17,6 +17,7 @@ from headoff.detr.config import BackboneConfig
 from headoff.errors import AttentionError, SettingError
 from headoff.gates import SITES
 from headoff.images import Preprocessing
+from headoff.importance.curves import removal_curves
 from headoff.importance.games import Game
 from headoff.importance.measures import IntegratedGradient, SampledShapley, resolve_measure, score_all
 from headoff.importance.shapley import (
@@ -423,6 +424,38 @@ def test_a_function_of_logits_and_boxes_is_a_value_of_the_image(detector, image)
         (widths[0] - widths[1]).item(), abs=1e-4
     )
     assert found.image_values == {"total_width"}
+
+
+# Curves
+
+
+def test_curves_are_means_over_all_orders_and_values_along_one():
+    values = torch.randn(16, generator=torch.Generator().manual_seed(0)).double()
+    curves = removal_curves(values, (2, 0, 1, 3), (3, 1, 0, 2))
+    orders = torch.tensor(list(itertools.permutations(range(4))))
+    along = torch.zeros(24, 5).double()
+    for row, order in enumerate(orders.tolist()):
+        for k in range(5):
+            along[row, k] = values[15 - sum(1 << head for head in order[:k])]
+    torch.testing.assert_close(curves.random, along.mean(0))
+    for name, order in (("least_first", [2, 0, 1, 3]), ("most_first", [3, 1, 0, 2]), ("by_number", range(4))):
+        index = (orders == torch.tensor(list(order))).all(1).nonzero().item()
+        assert getattr(curves, name).tolist() == along[index].tolist()
+    assert curves.best.tolist() == along.amax(0).tolist()
+    assert curves.worst.tolist() == along.amin(0).tolist()
+    for k, subset in enumerate(curves.best_subsets):
+        assert len(subset) == k
+        assert values[15 - sum(1 << head for head in subset)] == curves.best[k]
+    assert ((curves.low >= curves.worst) & (curves.high <= curves.best) & (curves.low <= curves.random)).all()
+
+
+def test_curves_of_the_numbered_order_are_the_cumulative_sweep(detector, image):
+    found = headoff.heads(detector, image, measures="shapley_columns", values="probability", ablations="zero")
+    swept = headoff.sweep(detector, image)
+    expected = swept.survival().double().mean(0)
+    curves = found.curves()
+    torch.testing.assert_close(curves.by_number, expected, rtol=0, atol=1e-5)
+    assert curves.least_first.sum() > curves.random.sum() > curves.most_first.sum()
 
 
 # Results

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
 
 from headoff.choices import DEFAULT_SITE, Site
 from headoff.detr import Detector
@@ -14,11 +18,14 @@ from headoff.gates import (
     all_subsets,
     cumulative,
     none_off,
+    order_by_score,
     parse_configuration,
     parse_order,
     read_configurations,
     single_heads,
 )
+from headoff.importance import heads
+from headoff.sweeps import query_of_object
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,14 @@ class ConfigurationChoice:
         site: where `set` switches heads off.
         off: configurations given by --off; they replace `set`.
         order: order of heads in the cumulative sweep, or None.
+        by_importance: which heads the cumulative sweep switches off first, or None; their order is that of an image.
     """
 
     set: str | None
     site: Site
     off: tuple[Configuration, ...]
     order: OrderResolver | None
+    by_importance: Literal["least", "most"] | None = None
 
     @classmethod
     def from_options(cls, settings: argparse.Namespace) -> ConfigurationChoice:
@@ -45,9 +54,10 @@ class ConfigurationChoice:
             GateError: a configuration or an order cannot be read.
             SettingError: options contradict each other.
         """
-        order = parse_order(settings.order) if settings.order else None
+        by_importance = _IMPORTANCE.get(settings.order or "")
+        order = parse_order(settings.order) if settings.order and by_importance is None else None
         off = tuple(parse_configuration(text) for text in settings.off or ())
-        if order and (off or settings.set != "cumulative"):
+        if settings.order and (off or settings.set != "cumulative"):
             raise SettingError("--order needs the cumulative sweep: give it with --set cumulative only")
         if settings.site != DEFAULT_SITE and off:
             raise SettingError(
@@ -55,7 +65,7 @@ class ConfigurationChoice:
             )
         if settings.site != DEFAULT_SITE and settings.set is None:
             raise SettingError("--site says where --set switches heads off: give --set as well")
-        return cls(settings.set, settings.site, off, order)
+        return cls(settings.set, settings.site, off, order, by_importance)
 
     def configurations(self, detector: Detector) -> tuple[Configuration, ...]:
         """The configurations for a detector, the baseline first."""
@@ -67,6 +77,49 @@ class ConfigurationChoice:
         if self.set == "subsets":
             return all_subsets(layout.heads, site=site)
         return cumulative(layout.heads, self.order(layout.heads) if self.order else None, site=site)
+
+    def for_image(
+        self,
+        detector: Detector,
+        picture: Image.Image,
+        settings: argparse.Namespace,
+        objects: Sequence[int] = (),
+    ) -> tuple[Configuration, ...]:
+        """The configurations for an image. An order by importance is that of the Shapley values of the columns, by the
+        class probability, averaged over these objects (all by default).
+        """
+        if self.by_importance is None:
+            return self.configurations(detector)
+        found = heads(
+            detector,
+            picture,
+            site=self.site,
+            measures="shapley_columns",
+            values="probability",
+            ablations=settings.ablate,
+            references=settings.references,
+            confidence=settings.confidence,
+        )
+        for number in objects:
+            query_of_object(found.objects, number)
+        scores = found.get().scores[list(objects), 0].mean(0) if objects else found.mean_scores()[0]
+        order = order_by_score(scores, descending=self.by_importance == "most")
+        return cumulative(detector.head_layout.heads, order, site=self.site)
+
+
+def order_of(configurations: Sequence[Configuration]) -> str:
+    """The order in which a cumulative sweep with one order for all layers switches heads off: `6, 1, 3`."""
+    found: dict[int, None] = {}
+    for configuration in configurations[1:]:
+        found |= dict.fromkeys(configuration.clauses[0].heads or ())
+    return ", ".join(map(str, found))
+
+
+_IMPORTANCE: dict[str, Literal["least", "most"]] = {
+    "importance": "least",
+    "importance:least": "least",
+    "importance:most": "most",
+}
 
 
 def describe_ablation(settings: argparse.Namespace) -> dict[str, str]:

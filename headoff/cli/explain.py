@@ -148,7 +148,6 @@ def run(settings: argparse.Namespace) -> int:
     )
     detector = load_detector(settings)
     relevance.check(detector.head_layout)
-    configurations = choice.configurations(detector)
     autocast = Autocast(settings.autocast)
 
     def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
@@ -156,7 +155,7 @@ def run(settings: argparse.Namespace) -> int:
         result = autocast.sweep(
             detector,
             picture,
-            configurations,
+            choice.for_image(detector, picture, settings, settings.object or ()),
             confidence=settings.confidence,
             ablation=settings.ablate,
             references=settings.references,

@@ -155,7 +155,8 @@ def add_configuration_options(
     group.add_argument(
         "--order",
         metavar="ORDER",
-        help="order of heads in the cumulative sweep: `7,6,5,4,3,2,1,0`, `reverse` or `random:SEED`",
+        help="order of heads in the cumulative sweep: `7,6,5,4,3,2,1,0`, `reverse`, `random:SEED`, `importance` (the "
+        "least important first, by Shapley values in the image) or `importance:most`",
     )
     group.add_argument(
         "--site",

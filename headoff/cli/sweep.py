@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
     from headoff.cli.autocast import Autocast, check_autocast
-    from headoff.cli.configurations import ConfigurationChoice
+    from headoff.cli.configurations import ConfigurationChoice, order_of
     from headoff.cli.detectors import load_detector, provenance
     from headoff.cli.relevance import RelevanceOptions
     from headoff.cli.reports import images_to_report, sweep_summary, write_reports
@@ -88,13 +88,14 @@ def run(settings: argparse.Namespace) -> int:
         else None
     )
     detector = load_detector(settings)
-    configurations = choice.configurations(detector)
     autocast = Autocast(settings.autocast)
     # The images of a folder often have one size: on a GPU, CUDA graphs of their decodes are then replayed.
     graphs = DecodeGraphs() if len(images.paths) > 1 else None
 
     def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
+        objects = () if settings.object is None else (settings.object,)
+        configurations = choice.for_image(detector, picture, settings, objects)
         result = autocast.sweep(
             detector,
             picture,
@@ -109,7 +110,12 @@ def run(settings: argparse.Namespace) -> int:
             write_report(folder, picture, result, provenance=made_with)
         else:
             autocast.write_report(relevance, folder, picture, detector, result, made_with, progress)
-        return autocast.summary(image, sweep_summary(image, result), progress)
+        text = sweep_summary(image, result)
+        if choice.by_importance is not None:
+            text += (
+                f"\nheads by importance, {choice.by_importance} important first: {order_of(configurations)}"
+            )
+        return autocast.summary(image, text, progress)
 
     made_with = {**provenance(settings, detector), **_describe(settings), **autocast.describe()}
     if relevance is not None:

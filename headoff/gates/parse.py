@@ -118,6 +118,11 @@ def parse_order(text: str) -> OrderResolver:
         GateError: the text cannot be read; the message has a caret under the character where reading stopped.
     """
     reader = _Reader(text, "order of heads")
+    if reader.word("importance"):
+        raise GateError(
+            "an order by importance depends on the detector and the image: give --order importance to `headoff sweep` "
+            "only, or HeadImportance.order to headoff.cumulative"
+        )
     if reader.word("reverse"):
         reader.end("the end of the text")
         return lambda heads: tuple(reversed(range(heads)))
@@ -128,7 +133,9 @@ def parse_order(text: str) -> OrderResolver:
         return lambda heads: random_order(heads, seed)
 
     def row() -> list[int]:
-        return _separated(reader, ",", lambda: reader.number("a head number, 'reverse' or 'random:SEED'"))
+        return _separated(
+            reader, ",", lambda: reader.number("a head number, 'reverse', 'random:SEED' or 'importance'")
+        )
 
     start = reader.here()
     rows = _separated(reader, "/", row)

@@ -42,12 +42,15 @@ class Scores:
         scores: (O, L, H), or (O, 1, H) where a player is a head in all layers.
         errors: standard errors of the same shape, where permutations were sampled; else None.
         interactions: (O, L or 1, H, H), of pairs of heads of one layer or of columns; None where there are none.
+        coalitions: (O, 2^H), the value of every coalition of columns, where players are columns; head h is on if bit h
+            of the index is set.
         residuals: (O,), v(all) - v(none) less the sum of the scores, where that is the error of a quadrature.
     """
 
     scores: Tensor
     errors: Tensor | None = None
     interactions: Tensor | None = None
+    coalitions: Tensor | None = None
     residuals: Tensor | None = None
 
 
@@ -171,6 +174,7 @@ class ShapleyColumns(Measure):
             Scores(
                 shapley_values(v, heads).T[:, None],
                 interactions=shapley_interactions(v, heads).permute(2, 0, 1)[:, None],
+                coalitions=v.T.contiguous(),
             )
             for v in values
         ]

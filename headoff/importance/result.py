@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from headoff.choices import AblationKind, Site
@@ -16,6 +17,7 @@ from headoff.detections import Detections
 from headoff.errors import SettingError, did_you_mean
 from headoff.files import write_file
 from headoff.gates import order_by_score
+from headoff.importance.curves import RemovalCurves, removal_curves
 from headoff.importance.measures import Scores
 from headoff.wording import counted
 
@@ -120,6 +122,19 @@ class HeadImportance:
         found = order_by_score(scores.tolist(), descending=most_important_first)
         return found if len(scores) > 1 else found[0]  # type: ignore[return-value]
 
+    def curves(self, value: str | None = None, ablation: AblationKind | None = None) -> RemovalCurves:
+        """How the value, averaged over objects, falls as heads go off in all layers.
+
+        Raises:
+            SettingError: there are no scores of `shapley_columns`, whose coalitions this takes.
+        """
+        found = self.get("shapley_columns", value, ablation)
+        assert found.coalitions is not None
+        by_coalition = found.coalitions.mean(0) if len(found.coalitions) else torch.zeros(2 ** self.shape[1])
+        which = {"measure": "shapley_columns", "value": value, "ablation": ablation}
+        least, most = (self.order(most_important_first=most, **which) for most in (False, True))
+        return removal_curves(by_coalition, least, most)  # type: ignore[arg-type]
+
     def rows(self, image: str = "") -> Iterator[dict[str, str | int | float]]:
         """One row for each score: the columns of heads.csv. `layer` is `all` for a head in all layers."""
         for key, found in self.scores.items():
@@ -143,7 +158,7 @@ class HeadImportance:
                         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON types."""
+        """Everything but the values of coalitions, as JSON types."""
 
         def plain(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.tolist()
@@ -162,7 +177,7 @@ class HeadImportance:
                     "ablation": key.ablation,
                     "measure": key.measure,
                     "value": key.value,
-                    **{name: plain(getattr(found, name)) for name in _PARTS},
+                    **{name: plain(getattr(found, name)) for name in _PARTS if name != "coalitions"},
                 }
                 for key, found in self.scores.items()
             ],
@@ -203,4 +218,4 @@ class HeadImportance:
         return path
 
 
-_PARTS = ("scores", "errors", "interactions", "residuals")
+_PARTS = ("scores", "errors", "interactions", "coalitions", "residuals")
