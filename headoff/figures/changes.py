@@ -4,28 +4,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from headoff.figures.canvas import DPI, figure_of, width_of
+from headoff.figures.canvas import DPI, width_of
 from headoff.figures.chart_axes import (
     LABEL_POINTS,
     clean,
-    draw_cells,
     legend_above,
     name_configurations,
     new_axes,
     object_names,
     plain_text,
-    without_frame,
 )
-from headoff.figures.palette import INK, MUTED, STATUS_STYLES, ink_on
+from headoff.figures.matrix import (
+    colour,
+    colour_bar,
+    draw_matrix,
+    draw_values,
+    hue_handles,
+    signed,
+    text_handle,
+)
+from headoff.figures.palette import INK, STATUS_STYLES, ink_on
 from headoff.gates import SingleHeadSweep, kind_of
 from headoff.outcomes import Status
 from headoff.sweeps import SweepResult
@@ -33,9 +37,6 @@ from headoff.sweeps import SweepResult
 MOST_SMALL_MATRICES = 6
 """With more objects than this, single heads have no matrix for each object."""
 
-_COLOURS = ListedColormap(colormaps["RdBu"](np.linspace(0.14, 0.86, 101)))
-"""Red for a fall, blue for a rise, near white for zero: distinct in protanopia and deuteranopia too. The darkest
-colours are left out, as frames would not be visible on them."""
 _LEAST_LIMIT = 0.1
 """The colours end at the largest change, but not below this: rounding errors must not look like changes."""
 _NO_CHANGE = 0.005
@@ -94,7 +95,7 @@ def plot_head_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
         ax = new_axes(max(5.2, 1.9 + 0.62 * min(columns, 32)), 1.6 + max(0.5 * min(rows, 32), 1.0))
     clean(ax)
     limit = _limit(found.values)
-    _matrix(ax, sweep, found.values, limit)
+    draw_matrix(ax, found.values, limit, rows=sweep.layers, columns=sweep.heads)
     # A value has six characters. Where there is no room for what became of many objects, the frame alone says it.
     cell = 72 * width_of(ax) / (columns + 1.5)
     longest = max(len(text) for text in found.statuses.flat)
@@ -103,7 +104,7 @@ def plot_head_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
     written = points >= _LEAST_POINTS
     for row, column in np.ndindex(rows, columns) if written else ():
         value = float(found.values[row, column])
-        changed = f"{_signed(value)}\n#{found.objects[row, column]}" if abs(value) >= _NO_CHANGE else "0"
+        changed = f"{signed(value)}\n#{found.objects[row, column]}" if abs(value) >= _NO_CHANGE else "0"
         status = found.statuses[row, column] if letters else ""
         ax.text(
             column,
@@ -113,17 +114,17 @@ def plot_head_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
             va="center",
             fontsize=points,
             linespacing=1.05,
-            color=ink_on(_colour(value, limit)),
+            color=ink_on(colour(value, limit)),
         )
     _frames(ax, found.statuses != "")
     named = sorted({int(n) for n in found.objects[np.abs(found.values) >= _NO_CHANGE]})
     ax.set_xlabel(_key(result, named, width_of(ax)), linespacing=1.4)
     ax.xaxis.label.set_parse_math(False)
     ax.set_ylabel("layer")
-    _colour_bar(ax, limit, "largest change of an object's probability")
-    handles = _hue_handles()
+    colour_bar(ax, limit, "largest change of an object's probability")
+    handles = hue_handles("fall", "rise")
     if written:
-        handles += [_text_handle(f"0: below {_NO_CHANGE:g}"), _text_handle("#2: the object's number")]
+        handles += [text_handle(f"0: below {_NO_CHANGE:g}"), text_handle("#2: the object's number")]
     handles += _frame_handles(result, "2", letters=written and letters)
     legend_above(ax, handles, entry=1.25)
     return ax
@@ -154,7 +155,7 @@ def head_changes_by_object(result: SweepResult) -> Figure:
             ax.set_visible(False)
             continue
         clean(ax)
-        _matrix(ax, sweep, values[index], limit)
+        draw_matrix(ax, values[index], limit, rows=sweep.layers, columns=sweep.heads)
         statuses = np.array([one.outcomes[index].status for one in result.outcomes])[grid]
         _frames(ax, statuses != Status.KEPT)
         _letters(ax, statuses, values[index], limit)
@@ -162,8 +163,8 @@ def head_changes_by_object(result: SweepResult) -> Figure:
         title.set(parse_math=False, color=INK)
         ax.set_xlabel("head" if index + across >= count else "", fontsize=8)
         ax.set_ylabel("layer" if index % across == 0 else "", fontsize=8)
-    _colour_bar(axes, limit, "change of probability")
-    handles = [*_hue_handles(), *_frame_handles(result)]
+    colour_bar(axes, limit, "change of probability")
+    handles = [*hue_handles("fall", "rise"), *_frame_handles(result)]
     legend_above(figure, handles, entry=1.25)
     return figure
 
@@ -180,7 +181,7 @@ def plot_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
         ax = new_axes(min(max(5.2, 3.2 + cell * configurations), 40.0), 2.9 + 0.22 * objects)
     clean(ax)
     limit = _limit(values)
-    _cells(ax, values, limit)
+    draw_values(ax, values, limit)
     statuses = np.array([[found.status for found in one.outcomes] for one in result.outcomes]).T
     _frames(ax, statuses != Status.KEPT)
     letters = cell >= 0.2 and objects <= _MOST_LETTERED
@@ -189,8 +190,8 @@ def plot_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(objects), object_names(result))
     plain_text(ax.yaxis)
     name_configurations(ax, result)
-    _colour_bar(ax, limit, "change of the object's probability")
-    legend_above(ax, [*_hue_handles(), *_frame_handles(result, letters=letters)], entry=1.25)
+    colour_bar(ax, limit, "change of the object's probability")
+    legend_above(ax, [*hue_handles("fall", "rise"), *_frame_handles(result, letters=letters)], entry=1.25)
     return ax
 
 
@@ -203,31 +204,6 @@ def _single_heads(result: SweepResult) -> SingleHeadSweep:
 def _limit(values: np.ndarray) -> float:
     """The end of the colour scale."""
     return max(float(np.abs(values).max()), _LEAST_LIMIT)
-
-
-def _colour(value: float, limit: float) -> str:
-    return to_hex(_COLOURS(0.5 + 0.5 * value / limit))
-
-
-def _signed(value: float) -> str:
-    """`−0.93`, `+0.02`."""
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def _matrix(ax: Axes, sweep: SingleHeadSweep, values: np.ndarray, limit: float) -> None:
-    """Cells of layers x heads, and their numbers; of very many, not all are numbered."""
-    _cells(ax, values, limit)
-    for axis, numbers in ((ax.xaxis, sweep.heads), (ax.yaxis, sweep.layers)):
-        every = -(-len(numbers) // 32)
-        axis.set_ticks(range(0, len(numbers), every), [str(number) for number in numbers[::every]])
-
-
-def _cells(ax: Axes, values: np.ndarray, limit: float) -> None:
-    rows, columns = values.shape
-    draw_cells(ax, [(c, r, _colour(float(values[r, c]), limit)) for r, c in np.ndindex(rows, columns)])
-    without_frame(ax)
-    ax.set_xlim(-0.55, columns - 0.45)
-    ax.set_ylim(rows - 0.45, -0.55)
 
 
 def _frames(ax: Axes, where: np.ndarray) -> None:
@@ -247,7 +223,7 @@ def _letters(ax: Axes, statuses: np.ndarray, values: np.ndarray, limit: float) -
             ha="center",
             va="center",
             fontsize=7,
-            color=ink_on(_colour(float(values[row, column]), limit)),
+            color=ink_on(colour(float(values[row, column]), limit)),
         )
 
 
@@ -270,20 +246,9 @@ def _frame_handles(result: SweepResult, number: str = "", *, letters: bool = Tru
     return [
         frame,
         *(
-            _text_handle(f"{number}{STATUS_STYLES[one].letter}: {number} {one.value}".replace(":  ", ": "))
+            text_handle(f"{number}{STATUS_STYLES[one].letter}: {number} {one.value}".replace(":  ", ": "))
             for one in shown
         ),
-    ]
-
-
-def _text_handle(label: str) -> Line2D:
-    return Line2D([], [], linestyle="none", label=label)
-
-
-def _hue_handles() -> list[Patch | Line2D]:
-    return [
-        Patch(facecolor=to_hex(_COLOURS(0.1)), label="fall"),
-        Patch(facecolor=to_hex(_COLOURS(0.9)), label="rise"),
     ]
 
 
@@ -302,13 +267,3 @@ def _key(result: SweepResult, objects: Sequence[int], width: float) -> str:
         else:
             lines.append(name)
     return "\n".join(lines)
-
-
-def _colour_bar(axes: Axes | np.ndarray, limit: float, label: str) -> None:
-    first = axes if isinstance(axes, Axes) else axes.flat[0]
-    scale = ScalarMappable(Normalize(-limit, limit), _COLOURS)
-    bar = figure_of(first).colorbar(scale, ax=axes, aspect=14, pad=0.02, fraction=0.05)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=7)
-    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}".replace("-", "−"))
-    bar.set_label(label, color=INK, fontsize=8)
