@@ -80,16 +80,24 @@ def confidence_handle(confidence: float) -> Artist:
     return Line2D([], [], color=MUTED, lw=0.9, ls=CONFIDENCE_DASHES, label=f"confidence {confidence:g}")
 
 
-def legend_above(owner: Axes | Figure, handles: Sequence[Artist], *, entry: float = 0.9) -> None:
-    """A legend above the axes, or above all axes of a figure, in rows of entries that are `entry` inches wide."""
+def legend_above(
+    owner: Axes | Figure, handles: Sequence[Artist], *, entry: float = 0.9, title: str | None = None
+) -> None:
+    """A legend above the axes, or above all axes of a figure, in rows of entries that are `entry` inches wide.
+
+    `title` is above the legend, whatever number of rows that has.
+    """
     width = owner.get_figwidth() if isinstance(owner, Figure) else width_of(owner)
     place: dict[str, Any] = (
         {"loc": "outside upper left"}
         if isinstance(owner, Figure)
         else {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
     )
-    owner.legend(
+    legend = owner.legend(
         handles=handles,
+        title=title,
+        title_fontsize=9.5,
+        alignment="left",
         ncols=max(1, min(len(handles), int(width / entry))),
         frameon=False,
         fontsize=8,
@@ -99,6 +107,8 @@ def legend_above(owner: Axes | Figure, handles: Sequence[Artist], *, entry: floa
         columnspacing=1.3,
         **place,
     )
+    for text in (legend.get_title(), *legend.get_texts()):
+        text.set(parse_math=False, color=INK)
 
 
 def object_names(result: SweepResult) -> list[str]:
