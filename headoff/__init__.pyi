@@ -45,8 +45,13 @@ from .errors import NonFiniteError as NonFiniteError
 from .errors import OutputError as OutputError
 from .errors import SettingError as SettingError
 from .figures import MapStyle as MapStyle
+from .figures import head_card as head_card
+from .figures import plot_ablations as plot_ablations
+from .figures import plot_columns as plot_columns
 from .figures import plot_detections as plot_detections
 from .figures import plot_head_attention as plot_head_attention
+from .figures import plot_importance as plot_importance
+from .figures import plot_interactions as plot_interactions
 from .figures import plot_map as plot_map
 from .figures import plot_outcomes as plot_outcomes
 from .figures import plot_relevance_grid as plot_relevance_grid
@@ -74,7 +79,10 @@ from .gates import stack as stack
 from .images import Preprocessing as Preprocessing
 from .images import load_image as load_image
 from .images import preprocess as preprocess
+from .importance import HeadCards as HeadCards
 from .importance import HeadImportance as HeadImportance
+from .importance import ImportanceTotals as ImportanceTotals
+from .importance import aggregate as aggregate
 from .importance import heads as heads
 from .outcomes import ConfigurationOutcome as ConfigurationOutcome
 from .outcomes import Outcome as Outcome

@@ -112,7 +112,7 @@ def add_up(images: Sequence[ImageSums]) -> Totals:
         raise SettingError("the sweeps are of different configurations; add up those of the same only")
     objects = np.array([image.objects for image in images])
     sums = np.array([image.survival for image in images]).reshape(len(images), len(names))
-    lows, highs = _intervals(sums, objects)
+    lows, highs = bootstrap_interval(sums, objects)
     count = int(objects.sum())
     return Totals(
         len(images),
@@ -158,15 +158,15 @@ class ImageSums:
         )
 
 
-def _intervals(sums: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Intervals of (summed over images) sums / objects.
+def bootstrap_interval(sums: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95% intervals of (summed over images) sums / objects, by a bootstrap over images with a fixed seed.
 
     Args:
-        sums: (images, configurations).
-        objects: (images,).
+        sums: (images, n), of n quantities.
+        objects: (images,), or ones for a mean over images.
 
     Returns:
-        Lower and upper ends, (configurations,).
+        Lower and upper ends, (n,); NaN with fewer than two images that have objects.
     """
     some = objects > 0
     sums, objects = sums[some], objects[some]

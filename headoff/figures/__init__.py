@@ -20,10 +20,24 @@ The plotting functions take and return matplotlib axes. Without axes they create
     tiles.py      the parts of grids of maps
     relevance.py  plot_map, plot_relevance_grid, plot_head_attention
     relevance_sheets.py  all figures of an explanation
+    matrix.py     matrices of signed numbers
+    importance.py  what heads contribute: plot_importance, importance_by_object, plot_columns, plot_interactions
+    importance_comparisons.py  compare_measures, plot_ablations
+    head_card.py  head_card: the card of one head
+    importance_sheets.py  all figures of what heads contribute
     notebook.py   results as notebooks show them
 """
 
 from headoff.figures.colouring import MapStyle
+from headoff.figures.head_card import head_card
+from headoff.figures.importance import (
+    importance_by_object,
+    plot_columns,
+    plot_importance,
+    plot_interactions,
+)
+from headoff.figures.importance_comparisons import compare_measures, plot_ablations
+from headoff.figures.importance_sheets import importance_figures
 from headoff.figures.outcome_table import plot_outcomes
 from headoff.figures.palette import OBJECT_COLOURS, object_colour
 from headoff.figures.pictures import plot_detections
@@ -34,12 +48,20 @@ from headoff.figures.survival import plot_survival
 from headoff.figures.totals import plot_totals
 
 __all__ = [
-    "OBJECT_COLOURS",
     "MapStyle",
+    "OBJECT_COLOURS",
     "SweepFigure",
+    "compare_measures",
+    "head_card",
+    "importance_by_object",
+    "importance_figures",
     "object_colour",
+    "plot_ablations",
+    "plot_columns",
     "plot_detections",
     "plot_head_attention",
+    "plot_importance",
+    "plot_interactions",
     "plot_map",
     "plot_outcomes",
     "plot_relevance_grid",

@@ -9,8 +9,12 @@ from html import escape
 from matplotlib.axes import Axes
 
 from headoff.figures.canvas import figure_of
+from headoff.figures.head_card import score_of
+from headoff.figures.importance import plot_importance, score_text
+from headoff.figures.importance_sheets import most_important
 from headoff.figures.relevance import plot_relevance_grid
 from headoff.figures.survival import plot_survival
+from headoff.importance.result import HeadImportance, Key
 from headoff.outcomes import Status
 from headoff.relevance.explanations import Explanation
 from headoff.sweeps import SweepResult
@@ -78,6 +82,28 @@ def explanation_html(explanation: Explanation) -> str:
     more = len(objects) - MOST_OBJECTS
     caption = f"relevance maps, {first}" + (f"; {counted(more, 'object')} more" if more > 0 else "")
     return _html(title, head, rows, explanation_png(explanation), caption)
+
+
+def importance_png(importance: HeadImportance) -> bytes:
+    """The first scores as a matrix of layers x heads, by the mean over objects."""
+    return _png(plot_importance(importance))
+
+
+def importance_html(importance: HeadImportance) -> str:
+    """The heads with the largest first scores, by every measure of that value, and the matrix of the first scores."""
+    layers, heads = importance.shape
+    value, kind = importance.values[0], importance.ablations[0]
+    title = (
+        f"{counted(layers * heads, 'head')} of {importance.site}, {counted(len(importance.objects), 'object')}: "
+        f"{value}, {kind} ablation, mean over objects"
+    )
+    rows = []
+    for layer, head in most_important(importance):
+        scores = [score_of(importance, Key(kind, name, value), head, layer) for name in importance.measures]
+        cells = ("" if score is None else score_text(score, 3) for score in scores)
+        rows.append((f"H{head}" if layer is None else f"L{layer}H{head}", *cells))
+    head_row = ("head", *importance.measures)
+    return _html(title, head_row, rows, importance_png(importance), "layers x heads")
 
 
 def _png(ax: Axes) -> bytes:

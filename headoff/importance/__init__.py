@@ -1,5 +1,7 @@
 """What each attention head contributes: measures of importance, per head and object."""
 
+from headoff.importance.aggregate import ImportanceTotals, MeanScores, aggregate
+from headoff.importance.cards import HeadCards
 from headoff.importance.heads import heads
 from headoff.importance.measures import (
     Measure,
@@ -9,4 +11,15 @@ from headoff.importance.measures import (
 )
 from headoff.importance.result import HeadImportance
 
-__all__ = ["HeadImportance", "Measure", "SampledShapley", "Scores", "heads", "resolve_measure"]
+__all__ = [
+    "HeadCards",
+    "HeadImportance",
+    "ImportanceTotals",
+    "MeanScores",
+    "Measure",
+    "SampledShapley",
+    "Scores",
+    "aggregate",
+    "heads",
+    "resolve_measure",
+]

@@ -6,13 +6,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from headoff.choices import AblationKind, Site
+from headoff.dataframes import dataframe, dataset
 from headoff.detections import Detections
 from headoff.errors import SettingError, did_you_mean
 from headoff.files import write_file
@@ -20,6 +22,11 @@ from headoff.gates import order_by_score
 from headoff.importance.curves import RemovalCurves, removal_curves
 from headoff.importance.measures import Scores
 from headoff.wording import counted
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+    from matplotlib.axes import Axes
 
 FORMAT = "headoff heads 1"
 IMAGE = "image"
@@ -157,6 +164,93 @@ class HeadImportance:
                             "standard_error": error,
                         }
 
+    def to_dataframe(self) -> pandas.DataFrame:
+        """`rows` as a DataFrame. Raises SettingError where pandas is missing."""
+        return dataframe(self.rows())
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The scores as a Dataset, with a variable for each measure (ablation, value, object, layer, head).
+
+        Measures of heads in all layers have no `layer`. Values of the image are in variables of their own, which end in
+        `_image` and have no `object`. Standard errors and interactions are the variables `..._errors` and
+        `..._interactions`. What a measure does not score is NaN.
+
+        Raises:
+            SettingError: xarray is not installed.
+
+        Example:
+            >>> found.to_xarray().removal.sel(ablation="zero", value="iou").mean("object")
+        """
+        values = {
+            "value": [value for value in self.values if value not in self.image_values],
+            "image_value": [value for value in self.values if value in self.image_values],
+        }
+        coordinates: dict[str, list[Any]] = {
+            "ablation": list(self.ablations),
+            **values,
+            "object": list(self.object_names),
+            "layer": list(range(self.shape[0])),
+            "head": list(range(self.shape[1])),
+            "other_head": list(range(self.shape[1])),
+        }
+        arrays: dict[str, tuple[list[str], Any]] = {}
+        for key, found in self.scores.items():
+            of_image = key.value in self.image_values
+            which = "image_value" if of_image else "value"
+            inner = [] if of_image else ["object"]
+            inner += ["layer"] if found.scores.shape[1] == self.shape[0] else []
+            for part, ending in (("scores", ""), ("errors", "_errors"), ("interactions", "_interactions")):
+                tensor = getattr(found, part)
+                if tensor is None:
+                    continue
+                dims = ["ablation", which, *inner, "head"] + ["other_head"] * (part == "interactions")
+                sizes = [len(coordinates[dim]) for dim in dims]
+                name = key.measure + "_image" * of_image + ending
+                if name not in arrays:
+                    arrays[name] = (dims, np.full(sizes, np.nan))
+                place = self.ablations.index(key.ablation), values[which].index(key.value)
+                arrays[name][1][place] = tensor.numpy().reshape(sizes[2:])
+        return dataset(arrays, coordinates, {"site": self.site})
+
+    def plot(self, ax: Axes | None = None, **which: Any) -> Axes:
+        """A matrix of layers x heads: `headoff.plot_importance(self, ax=ax, **which)`.
+
+        Example:
+            >>> found.plot(measure="removal", value="iou", object=0)
+        """
+        from headoff.figures.importance import plot_importance
+
+        return plot_importance(self, ax=ax, **which)
+
+    def plot_columns(self, ax: Axes | None = None, **which: Any) -> Axes:
+        """Bars of heads in all layers: `headoff.plot_columns(self, ax=ax, **which)`."""
+        from headoff.figures.importance import plot_columns
+
+        return plot_columns(self, ax, **which)
+
+    def plot_interactions(self, ax: Axes | None = None, **which: Any) -> Axes:
+        """Which heads are redundant, and which need each other: `headoff.plot_interactions(self, ax=ax, **which)`."""
+        from headoff.figures.importance import plot_interactions
+
+        return plot_interactions(self, ax=ax, **which)
+
+    def plot_ablations(self, ax: Axes | None = None, **which: Any) -> Axes:
+        """One ablation kind against another: `headoff.plot_ablations(self, ax=ax, **which)`."""
+        from headoff.figures.importance_comparisons import plot_ablations
+
+        return plot_ablations(self, ax, **which)
+
+    # Notebooks ask a result for its pictures, which are drawn by what else depends on this module.
+    def _repr_html_(self) -> str:
+        from headoff.figures.notebook import importance_html
+
+        return importance_html(self)
+
+    def _repr_png_(self) -> bytes:
+        from headoff.figures.notebook import importance_png
+
+        return importance_png(self)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything but the values of coalitions, as JSON types."""
 
@@ -167,6 +261,7 @@ class HeadImportance:
             "site": self.site,
             "layers": self.shape[0],
             "heads": self.shape[1],
+            "image_values": sorted(self.image_values),
             "objects": self.objects.as_dict(),
             "totals": [
                 {"ablation": ablation, "value": value, "on": plain(totals.on), "off": plain(totals.off)}

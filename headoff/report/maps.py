@@ -53,7 +53,7 @@ def page_maps(
         "span": grid_span(explanation),
         "layers": explanation.layers,
         "objects": [
-            {"colour": view.colour, "first": _rounded(view.first_box), "score": _short(view.first_score)}
+            {"colour": view.colour, "first": rounded(view.first_box), "score": short(view.first_score)}
             for view in (views[0] if views else ())
         ],
         "configurations": [
@@ -62,18 +62,18 @@ def page_maps(
                     {
                         "name": view.name,
                         "query": view.query,
-                        "score": None if view.score is None else _short(view.score),
-                        "box": None if view.box is None else _rounded(view.box),
+                        "score": None if view.score is None else short(view.score),
+                        "box": None if view.box is None else rounded(view.box),
                     }
                     for view in views[index]
                 ],
-                "masses": _rounded(masses[index].tolist()),
-                "shares": _rounded(shares[index].tolist()),
+                "masses": rounded(masses[index].tolist()),
+                "shares": rounded(shares[index].tolist()),
             }
             for index in range(count)
         ],
         "frames": [None if index is None or index >= count else index for index in frames],
-        "channels": [{"name": name, **_packed(maps[:count])} for name, maps in channels],
+        "channels": [{"name": name, **packed(maps[:count])} for name, maps in channels],
         "colours": {
             name: _base64(replace(style, overlay=overlay).colours.tobytes())
             for name, overlay in (("plain", False), ("overlay", True))
@@ -90,7 +90,7 @@ def as_script(data: dict[str, Any]) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _packed(maps: Tensor) -> dict[str, Any]:
+def packed(maps: Tensor) -> dict[str, Any]:
     """Maps (C, O, M, h, w) as bytes, with minimum and maximum per map, which are equal for a constant map."""
     flat = maps.flatten(3).double()
     if not flat.numel():
@@ -103,8 +103,8 @@ def _packed(maps: Tensor) -> dict[str, Any]:
     shades = ((flat - least[..., None]) / span[..., None] * 255).round().clamp(0, 255).to(torch.uint8)
     return {
         "bytes": _base64(shades.numpy().tobytes()),
-        "least": _rounded(least.flatten().tolist()),
-        "greatest": _rounded(greatest.flatten().tolist()),
+        "least": rounded(least.flatten().tolist()),
+        "greatest": rounded(greatest.flatten().tolist()),
     }
 
 
@@ -112,10 +112,10 @@ def _base64(contents: bytes) -> str:
     return base64.b64encode(contents).decode()
 
 
-def _short(value: float) -> float | None:
+def short(value: float) -> float | None:
     """Five digits, which are more than a page shows; None for NaN."""
     return None if math.isnan(value) else float(f"{value:.5g}")
 
 
-def _rounded(values: Any) -> Any:
-    return _short(values) if isinstance(values, float | int) else [_rounded(value) for value in values]
+def rounded(values: Any) -> Any:
+    return short(values) if isinstance(values, float | int) else [rounded(value) for value in values]

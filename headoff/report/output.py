@@ -2,7 +2,8 @@
 
 A report is built in a temporary folder inside the output folder, and moved when it is complete: an error or an
 interruption leaves the earlier report as it was. Files of two reports never mix: those of the earlier one are removed
-before the first new one is moved. sweep.json goes first and comes last, so that where it is, everything is.
+before the first new one is moved. sweep.json (or heads.json) goes first and comes last, so that where it is, everything
+is.
 """
 
 import io
@@ -10,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from headoff.figures import sweep_figures
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance_sheets import relevance_figures
+from headoff.figures.sheets import SweepFigure
 from headoff.files import lock, output_errors, write_file
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
@@ -40,10 +42,15 @@ from headoff.report.tables import (
 from headoff.sweeps import SweepResult
 
 FINISHED = "sweep.json"
+"""The last file of the report on a sweep."""
+HEADS_FINISHED = "heads.json"
+"""The last file of the report on what heads contribute."""
 PAGE = "index.html"
 THUMBNAIL = "thumbnail.webp"
 INDEX = "headoff-index.json"
 """In a folder with the index of several reports."""
+_LAST = (FINISHED, HEADS_FINISHED, INDEX)
+"""Where one of these is, its report is complete; it lists the report's files."""
 _UNFINISHED = ".unfinished.json"
 """The files of both reports while one replaces the other, for the next run if this one is killed meanwhile."""
 
@@ -89,21 +96,12 @@ def write_report(
     folder = Path(folder)
     name = provenance.get("image", "")
     picture = small_picture(image)
-    written: list[str] = []
-
-    def write(file: str, contents: bytes | str) -> None:
-        path = new / file
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
-        written.append(file)
-
-    with output_errors(folder), lock(folder), replacing(folder) as new:
+    with new_report(folder) as write:
         write("detections.csv", csv_text(DETECTION_COLUMNS, detection_rows(result, name)))
         write("objects.csv", csv_text(OBJECT_COLUMNS, object_rows(result, name)))
         if explanation is not None:
             write("relevance.csv", csv_text(RELEVANCE_COLUMNS, relevance_rows(explanation, name)))
-            explanation.save(new / f"maps.{maps}")
-            written.append(f"maps.{maps}")
+            explanation.save(write.path(f"maps.{maps}"))
         if figures:
             drawn = sweep_figures(picture, result)
             if explanation is not None:
@@ -117,22 +115,62 @@ def write_report(
                         confidence=result.confidence,
                     ),
                 )
-            for figure in drawn:
-                buffer = io.BytesIO()
-                # Level 3 takes half the time of the default 6, and a few per cent more space.
-                figure.draw().savefig(
-                    buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3}
-                )
-                write(f"figures/{figure.stem}.png", buffer.getvalue())
-        write(THUMBNAIL, _thumbnail(picture))
+            write.figures(drawn)
+        write(THUMBNAIL, thumbnail(picture))
         write(PAGE, render_page(picture, result, provenance, explanation, style))
-        write(FINISHED, sweep_json(result, provenance, written, explanation))
+        write(FINISHED, sweep_json(result, provenance, write.files, explanation))
     return folder / PAGE
+
+
+class ReportFiles:
+    """The files of a new report: call it with a name and contents.
+
+    Attributes:
+        files: the names of the files so far.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.files: list[str] = []
+
+    def __call__(self, name: str, contents: bytes | str) -> None:
+        self.path(name).write_bytes(contents.encode() if isinstance(contents, str) else contents)
+
+    def path(self, name: str) -> Path:
+        """Where to write a file, whose folder is made."""
+        path = self._folder / name
+        path.parent.mkdir(exist_ok=True)
+        self.files.append(name)
+        return path
+
+    def figures(self, drawn: Iterable[SweepFigure]) -> None:
+        """Draw figures and write them to figures/*.png."""
+        for figure in drawn:
+            buffer = io.BytesIO()
+            # Level 3 takes half the time of the default 6, and a few per cent more space.
+            figure.draw().savefig(
+                buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3}
+            )
+            self(f"figures/{figure.stem}.png", buffer.getvalue())
+
+
+@contextmanager
+def new_report(folder: Path) -> Iterator[ReportFiles]:
+    """A report that replaces the one in `folder` when the block ends without an error; its last file must be a JSON
+    that lists the others. Raises OutputError.
+    """
+    with output_errors(folder), lock(folder), replacing(folder) as new:
+        yield ReportFiles(new)
 
 
 def is_finished(folder: str | os.PathLike[str]) -> bool:
     """Whether `folder` has a complete report."""
-    return (Path(folder) / FINISHED).is_file()
+    return finished_file(Path(folder)) is not None
+
+
+def finished_file(folder: Path) -> Path | None:
+    """The JSON file of the complete report in `folder`, on a sweep or on heads; None if there is none."""
+    return next((folder / name for name in (FINISHED, HEADS_FINISHED) if (folder / name).is_file()), None)
 
 
 def has_results(folder: Path) -> bool:
@@ -154,7 +192,7 @@ def replacing(folder: Path) -> Iterator[Path]:
         if earlier:
             write_file(folder / _UNFINISHED, json.dumps({"files": sorted(earlier.union(files))}))
         remove_report(folder)
-        for file in sorted(files, key=(FINISHED, INDEX).__contains__):
+        for file in sorted(files, key=_LAST.__contains__):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (new / file).replace(folder / file)
         (folder / _UNFINISHED).unlink(missing_ok=True)
@@ -165,7 +203,8 @@ def replacing(folder: Path) -> Iterator[Path]:
 def remove_report(folder: Path) -> None:
     """Remove the files of the report or index in `folder`; others stay."""
     files = _files_of_report(folder)
-    (folder / FINISHED).unlink(missing_ok=True)
+    for name in _LAST:
+        (folder / name).unlink(missing_ok=True)
     for file in sorted(files - {_UNFINISHED}):
         (folder / file).unlink(missing_ok=True)
 
@@ -173,7 +212,7 @@ def remove_report(folder: Path) -> None:
 def _files_of_report(folder: Path) -> set[str]:
     """What the report or index in `folder` consists of, as its JSON says; only names that stay within the folder."""
     files: list[object] = []
-    for name in (FINISHED, INDEX, _UNFINISHED):
+    for name in (*_LAST, _UNFINISHED):
         try:
             listed = json.loads((folder / name).read_text())["files"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -183,7 +222,7 @@ def _files_of_report(folder: Path) -> set[str]:
     return {str(file) for file in plain if not file.is_absolute() and ".." not in file.parts and file.name}
 
 
-def _thumbnail(picture: Image.Image) -> bytes:
+def thumbnail(picture: Image.Image) -> bytes:
     small = picture.copy()
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

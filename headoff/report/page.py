@@ -69,7 +69,7 @@ def render_page(
     picture = small_picture(image)
     shown = views(result)
     pictured = shown[:MOST_PICTURES]
-    background = _background(picture)
+    background = background_uri(picture)
     frames = []
     for index, view in enumerate(pictured):
         frames.append(
@@ -228,7 +228,7 @@ def _charts(result: SweepResult) -> list[dict[str, str]]:
     return charts
 
 
-def _background(picture: Image.Image) -> str:
+def background_uri(picture: Image.Image) -> str:
     """The image as a data URI: PNG if it is small, else WebP."""
     buffer = io.BytesIO()
     if max(picture.size) < 400:
