@@ -1,4 +1,4 @@
-"""The command line: `headoff sweep`, `explain`, `detect`, `references`, `verify`, `bench` and `scenes`.
+"""The command line: `headoff sweep`, `explain`, `heads`, `detect`, `references`, `verify`, `bench` and `scenes`.
 
 Parsers are built without torch, so that --help is fast: a command imports what it needs in its `run`.
 """
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from headoff import __version__
-from headoff.cli import bench, detect, explain, references, scenes, sweep, verify
+from headoff.cli import bench, detect, explain, heads, references, scenes, sweep, verify
 from headoff.errors import HeadoffError, error_line, is_out_of_memory
 
 EPILOG = """\
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"headoff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sweep, explain, detect, references, verify, bench, scenes):
+    for command in (sweep, explain, heads, detect, references, verify, bench, scenes):
         command.add_parser(commands)
     return top
 

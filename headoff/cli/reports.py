@@ -17,7 +17,7 @@ from headoff.cli.tables import table
 from headoff.errors import ImageError, SettingError
 from headoff.files import lock
 from headoff.outcomes import Status
-from headoff.report import FINISHED, folder_index, is_finished, remove_report
+from headoff.report import finished_file, folder_index, is_finished, remove_report
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
 
@@ -26,6 +26,9 @@ MOST_NAMED = 12
 
 WriteReport = Callable[[Path, Path, Mapping[str, str], bool], str]
 """(folder of the report, image, provenance, whether to show progress): write the report, return its summary."""
+
+WriteIndex = Callable[..., Path]
+"""Writes the index of several reports: `headoff.report.folder_index`, or another one with the same arguments."""
 
 
 def images_to_report(settings: argparse.Namespace) -> ImageChoice:
@@ -42,9 +45,15 @@ def images_to_report(settings: argparse.Namespace) -> ImageChoice:
 
 
 def write_reports(
-    settings: argparse.Namespace, images: ImageChoice, provenance: Mapping[str, str], write: WriteReport
+    settings: argparse.Namespace,
+    images: ImageChoice,
+    provenance: Mapping[str, str],
+    write: WriteReport,
+    write_index: WriteIndex = folder_index,
 ) -> int:
     """Call `write` for every image and print where the results are. Returns the exit code.
+
+    Of several images there are also an index and totals, by `write_index`.
 
     Raises:
         OutputError: another process is writing to the same folder.
@@ -54,7 +63,7 @@ def write_reports(
             if is_finished(settings.out):
                 _note(f"the report of one image in {settings.out} is replaced by those of {images.given}")
                 remove_report(settings.out)
-            return _write_folder(settings, images, provenance, write)
+            return _write_folder(settings, images, provenance, write, write_index)
         (image,) = images.paths
         earlier = _provenance_of(settings.out).get("image")
         if earlier not in (None, str(image)):
@@ -70,19 +79,24 @@ def _note(text: str) -> None:
 
 def _provenance_of(folder: Path) -> dict[str, str]:
     """What the report in a folder says of its origin; empty where there is none."""
+    finished = finished_file(folder)
     try:
-        return dict(json.loads((folder / FINISHED).read_text())["provenance"])
+        return {} if finished is None else dict(json.loads(finished.read_text())["provenance"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 def _write_folder(
-    settings: argparse.Namespace, images: ImageChoice, provenance: Mapping[str, str], write: WriteReport
+    settings: argparse.Namespace,
+    images: ImageChoice,
+    provenance: Mapping[str, str],
+    write: WriteReport,
+    write_index: WriteIndex,
 ) -> int:
     """Write a report for each image, in separate folders. Images that cannot be read are left out."""
     failed: dict[str, str] = {}
     done: list[Path] = []
-    index = _Index(settings.out, done, failed)
+    index = _Index(write_index, settings.out, done, failed)
     with index, tqdm(images.paths, desc="working", unit="image") as bar:
         for image in bar:
             # The name with its suffix: street.jpg and street.png are two images.
@@ -112,7 +126,10 @@ class _Index:
     so rarely that this takes little time.
     """
 
-    def __init__(self, folder: Path, done: list[Path], failed: dict[str, str]) -> None:
+    def __init__(
+        self, write_index: WriteIndex, folder: Path, done: list[Path], failed: dict[str, str]
+    ) -> None:
+        self.write_index = write_index
         self.folder, self.done, self.failed = folder, done, failed
         self.due = time.monotonic()
 
@@ -122,7 +139,7 @@ class _Index:
 
     def write(self) -> None:
         started = time.monotonic()
-        folder_index(self.folder, self.done, failures=self.failed)
+        self.write_index(self.folder, self.done, failures=self.failed)
         ended = time.monotonic()
         self.due = ended + max(5.0, 20 * (ended - started))
 

@@ -51,8 +51,8 @@ def score_limit(scores: Tensor) -> float:
 
 
 def decimals_of(limit: float) -> int:
-    """Decimals with which scores up to `limit` are written: two digits of the largest, at most three decimals."""
-    return min(max(1 - math.floor(math.log10(limit)), 0), 3)
+    """Decimals with which scores up to `limit` are written: two digits of the largest, one to three decimals."""
+    return min(max(1 - math.floor(math.log10(limit)), 1), 3)
 
 
 def score_text(value: float, decimals: int) -> str:
@@ -166,11 +166,19 @@ def draw_scores(
     points = min(LABEL_POINTS, 72 * width_of(ax) / (columns + 1.5) / (0.62 * longest))
     for row, column in np.ndindex(rows, columns):
         if uncertain is not None and uncertain[row, column]:
-            place = (column - 0.47, row - 0.44)
-            ax.add_patch(Rectangle(place, 0.94, 0.88, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
+            hatched = Rectangle(
+                (column - 0.47, row - 0.44),
+                0.94,
+                0.88,
+                fill=False,
+                hatch="////",
+                edgecolor=MUTED,
+                linewidth=0,
+            )
+            ax.add_artist(hatched).set_in_layout(False)
         if points >= _LEAST_POINTS:
             ink = ink_on(colour(float(values[row, column]), limit))
-            ax.text(
+            written = ax.text(
                 column,
                 row,
                 texts[row][column],
@@ -180,6 +188,8 @@ def draw_scores(
                 color=ink,
                 zorder=4,
             )
+            # What is within a cell needs no room, and measuring hundreds of texts would take seconds.
+            written.set_in_layout(False)
 
 
 def score_handles(uncertain: bool) -> list[Patch | Line2D]:

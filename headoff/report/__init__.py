@@ -7,20 +7,33 @@ maps.py     relevance maps as data for the page's script
 page.py     index.html, from templates/
 output.py   the output folder: files are written atomically, sweep.json last
 folder.py   the index page of a folder of images
+heads.py    the report on what heads contribute: heads_data.py for its page's script, heads_story.py for sentences
 """
 
 from headoff.report.folder import folder_index
-from headoff.report.output import FINISHED, has_results, is_finished, remove_report, write_report
+from headoff.report.heads import HEADS_SCHEMA_VERSION, heads_index, write_heads_report
+from headoff.report.output import (
+    FINISHED,
+    finished_file,
+    has_results,
+    is_finished,
+    remove_report,
+    write_report,
+)
 from headoff.report.story import verdict
 from headoff.report.tables import SCHEMA_VERSION
 
 __all__ = [
     "FINISHED",
+    "HEADS_SCHEMA_VERSION",
     "SCHEMA_VERSION",
+    "finished_file",
     "folder_index",
     "has_results",
+    "heads_index",
     "is_finished",
     "remove_report",
     "verdict",
+    "write_heads_report",
     "write_report",
 ]

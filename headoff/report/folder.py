@@ -50,7 +50,7 @@ def folder_index(
     for entry in map(Path, entries):
         try:
             contents = json.loads((entry / FINISHED).read_text(encoding="utf-8"))
-            cards.append(_card(folder, entry, contents))
+            cards.append(card_of(folder, entry, contents))
             sums.append(ImageSums.of(contents))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(
@@ -89,14 +89,15 @@ def _png(ax: Axes) -> bytes:
     return buffer.getvalue()
 
 
-def _card(folder: Path, entry: Path, sweep: Mapping[str, Any]) -> dict[str, Any]:
-    name = PurePath(sweep["provenance"].get("image", "")).name or entry.name
+def card_of(folder: Path, entry: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
+    """What an index shows of the report in `entry`, whose JSON has `contents`."""
+    name = PurePath(contents["provenance"].get("image", "")).name or entry.name
     if entry.is_relative_to(folder):
         name = (entry.relative_to(folder).parent / name).as_posix()
     place = quote(os.path.relpath(entry, folder).replace(os.sep, "/"))
     return {
         "name": name,
-        "verdict": sweep["verdict"],
+        "verdict": contents["verdict"],
         "page": f"{place}/{PAGE}",
         "thumbnail": f"{place}/{THUMBNAIL}",
     }

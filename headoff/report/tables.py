@@ -35,6 +35,14 @@ TOTAL_COLUMNS = (
     *(status.value for status in Status),
     *("unmatched", "survival", "low", "high"),
 )
+HEAD_COLUMNS = (
+    *("image", "site", "object", "class", "layer", "head"),
+    *("ablation", "measure", "value", "score", "standard_error"),
+)
+HEAD_TOTAL_COLUMNS = (
+    *("site", "images", "of", "layer", "head"),
+    *("ablation", "measure", "value", "score", "low", "high"),
+)
 Row = dict[str, str | int]
 
 
@@ -64,18 +72,18 @@ def detection_rows(result: SweepResult, image: str = "") -> Iterator[Row]:
 def object_rows(result: SweepResult, image: str = "") -> Iterator[Row]:
     """One row for each object under each configuration."""
     for row in result.rows():
-        yield {"image": image, **_cells(row)}
+        yield {"image": image, **cells(row)}
 
 
 def relevance_rows(explanation: Explanation, image: str = "") -> Iterator[Row]:
     """One row for each map. Values that do not exist are empty, such as the peak of a map without evidence."""
     for row in explanation.rows():
-        yield {"image": image, **_cells(row)}
+        yield {"image": image, **cells(row)}
 
 
 def total_rows(totals: Totals) -> Iterator[Row]:
     """One row for each configuration."""
-    return map(_cells, totals.rows())
+    return map(cells, totals.rows())
 
 
 def object_assignments(outcome: ConfigurationOutcome) -> dict[int, tuple[int, str]]:
@@ -116,7 +124,7 @@ def sweep_json(
     return json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _cells(row: Mapping[str, Any]) -> Row:
+def cells(row: Mapping[str, Any]) -> Row:
     """Values as CSV has them: six digits, and nothing where there is no value."""
     return {
         name: ("" if math.isnan(value) else f"{value:.6g}")

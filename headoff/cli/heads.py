@@ -1,0 +1,274 @@
+"""`headoff heads`: what every head contributes to every object."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headoff.choices import ABLATION_KINDS, DEFAULT_SITE, MEASURES, SITES, VALUES
+from headoff.cli.options import (
+    add_confidence_option,
+    add_detector_options,
+    add_references_option,
+    add_report_options,
+    named_path,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from headoff.choices import AblationKind
+    from headoff.detr import Detector
+    from headoff.importance import HeadImportance
+
+DEFAULT_MEASURES = "removal,alone,gradient,shapley_columns"
+DEFAULT_VALUES = "probability,logit,iou,found,duplicates"
+SUMMARISED = (3, 2)
+"""Heads of all layers, and of one layer, that the terminal names for each object; the report has them all."""
+
+EPILOG = """\
+measures: what is compared with what. A positive score: the head adds to the value.
+  removal              the value with all heads on, less that with this head off
+  alone                what the head gains as the only one of its layer that is on
+  gradient             the derivative with respect to the head's gate (one backward pass)
+  integrated_gradient  that derivative along the way from all off to all on
+  shapley_columns      exact Shapley value of each head, in all layers at once: over all
+                       subsets of heads, with interactions of pairs
+  shapley_layers       exact Shapley value within the head's layer, with interactions
+  shapley              Shapley value among all layers x heads, sampled, with standard errors
+
+values: what is measured, for each object found with nothing off.
+  probability, logit   of the object's class at its query
+  iou                  of the box of its query with that with nothing off
+  found                probability x IoU of the best query: another one may take over
+  duplicates           further detections of the object: a negative score of a head means
+                       that it suppresses duplicates
+  detections, unmatched    detections in the image; those that belong to no object
+
+ablation: what a head that is off contributes. Zero shows what the others can do without
+it, but leaves them with an input they never saw, so another kind is scored as well.
+
+examples:
+  headoff heads                                  the bundled model on a bundled scene
+  headoff heads street.jpg --model detr-resnet-50
+  headoff heads street.jpg --model detr-resnet-50 --references coco.safetensors
+  headoff heads photos/ --measure removal,shapley_columns --value found
+  headoff heads street.jpg --site decoder_self --ablate zero,uniform
+  headoff heads --measure shapley --pairs 100
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "heads",
+        help="score what every head contributes to every object",
+        description="Score what every head of every layer contributes to every detected object, with a sign, by "
+        "several measures: a page with a matrix of layers x heads and a card for each head, figures, heads.json, heads.csv, "
+        "heads.safetensors. For several images also their mean, with 95%% intervals.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_report_options(parser, "headoff-heads")
+    group = parser.add_argument_group("what to score")
+    group.add_argument(
+        "--site",
+        choices=SITES,
+        default=DEFAULT_SITE,
+        help=f"the attention whose heads are scored (default {DEFAULT_SITE})",
+    )
+    group.add_argument(
+        "--measure",
+        default=DEFAULT_MEASURES,
+        metavar="NAMES",
+        help=f"measures, with commas: {', '.join(MEASURES)} (default {DEFAULT_MEASURES})",
+    )
+    group.add_argument(
+        "--value",
+        default=DEFAULT_VALUES,
+        metavar="NAMES",
+        help=f"values, with commas: {', '.join(VALUES)} (default {DEFAULT_VALUES})",
+    )
+    group.add_argument(
+        "--ablate",
+        metavar="KINDS",
+        help=f"what a head that is off contributes, with commas: {', '.join(ABLATION_KINDS)} (default zero,mean where "
+        "there is a reference set for the model, else zero,uniform)",
+    )
+    add_references_option(group)
+    group.add_argument(
+        "--pairs",
+        type=positive,
+        metavar="N",
+        help="for the measure shapley: pairs of permutations to sample (default 32)",
+    )
+    group.add_argument(
+        "--store",
+        type=named_path,
+        metavar="FOLDER",
+        help="keep the values of coalitions of heads here, so that a long run goes on where it was interrupted",
+    )
+    add_confidence_option(parser)
+    add_detector_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(settings: argparse.Namespace) -> int:
+    """Run the command."""
+    from tqdm import tqdm
+
+    from headoff.ablation import ablation_draws
+    from headoff.cli.detectors import load_detector, provenance
+    from headoff.cli.reports import images_to_report, write_reports
+    from headoff.errors import SettingError
+    from headoff.images import load_image
+    from headoff.importance import HeadCards, Measure, SampledShapley, heads, resolve_measure
+    from headoff.report import heads_index, write_heads_report
+    from headoff.values import resolve_value
+
+    # Wrong options are reported before the weights are read.
+    images = images_to_report(settings)
+    measures: list[Measure] = [resolve_measure(name) for name in _names(settings.measure, "--measure")]
+    values = [resolve_value(name).name for name in _names(settings.value, "--value")]
+    asked = None if settings.ablate is None else _kinds(settings.ablate)
+    if settings.pairs is not None:
+        if not any(isinstance(measure, SampledShapley) for measure in measures):
+            raise SettingError("--pairs is for the measure shapley: add it, as in --measure shapley")
+        sampled = SampledShapley(settings.pairs)
+        measures = [sampled if isinstance(measure, SampledShapley) else measure for measure in measures]
+    detector = load_detector(settings)
+    kinds = asked or _default_kinds(detector, settings.references)
+    for kind in kinds:
+        ablation_draws(kind, detector, settings.references)
+
+    def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
+        picture = load_image(image)
+        with tqdm(desc="scoring", unit="coalition", disable=not progress, leave=False) as bar:
+
+            def scored(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            importance = heads(
+                detector,
+                picture,
+                site=settings.site,
+                measures=measures,
+                values=values,
+                ablations=kinds,
+                references=settings.references,
+                confidence=settings.confidence,
+                store=settings.store,
+                progress=scored,
+            )
+        cards = HeadCards.of(
+            detector,
+            picture,
+            importance,
+            references=settings.references,
+            confidence=settings.confidence,
+        )
+        with tqdm(desc="drawing", unit="figure", disable=not progress, leave=False) as bar:
+
+            def drawn(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            write_heads_report(folder, picture, importance, provenance=made_with, cards=cards, progress=drawn)
+        return summary(image, importance)
+
+    made_with = {
+        **provenance(settings, detector),
+        "site": settings.site,
+        "measures": ", ".join(measure.name for measure in measures)
+        + (f", {settings.pairs} pairs" if settings.pairs else ""),
+        "values": ", ".join(values),
+        "ablation": ", ".join(kinds) + (f", references {settings.references}" if settings.references else ""),
+        "confidence": f"{settings.confidence:g}",
+    }
+    return write_reports(settings, images, made_with, write, heads_index)
+
+
+def summary(image: Path, importance: HeadImportance) -> str:
+    """The heads that matter most to each object, by Shapley values in all layers and by removal, for each ablation."""
+    from headoff.cli.tables import table
+    from headoff.figures.importance import NOTHING_TO_SCORE, value_title
+    from headoff.importance.result import Key
+    from headoff.wording import counted
+
+    layers, heads = importance.shape
+    objects = len(importance.objects)
+    lines = [f"{image}: {counted(objects, 'object')}, {counted(layers * heads, 'head')} of {importance.site}"]
+    value = "probability" if "probability" in importance.values else importance.values[0]
+    of_image = value in importance.image_values
+    if not objects and not of_image:
+        return "\n".join([*lines, NOTHING_TO_SCORE])
+    for kind in importance.ablations:
+        known = [name for name in importance.measures if Key(kind, name, value) in importance.scores]
+        wanted = [name for name in ("shapley_columns", "removal") if name in known] or known[:2]
+        if not wanted:
+            continue
+        found = [importance.get(name, value, kind).scores for name in wanted]
+        rows: list[tuple[str, ...]] = []
+        if of_image:
+            rows.append(("image", *(_largest(scores[0].tolist(), layers) for scores in found)))
+        else:
+            mean = (_largest(scores.mean(0).tolist(), layers) for scores in found)
+            rows.append(("mean", *mean))
+            for index, name in enumerate(importance.object_names):
+                rows.append((name, *(_largest(scores[index].tolist(), layers) for scores in found)))
+        lines += ["", f"{value_title(value)}, {kind} ablation:", table(("object", *wanted), rows)]
+    return "\n".join(lines)
+
+
+def _largest(rows: Sequence[Sequence[float]], layers: int) -> str:
+    """`H4 +0.36  H2 +0.25`: the scores that are largest in size."""
+    from headoff.figures.importance import score_text
+
+    places = [(layer, head) for layer in range(len(rows)) for head in range(len(rows[0]))]
+    places.sort(key=lambda place: -abs(rows[place[0]][place[1]]))
+    texts = []
+    columns = len(rows) == 1 < layers
+    for layer, head in places[: SUMMARISED[not columns]]:
+        name = f"H{head}" if columns else f"L{layer}H{head}"
+        texts.append(f"{name} {score_text(rows[layer][head], 2)}")
+    return "  ".join(texts)
+
+
+def _names(text: str, option: str) -> list[str]:
+    """`a,b` as names. Raises SettingError where there is none."""
+    from headoff.errors import SettingError
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise SettingError(f"{option} {text!r} has no name: see `headoff heads --help` for those there are")
+    return list(dict.fromkeys(names))
+
+
+def _kinds(text: str) -> list[AblationKind]:
+    from headoff.errors import SettingError, did_you_mean
+
+    kinds: list[AblationKind] = []
+    for name in _names(text, "--ablate"):
+        kind = next((known for known in ABLATION_KINDS if known == name), None)
+        if kind is None:
+            raise SettingError(
+                f"there is no ablation kind {name!r}{did_you_mean(name, ABLATION_KINDS)}: use one of "
+                f"{', '.join(ABLATION_KINDS)}"
+            )
+        kinds.append(kind)
+    return kinds
+
+
+def _default_kinds(detector: Detector, references: Path | None) -> list[AblationKind]:
+    """Zero, and mean where there is a reference set: one that was given, or the bundled model's."""
+    from headoff.ablation import ablation_draws
+    from headoff.errors import SettingError
+
+    if references is None:
+        try:
+            ablation_draws("mean", detector)
+        except SettingError:
+            return ["zero", "uniform"]
+    return ["zero", "mean"]

@@ -1,0 +1,165 @@
+"""The reports on what heads contribute: of an image, and of a folder of images."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from headoff.errors import OutputError
+from headoff.figures.importance_sheets import importance_figures
+from headoff.figures.pictures import small_picture
+from headoff.images import ImageSource
+from headoff.importance.aggregate import ImageMeans, add_up_means
+from headoff.importance.cards import HeadCards
+from headoff.importance.result import HeadImportance
+from headoff.report.folder import card_of
+from headoff.report.heads_data import heads_data, totals_data
+from headoff.report.heads_story import heads_headline, totals_headline
+from headoff.report.maps import as_script
+from headoff.report.output import HEADS_FINISHED, INDEX, PAGE, THUMBNAIL, new_report, thumbnail
+from headoff.report.page import background_uri, template
+from headoff.report.tables import HEAD_COLUMNS, HEAD_TOTAL_COLUMNS, cells, csv_text
+
+HEADS_SCHEMA_VERSION = 1
+"""Version of heads.json. It changes when a key is renamed or removed or gets another meaning, not when one is added."""
+TABLE = "heads.csv"
+
+
+def write_heads_report(
+    folder: str | os.PathLike[str],
+    image: ImageSource,
+    importance: HeadImportance,
+    *,
+    provenance: Mapping[str, str],
+    cards: HeadCards | None = None,
+    figures: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write the report on what heads contribute to the objects of an image, and return the path of its index.html.
+
+    The report also has heads.csv, heads.safetensors, figures/*.png, a thumbnail, and heads.json, which is written last.
+    Files of an earlier report in the same folder are replaced or removed; other files are not touched.
+
+    Args:
+        folder: is created if it does not exist.
+        image: the image.
+        importance: of `headoff.heads`.
+        provenance: see `headoff.report.write_report`.
+        cards: what single heads do, for the page and for figures.
+        figures: whether to draw figures/*.png.
+        progress: called with (number of finished figures, number of figures).
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    folder = Path(folder)
+    picture = small_picture(image)
+    name = provenance.get("image", "")
+    headline = heads_headline(importance)
+    with new_report(folder) as write:
+        write(TABLE, csv_text(HEAD_COLUMNS, map(cells, importance.rows(name))))
+        importance.save(write.path("heads.safetensors"))
+        if figures:
+            write.figures([*importance_figures(picture, importance, cards)], progress)
+        write(THUMBNAIL, thumbnail(picture))
+        page = render_heads_page(
+            heads_data(importance, cards),
+            title=PurePath(name).name or "Heads",
+            verdict=headline,
+            provenance=provenance,
+            background=background_uri(picture),
+            size=picture.size if not len(importance.objects) else importance.objects.image_size[::-1],
+            pixelated=max(picture.size) < 400,
+            files=(TABLE, "heads.safetensors", HEADS_FINISHED),
+        )
+        write(PAGE, page)
+        contents = {
+            "schema": "headoff.heads",
+            "schema_version": HEADS_SCHEMA_VERSION,
+            "verdict": headline,
+            "provenance": dict(provenance),
+            "files": list(write.files),
+            **importance.as_dict(),
+        }
+        write(HEADS_FINISHED, json.dumps(contents, ensure_ascii=False, allow_nan=False) + "\n")
+    return folder / PAGE
+
+
+def heads_index(
+    folder: str | os.PathLike[str],
+    entries: Iterable[str | os.PathLike[str]],
+    *,
+    failures: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `folder`/index.html: what heads contribute over all images, and links to the pages of `entries`.
+
+    The folder also has heads.csv, the means over images with their intervals.
+
+    Args:
+        folder: where the page is written.
+        entries: folders with finished reports of `write_heads_report`, in order. Only means are kept of each.
+        failures: why an image has no report, by the image's name.
+
+    Raises:
+        OutputError: an entry has no finished report, or a file cannot be written.
+        SettingError: the entries were not scored alike.
+    """
+    folder = Path(folder)
+    links, means = [], []
+    provenance: dict[str, str] = {}
+    for entry in map(Path, entries):
+        try:
+            contents = json.loads((entry / HEADS_FINISHED).read_text(encoding="utf-8"))
+            links.append(card_of(folder, entry, contents))
+            means.append(ImageMeans.of(contents))
+            provenance = provenance or dict(contents["provenance"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{str(entry)!r} holds no finished results (its {HEADS_FINISHED} is missing or damaged): "
+                "score the heads on that image again"
+            ) from error
+    totals = add_up_means(means)
+    with new_report(folder) as write:
+        write(TABLE, csv_text(HEAD_TOTAL_COLUMNS, map(cells, totals.rows())))
+        page = render_heads_page(
+            totals_data(totals),
+            title=folder.resolve().name or "Heads",
+            verdict=totals_headline(totals),
+            provenance={name: value for name, value in provenance.items() if name != "image"},
+            links=links,
+            failures=dict(failures or {}),
+            images=totals.images,
+            objects=totals.objects,
+            files=(TABLE,),
+        )
+        write(PAGE, page)
+        write(
+            INDEX,
+            json.dumps(
+                {"schema": "headoff.heads.index", "files": list(write.files), "images": len(links)}, indent=1
+            )
+            + "\n",
+        )
+    return folder / PAGE
+
+
+def render_heads_page(data: Mapping[str, Any], **context: Any) -> str:
+    """The HTML of the page of an image or of many, from templates/heads.html."""
+    width, height = context.get("size", (1, 1))
+    defaults: dict[str, Any] = {
+        "links": [],
+        "failures": {},
+        "background": None,
+        "pixelated": False,
+        "images": 0,
+        "objects": len(data["objects"]),
+    }
+    return template("heads.html").render(
+        data=data,
+        json=as_script(dict(data)),
+        aspect=f"{width} / {height}",
+        **{**defaults, **context},
+    )
