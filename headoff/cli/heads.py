@@ -65,8 +65,8 @@ def add_parser(commands: Any) -> None:
         "heads",
         help="score what every head contributes to every object",
         description="Score what every head of every layer contributes to every detected object, with a sign, by "
-        "several measures: a page with a matrix of layers x heads and a card for each head, figures, heads.json, heads.csv, "
-        "heads.safetensors. For several images also their mean, with 95%% intervals.",
+        "several measures: a page with a matrix of layers x heads and a card for each head, figures, heads.json, "
+        "heads.csv, heads.safetensors. For several images also their mean, with 95%% intervals.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
