@@ -15,7 +15,7 @@ from headoff.figures.importance import INTERVAL, measure_title, spans_zero, valu
 from headoff.figures.importance_comparisons import rank_correlations
 from headoff.figures.importance_sheets import most_important
 from headoff.figures.matrix import colour
-from headoff.figures.palette import ink_on, object_colour
+from headoff.figures.palette import OBJECT_COLOURS, ink_on, object_colour
 from headoff.importance.aggregate import ImportanceTotals
 from headoff.importance.cards import HeadCards
 from headoff.importance.result import HeadImportance
@@ -130,6 +130,7 @@ def _common(importance: HeadImportance | ImportanceTotals, measures: Sequence[st
         },
         "shades": shades,
         "inks": [ink_on(shade) for shade in shades],
+        "over": {shade: ink_on(shade) for shade in OBJECT_COLOURS},
     }
 
 

@@ -5,9 +5,14 @@
   const $ = (id) => document.getElementById(id);
   if (!$("matrix")) return;
   const { layers, heads } = data;
-  const state = { object: "mean", ablation: "", measure: "", value: "", layer: data.start.layer, head: data.start.head };
   const names = { measure: Object.keys(data.measures), value: Object.keys(data.values), ablation: Object.keys(data.ablations) };
-  for (const what in names) state[what] = names[what][0];
+  // What is chosen, with the head as numbers: layer is null for a head in all layers.
+  const state = {};
+  const written = (layer, head) => layer === null ? `H${head}` : `L${layer}H${head}`;
+  const read = (text) => {
+    const [, layer, head] = /^(?:L(\d+))?H(\d+)$/.exec(text) ?? [];
+    return head === undefined || Number(head) >= heads || Number(layer ?? 0) >= layers ? null : [layer === undefined ? null : Number(layer), Number(head)];
+  };
 
   function element(kind, name, ...inside) {
     const made = document.createElement(kind);
@@ -103,45 +108,41 @@
   }
 
   function choose(layer, head, focus) {
-    [state.layer, state.head] = [layer, head];
-    show();
+    page.set({ head: written(layer, head) });
     if (focus) document.querySelector('#matrix [aria-selected="true"] button')?.focus();
   }
 
   // The card.
   const colourOf = (object) => object === null ? "#ffffff" : data.objects[object].colour;
-  function markOf(box, colour, kind, label) {
+  function markOf(box, colour, kind, name, note) {
     const mark = element("div", `mark ${kind}`);
     const [left, top, width, height] = box;
     Object.assign(mark.style, { left: `${left}%`, top: `${top}%`, width: `${width}%`, height: `${height}%` });
-    mark.style.setProperty("--colour", colour);
-    mark.style.setProperty("--over", dark(colour) ? "#fff" : "#000");
-    if (label) mark.append(element("span", "", label));
-    mark.classList.toggle("top", top < 8);
-    mark.classList.toggle("end", left > 70);
+    mark.style.setProperty("--c", colour);
+    mark.style.setProperty("--i", data.over[colour] ?? "#000000");
+    if (name) mark.append(element("b", "", `${name} `, element("i", "", note)));
     return mark;
-  }
-  function dark(colour) {
-    const [red, green, blue] = [1, 3, 5].map((i) => (parseInt(colour.slice(i, i + 2), 16) / 255) ** 2.2);
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue <= 0.179;
   }
   function showPicture() {
     if (!data.cards) return;
     const card = data.cards[state.ablation];
     const without = card.without[(state.layer === null ? layers : state.layer) * heads + state.head];
     const marks = [];
-    if ($("baseline").checked) {
-      for (const found of card.baseline) marks.push(markOf(found.box, colourOf(found.object), "", `#${found.object} ${found.name} ${found.score}`));
+    if (state.none) {
+      for (const found of card.baseline) marks.push(markOf(found.box, colourOf(found.object), "", `#${found.object} ${found.name}`, found.score));
     } else {
-      card.baseline.forEach((found, o) => {
-        if (["lost", "moved", "relabelled"].includes(without.statuses[o])) marks.push(markOf(found.box, colourOf(o), "was", without.statuses[o] === "lost" ? `#${o} ${found.name} lost` : ""));
-      });
       for (const found of without.boxes) {
-        const label = `${found.object === null ? "" : `#${found.object} `}${found.name} ${found.score}`;
-        marks.push(markOf(found.box, colourOf(found.object), found.status === "duplicate" ? "duplicate" : "", label));
+        const name = `${found.object === null ? "" : `#${found.object} `}${found.name}`;
+        marks.push(markOf(found.box, colourOf(found.object), found.status === "duplicate" ? "duplicate" : "", name, found.score));
       }
+      card.baseline.forEach((found, o) => {
+        if (without.statuses[o] === "lost") marks.push(markOf(found.box, colourOf(o), "was", `#${o} ${found.name}`, "lost"));
+        else if (without.statuses[o] === "moved") marks.push(markOf(found.box, colourOf(o), "was", "", ""));
+      });
     }
+    // The best detection last, on top.
     $("picture").replaceChildren(...marks.reverse());
+    layOutLabels($("picture"));
     const lines = [`Switched off (${state.ablation} ablation):`, ...without.told];
     without.probabilities.forEach((after, o) => {
       const before = Number(card.baseline[o].score);
@@ -209,7 +210,7 @@
       values.forEach((value, t) => picture.data.set([255, 214, 51, 235 * Math.sqrt(greatest > 0 ? value / greatest : 0)], 4 * t));
       canvas.getContext("2d").putImageData(picture, 0, 0);
       const box = data.cards[state.ablation].baseline[o];
-      const under = element("div", "under", element("div", "grey"), canvas, markOf(box.box, colourOf(o), "", ""));
+      const under = element("div", "under", element("div", "grey"), canvas, markOf(box.box, colourOf(o), "", "", ""));
       const sum = values.reduce((a, b) => a + b, 0);
       const tokens = sum > 0 ? Math.exp(-values.reduce((a, v) => a + (v > 0 ? (v / sum) * Math.log(v / sum) : 0), 0)) : 0;
       return element("figure", "", under, element("figcaption", "", `${data.objects[o].name}: ${tokens < 10 ? tokens.toFixed(1) : Math.round(tokens)} of ${values.length} tokens`));
@@ -249,17 +250,14 @@
         data.objects.forEach((object, o) => {
           const tick = element("b");
           tick.style.left = `${place(scores.rows[o][0][head])}%`;
-          tick.style.setProperty("--colour", object.colour);
+          tick.style.setProperty("--c", object.colour);
           tick.title = `${object.name} ${text(scores.rows[o][0][head], decimals)}`;
           axis.append(tick);
         });
       }
       const button = element("button", "", `H${head}`);
       button.type = "button";
-      button.addEventListener("click", () => {
-        state.measure = measure;
-        choose(null, head, false);
-      });
+      button.addEventListener("click", () => page.set({ measure, head: written(null, head) }));
       return element("tr", head === state.head ? "here" : "", element("th", "", button), element("td", "", axis), element("td", "number", text(value, decimals)));
     })));
     $("pairs-part").hidden = scores.pairs === null;
@@ -297,26 +295,6 @@
     })));
   }
 
-  // The fragment keeps the state, so that a link shows the same.
-  const headText = () => state.layer === null ? `H${state.head}` : `L${state.layer}H${state.head}`;
-  let written = "";
-  function remember() {
-    const parts = { ...(data.objects.length ? { object: state.object } : {}), measure: state.measure, value: state.value, ablation: state.ablation, head: headText() };
-    written = `#${Object.entries(parts).map(([name, value]) => `${name}=${encodeURIComponent(value)}`).join("&")}`;
-    history.replaceState(null, "", written);
-  }
-  function follow() {
-    if (location.hash === written || location.hash.length < 2) return;
-    const given = new URLSearchParams(location.hash.slice(1));
-    for (const what in names) if (names[what].includes(given.get(what))) state[what] = given.get(what);
-    if (given.get("object") === "mean" || data.objects[Number(given.get("object") ?? NaN)]) state.object = given.get("object");
-    const head = /^(?:L(\d+))?H(\d+)$/.exec(given.get("head") ?? "");
-    if (head && Number(head[2]) < heads && Number(head[1] ?? 0) < layers) {
-      state.layer = head[1] === undefined ? null : Number(head[1]);
-      state.head = Number(head[2]);
-    }
-  }
-
   function show() {
     showMatrix();
     $("card-title").textContent = nameOf(state.layer, state.head);
@@ -326,13 +304,22 @@
     showColumns();
     showCorrelations();
     for (const what of ["object", "measure", "value", "ablation"]) if ($(what)) $(what).value = state[what];
-    remember();
+    if ($("none")) $("none").checked = state.none;
   }
 
-  for (const what of ["object", "measure", "value", "ablation"]) {
-    $(what)?.addEventListener("change", (event) => { state[what] = event.target.value; show(); });
+  page.define("object", "mean", (value) => value === "mean" || value in data.objects);
+  for (const what in names) page.define(what, names[what][0], (value) => names[what].includes(value));
+  page.define("head", written(data.start.layer, data.start.head), (value) => read(value) !== null);
+  page.define("none", false, () => true);
+  page.followers.push((chosen) => {
+    Object.assign(state, chosen);
+    [state.layer, state.head] = read(chosen.head);
+    show();
+  });
+  for (const what of ["object", ...Object.keys(names)]) {
+    $(what)?.addEventListener("change", (event) => page.set({ [what]: event.target.value }));
   }
-  $("baseline")?.addEventListener("change", showPicture);
+  $("none")?.addEventListener("change", (event) => page.set({ none: event.target.checked }));
   document.addEventListener("keydown", (event) => {
     if (event.target.closest("select, input, .scroll:not(:has(#matrix))") || event.ctrlKey || event.metaKey || event.altKey) return;
     const by = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
@@ -344,7 +331,5 @@
     const layer = state.layer === null ? null : Math.min(Math.max(state.layer + by[0], 0), layers - 1);
     choose(layer, Math.min(Math.max(state.head + by[1], 0), heads - 1), inMatrix);
   });
-  window.addEventListener("hashchange", () => { follow(); show(); });
-  follow();
-  show();
+  page.follow();
 })();

@@ -1,5 +1,5 @@
 // Labels of boxes: at their boxes, within the picture, apart from each other. Those without room are shown on pointing.
-(() => {
+const layOutLabels = (() => {
   const MOST_COVERED = 0.08; // of a picture, by labels
 
   function spots(box, width, height, picture) {
@@ -57,4 +57,5 @@
   const observer = new ResizeObserver((entries) => entries.forEach((entry) => layOut(entry.target)));
   for (const picture of document.querySelectorAll(".picture")) observer.observe(picture);
   document.documentElement.classList.add("placed");
+  return layOut;
 })();
