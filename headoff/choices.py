@@ -17,6 +17,7 @@ VALUES = ("probability", "logit", "iou", "found", "duplicates", "detections", "u
 
 MEASURES = (
     "removal",
+    "removal_columns",
     "alone",
     "gradient",
     "integrated_gradient",

@@ -44,6 +44,7 @@ from headoff.errors import OutputError, SettingError
 from headoff.harness.model.relu_masks import ReluMasks
 from headoff.harness.tolerance import peak_error
 from headoff.images import Preprocessing
+from headoff.importance.games import Game
 from headoff.relevance import RelevanceEngine
 from headoff.timing import TimedCall, describe_machine, torch_threads, turns
 
@@ -474,6 +475,26 @@ def test_a_wrong_attention_is_reported_and_not_timed(bench, model, monkeypatch):
     found = {one.provider: one for one in measure_all(bench, suites.sweep_suite("scenes", model))}
     assert found[OWN].status == "wrong" and "logits" in found[OWN].note and found[OWN].seconds is None
     assert found["one plain forward"].status == "reference" and found["notebook"].status == "timed"
+
+
+def test_wrong_importance_is_reported(bench, model, monkeypatch):
+    from headoff.bench import importance
+
+    without_timing(monkeypatch)
+    monkeypatch.setattr(importance, "MEASURES", ("removal", "gradient", "shapley_columns"))
+    found = {one.provider: one for one in measure_all(bench, suites.importance_suite("scenes", model))}
+    assert {one.status for one in found.values()} == {"reference", "timed"}
+    gradients = Game.gradients
+    monkeypatch.setattr(
+        Game,
+        "gradients",
+        lambda game, gates: [
+            1.1 * x if game.detector.dtype == torch.float32 else x for x in gradients(game, gates)
+        ],
+    )
+    found = {one.provider: one for one in measure_all(bench, suites.importance_suite("scenes", model))}
+    assert found["heads, gradient"].status == "wrong" and "float64" in found["heads, gradient"].note
+    assert found["heads, removal"].status == "timed"
 
 
 def test_a_wrong_notebook_is_reported(bench, model, monkeypatch):

@@ -21,6 +21,7 @@ from headoff.bench.attentions import (
     SdpaTimesGate,
     skipping_attention,
 )
+from headoff.bench.importance import importance_cases
 from headoff.bench.models import BenchmarkModel, Size, with_attention
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs
@@ -372,10 +373,18 @@ def recomputing_budget(model: BenchmarkModel, kernels: str) -> int:
     return next(2**power // 2 for power in range(1, 60) if keeps(2**power))
 
 
+def importance_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
+    """Scores of all heads of cross-attention, relative to one plain forward pass of the detector."""
+    expected = ExpectedOutputs(SweepWorkload(model, (none_off(),)))
+    check = check_of(expected, sdpa)
+    yield from importance_cases(size, model, Provider.of(ONE_FORWARD, plain_forward(model), check))
+
+
 SUITES = {
     "attention": attention_suite,
     "skipping": skipping_suite,
     "decoder": decoder_suite,
     "sweep": sweep_suite,
     "relevance": relevance_suite,
+    "importance": importance_suite,
 }

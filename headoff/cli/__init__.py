@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 from headoff import __version__
-from headoff.cli import bench, detect, explain, heads, references, scenes, sweep, verify
+from headoff.cli import bench, detect, explain, heads, references, roles, scenes, sweep, verify
 from headoff.errors import HeadoffError, error_line, is_out_of_memory
 
 EPILOG = """\
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"headoff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sweep, explain, heads, detect, references, verify, bench, scenes):
+    for command in (sweep, explain, heads, detect, roles, references, verify, bench, scenes):
         command.add_parser(commands)
     return top
 

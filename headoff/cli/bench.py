@@ -1,4 +1,4 @@
-"""`headoff bench`: benchmarks of attention, decoder, sweep and relevance on this machine."""
+"""`headoff bench`: benchmarks of attention, decoder, sweep, relevance and importance on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Written out, because importing them would import torch; a test compares them with the originals.
 SIZE_NAMES = ("scenes", "r50", "dc5")
-SUITES = ("attention", "skipping", "decoder", "sweep", "relevance")
+SUITES = ("attention", "skipping", "decoder", "sweep", "relevance", "importance")
 
 STAGE_SECONDS = 1.0
 """Stages that follow the line before faster than this are not announced."""
@@ -33,6 +33,7 @@ suites:
   sweep       from the image to the outcomes, relative to one plain forward pass
   relevance   from the image to the maps, and the notebooks' way; with the encoder's cams kept, and recomputed tile by
               tile in little memory
+  importance  scores of all heads by several measures, relative to one plain forward pass
 
   Every provider is checked against the float64 oracle before it is timed. Wrong and unsupported ones are listed.
   Providers take turns; the interval of a ratio has 99% confidence. It takes 8 rounds; where those take more than a
@@ -49,9 +50,9 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "bench",
-        help="benchmark attention, decoder, sweep and relevance on this machine",
-        description="Benchmark attention, decoder, sweep and relevance on this machine, relative to torch's "
-        "kernels, a plain forward pass and the published notebooks.",
+        help="benchmark attention, decoder, sweep, relevance and importance of heads",
+        description="Benchmark attention, decoder, sweep, relevance and importance of heads on this machine, relative "
+        "to torch's kernels, a plain forward pass and the published notebooks.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

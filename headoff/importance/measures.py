@@ -93,6 +93,20 @@ class Removal(Measure):
         return [Scores((v[0] - v[1:]).T.unflatten(1, game.shape)) for v in values]
 
 
+class RemovalColumns(Measure):
+    """v(all) - v(all but the head in all layers)."""
+
+    name = "removal_columns"
+    title = "what is lost when the head is off in all layers"
+
+    def coalitions(self, layers: int, heads: int) -> Tensor:
+        everyone = torch.ones(1, layers, heads, dtype=torch.bool)
+        return torch.cat((everyone, ~torch.eye(heads, dtype=torch.bool)[:, None].expand(-1, layers, -1)))
+
+    def scores(self, game: Game, values: Sequence[Tensor]) -> list[Scores]:
+        return [Scores((v[0] - v[1:]).T[:, None]) for v in values]
+
+
 class Alone(Measure):
     """v(the head alone on in its layer) - v(its layer off); other layers are on."""
 
@@ -263,6 +277,7 @@ _REGISTERED: dict[str, type[Measure]] = {
     measure.name: measure
     for measure in (
         Removal,
+        RemovalColumns,
         Alone,
         Gradient,
         IntegratedGradient,
