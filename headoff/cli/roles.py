@@ -110,13 +110,17 @@ def _summary(found: HeadRoles) -> str:
         for role in ROLES:
             of = found.column_effects[role.value]
             numbers.append(f"{of.mean[head]:+.2f} ({of.low[head]:+.2f}..{of.high[head]:+.2f})")
-        rows.append((f"H{head}", *numbers, "".join("CBD"[ROLES.index(role)] for role in found.roles(head)) or "-"))
+        rows.append(
+            (f"H{head}", *numbers, "".join("CBD"[ROLES.index(role)] for role in found.roles(head)) or "-")
+        )
     lines = [
         f"{found.objects} objects in {found.images} images, heads of {found.site}; what removal costs per object:",
         table(header, rows),
         "roles: C class evidence, B box precision, D suppresses duplicates",
     ]
     for role in ROLES:
-        single = [f"L{layer}H{h}" for layer in range(layers) for h in range(heads) if role in found.roles(h, layer)]
+        single = [
+            f"L{layer}H{h}" for layer in range(layers) for h in range(heads) if role in found.roles(h, layer)
+        ]
         lines.append(f"{role.name}, single heads: {', '.join(single) or 'none'}")
     return "\n".join(lines)
