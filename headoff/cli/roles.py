@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +102,10 @@ def run(settings: argparse.Namespace) -> int:
 def _summary(found: HeadRoles) -> str:
     """What the removal of heads in all layers costs, and the roles that are supported."""
     from headoff.importance.roles import ROLES
+    from headoff.wording import counted
 
     layers, heads = found.shape
-    header = ("head, all layers", *(role.value for role in ROLES), "roles")
+    header = ("head", *(role.value for role in ROLES), "roles")
     rows = []
     for head in range(heads):
         numbers = []
@@ -114,7 +116,8 @@ def _summary(found: HeadRoles) -> str:
             (f"H{head}", *numbers, "".join("CBD"[ROLES.index(role)] for role in found.roles(head)) or "-")
         )
     lines = [
-        f"{found.objects} objects in {found.images} images, heads of {found.site}; what removal costs per object:",
+        f"{counted(found.objects, 'object')} in {counted(found.images, 'image')}, heads of {found.site}",
+        "what the removal of a head from all layers costs an object (95% interval):",
         table(header, rows),
         "roles: C class evidence, B box precision, D suppresses duplicates",
     ]
@@ -122,5 +125,6 @@ def _summary(found: HeadRoles) -> str:
         single = [
             f"L{layer}H{h}" for layer in range(layers) for h in range(heads) if role in found.roles(h, layer)
         ]
-        lines.append(f"{role.name}, single heads: {', '.join(single) or 'none'}")
+        text = f"{role.name}, heads of one layer: {', '.join(single) or 'none'}"
+        lines.append(textwrap.fill(text, 80, subsequent_indent="  "))
     return "\n".join(lines)
