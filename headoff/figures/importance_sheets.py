@@ -34,6 +34,8 @@ def importance_figures(
             if Key(kind, measure, value) not in importance.scores:
                 continue
             found = importance.get(measure, value, kind)
+            if not len(found.scores):
+                return  # nothing is detected
             columns = found.scores.shape[1] == 1
 
             def by_object(measure: str = measure, kind=kind) -> Figure:
