@@ -28,34 +28,37 @@ SUMMARISED = (3, 2)
 """Heads of all layers, and of one layer, that the terminal names for each object; the report has them all."""
 
 EPILOG = """\
-measures: what is compared with what. A positive score: the head adds to the value.
-  removal              the value with all heads on, less that with this head off
+measures: a positive score means that the head adds to the value.
+  removal              the value with all heads on, less that without this head
+  removal_columns      the same for the head in all layers
   alone                what the head gains as the only one of its layer that is on
-  gradient             the derivative with respect to the head's gate (one backward pass)
-  integrated_gradient  that derivative along the way from all off to all on
-  shapley_columns      exact Shapley value of each head, in all layers at once: over all
+  gradient             the derivative with respect to the head's gate
+  integrated_gradient  that derivative, along the way from all off to all on
+  shapley_columns      exact Shapley value of each head in all layers, over all
                        subsets of heads, with interactions of pairs
-  shapley_layers       exact Shapley value within the head's layer, with interactions
-  shapley              Shapley value among all layers x heads, sampled, with standard errors
+  shapley_layers       exact Shapley value within the head's layer, too
+  shapley              Shapley value among all layers x heads, sampled, with
+                       standard errors
 
 values: what is measured, for each object found with nothing off.
   probability, logit   of the object's class at its query
   iou                  of the box of its query with that with nothing off
-  found                probability x IoU of the best query: another one may take over
-  duplicates           further detections of the object: a negative score of a head means
-                       that it suppresses duplicates
-  detections, unmatched    detections in the image; those that belong to no object
+  found                probability x IoU of the best query: another may take over
+  duplicates           further detections of the object; a head with a negative
+                       score suppresses duplicates
+  detections           all detections in the image
+  unmatched            those that belong to no object
 
-ablation: what a head that is off contributes. Zero shows what the others can do without
-it, but leaves them with an input they never saw, so another kind is scored as well.
+ablation: what a head that is off contributes. Zero shows what the others can do
+without it, but gives them an input that they never saw, so report two kinds.
 
 examples:
-  headoff heads                                  the bundled model on a bundled scene
+  headoff heads                       the bundled model on a bundled scene
   headoff heads street.jpg --model detr-resnet-50
   headoff heads street.jpg --model detr-resnet-50 --references coco.safetensors
   headoff heads photos/ --measure removal,shapley_columns --value found
   headoff heads street.jpg --site decoder_self --ablate zero,uniform
-  headoff heads --measure shapley --pairs 100
+  headoff heads --measure shapley --pairs 100 --store shapley-values
 """
 
 
@@ -66,7 +69,7 @@ def add_parser(commands: Any) -> None:
         help="score what every head contributes to every object",
         description="Score what every head of every layer contributes to every detected object, with a sign, by "
         "several measures: a page with a matrix of layers x heads and a card for each head, figures, heads.json, "
-        "heads.csv, heads.safetensors. For several images also their mean, with 95%% intervals.",
+        "heads.csv, heads.safetensors. For several images also their mean, with 95% intervals.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -124,13 +127,15 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.errors import SettingError
     from headoff.images import load_image
     from headoff.importance import HeadCards, Measure, SampledShapley, heads, resolve_measure
+    from headoff.importance.measures import check_supported
     from headoff.report import heads_index, write_heads_report
     from headoff.values import resolve_value
 
     # Wrong options are reported before the weights are read.
     images = images_to_report(settings)
     measures: list[Measure] = [resolve_measure(name) for name in _names(settings.measure, "--measure")]
-    values = [resolve_value(name).name for name in _names(settings.value, "--value")]
+    values = [resolve_value(name) for name in _names(settings.value, "--value")]
+    check_supported(measures, values)
     asked = None if settings.ablate is None else _kinds(settings.ablate)
     if settings.pairs is not None:
         if not any(isinstance(measure, SampledShapley) for measure in measures):
@@ -155,7 +160,7 @@ def run(settings: argparse.Namespace) -> int:
                 picture,
                 site=settings.site,
                 measures=measures,
-                values=values,
+                values=[value.name for value in values],
                 ablations=kinds,
                 references=settings.references,
                 confidence=settings.confidence,
@@ -183,7 +188,7 @@ def run(settings: argparse.Namespace) -> int:
         "site": settings.site,
         "measures": ", ".join(measure.name for measure in measures)
         + (f", {settings.pairs} pairs" if settings.pairs else ""),
-        "values": ", ".join(values),
+        "values": ", ".join(value.name for value in values),
         "ablation": ", ".join(kinds) + (f", references {settings.references}" if settings.references else ""),
         "confidence": f"{settings.confidence:g}",
     }

@@ -18,7 +18,7 @@ from headoff.errors import SettingError
 from headoff.gates.validation import check_site
 from headoff.images import ImageSource, load_image
 from headoff.importance.games import Game
-from headoff.importance.measures import Measure, Scores, resolve_measure, score_all
+from headoff.importance.measures import Measure, Scores, check_supported, resolve_measure, score_all
 from headoff.importance.result import HeadImportance, Key, Totals
 from headoff.importance.store import ValueStore
 from headoff.sweeps import MEMORY_BUDGET
@@ -82,13 +82,7 @@ def heads(
     _check_names("measure", [measure.name for measure in chosen])
     _check_names("value", [value.name for value in wanted])
     _check_names("ablation kind", kinds)
-    for measure in chosen:
-        if not any(measure.supports(value) for value in wanted):
-            raise SettingError(
-                f"the measure {measure.name!r} needs a derivative, and none of the values "
-                f"{', '.join(value.name for value in wanted)} has one at the baseline: add the value 'probability', or "
-                "leave the measure out"
-            )
+    check_supported(chosen, wanted)
     picture = load_image(image)
     draws = {kind: ablation_draws(kind, detector, references, picture) for kind in kinds}
     game = Game.of(detector, picture, site, wanted, confidence, memory_budget)

@@ -304,6 +304,17 @@ def resolve_measure(spec: str | Measure) -> Measure:
     return _REGISTERED[spec]()
 
 
+def check_supported(measures: Sequence[Measure], values: Sequence[Value]) -> None:
+    """Raise SettingError for a measure that supports none of the values."""
+    for measure in measures:
+        if not any(measure.supports(value) for value in values):
+            raise SettingError(
+                f"the measure {measure.name!r} needs a derivative, and none of the values "
+                f"{', '.join(value.name for value in values)} has one at the baseline: add the value 'probability', or "
+                "leave the measure out"
+            )
+
+
 def score_all(measures: Sequence[Measure], game: Game) -> dict[str, list[Scores | None]]:
     """The scores of several measures, by name, for each of the game's values: None for a value that a measure does not
     support. Every coalition is evaluated once.

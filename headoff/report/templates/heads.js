@@ -221,7 +221,8 @@
 
   // Columns and their interactions.
   function showColumns() {
-    const measure = names.measure.find((name) => isColumnsMeasure(name));
+    const ofColumns = names.measure.filter(isColumnsMeasure);
+    const measure = ofColumns.find((name) => data.scores.some((each) => each.measure === name && each.pairs !== null)) ?? ofColumns[0];
     const scores = measure && scoresOf(measure, state.value);
     $("columns-section").hidden = !scores || !scores.rows.length;
     if ($("columns-section").hidden) return;
@@ -232,7 +233,7 @@
     const [low, high] = [Math.min(0, ...all), Math.max(0, ...all)];
     const place = (value) => (100 * (value - low)) / (high - low || 1);
     const sum = values.reduce((a, b) => a + b, 0);
-    $("columns-meaning").textContent = `${data.measures[measure]}, for ${whatIsScored(scores)}, by ${data.values[state.value]}. The bars sum to ${text(sum, decimals)}: what all heads together add.${data.objects.length > 1 && !scores.image ? " Lines: the objects, in their colours." : ""}`;
+    $("columns-meaning").textContent = `${data.measures[measure]}, for ${whatIsScored(scores)}, by ${data.values[state.value]}.${scores.pairs === null ? "" : ` The bars sum to ${text(sum, decimals)}: what all heads together add.`}${data.objects.length > 1 && !scores.image ? " Lines: the objects, in their colours." : ""}`;
     const limit = limitOf(scores.rows);
     $("bars").replaceChildren(element("tbody", "", ...values.map((value, head) => {
       const bar = element("i");
