@@ -153,6 +153,6 @@ def test_help_explains_every_name(capsys):
     text = capsys.readouterr().out
     for name in (*MEASURES, *VALUES, *ABLATION_KINDS):
         assert name in text
-    epilog = text[text.index("measures: what is compared") :]
-    assert max(map(len, epilog.splitlines())) <= 88
+    epilog = text[text.index("measures: a positive score") :]
+    assert max(map(len, epilog.splitlines())) <= 80
     assert isinstance(Path(SAMPLE), Path) and Detector
