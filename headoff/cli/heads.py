@@ -31,7 +31,7 @@ EPILOG = """\
 measures: a positive score means that the head adds to the value.
   removal              the value with all heads on, less that without this head
   removal_columns      the same for the head in all layers
-  alone                what the head gains as the only one of its layer that is on
+  alone                what the head adds as the only one of its layer
   gradient             the derivative with respect to the head's gate
   integrated_gradient  that derivative, along the way from all off to all on
   shapley_columns      exact Shapley value of each head in all layers, over all
@@ -43,14 +43,14 @@ measures: a positive score means that the head adds to the value.
 values: what is measured, for each object found with nothing off.
   probability, logit   of the object's class at its query
   iou                  of the box of its query with that with nothing off
-  found                probability x IoU of the best query: another may take over
+  found                probability x IoU of the best query, which may change
   duplicates           further detections of the object; a head with a negative
                        score suppresses duplicates
   detections           all detections in the image
   unmatched            those that belong to no object
 
-ablation: what a head that is off contributes. Zero shows what the others can do
-without it, but gives them an input that they never saw, so report two kinds.
+ablation: what a head that is off contributes. Zero shows what others can do
+without it, but gives them an input that they never saw: report two kinds.
 
 examples:
   headoff heads                       the bundled model on a bundled scene
@@ -67,9 +67,11 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "heads",
         help="score what every head contributes to every object",
-        description="Score what every head of every layer contributes to every detected object, with a sign, by "
-        "several measures: a page with a matrix of layers x heads and a card for each head, figures, heads.json, "
-        "heads.csv, heads.safetensors. For several images also their mean, with 95% intervals.",
+        description="""\
+Score what every head of every layer contributes to every detected object, with a
+sign, by several measures. The report has a page with a matrix of layers x heads and
+a card for each head, figures, heads.json, heads.csv and heads.safetensors; that of
+several images also their mean, with 95% intervals.""",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
