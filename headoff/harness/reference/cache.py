@@ -26,7 +26,9 @@ FOLDER = "headoff-oracle"
 """In the folder of downloads."""
 
 SOURCES = (
+    "ablation",
     "attention",
+    "boxes.py",
     "detections.py",
     "detr",
     "gates",
@@ -35,8 +37,10 @@ SOURCES = (
     "harness/reference",
     "harness/tolerance.py",
     "images.py",
+    "importance",
     "relevance",
     "sweeps.py",
+    "values.py",
 )
 """Files and folders of the package that expected results and tolerances are computed by."""
 

@@ -8,6 +8,7 @@ that run the float64 oracle. They do not depend on the machine: float64 arithmet
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,15 @@ class GoldenDetections(GoldenFile):
 
     def matches(self, *, serialized_data: Any, snapshot_data: Any) -> bool:
         return _same(json.loads(serialized_data), json.loads(snapshot_data))
+
+
+class GoldenScores(GoldenDetections):
+    """Expected scores of heads: one JSON file per scene, compared as detections are."""
+
+    def serialize(self, data: Any, **_: Any) -> str:
+        text = json.dumps(data, indent=1)
+        # The scores of a layer in one line, so that a difference reads well in a review.
+        return re.sub(r"\[([^][]*)\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
 
 
 class GoldenMaps(GoldenFile):
