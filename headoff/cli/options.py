@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headoff.choices import DEFAULT_SITE, DTYPES, SITES
+from headoff.choices import DEFAULT_SITE, DTYPES, FIGURE_FORMATS, FIGURES, SITES
 
 CONFIGURATION_SETS = ("cumulative", "single", "subsets")
 
@@ -115,7 +115,7 @@ def add_image_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_report_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add IMAGE|FOLDER, --out (`out` by default) and --again."""
+    """Add IMAGE|FOLDER, --out (`out` by default), --again, --figures, --format and --dpi."""
     add_image_argument(parser)
     parser.add_argument(
         "--out", type=named_path, default=Path(out), help=f"folder of the report (default {out})"
@@ -124,6 +124,19 @@ def add_report_options(parser: argparse.ArgumentParser, out: str) -> None:
         "--again",
         action="store_true",
         help="for several images: also redo those that have a finished report",
+    )
+    group = parser.add_argument_group("what to draw")
+    group.add_argument(
+        "--figures",
+        choices=FIGURES,
+        help="`none`: numbers only; `page`: the page, which draws everything from data (default); `all`: also every "
+        "figure as a file, for papers (default with --format or --dpi)",
+    )
+    group.add_argument(
+        "--format", choices=FIGURE_FORMATS, help="format of the files of figures (default png)"
+    )
+    group.add_argument(
+        "--dpi", type=positive, metavar="N", help="pixels an inch in the files of figures (default 150)"
     )
 
 

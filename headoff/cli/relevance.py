@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from headoff.figures.colouring import MapStyle
 from headoff.gates import HeadLayout
 from headoff.relevance import Explanation, explain, make_target, resolve_method
 from headoff.report import write_report
+from headoff.report.drawing import Drawing
 from headoff.sweeps import SweepResult, query_of_object
 
 
@@ -29,6 +30,7 @@ class RelevanceOptions:
         queries, objects: explain only these; all detected objects if both are empty.
         style: how maps are drawn.
         maps: format of the file of raw maps.
+        drawing: what the report draws.
 
     Raises:
         SettingError: an option is invalid for every detector.
@@ -43,6 +45,7 @@ class RelevanceOptions:
     heads: bool = False
     style: MapStyle = MapStyle()
     maps: Literal["npz", "safetensors"] = "npz"
+    drawing: Drawing = Drawing()
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
@@ -114,6 +117,7 @@ class RelevanceOptions:
             explanation=explanation,
             style=self.style,
             maps=self.maps,
+            **asdict(self.drawing),
         )
         return explanation
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.cli.configurations import ConfigurationChoice
     from headoff.cli.detectors import load_detector, provenance
     from headoff.cli.relevance import RelevanceOptions
-    from headoff.cli.reports import images_to_report, sweep_summary, write_reports
+    from headoff.cli.reports import drawing_of, images_to_report, sweep_summary, write_reports
     from headoff.detr.graphs import DecodeGraphs
     from headoff.images import load_image
     from headoff.report import write_report
@@ -79,7 +80,8 @@ def run(settings: argparse.Namespace) -> int:
     images = images_to_report(settings)
     check_autocast(settings)
     choice = ConfigurationChoice.from_options(settings)
-    relevance = RelevanceOptions() if settings.relevance else None
+    drawing = drawing_of(settings)
+    relevance = RelevanceOptions(drawing=drawing) if settings.relevance else None
     detector = load_detector(settings)
     configurations = choice.configurations(detector)
     autocast = Autocast(settings.autocast)
@@ -97,7 +99,7 @@ def run(settings: argparse.Namespace) -> int:
             graphs=graphs,
         )
         if relevance is None:
-            write_report(folder, picture, result, provenance=made_with)
+            write_report(folder, picture, result, provenance=made_with, **asdict(drawing))
         else:
             autocast.write_report(relevance, folder, picture, detector, result, made_with, progress)
         return autocast.summary(image, sweep_summary(image, result), progress)
@@ -105,6 +107,7 @@ def run(settings: argparse.Namespace) -> int:
     made_with = {**provenance(settings, detector), **_describe(settings), **autocast.describe()}
     if relevance is not None:
         made_with |= relevance.describe()
+    made_with |= drawing.describe()
     return write_reports(settings, images, made_with, write)
 
 

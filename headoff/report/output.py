@@ -18,14 +18,17 @@ from typing import Literal
 
 from PIL import Image
 
+from headoff.choices import FigureFormat, Figures
 from headoff.errors import SettingError
 from headoff.figures import sweep_figures
+from headoff.figures.canvas import DPI
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance_sheets import relevance_figures
 from headoff.files import lock, output_errors, write_file
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
+from headoff.report.drawing import Drawing
 from headoff.report.page import render_page
 from headoff.report.tables import (
     DETECTION_COLUMNS,
@@ -56,14 +59,16 @@ def write_report(
     result: SweepResult,
     *,
     provenance: Mapping[str, str],
-    figures: bool = True,
+    figures: Figures = "page",
+    format: FigureFormat = "png",
+    dpi: int = DPI,
     explanation: Explanation | None = None,
     style: MapStyle | None = None,
     maps: Literal["npz", "safetensors"] = "npz",
 ) -> Path:
-    """Write the report on a sweep into `folder`, and return the path of its index.html.
+    """Write the report on a sweep into `folder`, and return the path of its page (without one, of sweep.json).
 
-    The report also has detections.csv, objects.csv, figures/*.png, a thumbnail, and sweep.json, which is written last.
+    The report has index.html, a thumbnail, detections.csv, objects.csv, and sweep.json, which is written last.
     Files of an earlier report in the same folder are replaced or removed; other files are not touched.
 
     Args:
@@ -72,16 +77,19 @@ def write_report(
         result: the sweep.
         provenance: the origin of the results, shown in this order: `image`, `model`, `attention`, `device`, `dtype`,
             `confidence`, `order`, versions, `command`. `image` is also the page's title.
-        figures: whether to draw figures/*.png.
+        figures: `page` writes the page, which draws everything from data; `all` also every figure as a file in
+            figures/, for papers; `none` writes numbers only.
+        format, dpi: of the files of figures: `png`, `svg` or `pdf`, and pixels an inch.
         explanation: relevance maps of the same configurations, in the same order. They are shown on the page and in
             figures, and written to relevance.csv and, as arrays with named axes, to maps.npz or maps.safetensors.
-        style: how maps are drawn; by default plain and on one scale.
+        style: how maps are drawn; by default on the image, with one scale for each object.
         maps: the format of the arrays.
 
     Raises:
         OutputError: a file cannot be written.
-        SettingError: the explanation is of other configurations than the sweep.
+        SettingError: the explanation is of other configurations than the sweep, or an argument is none of its choices.
     """
+    drawing = Drawing(figures, format, dpi)
     if explanation is not None and explanation.configurations != result.configurations:
         raise SettingError(
             "the explanation is of other configurations than the sweep: explain(..., result.configurations)"
@@ -104,8 +112,8 @@ def write_report(
             write("relevance.csv", csv_text(RELEVANCE_COLUMNS, relevance_rows(explanation, name)))
             explanation.save(new / f"maps.{maps}")
             written.append(f"maps.{maps}")
-        if figures:
-            drawn = sweep_figures(picture, result)
+        if figures == "all":
+            drawn = sweep_figures(picture, result, dpi=dpi)
             if explanation is not None:
                 drawn = chain(
                     drawn,
@@ -119,15 +127,13 @@ def write_report(
                 )
             for figure in drawn:
                 buffer = io.BytesIO()
-                # Level 3 takes half the time of the default 6, and a few per cent more space.
-                figure.draw().savefig(
-                    buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3}
-                )
-                write(f"figures/{figure.stem}.png", buffer.getvalue())
-        write(THUMBNAIL, _thumbnail(picture))
-        write(PAGE, render_page(picture, result, provenance, explanation, style))
+                drawing.save(figure.draw(), buffer)
+                write(f"figures/{figure.stem}.{format}", buffer.getvalue())
+        if figures != "none":
+            write(THUMBNAIL, _thumbnail(picture))
+            write(PAGE, render_page(picture, result, provenance, explanation, style))
         write(FINISHED, sweep_json(result, provenance, written, explanation))
-    return folder / PAGE
+    return folder / (FINISHED if figures == "none" else PAGE)
 
 
 def is_finished(folder: str | os.PathLike[str]) -> bool:
