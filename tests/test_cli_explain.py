@@ -59,7 +59,8 @@ def test_a_sweep_with_relevance(capsys, tmp_path, objects, monkeypatch):
     # Drawing all nine takes most of the time and shows nothing more.
     for module in (sheets, relevance_sheets):
         monkeypatch.setattr(module, "MOST_PICTURES", 2)
-    code, printed, error = run(capsys, "sweep", SAMPLE, "--relevance", "--out", str(tmp_path))
+    arguments = ("--relevance", "--figures", "all", "--out", str(tmp_path))
+    code, printed, error = run(capsys, "sweep", SAMPLE, *arguments)
     assert code == 0, error
     assert "first 8 off" in printed and "lost" in printed
     written = json.loads((tmp_path / "sweep.json").read_text())
