@@ -427,3 +427,15 @@ def test_folder_index(tmp_path):
     assert "one #1.jpg" in html and "it is &lt;empty&gt;" in html
     with pytest.raises(OutputError, match="no finished results"):
         folder_index(tmp_path, [tmp_path / "four"])
+
+
+@pytest.mark.usefixtures("blank_figures")
+@pytest.mark.parametrize("figures", ["none", "page", "all"])
+def test_progress_counts_all_that_is_drawn(tmp_path, figures):
+    picture, result = crowd(2, (60, 80), configurations=[none_off(), heads_off(1)])
+    seen = []
+    write_report(
+        tmp_path, picture, result, provenance={}, figures=figures, progress=lambda *at: seen.append(at)
+    )
+    total = len(list(tmp_path.glob("figures/*"))) + (figures != "none")
+    assert seen == [(done, total) for done in range(total + 1)]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from tqdm import tqdm
 
 from headoff.choices import Pick
+from headoff.cli.progress import progress_bar
 from headoff.detr import Detector
 from headoff.errors import SettingError
 from headoff.figures.colouring import MapStyle
@@ -93,9 +93,7 @@ class RelevanceOptions:
         queries = self.queries or result.baseline.queries.tolist()
         if self.objects:
             queries = [query_of_object(result.baseline, number) for number in self.objects]
-        with tqdm(
-            total=len(result), desc="explaining", unit="configuration", disable=not progress, leave=False
-        ) as bar:
+        with progress_bar("explaining", "configuration", show=progress) as update:
             explanation = explain(
                 detector,
                 picture,
@@ -107,18 +105,20 @@ class RelevanceOptions:
                 pick=self.pick,
                 confidence=result.confidence,
                 heads=self.heads,
-                progress=lambda *_: bar.update(),
+                progress=update,
             )
-        write_report(
-            folder,
-            picture,
-            result,
-            provenance=provenance,
-            explanation=explanation,
-            style=self.style,
-            maps=self.maps,
-            **asdict(self.drawing),
-        )
+        with progress_bar("drawing", "figure", show=progress) as update:
+            write_report(
+                folder,
+                picture,
+                result,
+                provenance=provenance,
+                explanation=explanation,
+                style=self.style,
+                maps=self.maps,
+                progress=update,
+                **asdict(self.drawing),
+            )
         return explanation
 
 

@@ -70,6 +70,7 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.cli.autocast import Autocast, check_autocast
     from headoff.cli.configurations import ConfigurationChoice
     from headoff.cli.detectors import load_detector, provenance
+    from headoff.cli.progress import progress_bar
     from headoff.cli.relevance import RelevanceOptions
     from headoff.cli.reports import drawing_of, images_to_report, sweep_summary, write_reports
     from headoff.detr.graphs import DecodeGraphs
@@ -99,7 +100,10 @@ def run(settings: argparse.Namespace) -> int:
             graphs=graphs,
         )
         if relevance is None:
-            write_report(folder, picture, result, provenance=made_with, **asdict(drawing))
+            with progress_bar("drawing", "figure", show=progress) as update:
+                write_report(
+                    folder, picture, result, provenance=made_with, progress=update, **asdict(drawing)
+                )
         else:
             autocast.write_report(relevance, folder, picture, detector, result, made_with, progress)
         return autocast.summary(image, sweep_summary(image, result), progress)

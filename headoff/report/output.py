@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -65,6 +64,7 @@ def write_report(
     explanation: Explanation | None = None,
     style: MapStyle | None = None,
     maps: Literal["npz", "safetensors"] = "npz",
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Path:
     """Write the report on a sweep into `folder`, and return the path of its page (without one, of sweep.json).
 
@@ -84,6 +84,7 @@ def write_report(
             figures, and written to relevance.csv and, as arrays with named axes, to maps.npz or maps.safetensors.
         style: how maps are drawn; by default on the image, with one scale for each object.
         maps: the format of the arrays.
+        progress: called with (number of drawn figures, number of figures); the page counts as one.
 
     Raises:
         OutputError: a file cannot be written.
@@ -112,26 +113,26 @@ def write_report(
             write("relevance.csv", csv_text(RELEVANCE_COLUMNS, relevance_rows(explanation, name)))
             explanation.save(new / f"maps.{maps}")
             written.append(f"maps.{maps}")
-        if figures == "all":
-            drawn = sweep_figures(picture, result, dpi=dpi)
-            if explanation is not None:
-                drawn = chain(
-                    drawn,
-                    relevance_figures(
-                        picture,
-                        explanation,
-                        style=style or MapStyle(),
-                        baseline=result.baseline,
-                        confidence=result.confidence,
-                    ),
-                )
-            for figure in drawn:
-                buffer = io.BytesIO()
-                drawing.save(figure.draw(), buffer)
-                write(f"figures/{figure.stem}.{format}", buffer.getvalue())
+        drawn = [*sweep_figures(picture, result, dpi=dpi)] if figures == "all" else []
+        if figures == "all" and explanation is not None:
+            drawn += relevance_figures(
+                picture,
+                explanation,
+                style=style or MapStyle(),
+                baseline=result.baseline,
+                confidence=result.confidence,
+            )
+        total = len(drawn) + (figures != "none")
+        for number, figure in enumerate(drawn):
+            progress(number, total)
+            buffer = io.BytesIO()
+            drawing.save(figure.draw(), buffer)
+            write(f"figures/{figure.stem}.{format}", buffer.getvalue())
         if figures != "none":
+            progress(len(drawn), total)
             write(THUMBNAIL, _thumbnail(picture))
             write(PAGE, render_page(picture, result, provenance, explanation, style))
+        progress(total, total)
         write(FINISHED, sweep_json(result, provenance, written, explanation))
     return folder / (FINISHED if figures == "none" else PAGE)
 
