@@ -19,19 +19,23 @@ def load_detector(settings: argparse.Namespace) -> Detector:
     """The detector that the options of `add_detector_options` describe; what was assumed of it goes to stderr."""
     if settings.threads:
         set_threads(settings.threads)
-    choice = ModelChoice(
+    detector = model_choice(settings).load(
+        attention=settings.attention, device=chosen_device(settings.device), dtype=settings.dtype
+    )
+    for assumption in detector.assumptions:
+        print(f"headoff: note: {settings.model}: {assumption}", file=sys.stderr)
+    return detector
+
+
+def model_choice(settings: argparse.Namespace) -> ModelChoice:
+    """The model that the options of `add_model_options` name. Raises SettingError."""
+    return ModelChoice(
         settings.model,
         heads=settings.heads_per_layer,
         dilated=settings.dc5,
         class_names=class_names_in(settings.classes),
         short_side=settings.short_side,
     )
-    detector = choice.load(
-        attention=settings.attention, device=chosen_device(settings.device), dtype=settings.dtype
-    )
-    for assumption in detector.assumptions:
-        print(f"headoff: note: {settings.model}: {assumption}", file=sys.stderr)
-    return detector
 
 
 def provenance(settings: argparse.Namespace, detector: Detector) -> dict[str, str]:

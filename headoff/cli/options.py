@@ -26,15 +26,17 @@ NOTATION = """\
 """
 
 
-def add_detector_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model and what its file may not say, --attention, --device, --dtype and --threads."""
+def add_model_options(
+    parser: argparse.ArgumentParser, default: str | None = "scenes"
+) -> argparse._ArgumentGroup:
+    """Add --model and what its file may not say, in a group of their own."""
     group = parser.add_argument_group("detector")
     group.add_argument(
         "--model",
-        default="scenes",
+        default=default,
         metavar="NAME|FILE|FOLDER",
-        help="the bundled `scenes` (default); `detr-resnet-50`, `detr-resnet-50-dc5`, `detr-resnet-101` or "
-        "`detr-resnet-101-dc5`, downloaded once; a .pth or .safetensors file; a Hugging Face folder or "
+        help=f"the bundled `scenes`{' (default)' if default else ''}; `detr-resnet-50`, `detr-resnet-50-dc5`, "
+        "`detr-resnet-101` or `detr-resnet-101-dc5`, downloaded once; a .pth or .safetensors file; a Hugging Face folder or "
         "repository such as facebook/detr-resnet-50",
     )
     group.add_argument(
@@ -61,6 +63,12 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
         help="resize images to this short side; the limit of the long side is scaled with it (default: as the model "
         "was published)",
     )
+    return group
+
+
+def add_detector_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `add_model_options`, --attention, --device, --dtype and --threads."""
+    group = add_model_options(parser)
     group.add_argument(
         "--attention",
         default="auto",
