@@ -21,8 +21,8 @@ from headoff.scenes.samples import sample_image
 
 Size = Literal["scenes", "r50", "dc5", "model"]
 SIZES: tuple[Size, ...] = get_args(Size)[:-1]
-"""The bundled detector, and DETR with a ResNet-50, without and with a dilated last stage (4 times the tokens). A detector
-that is loaded has the size `model`."""
+"""The bundled detector, and DETR with a ResNet-50, without and with a dilated last stage (4 times the tokens).
+A detector that is loaded has the size `model`."""
 
 IMAGE_SIZE = (800, 1066)
 """Height and width of the random image for `r50` and `dc5`: a photo of 3:4, resized as the published models do."""

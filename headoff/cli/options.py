@@ -36,8 +36,8 @@ def add_model_options(
         default=default,
         metavar="NAME|FILE|FOLDER",
         help=f"the bundled `scenes`{' (default)' if default else ''}; `detr-resnet-50`, `detr-resnet-50-dc5`, "
-        "`detr-resnet-101` or `detr-resnet-101-dc5`, downloaded once; a .pth or .safetensors file; a Hugging Face folder or "
-        "repository such as facebook/detr-resnet-50",
+        "`detr-resnet-101` or `detr-resnet-101-dc5`, downloaded once; a .pth or .safetensors file; a Hugging Face "
+        "folder or repository such as facebook/detr-resnet-50",
     )
     group.add_argument(
         "--heads-per-layer",
