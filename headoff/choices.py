@@ -49,3 +49,10 @@ PICKS: tuple[Pick, ...] = get_args(Pick)
 Scale = Literal["map", "object", "sweep"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 """Which maps share one colour scale; see `headoff.MapStyle`."""
+
+Figures = Literal["none", "page", "all"]
+FIGURES: tuple[Figures, ...] = get_args(Figures)
+"""What a report draws; see `headoff.write_report`."""
+
+FigureFormat = Literal["png", "svg", "pdf"]
+FIGURE_FORMATS: tuple[FigureFormat, ...] = get_args(FigureFormat)

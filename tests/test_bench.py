@@ -11,11 +11,14 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from relevance_examples import tiny_detector
+from test_checkpoints import original_names
 
 import headoff
 from headoff.attention import eager, sdpa
@@ -27,7 +30,7 @@ from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs, outputs_and_masks, truth_of
 from headoff.bench.report import Measurement, Report
 from headoff.bench.runner import Case, Plan, Provider, Runner
-from headoff.bench.suites import HEADS, check_of, gates_of
+from headoff.bench.suites import check_of, gates_of
 from headoff.bench.workloads import (
     AttentionShape,
     AttentionWorkload,
@@ -47,6 +50,8 @@ from headoff.images import Preprocessing
 from headoff.importance.games import Game
 from headoff.relevance import RelevanceEngine
 from headoff.timing import TimedCall, describe_machine, torch_threads, turns
+
+HEADS = 8
 
 CPU = torch.device("cpu")
 TINY = AttentionShape("cross, 9 x 2 queries, 5 keys", 1, 18, 5)
@@ -602,6 +607,36 @@ def test_a_run_from_the_command_line(call, tmp_path, capsys):
         if one["status"] == "timed" and one["low"] is not None:
             assert one["low"] <= one["ratio"] <= one["high"] and one["memory"] > 0
     assert (tmp_path / "a/b/bench.md").read_text() in shown.out
+
+
+def test_a_model_of_your_own(call, tmp_path, capsys):
+    """With four heads, of which its file does not tell: what was assumed is in the report."""
+    torch.save({"model": original_names(tiny_detector(dtype=torch.float32).state_dict())}, "my.pth")
+    options = (
+        "--device",
+        "cpu",
+        "--model",
+        "my.pth",
+        "--only",
+        "sweep",
+        "--seconds",
+        "0.001",
+        "--out",
+        "out",
+    )
+    assert call(*options, "--heads-per-layer", "4", "--no-dc5", "--short-side", "64") == 0
+    shown = capsys.readouterr().out
+    assert (
+        "my.pth, 5 configurations (cumulative)" in shown
+        and "my.pth, 16 configurations (all subsets)" in shown
+    )
+    assert "heads 4 in each layer" in shown and "assumed" not in shown
+    assert call(*options, "--short-side", "64", "--no-dc5") == 0
+    assert "8 heads assumed" in capsys.readouterr().out
+    assert "8 heads assumed" in json.loads(Path("out/bench.json").read_text())["made_with"]["assumed"]
+    for wrong in (("--model", "my.pth", "--size", "r50"), ("--heads-per-layer", "4"), ("--image", "x.png")):
+        with pytest.raises(SettingError, match="--model"):
+            call(*wrong)
 
 
 def test_an_interrupted_run_writes_nothing(call, tmp_path, capsys, monkeypatch):

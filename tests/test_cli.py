@@ -39,13 +39,32 @@ def rejected(capsys, *arguments: str) -> str:
 def test_sweep_writes_a_report(capsys, tmp_path):
     out = tmp_path / "report"
     code, printed, error = run(capsys, "sweep", SAMPLE, "--out", str(out))
-    assert code == 0, error
+    assert code == 0 and "drawing" in error, error
     assert "none off" in printed and "first 8 off" in printed and str(out / "index.html") in printed
     written = json.loads((out / "sweep.json").read_text())
     assert [entry["name"] for entry in written["configurations"]] == [c.name for c in headoff.cumulative()]
     assert written["provenance"]["model"] == "scenes"
     assert (out / "index.html").stat().st_size > 10_000
-    assert not list(out.rglob("*.part"))
+    assert {path.name for path in out.iterdir()} == {
+        "index.html",
+        "thumbnail.webp",
+        "sweep.json",
+        "detections.csv",
+        "objects.csv",
+    }
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_figures_and_their_format(capsys, tmp_path):
+    arguments = ("sweep", SAMPLE, "--off", "first 3", "--out", str(tmp_path))
+    _, printed, _ = run(capsys, *arguments, "--figures", "none")
+    assert str(tmp_path / "sweep.json") in printed and not (tmp_path / "index.html").exists()
+    run(capsys, *arguments, "--format", "svg")
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg"}
+    code, _, error = run(capsys, *arguments, "--figures", "page", "--dpi", "300")
+    assert code == 2 and "--figures all" in error
+    code, _, error = run(capsys, *arguments, "--dpi", "3000")
+    assert code == 2 and "1 to 1200" in error
 
 
 @pytest.mark.usefixtures("blank_figures")

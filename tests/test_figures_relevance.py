@@ -308,7 +308,9 @@ def test_a_report_with_maps_and_then_without(tmp_path):
     configurations = headoff.cumulative(2)
     image, result = scene_example(configurations=configurations)
     explanation = explanation_of(result, layers=2)
-    write_report(tmp_path, image, result, provenance={"image": "scene"}, explanation=explanation)
+    write_report(
+        tmp_path, image, result, provenance={"image": "scene"}, figures="all", explanation=explanation
+    )
     with open(tmp_path / "relevance.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 3 * OBJECTS * 2
@@ -321,7 +323,7 @@ def test_a_report_with_maps_and_then_without(tmp_path):
     again = load_explanation(tmp_path / "maps.npz")
     assert torch.equal(again.maps, explanation.maps) and again.axes == explanation.axes
     assert not [path for path in tmp_path.rglob(".*")]
-    write_report(tmp_path, image, result, provenance={}, figures=False)
+    write_report(tmp_path, image, result, provenance={})
     assert not (tmp_path / "maps.npz").exists() and not (tmp_path / "relevance.csv").exists()
     assert not list((tmp_path / "figures").glob("relevance*"))
 

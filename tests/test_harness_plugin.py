@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import syrupy
 import torch
+from relevance_examples import tiny_detector
+from test_checkpoints import original_names
 
 # What a nested run imports is forgotten after it: what is here already is not imported again by every one.
 import headoff.harness.model.attention_calls
@@ -15,6 +18,7 @@ import headoff.harness.operator
 import headoff.harness.report.html  # noqa: F401
 from headoff.attention import resolve_attention
 from headoff.errors import AttentionError
+from headoff.files import marked_folder
 from headoff.harness.plugin import diagnosis
 from headoff.harness.plugin.preflight import first_calls, preflight
 
@@ -142,6 +146,31 @@ def test_a_right_attention(run):
     result.assert_outcomes(passed=4)
     assert section(result)[0] == "kernel.py:right is right: 3 checks passed"  # of four tests
     assert "called in the model: decoder_cross 4" in section(result)[1]
+
+
+def test_what_is_assumed_of_a_model_is_said(run, tmp_path):
+    torch.save(
+        {"model": original_names(tiny_detector(dtype=torch.float32).state_dict())}, tmp_path / "my.pth"
+    )
+    options = ("--attention", "kernel.py:right", "--model", str(tmp_path / "my.pth"))
+    guessed = "\n".join(section(run(*options, "--report", "guessed.json")))
+    assert "8 heads assumed" in guessed and "--heads-per-layer" in guessed
+    assert "8 heads assumed" in " ".join(json.loads(Path("guessed.json").read_text())["notes"])
+    told = ("--headoff-heads-per-layer=4", "--headoff-dc5=no", "--report", "told.json")
+    assert "assumed" not in "\n".join(section(run(*options, *told)))
+    assert json.loads(Path("told.json").read_text())["about"]["heads"] == "4 in each layer"
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
+def test_pictures_of_an_earlier_run_are_removed_by_runs_that_draw_others(run, pytester, workers):
+    if workers:
+        pytest.importorskip("xdist")
+    picture = marked_folder(pytester.path / "headoff-failures") / "old.png"
+    picture.touch()
+    run(*workers, "test_other.py", files={"test_other": "def test_other(): pass"}).assert_outcomes(passed=1)
+    assert picture.exists()
+    run(*workers, "--attention", "kernel.py:right", "test_heads_off_mine.py").assert_outcomes(passed=4)
+    assert not picture.exists()
 
 
 def test_a_wrong_attention_is_named_before_its_failures(run):

@@ -60,6 +60,11 @@ def leaves_a_child(file):
     with limited("waiting"):
         time.sleep(60)
 
+def reads(_):
+    with limited("reading"):
+        emit({"read": sys.stdin.read()})
+    return 0
+
 def returns_and_leaves_a_child(file):
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     with open(file, "w") as out:
@@ -79,6 +84,20 @@ def run(function: str, argument=None, limit: float = 30.0, **options) -> tuple[E
     events: list[dict] = []
     ended = run_in_process(f"targets:{function}", argument, events.append, limit=limit, quiet=True, **options)
     return ended, events
+
+
+def test_nobody_is_asked_for_keys(targets):
+    """Where the terminal of the parent says nothing, the child waits for nothing."""
+    reading, writing = os.pipe()
+    terminal = os.dup(0)
+    try:
+        os.dup2(reading, 0)
+        ended, events = run("reads", limit=20)
+    finally:
+        os.dup2(terminal, 0)
+        for descriptor in (reading, writing, terminal):
+            os.close(descriptor)
+    assert (ended.code, events) == (0, [{"read": ""}])
 
 
 def is_alive(pid: int) -> bool:

@@ -8,9 +8,12 @@ import math
 import pytest
 import torch
 
+from headoff import cli
 from headoff.attention import register_attention, registry
 from headoff.attention.eager import eager
 from headoff.choices import DTYPES
+from headoff.cli import verify
+from headoff.detr.checkpoints import ModelChoice
 from headoff.errors import SettingError
 from headoff.harness.finding import PROPERTIES, Finding, WrongAttention, fail_on
 from headoff.harness.operator import case_named, case_of_text, operator_cases
@@ -226,10 +229,31 @@ def test_settings_are_read_from_the_texts_of_options():
     assert [each.dtype for each in read_settings({"dtype": ["all"]})] == list(DTYPES)
 
 
+def test_what_a_models_file_may_not_say_is_part_of_the_model(tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("cat\n\n dog \n")
+    texts = {
+        "model": "m.pth",
+        "heads-per-layer": "4",
+        "dc5": "no",
+        "classes": str(names),
+        "short-side": "160",
+    }
+    (chosen,) = read_settings(texts)
+    assert chosen.model_choice == ModelChoice("m.pth", 4, False, ("cat", "dog"), 160)
+    assert read_settings({"dc5": "yes"})[0].model_choice.dilated is True
+    with pytest.raises(SettingError, match="--classes: .* cannot be read"):
+        read_settings({"classes": str(tmp_path)})[0].model_choice  # noqa: B018
+    parsed = cli.parser().parse_args(["verify", "k.py:f", "--no-dc5", "--heads-per-layer", "4"])
+    assert verify._texts(parsed)["dc5"] == "no" and verify._texts(parsed)["heads-per-layer"] == "4"
+    assert verify._texts(cli.parser().parse_args(["verify", "k.py:f"]))["dc5"] is None
+
+
 @pytest.mark.parametrize(
     "texts, said",
     [
         ({"dtype": ["bfloat1"]}, "did you mean 'bfloat16'?"),
+        ({"dc5": "maybe"}, "--dc5 cannot be 'maybe': give yes or no"),
         ({"seed": "-1"}, "--seed cannot be '-1': give a whole number from 0"),
         ({"bench-seconds": "inf"}, "--bench-seconds cannot be 'inf': give a number from 0"),
     ],

@@ -15,6 +15,18 @@ import headoff
 pytest.importorskip("hatchling", reason="a wheel is built: pip install hatchling")
 ROOT = Path(headoff.__file__).parents[1]
 
+WITHOUT_EXTRAS = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"faster_coco_eval", "nbclient", "pandas", "pycocotools", "scipy", "transformers"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+"""A sitecustomize.py: the plain install has no package of the extras. (Plugins of pytest are loaded by pytest.)"""
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
@@ -42,6 +54,7 @@ def test_suites_and_golden_files_are_in_the_wheel(wheel):
 def test_an_installed_headoff_verifies(wheel, tmp_path, at_a_desk):
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     zipfile.ZipFile(wheel).extractall(installed)
+    (installed / "sitecustomize.py").write_text(WITHOUT_EXTRAS)
     elsewhere.mkdir()
     environment = os.environ | {"PYTHONPATH": str(installed), "HEADOFF_CACHE": str(tmp_path / "cache")}
     program = "import sys, headoff.cli; print(headoff.__file__); sys.exit(headoff.cli.main())"
@@ -57,6 +70,19 @@ def test_an_installed_headoff_verifies(wheel, tmp_path, at_a_desk):
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(installed) in done.stdout and "sdpa is right" in done.stdout
     assert not list(elsewhere.iterdir()), "nothing is left where it ran"
+    for action, needs in (
+        ("train", "training needs scipy"),
+        ("evaluate", "average precision needs faster-coco-eval"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, "scenes", action],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 2 and f"{needs}: pip install 'headoff[scenes]'" in done.stderr
 
 
 def test_pytest_finds_the_suites_of_an_installed_headoff(wheel, tmp_path, at_a_desk):

@@ -11,7 +11,7 @@ from PIL import Image
 from sweep_examples import crowd, scene_example
 
 import headoff.report.output as output
-from headoff.errors import OutputError
+from headoff.errors import OutputError, SettingError
 from headoff.figures.survival import survival_chart
 from headoff.gates import all_subsets, cumulative, heads_off, none_off, parse_configuration, single_heads
 from headoff.outcomes import Status
@@ -60,7 +60,7 @@ def read(html):
 def written(tmp_path_factory):
     image, result = scene_example(configurations=cumulative(3))
     folder = tmp_path_factory.mktemp("report") / "new" / "folder"
-    page = write_report(folder, image, result, provenance=PROVENANCE)
+    page = write_report(folder, image, result, provenance=PROVENANCE, figures="all")
     return folder, page, result
 
 
@@ -139,6 +139,31 @@ def test_equal_results_make_equal_pages():
     assert render_page(image, result, {}) == render_page(image, result, {})
 
 
+@pytest.mark.usefixtures("blank_figures")
+@pytest.mark.parametrize(
+    ("figures", "files"),
+    [("none", {"sweep.json"}), ("page", {"sweep.json", "index.html", "thumbnail.webp"})],
+)
+def test_figures_that_are_left_out(tmp_path, figures, files):
+    image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
+    page = write_report(tmp_path, image, result, provenance={}, figures=figures)
+    written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == files | {"detections.csv", "objects.csv"} and page.is_file()
+    assert folder_index(tmp_path.parent, [tmp_path]).is_file()
+
+
+@pytest.mark.usefixtures("blank_figures")
+@pytest.mark.parametrize(("format", "magic"), [("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
+def test_formats_of_figures(tmp_path, format, magic):
+    image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
+    write_report(tmp_path, image, result, provenance={}, figures="all", format=format, dpi=50)
+    chart = tmp_path / "figures" / f"survival.{format}"
+    assert chart.read_bytes().startswith(magic)
+    assert format != "png" or Image.open(chart).width < 500
+    with pytest.raises(SettingError, match="png, svg, pdf"):
+        write_report(tmp_path, image, result, provenance={}, format="jpg")
+
+
 def contents(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
@@ -149,7 +174,7 @@ def contents(folder):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_error_leaves_the_earlier_report(tmp_path, monkeypatch, error):
     image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
-    write_report(tmp_path, image, result, provenance=PROVENANCE, figures=False)
+    write_report(tmp_path, image, result, provenance=PROVENANCE)
     before = contents(tmp_path)
 
     def fails(*_):
@@ -157,7 +182,7 @@ def test_an_error_leaves_the_earlier_report(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(output, "render_page", fails)
     with pytest.raises((KeyboardInterrupt, OutputError)):
-        write_report(tmp_path, image, result, provenance={"image": "other.jpg"}, figures=False)
+        write_report(tmp_path, image, result, provenance={"image": "other.jpg"})
     assert contents(tmp_path) == before and is_finished(tmp_path)
 
 
@@ -167,7 +192,9 @@ def test_files_of_two_reports_never_mix(tmp_path, monkeypatch, failing):
     image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
     old, new = tmp_path / "old", tmp_path / "new"
     for folder, name in ((old, "old.jpg"), (new, "new.jpg")):
-        write_report(folder, image, result, provenance={"image": name}, figures=folder == old)
+        write_report(
+            folder, image, result, provenance={"image": name}, figures="all" if folder == old else "page"
+        )
     moves, replace = [], output.os.replace
 
     def interrupted(source, target):
@@ -180,13 +207,13 @@ def test_files_of_two_reports_never_mix(tmp_path, monkeypatch, failing):
     with monkeypatch.context() as patching:
         patching.setattr(output.os, "replace", interrupted)
         try:
-            write_report(old, image, result, provenance={"image": "new.jpg"}, figures=False)
+            write_report(old, image, result, provenance={"image": "new.jpg"})
             assert len(moves) < failing and moves[-1] == "sweep.json"
         except KeyboardInterrupt:
             left = {name: data for name, data in contents(old).items() if name != ".unfinished.json"}
             assert left == before or left.items() <= wanted.items()
             assert is_finished(old) == (left == before)
-    write_report(old, image, result, provenance={"image": "new.jpg"}, figures=False)
+    write_report(old, image, result, provenance={"image": "new.jpg"})
     assert contents(old) == wanted
 
 
@@ -202,20 +229,20 @@ def test_a_second_writer_is_told(tmp_path):
     )
     assert other.stdout.readline() == b"locked\n"
     with pytest.raises(OutputError, match=f"process {other.pid} is writing to"):
-        write_report(tmp_path, image, result, provenance={}, figures=False)
+        write_report(tmp_path, image, result, provenance={})
     other.kill()
     other.communicate()
-    write_report(tmp_path, image, result, provenance={}, figures=False)
+    write_report(tmp_path, image, result, provenance={})
     assert is_finished(tmp_path)
 
 
 @pytest.mark.usefixtures("blank_figures")
 def test_writing_again_removes_what_is_stale_and_nothing_else(tmp_path):
     image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
-    write_report(tmp_path, image, result, provenance={})
+    write_report(tmp_path, image, result, provenance={}, figures="all")
     (tmp_path / "figures" / "mine.png").write_bytes(b"")
     assert (tmp_path / "figures" / "00-h3-off.png").exists()
-    write_report(tmp_path, image, result, provenance={}, figures=False)
+    write_report(tmp_path, image, result, provenance={})
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
 
 
@@ -227,7 +254,7 @@ def test_a_manipulated_list_of_files_deletes_nothing_outside(tmp_path):
     folder = tmp_path / "report"
     folder.mkdir()
     (folder / "sweep.json").write_text(json.dumps({"files": ["../precious", str(outside), 3, ""]}))
-    write_report(folder, image, result, provenance={}, figures=False)
+    write_report(folder, image, result, provenance={})
     assert outside.exists()
 
 
@@ -380,8 +407,9 @@ def test_sentences_name_every_object_once():
 
 def test_folder_index(tmp_path):
     image, result = crowd(1, (30, 40), ("dog",), configurations=[heads_off(3)])
-    for name in ("one #1", "two"):
-        write_report(tmp_path / name, image, result, provenance={"image": f"{name}.jpg"}, figures=False)
+    for name in ("one #1", "two", "three"):
+        write_report(tmp_path / name, image, result, provenance={"image": f"{name}.jpg"})
+    links = r'rel="(\w+)" href="([^"]+)"'
     page = folder_index(
         tmp_path, [tmp_path / "one #1", tmp_path / "two"], failures={"bad.jpg": "it is <empty>"}
     )
@@ -389,6 +417,25 @@ def test_folder_index(tmp_path):
     reader = read(html)
     assert [r for r in reader.references if r.endswith("html")] == ["one%20%231/index.html", "two/index.html"]
     assert html.count(verdict(result)) == 2
+    one, two = ((tmp_path / name / "index.html").read_text() for name in ("one #1", "two"))
+    assert re.findall(links, one) == [("index", "../index.html"), ("next", "../two/index.html")]
+    assert re.findall(links, two) == [("index", "../index.html"), ("prev", "../one%20%231/index.html")]
+    folder_index(tmp_path, [tmp_path / "three", tmp_path / "two"])
+    assert re.findall(links, (tmp_path / "two" / "index.html").read_text())[1:] == [
+        ("prev", "../three/index.html")
+    ]
     assert "one #1.jpg" in html and "it is &lt;empty&gt;" in html
     with pytest.raises(OutputError, match="no finished results"):
-        folder_index(tmp_path, [tmp_path / "three"])
+        folder_index(tmp_path, [tmp_path / "four"])
+
+
+@pytest.mark.usefixtures("blank_figures")
+@pytest.mark.parametrize("figures", ["none", "page", "all"])
+def test_progress_counts_all_that_is_drawn(tmp_path, figures):
+    picture, result = crowd(2, (60, 80), configurations=[none_off(), heads_off(1)])
+    seen = []
+    write_report(
+        tmp_path, picture, result, provenance={}, figures=figures, progress=lambda *at: seen.append(at)
+    )
+    total = len(list(tmp_path.glob("figures/*"))) + (figures != "none")
+    assert seen == [(done, total) for done in range(total + 1)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -155,7 +157,7 @@ def test_box_positions_are_those_of_the_tokens():
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
+    before, began = signal.getsignal(signal.SIGINT), time.monotonic()
     whole = train(tmp_path / "whole", RECIPE, config=TINY, workers=1, progress=False)
 
     original = Trainer.forward
@@ -171,7 +173,13 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", RECIPE, config=TINY, workers=1, progress=False)
     assert not (tmp_path / "parts" / training.WEIGHTS).exists()
+    state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
+    assert 0 < state["elapsed"] < time.monotonic() - began, "of this training, not of the machine"
+    torch.save(state | {"elapsed": 1e6}, tmp_path / "parts" / "state.pt")  # as after a long first part
     resumed = train(tmp_path / "parts", RECIPE, config=TINY, workers=1, progress=False)
+    assert 1e6 < torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["elapsed"] < 1e6 + 600
+    first = json.loads((tmp_path / "parts" / "log.jsonl").read_text().splitlines()[0])
+    assert 0 <= first["elapsed"] < time.monotonic() - began
     assert len(seen) == RECIPE.steps, "no step is lost, none is done twice"
     for (name, one), other in zip(
         headoff.load(whole).state_dict().items(), headoff.load(resumed).state_dict().values(), strict=True

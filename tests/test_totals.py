@@ -101,7 +101,7 @@ def test_the_index_of_a_folder_has_totals(tmp_path):
     configurations = [none_off(), heads_off(1)]
     pairs = [crowd(3, (60, 80), seed=seed, configurations=configurations) for seed in range(3)]
     for seed, (picture, result) in enumerate(pairs):
-        write_report(tmp_path / f"{seed}.png", picture, result, provenance={}, figures=False)
+        write_report(tmp_path / f"{seed}.png", picture, result, provenance={})
     reports = [tmp_path / f"{seed}.png" for seed in range(3)]
     page = folder_index(tmp_path, reports).read_text()
     assert 'src="totals.png"' in page and "3 images" in page and has_results(tmp_path)
@@ -109,14 +109,14 @@ def test_the_index_of_a_folder_has_totals(tmp_path):
     for row, one in zip(rows, total(result for _, result in pairs).rows(), strict=True):
         assert row == {k: f"{v:.6g}" if isinstance(v, float) else str(v) for k, v in one.items()}
     # Reports of other configurations have an index, but no totals.
-    write_report(tmp_path / "2.png", pairs[2][0], images(1)[0], provenance={}, figures=False)
+    write_report(tmp_path / "2.png", pairs[2][0], images(1)[0], provenance={})
     assert "totals" not in folder_index(tmp_path, reports).read_text()
     assert not (tmp_path / "totals.csv").exists() and not (tmp_path / "totals.png").exists()
     files = json.loads((tmp_path / "headoff-index.json").read_text())["files"]
     assert files == ["index.html"]
     # A report in the place of the index removes all of it.
     folder_index(tmp_path, reports[:2])
-    write_report(tmp_path, *pairs[0], provenance={}, figures=False)
+    write_report(tmp_path, *pairs[0], provenance={})
     assert not list(tmp_path.glob("totals*")) and not (tmp_path / "headoff-index.json").exists()
     assert (tmp_path / "0.png" / "sweep.json").exists()
 

@@ -12,16 +12,17 @@ import torch
 from PIL import Image
 
 from headoff.attention import Attention
-from headoff.detr.checkpoints import load
+from headoff.detr.checkpoints import ModelChoice
 from headoff.detr.config import BackboneConfig, DetrConfig
 from headoff.detr.detector import Detector, Features, Memory
 from headoff.errors import SettingError
 from headoff.images import ImageSource, load_image
 from headoff.scenes.samples import sample_image
 
-Size = Literal["scenes", "r50", "dc5"]
-SIZES: tuple[Size, ...] = get_args(Size)
-"""The bundled detector, and DETR with a ResNet-50, without and with a dilated last stage (4 times the tokens)."""
+Size = Literal["scenes", "r50", "dc5", "model"]
+SIZES: tuple[Size, ...] = get_args(Size)[:-1]
+"""The bundled detector, and DETR with a ResNet-50, without and with a dilated last stage (4 times the tokens).
+A detector that is loaded has the size `model`."""
 
 IMAGE_SIZE = (800, 1066)
 """Height and width of the random image for `r50` and `dc5`: a photo of 3:4, resized as the published models do."""
@@ -74,7 +75,7 @@ def benchmark_model(size: Size, device: torch.device, dtype: torch.dtype, seed: 
         SettingError: the size is not known.
     """
     if size == "scenes":
-        return loaded_model(size, sample_image(0), device, dtype)
+        return loaded_model(ModelChoice(size), sample_image(0), device, dtype)
     if size not in SIZES:
         raise SettingError(f"there is no benchmark of size {size!r}: use one of {', '.join(SIZES)}")
     with torch.random.fork_rng(devices=[]):
@@ -85,10 +86,12 @@ def benchmark_model(size: Size, device: torch.device, dtype: torch.dtype, seed: 
     return BenchmarkModel(f"{size}, random weights", detector, Image.fromarray(pixels))
 
 
-def loaded_model(model: str, image: ImageSource, device: torch.device, dtype: torch.dtype) -> BenchmarkModel:
+def loaded_model(
+    model: ModelChoice, image: ImageSource, device: torch.device, dtype: torch.dtype
+) -> BenchmarkModel:
     """Any detector that `headoff.load` loads. Raises what loading the model or the image raises."""
-    detector = load(model, attention="eager", dtype=dtype, device=device)
-    return BenchmarkModel(model, detector.requires_grad_(False).eval(), load_image(image))
+    detector = model.load(attention="eager", dtype=dtype, device=device)
+    return BenchmarkModel(model.source, detector.requires_grad_(False).eval(), load_image(image))
 
 
 def without_backbone(model: BenchmarkModel, attention: Attention | str) -> Detector:

@@ -10,12 +10,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from headoff.bench.models import benchmark_model
+from headoff.bench.models import benchmark_model, loaded_model
 from headoff.bench.report import Measurement, Report, Status
+from headoff.detr.checkpoints import ModelChoice
+from headoff.scenes.samples import sample_image
 from headoff.timing import (
     Clock,
     SpeedComparison,
@@ -164,7 +167,10 @@ def first_sentence(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for; `sizes` are those of `headoff.bench.models`."""
+    """What the command line asks for; `sizes` are those of `headoff.bench.models`.
+
+    With `model` that one is timed, on `image` or on a bundled scene, and `sizes` is `("model",)`.
+    """
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
@@ -172,6 +178,8 @@ class Plan:
     suites: tuple[str, ...]
     seconds: float
     threads: int = 1
+    model: ModelChoice | None = None
+    image: Path | None = None
 
 
 def run(plan: Plan, command: str, progress: Callable[[str, str], None]) -> Report:
@@ -182,22 +190,30 @@ def run(plan: Plan, command: str, progress: Callable[[str, str], None]) -> Repor
     """
     clock = clock_of(plan.device)
     measurements: list[Measurement] = []
+    made_with = _made_with(command)
     with torch_threads(plan.threads):
         machine = describe_machine(plan.device)
         for dtype in plan.dtypes:
             runner = Runner(plan.device, dtype, clock, plan.seconds)
-            for case in _cases(plan, dtype):
+            for case in _cases(plan, dtype, made_with):
                 title = f"{case.suite}, {case.name} ({runner.dtype_name})"
                 progress(title, "")
                 measurements += runner.measure(case, partial(progress, title))
-    return Report(tuple(measurements), _made_with(command), machine)
+    return Report(tuple(measurements), made_with, machine)
 
 
-def _cases(plan: Plan, dtype: torch.dtype) -> Iterator[Case]:
+def _cases(plan: Plan, dtype: torch.dtype, made_with: dict[str, str]) -> Iterator[Case]:
+    """The cases of a dtype. What is known of a model only when it is loaded is added to `made_with`."""
     from headoff.bench.suites import SUITES
 
     for size in plan.sizes:
-        model = benchmark_model(size, plan.device, dtype)
+        if plan.model is None:
+            model = benchmark_model(size, plan.device, dtype)
+        else:
+            model = loaded_model(plan.model, plan.image or sample_image(0), plan.device, dtype)
+            made_with["heads"] = f"{model.detector.config.heads} in each layer"
+            if model.detector.assumptions:
+                made_with["assumed"] = "; ".join(model.detector.assumptions)
         for name in plan.suites:
             yield from SUITES[name](size, model)
 

@@ -55,7 +55,8 @@ from headoff.relevance import RelevanceEngine
 from headoff.timing import TimedCall
 from headoff.wording import format_bytes
 
-HEADS = 8
+MOST_SUBSETS = 256
+"""Subsets of heads that a sweep is timed with: those of 8 heads."""
 ONE_FORWARD = "one plain forward"
 ONE_BY_ONE = "one by one"
 NOTEBOOK = "notebook"
@@ -70,14 +71,15 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "forward + backward")
 
 def shapes_of(size: Size, model: BenchmarkModel) -> list[tuple[AttentionShape, int]]:
     """The attention calls of a model, and how many configurations share one."""
+    heads = model.detector.config.heads
     calls: list[tuple[Site, int, bool]] = [
-        ("decoder_cross", 9, False),
-        ("decoder_cross", 9, True),
-        ("decoder_self", 9, False),
+        ("decoder_cross", heads + 1, False),
+        ("decoder_cross", heads + 1, True),
+        ("decoder_self", heads + 1, False),
         ("encoder_self", 1, False),
     ]
-    if size != "scenes":
-        calls.append(("decoder_cross", 256, False))
+    if size != "scenes" and 2**heads <= MOST_SUBSETS:
+        calls.append(("decoder_cross", 2**heads, False))
     shapes = []
     for site, count, padded in calls:
         shape = site_shape(model, site, count, padded=padded)
@@ -95,10 +97,10 @@ def spread(gates: Tensor, shape: AttentionShape) -> Tensor:
     return per_query.T[None, :, :, None]  # a row of heads for each query, as in the decoder
 
 
-def configuration_gates(configurations: tuple[Configuration, ...]) -> Tensor:
+def configuration_gates(configurations: tuple[Configuration, ...], heads: int) -> Tensor:
     """(configurations, heads) of configurations that gate all layers and queries of cross-attention alike."""
-    gate = stack(configurations, HeadLayout(1, 1, HEADS, 1)).decoder_cross
-    return torch.ones(len(configurations), HEADS) if gate is None else gate[:, 0, 0]
+    gate = stack(configurations, HeadLayout(1, 1, heads, 1)).decoder_cross
+    return torch.ones(len(configurations), heads) if gate is None else gate[:, 0, 0]
 
 
 def first_off(count: int) -> tuple[Configuration, ...]:
@@ -107,10 +109,16 @@ def first_off(count: int) -> tuple[Configuration, ...]:
 
 
 def gates_of(shape: AttentionShape, configurations: int) -> dict[str, Tensor | None]:
-    """The head gates that a shape is timed with, by name: none, 4 and 8 heads off, and the sweep of its size."""
-    sweeps = {9: {"cumulative": cumulative(HEADS)}, 256: {"all subsets": all_subsets(HEADS)}}
-    chosen = {"4 heads off": first_off(4), "8 heads off": first_off(8), **sweeps.get(configurations, {})}
-    gates = {name: spread(configuration_gates(some), shape) for name, some in chosen.items()}
+    """The head gates that a shape is timed with, by name: none, half and all of the heads off, and the sweep of its
+    size.
+    """
+    heads = shape.heads
+    chosen = {f"{off} heads off": first_off(off) for off in (heads // 2, heads)}
+    if configurations == heads + 1:
+        chosen["cumulative"] = cumulative(heads)
+    elif configurations == 2**heads:
+        chosen["all subsets"] = all_subsets(heads)
+    gates = {name: spread(configuration_gates(some, heads), shape) for name, some in chosen.items()}
     return {"0 heads off": None, **gates}
 
 
@@ -155,13 +163,15 @@ def skipping_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
     device, dtype = model.detector.device, model.detector.dtype
     if device.type != "cpu":
         return
-    cross = site_shape(model, "decoder_cross", 1)
+    cross, heads = site_shape(model, "decoder_cross", 1), model.detector.config.heads
     gates = {
-        "cumulative": configuration_gates(cumulative(HEADS)),
-        "one head off at a time": torch.cat([torch.ones(1, HEADS), 1 - torch.eye(HEADS)]),
-        **({} if size == "scenes" else {"all subsets": configuration_gates(all_subsets(HEADS))}),
-        **{f"first {off} off": configuration_gates(first_off(off)) for off in range(1, HEADS)},
+        "cumulative": configuration_gates(cumulative(heads), heads),
+        "one head off at a time": torch.cat([torch.ones(1, heads), 1 - torch.eye(heads)]),
     }
+    if size != "scenes" and 2**heads <= MOST_SUBSETS:
+        gates["all subsets"] = configuration_gates(all_subsets(heads), heads)
+    for off in range(1, heads):
+        gates[f"first {off} off"] = configuration_gates(first_off(off), heads)
     for (name, gate), direction in product(gates.items(), DIRECTIONS):
         title = f"{model.name}, {len(gate)} x {cross.queries} queries, {cross.keys} keys"
         shape = replace(cross, name=title, queries=len(gate) * cross.queries)
@@ -187,20 +197,24 @@ def _skipping_notes(workload: AttentionWorkload) -> dict[str, str]:
 
 def sweeps_of(model: BenchmarkModel, size: Size) -> dict[str, tuple[Configuration, ...]]:
     """The sweeps that a size is timed with, by title; the bundled detector with the cumulative one only."""
-    single = (none_off(), *single_heads(model.detector.config.decoder_layers, HEADS))
-    others = {
-        f"{len(single)} configurations (single heads)": single,
-        "256 configurations (all subsets)": all_subsets(HEADS),
-    }
-    return {"9 configurations (cumulative)": cumulative(HEADS), **({} if size == "scenes" else others)}
+    heads = model.detector.config.heads
+    sweeps = {"cumulative": cumulative(heads)}
+    if size != "scenes":
+        sweeps["single heads"] = (none_off(), *single_heads(model.detector.config.decoder_layers, heads))
+        if 2**heads <= MOST_SUBSETS:
+            sweeps["all subsets"] = all_subsets(heads)
+    return {f"{len(some)} configurations ({name})": some for name, some in sweeps.items()}
 
 
 def decoder_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
     """One decode of all configurations, by every attention, by a CUDA graph, and one configuration after the other."""
-    alone = {f"{off} heads off": first_off(off) for off in ((0,) if size == "scenes" else (0, 4, 8))}
+    heads = model.detector.config.heads
+    alone = {
+        f"{off} heads off": first_off(off) for off in ((0,) if size == "scenes" else (0, heads // 2, heads))
+    }
     for title, configurations in {**alone, **sweeps_of(model, size)}.items():
         yield _decoder_case(model, configurations, title, "forward")
-        if len(configurations) <= HEADS + 1:  # eager attention keeps 25 GiB for the gradients of all subsets
+        if len(configurations) <= heads + 1:  # eager attention keeps 25 GiB for the gradients of all subsets
             yield _decoder_case(model, configurations, title, "backward")
 
 
@@ -294,10 +308,12 @@ def plain_forward(model: BenchmarkModel) -> TimedCall:
 
 def relevance_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
     """Relevance maps from the image on, relative to headoff's; with cams kept, and recomputed in tiles."""
+    heads = model.detector.config.heads
     if size == "scenes":
-        title, configurations, objects = "3 configurations", tuple(cumulative()[k] for k in (0, 4, 8)), 2
+        configurations, objects = tuple(cumulative(heads)[k] for k in (0, heads // 2, heads)), 2
     else:
-        title, configurations, objects = "9 configurations", cumulative(HEADS), 5
+        configurations, objects = cumulative(heads), 5
+    title = f"{len(configurations)} configurations"
     yield Case(
         "relevance",
         f"{model.name}, {title} x {objects} objects",

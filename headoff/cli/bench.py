@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headoff.cli.options import named_path, positive, ratio
+from headoff.cli.options import add_model_options, named_path, positive, ratio
 from headoff.devices import DTYPES, chosen_device, torch_dtype
 from headoff.errors import OutputError, SettingError, error_line
 from headoff.files import write_file
@@ -42,6 +42,7 @@ examples:
   headoff bench                                            the bundled detector on a CPU, R50 on a GPU
   headoff bench --only sweep --size r50 --threads 2        9, 49 and 256 configurations of R50 at 800x1066
   headoff bench --only attention --dtype bfloat16
+  headoff bench --model my-detr.pth --image street.jpg --only sweep
   headoff bench --size r50 --size dc5 --out bench          bench.json, bench.csv and bench.md
 """
 
@@ -69,6 +70,9 @@ def add_parser(commands: Any) -> None:
         choices=SIZE_NAMES,
         help="scenes: the bundled detector (default on a CPU); r50: a ResNet-50 DETR with random weights at 800x1066 "
         "(default on a GPU); dc5: the same with 4 times the tokens; can be repeated",
+    )
+    add_model_options(parser, default=None).add_argument(
+        "--image", type=named_path, metavar="FILE", help="the image for --model (default: a bundled scene)"
     )
     parser.add_argument(
         "--only",
@@ -123,13 +127,22 @@ def plan_of(settings: argparse.Namespace) -> Plan:
     """The benchmarks that the options ask for.
 
     Raises:
-        SettingError: there is no such device.
+        SettingError: there is no such device, or options contradict each other.
     """
     from headoff.bench.runner import Plan
+    from headoff.cli.detectors import model_choice
 
+    if settings.model and settings.size:
+        raise SettingError("--model is timed instead of the detectors of --size: give one of the two")
+    of_a_model = ("heads_per_layer", "dc5", "classes", "short_side", "image")
+    if not settings.model and any(getattr(settings, name) is not None for name in of_a_model):
+        raise SettingError(
+            "--heads-per-layer, --dc5, --classes, --short-side and --image are about --model: give it as well"
+        )
     device = chosen_device(settings.device)
     on_gpu = device.type == "cuda"
-    sizes = tuple(dict.fromkeys(settings.size or ["r50" if on_gpu else "scenes"]))
+    default = "model" if settings.model else "r50" if on_gpu else "scenes"
+    sizes = tuple(dict.fromkeys(settings.size or [default]))
     dtypes = settings.dtype or (["float32", "bfloat16"] if on_gpu else ["float32"])
     return Plan(
         device=device,
@@ -138,6 +151,8 @@ def plan_of(settings: argparse.Namespace) -> Plan:
         suites=tuple(dict.fromkeys(settings.only or SUITES)),
         seconds=settings.seconds or (0.05 if sizes == ("scenes",) else 1.0),
         threads=settings.threads,
+        model=model_choice(settings) if settings.model else None,
+        image=settings.image,
     )
 
 

@@ -5,46 +5,37 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from pathlib import Path
 
 import torch
 
 from headoff import __version__
 from headoff.attention import attention_label
 from headoff.detr import Detector
-from headoff.detr.checkpoints import load
+from headoff.detr.checkpoints import ModelChoice, class_names_in
 from headoff.devices import chosen_device, set_threads
-from headoff.errors import SettingError, error_line
 
 
 def load_detector(settings: argparse.Namespace) -> Detector:
     """The detector that the options of `add_detector_options` describe; what was assumed of it goes to stderr."""
     if settings.threads:
         set_threads(settings.threads)
-    detector = load(
-        settings.model,
-        attention=settings.attention,
-        device=chosen_device(settings.device),
-        dtype=settings.dtype,
-        heads=settings.heads_per_layer,
-        dilated=settings.dc5,
-        class_names=None if settings.classes is None else _names_in(settings.classes),
-        short_side=settings.short_side,
+    detector = model_choice(settings).load(
+        attention=settings.attention, device=chosen_device(settings.device), dtype=settings.dtype
     )
     for assumption in detector.assumptions:
         print(f"headoff: note: {settings.model}: {assumption}", file=sys.stderr)
     return detector
 
 
-def _names_in(path: Path) -> list[str]:
-    """The lines of a text file, without empty ones. Raises SettingError where it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise SettingError(
-            f"--classes: {path} cannot be read ({error_line(error)}); give a text file"
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
+def model_choice(settings: argparse.Namespace) -> ModelChoice:
+    """The model that the options of `add_model_options` name. Raises SettingError."""
+    return ModelChoice(
+        settings.model,
+        heads=settings.heads_per_layer,
+        dilated=settings.dc5,
+        class_names=class_names_in(settings.classes),
+        short_side=settings.short_side,
+    )
 
 
 def provenance(settings: argparse.Namespace, detector: Detector) -> dict[str, str]:

@@ -125,7 +125,7 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.cli.configurations import ConfigurationChoice, describe_ablation, describe_configurations
     from headoff.cli.detectors import load_detector, provenance
     from headoff.cli.relevance import RelevanceOptions, parse_layers
-    from headoff.cli.reports import images_to_report, write_reports
+    from headoff.cli.reports import drawing_of, images_to_report, write_reports
     from headoff.figures.colouring import MapStyle
     from headoff.images import load_image
 
@@ -133,6 +133,7 @@ def run(settings: argparse.Namespace) -> int:
     images = images_to_report(settings)
     check_autocast(settings)
     choice = ConfigurationChoice.from_options(settings)
+    drawing = drawing_of(settings)
     relevance = RelevanceOptions(
         method=settings.method,
         target=settings.target,
@@ -145,6 +146,7 @@ def run(settings: argparse.Namespace) -> int:
         maps=settings.maps,
         ablation=settings.ablate,
         references=settings.references,
+        drawing=drawing,
     )
     detector = load_detector(settings)
     relevance.check(detector.head_layout)
@@ -170,6 +172,7 @@ def run(settings: argparse.Namespace) -> int:
         "confidence": f"{settings.confidence:g}",
         **autocast.describe(),
         **relevance.describe(),
+        **drawing.describe(),
     }
     return write_reports(settings, images, made_with, write)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,11 +122,10 @@ several images also their mean, with 95% intervals.""",
 
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
-    from tqdm import tqdm
-
     from headoff.ablation import ablation_draws
     from headoff.cli.detectors import load_detector, provenance
-    from headoff.cli.reports import images_to_report, write_reports
+    from headoff.cli.progress import progress_bar
+    from headoff.cli.reports import drawing_of, images_to_report, write_reports
     from headoff.errors import SettingError
     from headoff.images import load_image
     from headoff.importance import HeadCards, Measure, SampledShapley, heads, resolve_measure
@@ -135,6 +135,7 @@ def run(settings: argparse.Namespace) -> int:
 
     # Wrong options are reported before the weights are read.
     images = images_to_report(settings)
+    drawing = drawing_of(settings)
     measures: list[Measure] = [resolve_measure(name) for name in _names(settings.measure, "--measure")]
     values = [resolve_value(name) for name in _names(settings.value, "--value")]
     check_supported(measures, values)
@@ -151,12 +152,7 @@ def run(settings: argparse.Namespace) -> int:
 
     def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
-        with tqdm(desc="scoring", unit="coalition", disable=not progress, leave=False) as bar:
-
-            def scored(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with progress_bar("scoring", "coalition", show=progress) as update:
             importance = heads(
                 detector,
                 picture,
@@ -167,7 +163,7 @@ def run(settings: argparse.Namespace) -> int:
                 references=settings.references,
                 confidence=settings.confidence,
                 store=settings.store,
-                progress=scored,
+                progress=update,
             )
         cards = HeadCards.of(
             detector,
@@ -176,13 +172,16 @@ def run(settings: argparse.Namespace) -> int:
             references=settings.references,
             confidence=settings.confidence,
         )
-        with tqdm(desc="drawing", unit="figure", disable=not progress, leave=False) as bar:
-
-            def drawn(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            write_heads_report(folder, picture, importance, provenance=made_with, cards=cards, progress=drawn)
+        with progress_bar("drawing", "figure", show=progress) as update:
+            write_heads_report(
+                folder,
+                picture,
+                importance,
+                provenance=made_with,
+                cards=cards,
+                progress=update,
+                **asdict(drawing),
+            )
         return summary(image, importance)
 
     made_with = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from headoff.choices import ABLATION_KINDS, DEFAULT_SITE, DTYPES, SITES
+from headoff.choices import ABLATION_KINDS, DEFAULT_SITE, DTYPES, FIGURE_FORMATS, FIGURES, SITES
 
 CONFIGURATION_SETS = ("cumulative", "single", "subsets")
 
@@ -26,16 +26,18 @@ NOTATION = """\
 """
 
 
-def add_detector_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model and what its file may not say, --attention, --device, --dtype and --threads."""
+def add_model_options(
+    parser: argparse.ArgumentParser, default: str | None = "scenes"
+) -> argparse._ArgumentGroup:
+    """Add --model and what its file may not say, in a group of their own."""
     group = parser.add_argument_group("detector")
     group.add_argument(
         "--model",
-        default="scenes",
+        default=default,
         metavar="NAME|FILE|FOLDER",
-        help="the bundled `scenes` (default); `detr-resnet-50`, `detr-resnet-50-dc5`, `detr-resnet-101` or "
-        "`detr-resnet-101-dc5`, downloaded once; a .pth or .safetensors file; a Hugging Face folder or "
-        "repository such as facebook/detr-resnet-50",
+        help=f"the bundled `scenes`{' (default)' if default else ''}; `detr-resnet-50`, `detr-resnet-50-dc5`, "
+        "`detr-resnet-101` or `detr-resnet-101-dc5`, downloaded once; a .pth or .safetensors file; a Hugging Face "
+        "folder or repository such as facebook/detr-resnet-50",
     )
     group.add_argument(
         "--heads-per-layer",
@@ -61,6 +63,12 @@ def add_detector_options(parser: argparse.ArgumentParser) -> None:
         help="resize images to this short side; the limit of the long side is scaled with it (default: as the model "
         "was published)",
     )
+    return group
+
+
+def add_detector_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `add_model_options`, --attention, --device, --dtype and --threads."""
+    group = add_model_options(parser)
     group.add_argument(
         "--attention",
         default="auto",
@@ -116,7 +124,7 @@ def add_image_argument(parser: argparse.ArgumentParser, *, required: bool = Fals
 
 
 def add_report_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add IMAGE|FOLDER, --out (`out` by default) and --again."""
+    """Add IMAGE|FOLDER, --out (`out` by default), --again, --figures, --format and --dpi."""
     add_image_argument(parser)
     parser.add_argument(
         "--out", type=named_path, default=Path(out), help=f"folder of the report (default {out})"
@@ -125,6 +133,19 @@ def add_report_options(parser: argparse.ArgumentParser, out: str) -> None:
         "--again",
         action="store_true",
         help="for several images: also redo those that have a finished report",
+    )
+    group = parser.add_argument_group("what to draw")
+    group.add_argument(
+        "--figures",
+        choices=FIGURES,
+        help="`none`: numbers only; `page`: the page, which draws everything from data (default); `all`: also every "
+        "figure as a file, for papers (default with --format or --dpi)",
+    )
+    group.add_argument(
+        "--format", choices=FIGURE_FORMATS, help="format of the files of figures (default png)"
+    )
+    group.add_argument(
+        "--dpi", type=positive, metavar="N", help="pixels an inch in the files of figures (default 150)"
     )
 
 

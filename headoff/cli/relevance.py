@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
-from tqdm import tqdm
 
 from headoff.choices import AblationKind, Pick
+from headoff.cli.progress import progress_bar
 from headoff.detr import Detector
 from headoff.errors import SettingError
 from headoff.figures.colouring import MapStyle
 from headoff.gates import HeadLayout
 from headoff.relevance import Explanation, explain, make_target, resolve_method
 from headoff.report import write_report
+from headoff.report.drawing import Drawing
 from headoff.sweeps import SweepResult, query_of_object
 
 
@@ -30,6 +31,7 @@ class RelevanceOptions:
         style: how maps are drawn.
         maps: format of the file of raw maps.
         ablation, references: see `headoff.explain`.
+        drawing: what the report draws.
 
     Raises:
         SettingError: an option is invalid for every detector.
@@ -46,6 +48,7 @@ class RelevanceOptions:
     maps: Literal["npz", "safetensors"] = "npz"
     ablation: AblationKind = "zero"
     references: Path | None = None
+    drawing: Drawing = Drawing()
 
     def __post_init__(self) -> None:
         resolve_method(self.method)
@@ -93,9 +96,7 @@ class RelevanceOptions:
         queries = self.queries or result.baseline.queries.tolist()
         if self.objects:
             queries = [query_of_object(result.baseline, number) for number in self.objects]
-        with tqdm(
-            total=len(result), desc="explaining", unit="configuration", disable=not progress, leave=False
-        ) as bar:
+        with progress_bar("explaining", "configuration", show=progress) as update:
             explanation = explain(
                 detector,
                 picture,
@@ -109,17 +110,20 @@ class RelevanceOptions:
                 heads=self.heads,
                 ablation=self.ablation,
                 references=self.references,
-                progress=lambda *_: bar.update(),
+                progress=update,
             )
-        write_report(
-            folder,
-            picture,
-            result,
-            provenance=provenance,
-            explanation=explanation,
-            style=self.style,
-            maps=self.maps,
-        )
+        with progress_bar("drawing", "figure", show=progress) as update:
+            write_report(
+                folder,
+                picture,
+                result,
+                provenance=provenance,
+                explanation=explanation,
+                style=self.style,
+                maps=self.maps,
+                progress=update,
+                **asdict(self.drawing),
+            )
         return explanation
 
 

@@ -15,9 +15,11 @@ from tqdm import tqdm
 from headoff.cli.images import ImageChoice, images_at
 from headoff.cli.tables import table
 from headoff.errors import ImageError, SettingError
+from headoff.figures.canvas import DPI
 from headoff.files import lock
 from headoff.outcomes import Status
 from headoff.report import finished_file, folder_index, is_finished, remove_report
+from headoff.report.drawing import Drawing
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
 
@@ -42,6 +44,22 @@ def images_to_report(settings: argparse.Namespace) -> ImageChoice:
     if settings.out.exists() and not settings.out.is_dir():
         raise SettingError(f"--out {settings.out} is a file; name a folder")
     return images
+
+
+def drawing_of(settings: argparse.Namespace) -> Drawing:
+    """What the reports draw.
+
+    Raises:
+        SettingError: --dpi is too large.
+    """
+    files = settings.format is not None or settings.dpi is not None
+    if files and settings.figures in ("none", "page"):
+        raise SettingError(
+            f"--format and --dpi are of the files of --figures all: leave them out, or --figures {settings.figures}"
+        )
+    return Drawing(
+        settings.figures or ("all" if files else "page"), settings.format or "png", settings.dpi or DPI
+    )
 
 
 def write_reports(
@@ -69,7 +87,8 @@ def write_reports(
         if earlier not in (None, str(image)):
             _note(f"the report of {earlier} in {settings.out} is replaced")
         print(write(settings.out, image, {"image": str(image), **provenance}, True))
-        print(f"report: {settings.out / 'index.html'}")
+        drawn = drawing_of(settings).figures != "none"
+        print(f"report: {settings.out / 'index.html' if drawn else finished_file(settings.out)}")
         return 0
 
 

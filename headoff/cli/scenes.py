@@ -73,11 +73,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run_draw(settings: argparse.Namespace) -> int:
+    """Run `headoff scenes draw`."""
     if settings.size > MOST_PIXELS:
         raise SettingError(
             f"--size {settings.size} is too large: give a side of at most {MOST_PIXELS} pixels"
         )
-    """Run `headoff scenes draw`."""
     if settings.size < 16:
         raise SettingError(f"a scene of {settings.size} pixels is too small to draw; use --size 16 or more")
     from tqdm import tqdm
@@ -99,7 +99,8 @@ def run_train(settings: argparse.Namespace) -> int:
     try:
         from headoff.scenes.training import Recipe, train
     except ImportError as error:
-        raise SettingError(f"training needs {error.name}: pip install 'headoff[scenes]'") from error
+        package = (error.name or "").partition(".")[0]
+        raise SettingError(f"training needs {package}: pip install 'headoff[scenes]'") from error
     chosen = {name: getattr(settings, name) for name in ("steps", "batch", "pool") if getattr(settings, name)}
     weights = train(settings.out, replace(Recipe(seed=settings.seed), **chosen), workers=settings.workers)
     print(f"the weights are in {weights}; evaluate them with: headoff scenes evaluate --model {weights}")
@@ -114,6 +115,7 @@ def run_evaluate(settings: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from headoff.cli.detectors import load_detector
+    from headoff.files import write_file
     from headoff.scenes.evaluation import evaluate, table
 
     detector = load_detector(settings)
@@ -123,8 +125,5 @@ def run_evaluate(settings: argparse.Namespace) -> int:
         )
     print(table(precisions))
     if settings.json:
-        try:
-            settings.json.write_text(json.dumps([asdict(p) for p in precisions], indent=1) + "\n")
-        except OSError as error:
-            raise SettingError(f"{settings.json} cannot be written ({error}); name another file") from error
+        write_file(settings.json, json.dumps([asdict(p) for p in precisions], indent=1) + "\n")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.cli.autocast import Autocast, check_autocast
     from headoff.cli.configurations import ConfigurationChoice, order_of
     from headoff.cli.detectors import load_detector, provenance
+    from headoff.cli.progress import progress_bar
     from headoff.cli.relevance import RelevanceOptions
-    from headoff.cli.reports import images_to_report, sweep_summary, write_reports
+    from headoff.cli.reports import drawing_of, images_to_report, sweep_summary, write_reports
     from headoff.detr.graphs import DecodeGraphs
     from headoff.images import load_image
     from headoff.report import write_report
@@ -82,8 +84,9 @@ def run(settings: argparse.Namespace) -> int:
     images = images_to_report(settings)
     check_autocast(settings)
     choice = ConfigurationChoice.from_options(settings)
+    drawing = drawing_of(settings)
     relevance = (
-        RelevanceOptions(ablation=settings.ablate, references=settings.references)
+        RelevanceOptions(drawing=drawing, ablation=settings.ablate, references=settings.references)
         if settings.relevance
         else None
     )
@@ -107,7 +110,10 @@ def run(settings: argparse.Namespace) -> int:
             graphs=graphs,
         )
         if relevance is None:
-            write_report(folder, picture, result, provenance=made_with)
+            with progress_bar("drawing", "figure", show=progress) as update:
+                write_report(
+                    folder, picture, result, provenance=made_with, progress=update, **asdict(drawing)
+                )
         else:
             autocast.write_report(relevance, folder, picture, detector, result, made_with, progress)
         text = sweep_summary(image, result)
@@ -120,6 +126,7 @@ def run(settings: argparse.Namespace) -> int:
     made_with = {**provenance(settings, detector), **_describe(settings), **autocast.describe()}
     if relevance is not None:
         made_with |= relevance.describe()
+    made_with |= drawing.describe()
     return write_reports(settings, images, made_with, write)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from headoff.cli.options import positive
 from headoff.errors import SettingError
-from headoff.harness.settings import OPTIONS
+from headoff.harness.settings import OPTIONS, Option
 from headoff.harness.suite_files import suite_file, suite_names
 
 EPILOG = """\
@@ -51,9 +51,8 @@ def add_parser(commands: Any) -> None:
         if option.name != "attention":
             groups[option.group].add_argument(
                 f"--{option.name}",
-                metavar=option.metavar,
                 help=option.help,
-                action="append" if option.several else "store",
+                **_kind(option),
             )
     groups["input"].add_argument(
         "--only", action="append", metavar="SUITE", help="run only this suite; can be repeated: operator, calls, "
@@ -108,12 +107,18 @@ def run(settings: argparse.Namespace) -> int:
     )
 
 
+def _kind(option: Option) -> dict[str, Any]:
+    if option.switch:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"metavar": option.metavar, "action": "append" if option.several else "store"}
+
+
 def _texts(settings: argparse.Namespace) -> dict[str, Any]:
     """What was given for each option."""
     given = vars(settings)
-    return {option.name: given.get(option.name.replace("-", "_")) for option in OPTIONS} | {
-        "attention": settings.patch
-    }
+    texts = {option.name: given.get(option.name.replace("-", "_")) for option in OPTIONS}
+    switches = {name: "yes" if value else "no" for name, value in texts.items() if isinstance(value, bool)}
+    return {**texts, **switches, "attention": settings.patch}
 
 
 def _pytest_options(settings: argparse.Namespace) -> list[str]:

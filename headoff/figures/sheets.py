@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from headoff.figures.canvas import CAPTION, caption_width, figure_of, image_figure, legend_height
+from headoff.figures.canvas import CAPTION, DPI, caption_width, figure_of, image_figure, legend_height
 from headoff.figures.captions import NONE_OFF, View, slug, views
 from headoff.figures.changes import head_changes_by_object
 from headoff.figures.outcome_table import plot_outcomes
@@ -37,23 +37,24 @@ class SweepFigure:
     draw: Callable[[], Figure]
 
 
-def sweep_figures(image: ImageSource, result: SweepResult) -> Iterator[SweepFigure]:
+def sweep_figures(image: ImageSource, result: SweepResult, *, dpi: int = DPI) -> Iterator[SweepFigure]:
     """One figure per configuration, grids of four, the survival chart and the table of outcomes.
 
     Single heads also have the survival chart of each object, if there are few objects.
 
     A cumulative sweep has the grids `none off`, `first 1-4 off`, `first 5-8 off`; others have a grid for
-    every four configurations. At most `MOST_PICTURES` configurations are drawn.
+    every four configurations. At most `MOST_PICTURES` configurations are drawn. Images are
+    as sharp as files of `dpi` need.
     """
     picture = small_picture(image)
     shown = views(result)[:MOST_PICTURES]
     for view in shown:
-        yield SweepFigure(view.stem, view.title, lambda view=view: _sheet(picture, result, [view]))  # type: ignore[misc]
+        yield SweepFigure(view.stem, view.title, lambda view=view: _sheet(picture, result, [view], dpi))  # type: ignore[misc]
     for title, members in grids(result, shown):
         yield SweepFigure(
             f"grid-{slug(title)}",
             title,
-            lambda members=members: _sheet(picture, result, members),  # type: ignore[misc]
+            lambda members=members: _sheet(picture, result, members, dpi),  # type: ignore[misc]
         )
     yield SweepFigure("survival", "Survival", lambda: figure_of(plot_survival(result)))
     if shows_objects_apart(result):
@@ -76,7 +77,7 @@ def grids(result: SweepResult, shown: Sequence[View]) -> Iterator[tuple[str, Seq
         yield f"first {start}-{last} off" if last > start else members[0].title, members
 
 
-def _sheet(picture: Image.Image, result: SweepResult, members: Sequence[View]) -> Figure:
+def _sheet(picture: Image.Image, result: SweepResult, members: Sequence[View], dpi: int) -> Figure:
     alone = len(members) == 1
     room = caption_width(result.image_size, len(members))
     captions = [wrap(summary(view.outcome), int(room * 72 / (_CAPTION_POINTS * 0.56))) for view in members]
@@ -85,8 +86,9 @@ def _sheet(picture: Image.Image, result: SweepResult, members: Sequence[View]) -
     figure, axes = image_figure(result.image_size, len(members), below=below)
     # Reduced to the displayed size, because matplotlib's resampling takes as long as everything else.
     pixels = axes[0].get_window_extent()
+    sharper = dpi / DPI
     picture = picture.copy()
-    picture.thumbnail((ceil(pixels.width), ceil(pixels.height)), Image.Resampling.LANCZOS)
+    picture.thumbnail((ceil(pixels.width * sharper), ceil(pixels.height * sharper)), Image.Resampling.LANCZOS)
     for ax, view, lines in zip(axes, members, captions, strict=True):
         plot_detections(
             picture, view.detections, ax, outcome=view.outcome, baseline=result.baseline, title=view.title

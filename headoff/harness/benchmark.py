@@ -46,7 +46,7 @@ def model_for(settings: Settings) -> BenchmarkModel:
         size = "r50" if settings.model == "scenes" and device.type == "cuda" else "model"
     if size == "model":
         image = settings.images[0] if settings.images else sample_image(0)
-        return loaded_model(settings.model, image, device, settings.torch_dtype)
+        return loaded_model(settings.model_choice, image, device, settings.torch_dtype)
     if size not in SIZES:
         raise SettingError(f"there is no benchmark of size {size!r}: use auto, model, {' or '.join(SIZES)}")
     return benchmark_model(size, device, settings.torch_dtype, settings.seed)

@@ -101,12 +101,11 @@ def _has_colours() -> bool:
 def run_suites(job: Sequence[Any]) -> int:
     """What the other process does."""
     from headoff.errors import HeadoffError
-    from headoff.harness.plugin.preflight import preflight
+    from headoff.harness.plugin.preflight import preflight_all
 
     texts, files, pytest_options = job
     try:
-        for settings in read_settings(texts):
-            preflight(settings.attention, settings.device, settings.dtype, settings.timeout)
+        preflight_all(read_settings(texts))
     except HeadoffError as error:
         emit({"error": [str(error)]})
         return NO_VERDICT

@@ -101,6 +101,8 @@ def run_in_process(
         child = subprocess.Popen(
             command,
             pass_fds=[child_end],
+            # Code under test that reads from the terminal would wait for keys without saying so.
+            stdin=None if interactive else subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             process_group=None if interactive else 0,

@@ -17,6 +17,8 @@ from headoff.errors import SettingError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+    from headoff.detr.checkpoints import ModelChoice
+
 ALL = "all"
 """The dtype that stands for all of them."""
 
@@ -33,6 +35,7 @@ class Option:
         read: from its text to its value; raises ValueError whose message continues "give ...".
         several: whether it can be repeated.
         short: whether pytest has it as `--NAME` too, not as `--headoff-NAME` alone.
+        switch: whether `headoff verify` has it as `--NAME` and `--no-NAME`; as text it is yes or no.
         group: of the help of `headoff verify`: input, speed or output.
     """
 
@@ -43,6 +46,7 @@ class Option:
     read: Callable[[str], Any] = str
     several: bool = False
     short: bool = True
+    switch: bool = False
     group: str = "input"
 
     @property
@@ -79,6 +83,12 @@ def _number(kind: Callable[[str], float], least: float) -> Callable[[str], float
     return read
 
 
+def _yes_or_no(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError("yes or no")
+    return text == "yes"
+
+
 def _device(text: str) -> str:
     from headoff.devices import chosen_device
 
@@ -104,6 +114,35 @@ class Settings:
     )
     model: str = _option(
         "scenes", "MODEL", "the detector, as of `headoff sweep --model` (default: the bundled one)"
+    )
+    heads_per_layer: int | None = _option(
+        None,
+        "N",
+        "heads of every attention, where the model's file does not say it (default: what it says, else 8)",
+        _number(int, 1),
+        short=False,
+    )
+    dc5: bool | None = _option(
+        None,
+        "yes|no",
+        "whether the backbone's last stage is dilated (default: what the model's file or its name says)",
+        _yes_or_no,
+        short=False,
+        switch=True,
+    )
+    classes: Path | None = _option(
+        None,
+        "FILE",
+        "names of the model's classes, one a line (default: those in its file, or COCO's)",
+        Path,
+        short=False,
+    )
+    short_side: int | None = _option(
+        None,
+        "PIXELS",
+        "resize images to this short side (default: as the model was published)",
+        _number(int, 1),
+        short=False,
     )
     images: tuple[Path, ...] = _option(
         (),
@@ -181,6 +220,14 @@ class Settings:
             raise SettingError(f"dtype {ALL!r} stands for several: use `read_settings`")
         if not self.dtypes:
             object.__setattr__(self, "dtypes", (self.dtype,))
+
+    @property
+    def model_choice(self) -> ModelChoice:
+        """The model, with what its file may not say. Raises SettingError for a file of classes that cannot be read."""
+        from headoff.detr.checkpoints import ModelChoice, class_names_in
+
+        names = class_names_in(self.classes)
+        return ModelChoice(self.model, self.heads_per_layer, self.dc5, names, self.short_side)
 
     @property
     def torch_dtype(self) -> torch.dtype:

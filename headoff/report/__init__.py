@@ -5,7 +5,9 @@ evidence.py sentences on an explanation
 tables.py   rows for CSV, the contents of sweep.json
 maps.py     relevance maps as data for the page's script
 page.py     index.html, from templates/
+drawing.py  the choice of figures, and their files
 output.py   the output folder: files are written atomically, sweep.json last
+links.py    links between the pages of a folder
 folder.py   the index page of a folder of images
 heads.py    the report on what heads contribute: heads_data.py for its page's script, heads_story.py for sentences
 """

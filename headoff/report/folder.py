@@ -14,6 +14,7 @@ from headoff.errors import OutputError
 from headoff.figures.canvas import figure_of
 from headoff.figures.totals import plot_totals
 from headoff.files import output_errors
+from headoff.report.links import link_pages
 from headoff.report.output import FINISHED, INDEX, PAGE, THUMBNAIL, replacing
 from headoff.report.page import template
 from headoff.report.tables import TOTAL_COLUMNS, csv_text, total_rows
@@ -45,9 +46,9 @@ def folder_index(
     Raises:
         OutputError: an entry has no finished report, or the page cannot be written.
     """
-    folder = Path(folder)
+    folder, reports = Path(folder), [Path(entry) for entry in entries]
     cards, sums = [], []
-    for entry in map(Path, entries):
+    for entry in reports:
         try:
             contents = json.loads((entry / FINISHED).read_text(encoding="utf-8"))
             cards.append(card_of(folder, entry, contents))
@@ -80,6 +81,7 @@ def folder_index(
             (new / name).write_bytes(content)
         index = {"schema": "headoff.index", "files": list(files), "images": len(cards)}
         (new / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        link_pages(folder, reports, [card["name"] for card in cards])
     return folder / PAGE
 
 
@@ -98,6 +100,6 @@ def card_of(folder: Path, entry: Path, contents: Mapping[str, Any]) -> dict[str,
     return {
         "name": name,
         "verdict": contents["verdict"],
-        "page": f"{place}/{PAGE}",
-        "thumbnail": f"{place}/{THUMBNAIL}",
+        "page": f"{place}/{PAGE if (entry / PAGE).is_file() else FINISHED}",
+        "thumbnail": f"{place}/{THUMBNAIL}" if (entry / THUMBNAIL).is_file() else "",
     }

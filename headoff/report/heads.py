@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from headoff.choices import FigureFormat, Figures
 from headoff.errors import OutputError
+from headoff.figures.canvas import DPI
 from headoff.figures.importance_sheets import importance_figures
 from headoff.figures.pictures import small_picture
 from headoff.images import ImageSource
 from headoff.importance.aggregate import ImageMeans, add_up_means
 from headoff.importance.cards import HeadCards
 from headoff.importance.result import HeadImportance
+from headoff.report.drawing import Drawing
 from headoff.report.folder import card_of
 from headoff.report.heads_data import heads_data, totals_data
 from headoff.report.heads_story import heads_headline, totals_headline
@@ -35,12 +38,15 @@ def write_heads_report(
     *,
     provenance: Mapping[str, str],
     cards: HeadCards | None = None,
-    figures: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    figures: Figures = "page",
+    format: FigureFormat = "png",
+    dpi: int = DPI,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Path:
-    """Write the report on what heads contribute to the objects of an image, and return the path of its index.html.
+    """Write the report on what heads contribute to the objects of an image, and return the path of its page (without
+    one, of heads.json).
 
-    The report also has heads.csv, heads.safetensors, figures/*.png, a thumbnail, and heads.json, which is written last.
+    The report has index.html, a thumbnail, heads.csv, heads.safetensors, and heads.json, which is written last.
     Files of an earlier report in the same folder are replaced or removed; other files are not touched.
 
     Args:
@@ -49,12 +55,13 @@ def write_heads_report(
         importance: of `headoff.heads`.
         provenance: see `headoff.report.write_report`.
         cards: what single heads do, for the page and for figures.
-        figures: whether to draw figures/*.png.
-        progress: called with (number of finished figures, number of figures).
+        figures, format, dpi: see `headoff.report.write_report`.
+        progress: called with (number of drawn figures, number of figures); the page counts as one.
 
     Raises:
         OutputError: a file cannot be written.
     """
+    drawing = Drawing(figures, format, dpi)
     folder = Path(folder)
     picture = small_picture(image)
     name = provenance.get("image", "")
@@ -62,9 +69,10 @@ def write_heads_report(
     with new_report(folder) as write:
         write(TABLE, csv_text(HEAD_COLUMNS, map(cells, importance.rows(name))))
         importance.save(write.path("heads.safetensors"))
-        if figures:
-            write.figures([*importance_figures(picture, importance, cards)], progress)
-        write(THUMBNAIL, thumbnail(picture))
+        drawn = [*importance_figures(picture, importance, cards)] if figures == "all" else []
+        total = len(drawn) + (figures != "none")
+        write.figures(drawn, drawing, lambda done, _: progress(done, total))
+        progress(len(drawn), total)
         page = render_heads_page(
             heads_data(importance, cards),
             title=PurePath(name).name or "Heads",
@@ -75,7 +83,10 @@ def write_heads_report(
             pixelated=max(picture.size) < 400,
             files=(TABLE, "heads.safetensors", HEADS_FINISHED),
         )
-        write(PAGE, page)
+        if figures != "none":
+            write(THUMBNAIL, thumbnail(picture))
+            write(PAGE, page)
+        progress(total, total)
         contents = {
             "schema": "headoff.heads",
             "schema_version": HEADS_SCHEMA_VERSION,
@@ -85,7 +96,7 @@ def write_heads_report(
             **importance.as_dict(),
         }
         write(HEADS_FINISHED, json.dumps(contents, ensure_ascii=False, allow_nan=False) + "\n")
-    return folder / PAGE
+    return folder / (HEADS_FINISHED if figures == "none" else PAGE)
 
 
 def heads_index(

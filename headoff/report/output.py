@@ -13,14 +13,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from PIL import Image
 
+from headoff.choices import FigureFormat, Figures
 from headoff.errors import SettingError
 from headoff.figures import sweep_figures
+from headoff.figures.canvas import DPI
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance_sheets import relevance_figures
@@ -28,6 +29,7 @@ from headoff.figures.sheets import SweepFigure
 from headoff.files import lock, output_errors, write_file
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
+from headoff.report.drawing import Drawing
 from headoff.report.page import render_page
 from headoff.report.tables import (
     DETECTION_COLUMNS,
@@ -63,14 +65,17 @@ def write_report(
     result: SweepResult,
     *,
     provenance: Mapping[str, str],
-    figures: bool = True,
+    figures: Figures = "page",
+    format: FigureFormat = "png",
+    dpi: int = DPI,
     explanation: Explanation | None = None,
     style: MapStyle | None = None,
     maps: Literal["npz", "safetensors"] = "npz",
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Path:
-    """Write the report on a sweep into `folder`, and return the path of its index.html.
+    """Write the report on a sweep into `folder`, and return the path of its page (without one, of sweep.json).
 
-    The report also has detections.csv, objects.csv, figures/*.png, a thumbnail, and sweep.json, which is written last.
+    The report has index.html, a thumbnail, detections.csv, objects.csv, and sweep.json, which is written last.
     Files of an earlier report in the same folder are replaced or removed; other files are not touched.
 
     Args:
@@ -79,16 +84,20 @@ def write_report(
         result: the sweep.
         provenance: the origin of the results, shown in this order: `image`, `model`, `attention`, `device`, `dtype`,
             `confidence`, `order`, versions, `command`. `image` is also the page's title.
-        figures: whether to draw figures/*.png.
+        figures: `page` writes the page, which draws everything from data; `all` also every figure as a file in
+            figures/, for papers; `none` writes numbers only.
+        format, dpi: of the files of figures: `png`, `svg` or `pdf`, and pixels an inch.
         explanation: relevance maps of the same configurations, in the same order. They are shown on the page and in
             figures, and written to relevance.csv and, as arrays with named axes, to maps.npz or maps.safetensors.
-        style: how maps are drawn; by default plain and on one scale.
+        style: how maps are drawn; by default on the image, with one scale for each object.
         maps: the format of the arrays.
+        progress: called with (number of drawn figures, number of figures); the page counts as one.
 
     Raises:
         OutputError: a file cannot be written.
-        SettingError: the explanation is of other configurations than the sweep.
+        SettingError: the explanation is of other configurations than the sweep, or an argument is none of its choices.
     """
+    drawing = Drawing(figures, format, dpi)
     if explanation is not None and explanation.configurations != result.configurations:
         raise SettingError(
             "the explanation is of other configurations than the sweep: explain(..., result.configurations)"
@@ -102,24 +111,24 @@ def write_report(
         if explanation is not None:
             write("relevance.csv", csv_text(RELEVANCE_COLUMNS, relevance_rows(explanation, name)))
             explanation.save(write.path(f"maps.{maps}"))
-        if figures:
-            drawn = sweep_figures(picture, result)
-            if explanation is not None:
-                drawn = chain(
-                    drawn,
-                    relevance_figures(
-                        picture,
-                        explanation,
-                        style=style or MapStyle(),
-                        baseline=result.baseline,
-                        confidence=result.confidence,
-                    ),
-                )
-            write.figures([*drawn])
-        write(THUMBNAIL, thumbnail(picture))
-        write(PAGE, render_page(picture, result, provenance, explanation, style))
+        drawn = [*sweep_figures(picture, result, dpi=dpi)] if figures == "all" else []
+        if figures == "all" and explanation is not None:
+            drawn += relevance_figures(
+                picture,
+                explanation,
+                style=style or MapStyle(),
+                baseline=result.baseline,
+                confidence=result.confidence,
+            )
+        total = len(drawn) + (figures != "none")
+        write.figures(drawn, drawing, lambda done, _: progress(done, total))
+        if figures != "none":
+            progress(len(drawn), total)
+            write(THUMBNAIL, thumbnail(picture))
+            write(PAGE, render_page(picture, result, provenance, explanation, style))
+        progress(total, total)
         write(FINISHED, sweep_json(result, provenance, write.files, explanation))
-    return folder / PAGE
+    return folder / (FINISHED if figures == "none" else PAGE)
 
 
 class ReportFiles:
@@ -144,18 +153,17 @@ class ReportFiles:
         return path
 
     def figures(
-        self, drawn: Sequence[SweepFigure], progress: Callable[[int, int], None] | None = None
+        self,
+        drawn: Sequence[SweepFigure],
+        drawing: Drawing,
+        progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
-        """Draw figures and write them to figures/*.png; `progress` is called with (finished, number of figures)."""
-        for done, figure in enumerate(drawn, start=1):
+        """Draw figures and write them to figures/; `progress` is called with (finished, number of figures)."""
+        for done, figure in enumerate(drawn):
+            progress(done, len(drawn))
             buffer = io.BytesIO()
-            # Level 3 takes half the time of the default 6, and a few per cent more space.
-            figure.draw().savefig(
-                buffer, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3}
-            )
-            self(f"figures/{figure.stem}.png", buffer.getvalue())
-            if progress is not None:
-                progress(done, len(drawn))
+            drawing.save(figure.draw(), buffer)
+            self(f"figures/{figure.stem}.{drawing.format}", buffer.getvalue())
 
 
 @contextmanager

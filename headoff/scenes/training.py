@@ -271,8 +271,9 @@ def train(
     """Train the bundled detector, or continue an interrupted run in `folder`.
 
     Args:
-        folder: for the pools, `recipe.json`, `state.pt` (everything needed to continue), `log.jsonl` and, at
-            the end, `scenes.safetensors`: the averaged weights in float16, ready for `headoff.load`.
+        folder: for the pools, `recipe.json`, `state.pt` (everything needed to continue), `log.jsonl` (with the seconds
+            of training so far, without interruptions) and, at the end, `scenes.safetensors`: the averaged weights in
+            float16, ready for `headoff.load`.
         workers: processes, each with one thread; by default one per core.
 
     Ctrl-C finishes the current step, saves, and raises KeyboardInterrupt.
@@ -338,16 +339,18 @@ def _worker(
     trainer.detector.backbone.to(memory_format=torch.channels_last)
     average = {name: value.detach().clone() for name, value in trainer.detector.state_dict().items()}
     optimiser = torch.optim.AdamW(_parameter_groups(trainer, recipe), lr=recipe.learning_rate, fused=True)
-    start = 0
+    start, elapsed_before = 0, 0.0
     state_path = folder / "state.pt"
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         trainer.load_state_dict(state["trainer"])
         optimiser.load_state_dict(state["optimiser"])
         average, start = state["average"], state["step"]
+        elapsed_before = state.get("elapsed", 0.0)
 
     pools: dict[int, ScenePool] = {}
     last_saved = time.monotonic()
+    began = last_saved - elapsed_before
     bar = tqdm(
         total=recipe.steps,
         initial=start,
@@ -386,7 +389,7 @@ def _worker(
                 entry = {"step": step, "size": size, "norm": round(norm.item(), 3), **parts}
                 bar.set_postfix({name: f"{value:.2f}" for name, value in parts.items()}, refresh=False)
                 with (folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps({**entry, "elapsed": round(time.monotonic(), 1)}) + "\n")
+                    log.write(json.dumps({**entry, "elapsed": round(time.monotonic() - began, 1)}) + "\n")
             if stopping or time.monotonic() - last_saved > _SAVE_SECONDS or step + 1 == recipe.steps:
                 _save(
                     {
@@ -394,6 +397,7 @@ def _worker(
                         "optimiser": optimiser.state_dict(),
                         "average": average,
                         "step": step + 1,
+                        "elapsed": time.monotonic() - began,
                     },
                     state_path,
                 )

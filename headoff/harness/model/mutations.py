@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from headoff.detr.checkpoints.load import BUNDLED
 from headoff.gates import Gates, HeadLayout
-from headoff.harness.reference.cases import ReferenceCase
+from headoff.harness.reference.cases import BUNDLED_MODEL, ReferenceCase
 from headoff.harness.reference.maps import CaseMaps, map_errors
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def require_rejected(
     """
     if not accepted:
         return
-    if case.model == BUNDLED and torch.finfo(under_test.dtype).bits >= 32:
+    if case.model == BUNDLED_MODEL and torch.finfo(under_test.dtype).bits >= 32:
         raise AssertionError("\n".join(["the tolerance accepts wrong results:", *accepted]))
     dtype = str(under_test.dtype).removeprefix("torch.")
     under_test.cannot_tell(

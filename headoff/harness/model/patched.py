@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention, resolve_attention
-from headoff.detr.checkpoints.load import load
+from headoff.detr.checkpoints import ModelChoice
 from headoff.detr.detector import Detector, Features
 from headoff.detr.transformer import Attend, AttentionAddress, AttentionCall
 from headoff.errors import HeadoffError, NonFiniteError
@@ -53,7 +53,7 @@ def own_detector(
 ) -> Detector:
     """The same as a new model, whose weights may be changed."""
     attention = InDtype(resolve_attention(attention), dtype)
-    return load(case.model, attention=attention, device=device, dtype=model_dtype(dtype))
+    return case.model.load(attention=attention, device=device, dtype=model_dtype(dtype))
 
 
 def model_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,8 +71,8 @@ def features_on(case: ReferenceCase, device: torch.device, dtype: torch.dtype) -
 
 
 @functools.cache
-def _model(model: str, device: torch.device, dtype: torch.dtype) -> Detector:
-    return load(model, device=device, dtype=dtype)
+def _model(model: ModelChoice, device: torch.device, dtype: torch.dtype) -> Detector:
+    return model.load(device=device, dtype=dtype)
 
 
 class CallCount:

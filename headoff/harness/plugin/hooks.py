@@ -6,10 +6,10 @@ pytest loads it wherever headoff is installed, so it imports torch only when a t
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,7 +21,7 @@ from headoff.harness.plugin.benchmark_hooks import (
     pytest_terminal_summary,
 )
 from headoff.harness.plugin.options import add_options, add_short_names, all_settings, text_of, value_of
-from headoff.harness.plugin.reporter import Reporter
+from headoff.harness.plugin.reporter import Reporter, is_suite
 from headoff.harness.process import is_watched
 from headoff.harness.settings import OPTIONS
 
@@ -35,6 +35,7 @@ __all__ = [  # hooks that are written elsewhere
 ]
 
 REPORTER = pytest.StashKey[Reporter]()
+CLEARED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,8 +56,6 @@ def pytest_configure(config: pytest.Config) -> None:
             from headoff.harness.report import remove_earlier_report
 
             remove_earlier_report(report)
-        if not is_worker(config):
-            clear_marked_folder(value_of(config, "failures"))
         reporter = Reporter(config, worker=is_worker(config))
     config.stash[REPORTER] = reporter
     config.pluginmanager.register(reporter, "headoff-reporter")
@@ -88,6 +87,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         and any("under_test" in getattr(item, "fixturenames", ()) for item in session.items)
     ):
         check_patch(session.config)
+        clear_failures(session.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    # Workers run no test before all of them have collected; one that is started again collects again.
+    if any(is_suite(Path(test.partition("::")[0])) for test in ids):
+        clear_failures(node.config)
+
+
+def clear_failures(config: pytest.Config) -> None:
+    """Remove an earlier run's pictures, once, in runs that may draw others."""
+    if not config.stash.get(CLEARED, False):
+        config.stash[CLEARED] = True
+        clear_marked_folder(value_of(config, "failures"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -123,11 +137,10 @@ def under_test(request: pytest.FixtureRequest) -> Patch:
 
 def check_patch(config: pytest.Config) -> None:
     """End the run, with one sentence, for a setting or a patch that nothing can be tested with."""
-    from headoff.harness.plugin.preflight import preflight
+    from headoff.harness.plugin.preflight import preflight_all
 
     with one_clear_error():
-        for settings in all_settings(config):
-            preflight(settings.attention, settings.device, settings.dtype, settings.timeout)
+        preflight_all(all_settings(config))
 
 
 @contextmanager

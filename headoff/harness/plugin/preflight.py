@@ -7,6 +7,7 @@ error of a CUDA kernel leaves a process in which nothing works any more.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,9 +17,16 @@ from headoff.devices import torch_dtype
 from headoff.errors import AttentionError, HeadoffError
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.process import emit, is_watched, limited, run_in_process
+from headoff.harness.settings import Settings
 
 SHAPES = {"encoder_self": (144, 144), "decoder_self": (100, 100), "decoder_cross": (200, 144)}
 """Queries and keys of the first calls, by site: those of the bundled model."""
+
+
+def preflight_all(several: Iterable[Settings]) -> None:
+    """`preflight` of the attention of these settings, which differ in their dtype. Raises AttentionError."""
+    for settings in several:
+        preflight(settings.attention, settings.device, settings.dtype, settings.timeout)
 
 
 @functools.cache

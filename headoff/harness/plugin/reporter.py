@@ -15,10 +15,10 @@ from headoff.harness.plugin.benchmark_hooks import RECORDS
 from headoff.harness.plugin.options import all_settings, text_of, value_of
 from headoff.harness.plugin.run import Run
 from headoff.harness.process import emit, is_watched, limited
+from headoff.harness.settings import Settings
 
 if TYPE_CHECKING:
     from headoff.harness.plugin.patch import Patch
-    from headoff.harness.settings import Settings
 
 NO_VERDICT = 2
 """Exit code where something failed that is not about the attention."""
@@ -162,7 +162,17 @@ class Reporter:
         }
         if device.startswith("cuda"):
             about["gpu"] = machine["gpu"]["name"]
-        self.tell(about=about, machine=machine, benchmarks=benchmarks, finished=True)
+        notes: list[str] = []
+        # Single calls need no model, and the bundled one is known.
+        if settings[0].model != Settings.model and any(
+            test.suite != "operator" for test in self.run.tests.values()
+        ):
+            from headoff.harness.reference.cases import oracle_of
+
+            detector = oracle_of(settings[0].model_choice)
+            about["heads"] = f"{detector.config.heads} in each layer"
+            notes = [f"{settings[0].model}: {assumption}" for assumption in detector.assumptions]
+        self.tell(about=about, machine=machine, benchmarks=benchmarks, notes=notes, finished=True)
 
     def _diagnose(self) -> None:
         from headoff.harness.plugin.diagnosis import diagnose_run

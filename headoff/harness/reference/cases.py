@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headoff.detections import Detections, detections_from
-from headoff.detr.checkpoints.load import BUNDLED, load
+from headoff.detr.checkpoints import ModelChoice
+from headoff.detr.checkpoints.load import BUNDLED
 from headoff.detr.detector import Detector, DetectorOutput, Features
 from headoff.errors import SettingError
 from headoff.gates import (
@@ -54,6 +56,9 @@ SCENES_FOR_OTHER_MODELS = 2
 """Bundled scenes that another model than the bundled one is tried on where no image is given."""
 
 
+BUNDLED_MODEL = ModelChoice(BUNDLED)
+
+
 def case_names(settings: Settings) -> list[str]:
     """Names of the images: the bundled scenes, or the user's own. No file is opened."""
     return list(_images(settings))
@@ -68,8 +73,9 @@ def reference_case(settings: Settings, name: str) -> ReferenceCase:
     images = _images(settings)
     if name not in images:
         raise SettingError(f"there is no image {name!r} here: use one of {', '.join(images)}")
-    has_golden = settings.golden_dir is not None or (settings.model == BUNDLED and not settings.images)
-    return _reference_case(settings.model, name, images[name], golden_root(settings) if has_golden else None)
+    model = settings.model_choice
+    has_golden = settings.golden_dir is not None or (model == BUNDLED_MODEL and not settings.images)
+    return _reference_case(model, name, images[name], golden_root(settings) if has_golden else None)
 
 
 def cumulative_names() -> list[str]:
@@ -88,20 +94,20 @@ class ReferenceCase:
 
     Attributes:
         name: of the image.
-        model: as `headoff.load` takes it.
+        model: what the detector is loaded from.
         image: a path.
         golden: the folder of golden files, or None where there are none to be expected.
     """
 
     name: str
-    model: str
+    model: ModelChoice
     image: Path
     golden: Path | None
 
     @property
     def detector(self) -> Detector:
         """The oracle: float64, eager, on the CPU."""
-        return _oracle(self.model)
+        return oracle_of(self.model)
 
     @property
     def layout(self) -> HeadLayout:
@@ -251,13 +257,14 @@ def _images(settings: Settings) -> dict[str, Path]:
 
 
 @functools.cache
-def _reference_case(model: str, name: str, image: Path, golden: Path | None) -> ReferenceCase:
+def _reference_case(model: ModelChoice, name: str, image: Path, golden: Path | None) -> ReferenceCase:
     return ReferenceCase(name, model, image, golden)
 
 
 @functools.cache
-def _oracle(model: str) -> Detector:
-    return load(model, attention="eager", dtype=torch.float64)
+def oracle_of(model: ModelChoice) -> Detector:
+    """The model in float64 with eager attention, on the CPU."""
+    return model.load(attention="eager", dtype=torch.float64)
 
 
 @functools.cache
@@ -266,11 +273,12 @@ def _hash_of_file(path: Path) -> str:
 
 
 @functools.cache
-def _weights_hash(model: str) -> str:
-    if model == BUNDLED:
+def _weights_hash(model: ModelChoice) -> str:
+    if model == BUNDLED_MODEL:
         return sha256_of(sample_folder().parent / "weights" / "scenes.safetensors")
-    total = hashlib.sha256()
-    for name, tensor in sorted(_oracle(model).state_dict().items()):
+    # Heads, dilation and the size of images are in no tensor.
+    total = hashlib.sha256(json.dumps(oracle_of(model).config.as_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(oracle_of(model).state_dict().items()):
         total.update(name.encode())
         total.update(tensor.contiguous().numpy().tobytes())
     return total.hexdigest()

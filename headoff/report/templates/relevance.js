@@ -170,25 +170,12 @@
     });
   }
 
-  // Cards are drawn when they come into sight.
   const cards = [];
-  const inSight = new Set();
-  const observer = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-      const o = cards.findIndex(({ card }) => card === target);
-      if (!isIntersecting) inSight.delete(o);
-      else if (!inSight.has(o)) {
-        inSight.add(o);
-        if (data.frames[state.step] != null) draw(cards[o], o);
-      }
-    }
-  }, { rootMargin: "50% 0px" });
 
   function addCards(count) {
     for (let o = cards.length; o < Math.min(count, objects.length); o++) {
       cards.push(newCard(objects[o], o));
       $("cards").append(cards[o].card);
-      observer.observe(cards[o].card);
     }
     $("more").hidden = cards.length >= objects.length;
     $("more").textContent = `Show the maps of all ${objects.length} objects`;
@@ -240,12 +227,15 @@
     drawRamp();
     const drawn = data.frames[state.step] != null;
     $("cards").hidden = !drawn;
-    if (drawn) for (const o of inSight) draw(cards[o], o);
+    if (drawn) cards.forEach(draw);
     drawOnPictures();
   });
   for (const [id, read] of Object.entries({ object: "value", layer: "value", map: "value", scale: "value", smooth: "checked", overlay: "checked" }))
     $(id)?.addEventListener("input", ({ target }) => page.set({ [id]: typeof state[id] === "number" ? Number(target[read]) : target[read] }));
-  $("more").addEventListener("click", () => addCards(objects.length));
+  $("more").addEventListener("click", () => {
+    addCards(objects.length);
+    page.set({});
+  });
   const by = (name, step, count) => () => page.set({ [name]: (state[name] + step + count) % count });
   Object.assign(page.keys, {
     o: () => page.set({ object: state.object + 1 < objects.length ? state.object + 1 : -1 }),

@@ -1,0 +1,169 @@
+"""The page of a report in headless Chromium: every control does what it says, and nothing is logged as an error.
+
+A script at the end of the page uses the controls as a reader does and leaves what it sees in the document, which
+Chromium prints. So no driver is needed.
+"""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from explanation_examples import explanation_of
+from sweep_examples import scene_example
+
+from headoff.report.page import render_page
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+TOOLS = """
+const $ = (id) => document.getElementById(id);
+const all = (selector) => [...document.querySelectorAll(selector)];
+const seen = {};
+// As a reader changes a slider, a list, or a check box.
+function choose(id, value) {
+  const control = $(id);
+  if (control.type === "checkbox") control.click();
+  else {
+    control.value = value;
+    for (const kind of ["input", "change"]) control.dispatchEvent(new Event(kind, { bubbles: true }));
+  }
+}
+const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const painted = (canvas) => canvas.toDataURL();
+const shown = () => all(".frame").filter((frame) => frame.offsetWidth).map((frame) => frame.dataset.title);
+const drawn = () => new Promise((done) => setTimeout(done, 500));
+"""
+
+
+def seen_in(tmp_path, page, script, address="", size="1400,1000"):
+    """What `script` (JavaScript) leaves in `seen`, and the console's errors."""
+    path = tmp_path / "index.html"
+    end = f"""<script type="module">{TOOLS}
+await drawn();
+try {{ {script} }} catch (error) {{ seen.failed = String(error.stack); }}
+const result = document.createElement("pre");
+result.id = "seen";
+result.textContent = JSON.stringify(seen);
+document.body.append(result);
+</script></body>"""
+    path.write_text(page.replace("</body>", end))
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",  # root in a container has none
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=20000",
+            f"--window-size={size}",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            f"{path.as_uri()}{address}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    seen = json.loads(html.unescape(found[1]))
+    assert "failed" not in seen, seen
+    return seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.fixture(scope="module")
+def page():
+    image, result = scene_example()
+    return render_page(image, result, {"image": "scene.png"}, explanation_of(result, heads=True))
+
+
+def test_every_control_of_the_page(page, tmp_path):
+    seen, errors = seen_in(
+        tmp_path,
+        page,
+        """
+        seen.first = shown();
+        seen.cards = all(".card").length;
+        seen.last = document.querySelector(".card .caption").textContent;
+        $("next").click();
+        choose("slider", 3);
+        seen.stepped = [shown(), location.hash];
+        press("ArrowLeft");
+        seen.pressed = shown();
+
+        const large = document.querySelector(".card > .map canvas");
+        const before = painted(large);
+        choose("layer", 1);
+        const caption = document.querySelector(".card .caption");
+        const sliders = all(".card > input").map((input) => input.value);
+        seen.layer = [painted(large) !== before, sliders, caption.textContent];
+        const cells = large.width;
+        choose("smooth");
+        seen.smooth = large.width / cells;
+        choose("map", 4);
+        seen.heads = [painted(large) !== before, caption.textContent];
+        choose("map", 0);
+        choose("scale", "sweep");
+        seen.ramp = $("ramp-to").textContent;
+
+        seen.without = all(".picture > .map").length;
+        choose("object", 1);
+        seen.onPicture = all(".picture > .map").filter((map) => map.offsetWidth).length;
+        choose("all");
+        seen.all = [shown().length, all(".picture > .map").filter((map) => map.offsetWidth).length];
+        all(".tile")[2].click();
+        seen.tile = $("layer").value;
+        choose("boxes");
+        seen.boxes = all(".mark").filter((mark) => mark.offsetWidth).length;
+        seen.hash = location.hash;
+        """,
+    )
+    assert errors == []
+    assert seen["first"] == ["none off"] and seen["cards"] == 5
+    assert seen["last"].startswith("relevance after layer 5: mass")
+    assert seen["stepped"] == [["first 3 off"], "#step=3"] and seen["pressed"] == ["first 2 off"]
+    changed, sliders, caption = seen["layer"]
+    assert changed and set(sliders) == {"1"} and caption.startswith("relevance after layer 1: mass")
+    assert seen["smooth"] == 8
+    assert seen["heads"][0] and seen["heads"][1].startswith("attention, head 3 of layer 1")
+    assert "of any object" in seen["ramp"]
+    assert (seen["without"], seen["onPicture"], seen["all"]) == (0, 1, [9, 9])
+    assert seen["tile"] == "2" and seen["boxes"] == 0
+    chosen = {"step=2", "all=1", "boxes=0", "object=1", "layer=2", "scale=sweep", "smooth=1"}
+    assert set(seen["hash"][1:].split("&")) == chosen
+
+
+def test_an_address_shows_the_same_on_a_telephone(page, tmp_path):
+    seen, errors = seen_in(
+        tmp_path,
+        page,
+        """
+        seen.shown = shown();
+        seen.layer = $("layer-now").textContent;
+        seen.object = $("object").value;
+        seen.map = document.querySelector(".card .caption").textContent;
+        const room = document.documentElement.clientWidth;
+        seen.wide = all("main *").filter((element) => !element.closest(".scroll, .mark"))
+          .filter((element) => element.getBoundingClientRect().right > room + 1)
+          .map((element) => element.outerHTML.slice(0, 80));
+        """,
+        address="#step=4&object=2&layer=3&map=6&nonsense=1&scale=wrong",
+        size="400,900",
+    )
+    assert errors == []
+    assert seen == {
+        "shown": ["first 4 off"],
+        "layer": "3",
+        "object": "2",
+        "map": seen["map"],
+        "wide": [],
+    }
+    assert seen["map"].startswith("attention, head 5 of layer 3")
