@@ -91,7 +91,7 @@ def test_the_page_is_one_valid_file(tmp_path):
 
 def test_the_page_has_what_becomes_of_objects_without_each_head(scene, tmp_path):
     image, importance, cards = scene
-    write_heads_report(tmp_path, image, importance, provenance=PROVENANCE, cards=cards, figures=False)
+    write_heads_report(tmp_path, image, importance, provenance=PROVENANCE, cards=cards, figures="page")
     data = embedded((tmp_path / "index.html").read_text())
     result = cards.sweeps["uniform"]
     without = data["cards"]["uniform"]["without"]
@@ -113,7 +113,7 @@ def test_the_page_has_what_becomes_of_objects_without_each_head(scene, tmp_path)
 
 def test_files_of_a_report(tmp_path):
     importance = importance_of()
-    written(tmp_path / "out", importance, figures=False)
+    written(tmp_path / "out", importance, figures="page")
     out = tmp_path / "out"
     contents = json.loads((out / "heads.json").read_text())
     assert contents["schema"] == "headoff.heads" and contents["schema_version"] == HEADS_SCHEMA_VERSION
@@ -133,17 +133,17 @@ def test_files_of_a_report(tmp_path):
 
 def test_reports_of_heads_and_of_a_sweep_replace_each_other(tmp_path):
     importance = importance_of()
-    written(tmp_path, importance, figures=False)
+    written(tmp_path, importance, figures="page")
     result = headoff.sweep(headoff.load("scenes"), headoff.sample_image(0), "H1")
     headoff.write_report(tmp_path, headoff.sample_image(0), result, provenance=PROVENANCE)
     assert (tmp_path / "sweep.json").exists()
     assert not (tmp_path / "heads.json").exists() and not (tmp_path / "heads.csv").exists()
-    written(tmp_path, importance, figures=False)
+    written(tmp_path, importance, figures="page")
     assert not (tmp_path / "sweep.json").exists() and not (tmp_path / "detections.csv").exists()
 
 
 def test_an_error_leaves_the_earlier_report(tmp_path, monkeypatch):
-    written(tmp_path, importance_of(), figures=False)
+    written(tmp_path, importance_of(), figures="page")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fails(*_, **__):
@@ -151,7 +151,7 @@ def test_an_error_leaves_the_earlier_report(tmp_path, monkeypatch):
 
     monkeypatch.setattr("headoff.report.heads.render_heads_page", fails)
     with pytest.raises(RuntimeError):
-        written(tmp_path, importance_of(seed=1), figures=False)
+        written(tmp_path, importance_of(seed=1), figures="page")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -168,7 +168,7 @@ def test_few_objects(tmp_path, objects):
 def test_the_index_of_several_images(tmp_path):
     found = [importance_of(1 + seed, seed=seed) for seed in range(3)]
     for seed, importance in enumerate(found):
-        written(tmp_path / f"{seed}.png", importance, figures=False)
+        written(tmp_path / f"{seed}.png", importance, figures="page")
     heads_index(
         tmp_path, [tmp_path / f"{seed}.png" for seed in range(3)], failures={"x.png": "it is <broken>"}
     )

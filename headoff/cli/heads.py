@@ -192,6 +192,7 @@ def run(settings: argparse.Namespace) -> int:
         "values": ", ".join(value.name for value in values),
         "ablation": ", ".join(kinds) + (f", references {settings.references}" if settings.references else ""),
         "confidence": f"{settings.confidence:g}",
+        **drawing.describe(),
     }
     return write_reports(settings, images, made_with, write, heads_index)
 
