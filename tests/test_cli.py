@@ -295,6 +295,17 @@ def test_help_is_there_for_every_command(capsys, command):
     assert stop.value.code == 0 and len(capsys.readouterr().out) > 200
 
 
+@pytest.mark.parametrize(
+    "arguments", [("sweep", "--figures", "some"), ("explain", "--off"), ("nonsense",), ()]
+)
+def test_options_that_are_wrong_are_told_in_one_line(capsys, arguments):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.startswith("headoff: error: ") and error.count("\n") == 1
+    assert f"see headoff{' ' + arguments[0] if len(arguments) > 1 else ''} --help" in error
+
+
 def test_help_of_every_command_does_without_slow_imports():
     program = f"""
 import contextlib, io, sys

@@ -7,10 +7,12 @@ import json
 
 import pytest
 import torch
+import torch._inductor.test_operators  # noqa: F401  a nested run that imports it leaves it half registered
 
 from headoff.attention import eager, register_attention, registry, sdpa
 from headoff.errors import SettingError
-from headoff.harness.benchmark import model_for, table
+from headoff.harness.benchmark import model_for
+from headoff.harness.report.terminal import benchmark_lines
 from headoff.harness.settings import Settings
 from headoff.timing import SpeedComparison
 
@@ -118,8 +120,13 @@ def test_other_benchmarks_are_left_alone(pytester, at_a_desk):
 def test_the_table_says_what_is_wrong():
     found = SpeedComparison.of([2e-3] * 8, [1e-3] * 8)
     memory = {"patch_memory": 2048, "baseline_memory": None}
-    record = found.as_dict() | memory | {"name": "one", "verdict": "faster", "outputs": "wrong"}
-    head, rule, row = table([record])
+    record = (
+        found.as_dict()
+        | memory
+        | {"name": "one", "verdict": "faster", "outputs": "wrong", "patch": "mine.py:f", "baseline": "sdpa"}
+    )
+    title, head, rule, row = benchmark_lines([record])
+    assert "mine.py:f against sdpa" in title
     assert "benchmark" in head and set(rule) == set("|- :")
     assert "faster, and wrong" in row and "2.00 ms" in row and row.endswith("2.00 KiB |        - |")
 

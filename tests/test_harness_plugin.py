@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import syrupy
 import torch
+import torch._inductor.test_operators  # noqa: F401  a nested run that imports it leaves it half registered
 from relevance_examples import tiny_detector
 from test_checkpoints import original_names
 

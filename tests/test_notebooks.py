@@ -48,10 +48,13 @@ def test_an_explanation_shows_masses_and_its_last_maps():
 TOUR = Path(__file__).parent.parent / "docs" / "tour.ipynb"
 
 
-def test_the_tour_runs(tmp_path):
+def test_the_tour_runs(tmp_path, monkeypatch):
     """In a fresh kernel, from the first cell to the last; what it says of its results is true of them."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
+    monkeypatch.setenv(
+        "OMP_NUM_THREADS", "1"
+    )  # the bundled model is small: threads would wait for one another
     notebook = nbformat.read(TOUR, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells), "strip the outputs"

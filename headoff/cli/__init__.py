@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from headoff import __version__
 from headoff.cli import bench, detect, explain, heads, references, roles, scenes, sweep, verify
@@ -22,9 +23,16 @@ Exit codes: 0 success; 1 `verify` found a wrong attention; 2 an option or a file
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"headoff: error: {message}; see {self.prog} --help\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands. Parsed options have `run`, which takes them and returns the exit code."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="headoff",
         description="Switch off attention heads of a DETR decoder, and see which detections survive and which parts of "
         "the image they depend on.",

@@ -124,6 +124,8 @@ def _texts(settings: argparse.Namespace) -> dict[str, Any]:
 def _pytest_options(settings: argparse.Namespace) -> list[str]:
     quiet = ["-q", "--no-header", "--tb=no", "-rN", "--disable-warnings"]
     options = ["-v", "--tb=short"] if settings.verbose else quiet
+    if (settings.benchmark or "benchmark" in (settings.only or ())) and not settings.verbose:
+        options.append("--benchmark-quiet")  # the verdict comes first, then our table
     if settings.junitxml:
         options.append(f"--junitxml={settings.junitxml}")
     if settings.workers:

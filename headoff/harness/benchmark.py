@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from headoff.harness.settings import Settings
 from headoff.scenes.samples import sample_image
 from headoff.timing import SpeedComparison, TimedCall, Turns, Verdict, peak_bytes, torch_threads
 from headoff.timing.clocks import Clock, clock_of, timer_of
-from headoff.wording import format_bytes, format_seconds, markdown_table
 
 SECONDS = {"cpu": 0.1, "cuda": 1.0}
 """About the time of all rounds of one benchmark. On a CPU benchmarks are part of every run, so they are short."""
@@ -138,26 +136,3 @@ class BenchmarkRunner:
                 "verdict": str(comparison.verdict(settings.max_slowdown)),
             },
         )
-
-
-HEAD = ("benchmark", "ratio", "interval", "verdict", "patch", "baseline", "memory", "baseline")
-"""Columns: times of one call, then peak memory of one call."""
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of text: a table with a line for each record of a benchmark."""
-    return markdown_table(HEAD, [_cells(record) for record in records])
-
-
-def _cells(record: Mapping[str, Any]) -> tuple[str, ...]:
-    verdict = record["verdict"] if record["outputs"] == "right" else f"{record['verdict']}, and wrong"
-    return (
-        record["name"],
-        f"{record['ratio']:.3f}",
-        f"{record['low']:.3f} to {record['high']:.3f}",
-        verdict,
-        format_seconds(record["patch_seconds"]),
-        format_seconds(record["baseline_seconds"]),
-        format_bytes(record["patch_memory"]),
-        format_bytes(record["baseline_memory"]),
-    )

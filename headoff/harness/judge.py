@@ -16,7 +16,7 @@ from headoff.harness.plugin.reporter import NO_VERDICT, command_line
 from headoff.harness.plugin.run import Run
 from headoff.harness.process import Event, emit, run_in_process
 from headoff.harness.report import remove_earlier_report, write_report
-from headoff.harness.report.terminal import summary_lines
+from headoff.harness.report.terminal import benchmark_lines, summary_lines
 from headoff.harness.settings import OPTIONS, Settings, read_settings
 from headoff.harness.suite_files import suites_folder
 
@@ -92,6 +92,8 @@ def _print(document: Mapping[str, Any], failures: Path, report: Path | None) -> 
     print("\n".join(summary_lines(document, failures)))
     if report:
         print(f"  report: {report}")
+    for line in benchmark_lines(document["benchmarks"]):
+        print(line)
 
 
 def _has_colours() -> bool:

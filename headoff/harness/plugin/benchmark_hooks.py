@@ -14,6 +14,7 @@ import pytest
 
 from headoff.errors import HeadoffError
 from headoff.harness.plugin.options import settings_from
+from headoff.harness.process import is_watched
 
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 """The records of all benchmarks of this run, in order."""
@@ -71,11 +72,11 @@ def pytest_benchmark_compare_machine_info(
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of comparisons."""
     records = terminalreporter.config.stash.get(RECORDS, [])
-    if records:
-        from headoff.harness.benchmark import table
+    # Under `headoff verify`, the process that judges shows the table below its verdict.
+    if records and not is_watched():
+        from headoff.harness.report.terminal import benchmark_lines
 
-        terminalreporter.section(f"{records[0]['patch']} against {records[0]['baseline']}")
-        for line in table(records):
+        for line in benchmark_lines(records):
             terminalreporter.write_line(line)
     for problem in terminalreporter.config.stash.get(PROBLEMS, []):
         terminalreporter.write_line(problem, red=True)
