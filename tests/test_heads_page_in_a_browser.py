@@ -127,7 +127,7 @@ def test_the_card_of_a_head_shows_what_is_lost_without_it(tmp_path):
     assert lost == [2]
     assert "Lost: #2 crescent." in seen["told"] and ["mark was", "#2 crescent lost"] in seen["boxes"]
     after = outcome.outcomes[2].query_score
-    assert f"#2 crescent: probability {importance.objects[2].score:.2f} → {after:.2f}" in seen["told"]
+    assert f"#2 crescent: probability at its query {importance.objects[2].score:.2f} → {after:.2f}" in seen["told"]
     assert seen["looks"] == 4 and seen["empty"] == 0 and seen["none"] == 4
 
 
