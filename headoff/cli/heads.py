@@ -235,12 +235,13 @@ def _largest(rows: Sequence[Sequence[float]], layers: int) -> str:
 
     places = [(layer, head) for layer in range(len(rows)) for head in range(len(rows[0]))]
     places.sort(key=lambda place: -abs(rows[place[0]][place[1]]))
-    texts = []
     columns = len(rows) == 1 < layers
+    texts = []
     for layer, head in places[: SUMMARISED[not columns]]:
-        name = f"H{head}" if columns else f"L{layer}H{head}"
-        texts.append(f"{name} {score_text(rows[layer][head], 2)}")
-    return "  ".join(texts)
+        score = score_text(rows[layer][head], 2)
+        if score != "0":
+            texts.append(f"H{head} {score}" if columns else f"L{layer}H{head} {score}")
+    return "  ".join(texts) or "none reaches 0.005"
 
 
 def _names(text: str, option: str) -> list[str]:

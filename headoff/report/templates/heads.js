@@ -146,7 +146,7 @@
     const lines = [`Switched off (${state.ablation} ablation):`, ...without.told];
     without.probabilities.forEach((after, o) => {
       const before = Number(card.baseline[o].score);
-      if (Math.abs(after - before) >= 0.015) lines.push(`${data.objects[o].name}: probability ${before.toFixed(2)} → ${after.toFixed(2)}`);
+      if (Math.abs(after - before) >= 0.015) lines.push(`${data.objects[o].name}: probability at its query ${before.toFixed(2)} → ${after.toFixed(2)}`);
     });
     $("told").replaceChildren(...lines.map((line) => element("li", "", line)));
   }
