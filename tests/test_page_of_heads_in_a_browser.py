@@ -3,6 +3,7 @@
 import pytest
 from importance_examples import importance_of
 from PIL import Image
+from test_page_in_a_browser import CHROMIUM, seen_in
 
 import headoff
 from headoff.figures.importance import decimals_of, score_text
@@ -10,8 +11,6 @@ from headoff.importance import HeadCards, aggregate
 from headoff.report import write_heads_report
 from headoff.report.heads import heads_index
 
-browser = pytest.importorskip("test_page_in_a_browser")
-CHROMIUM, seen_in = browser.CHROMIUM, browser.seen_in
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 LOOK = """
@@ -33,7 +32,7 @@ def texts(found, object=None):
 
 def test_choices_change_the_matrix_and_the_address(tmp_path):
     importance = importance_of()
-    write_heads_report(tmp_path, Image.new("RGB", (80, 60)), importance, provenance={}, figures=False)
+    write_heads_report(tmp_path, Image.new("RGB", (80, 60)), importance, provenance={})
     page = (tmp_path / "index.html").read_text()
     script = (
         LOOK
@@ -91,7 +90,7 @@ def test_choices_change_the_matrix_and_the_address(tmp_path):
 
 def test_an_address_shows_the_same_and_a_wrong_one_the_default(tmp_path):
     importance = importance_of()
-    write_heads_report(tmp_path, Image.new("RGB", (80, 60)), importance, provenance={}, figures=False)
+    write_heads_report(tmp_path, Image.new("RGB", (80, 60)), importance, provenance={})
     page = (tmp_path / "index.html").read_text()
     look = LOOK + 'seen.state = [$("object").value, $("measure").value, $("card-title").textContent];'
     good = "#object=2&measure=shapley&value=duplicates&head=L1H0"
@@ -104,7 +103,7 @@ def test_the_card_of_a_head_shows_what_is_lost_without_it(tmp_path):
     detector, image = headoff.load("scenes"), headoff.sample_image(0)
     importance = headoff.heads(detector, image, measures="removal", values="probability", ablations="uniform")
     cards = HeadCards.of(detector, image, importance)
-    write_heads_report(tmp_path, image, importance, provenance={}, cards=cards, figures=False)
+    write_heads_report(tmp_path, image, importance, provenance={}, cards=cards)
     script = (
         LOOK
         + """
@@ -127,17 +126,22 @@ def test_the_card_of_a_head_shows_what_is_lost_without_it(tmp_path):
     assert lost == [2]
     assert "Lost: #2 crescent." in seen["told"] and ["mark was", "#2 crescent lost"] in seen["boxes"]
     after = outcome.outcomes[2].query_score
-    assert f"#2 crescent: probability at its query {importance.objects[2].score:.2f} → {after:.2f}" in seen["told"]
+    assert (
+        f"#2 crescent: probability at its query {importance.objects[2].score:.2f} → {after:.2f}"
+        in seen["told"]
+    )
     assert seen["looks"] == 4 and seen["empty"] == 0 and seen["none"] == 4
 
 
 def test_the_page_of_several_images(tmp_path):
     found = [importance_of(2, seed=seed) for seed in range(5)]
     for seed, importance in enumerate(found):
-        write_heads_report(
-            tmp_path / f"{seed}.png", Image.new("RGB", (80, 60)), importance, provenance={}, figures=False
-        )
+        write_heads_report(tmp_path / f"{seed}.png", Image.new("RGB", (80, 60)), importance, provenance={})
     heads_index(tmp_path, [tmp_path / f"{seed}.png" for seed in range(5)])
+    (tmp_path / "here").mkdir()
+    script = LOOK + 'seen.pages = all("#pages a").map((link) => link.textContent);'
+    linked, errors = seen_in(tmp_path / "here", (tmp_path / "1.png" / "index.html").read_text(), script)
+    assert errors == [] and linked["pages"] == ["← 0.png", "all images", "2.png →"]
     script = LOOK + 'seen.unclear = all("#matrix .unclear").length; seen.spoken = cell(1, 1).title;'
     seen, errors = seen_in(tmp_path, (tmp_path / "index.html").read_text(), script)
     scores = next(iter(aggregate(found).scores.values()))

@@ -91,7 +91,7 @@ def test_the_page_is_one_valid_file(tmp_path):
 
 def test_the_page_has_what_becomes_of_objects_without_each_head(scene, tmp_path):
     image, importance, cards = scene
-    write_heads_report(tmp_path, image, importance, provenance=PROVENANCE, cards=cards, figures="page")
+    write_heads_report(tmp_path, image, importance, provenance=PROVENANCE, cards=cards)
     data = embedded((tmp_path / "index.html").read_text())
     result = cards.sweeps["uniform"]
     without = data["cards"]["uniform"]["without"]
@@ -113,7 +113,7 @@ def test_the_page_has_what_becomes_of_objects_without_each_head(scene, tmp_path)
 
 def test_files_of_a_report(tmp_path):
     importance = importance_of()
-    written(tmp_path / "out", importance, figures="page")
+    written(tmp_path / "out", importance)
     out = tmp_path / "out"
     contents = json.loads((out / "heads.json").read_text())
     assert contents["schema"] == "headoff.heads" and contents["schema_version"] == HEADS_SCHEMA_VERSION
@@ -133,17 +133,17 @@ def test_files_of_a_report(tmp_path):
 
 def test_reports_of_heads_and_of_a_sweep_replace_each_other(tmp_path):
     importance = importance_of()
-    written(tmp_path, importance, figures="page")
+    written(tmp_path, importance)
     result = headoff.sweep(headoff.load("scenes"), headoff.sample_image(0), "H1")
     headoff.write_report(tmp_path, headoff.sample_image(0), result, provenance=PROVENANCE)
     assert (tmp_path / "sweep.json").exists()
     assert not (tmp_path / "heads.json").exists() and not (tmp_path / "heads.csv").exists()
-    written(tmp_path, importance, figures="page")
+    written(tmp_path, importance)
     assert not (tmp_path / "sweep.json").exists() and not (tmp_path / "detections.csv").exists()
 
 
 def test_an_error_leaves_the_earlier_report(tmp_path, monkeypatch):
-    written(tmp_path, importance_of(), figures="page")
+    written(tmp_path, importance_of())
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fails(*_, **__):
@@ -151,7 +151,7 @@ def test_an_error_leaves_the_earlier_report(tmp_path, monkeypatch):
 
     monkeypatch.setattr("headoff.report.heads.render_heads_page", fails)
     with pytest.raises(RuntimeError):
-        written(tmp_path, importance_of(seed=1), figures="page")
+        written(tmp_path, importance_of(seed=1))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -168,7 +168,7 @@ def test_few_objects(tmp_path, objects):
 def test_the_index_of_several_images(tmp_path):
     found = [importance_of(1 + seed, seed=seed) for seed in range(3)]
     for seed, importance in enumerate(found):
-        written(tmp_path / f"{seed}.png", importance, figures="page")
+        written(tmp_path / f"{seed}.png", importance)
     heads_index(
         tmp_path, [tmp_path / f"{seed}.png" for seed in range(3)], failures={"x.png": "it is <broken>"}
     )
@@ -195,3 +195,19 @@ def test_the_index_of_several_images(tmp_path):
     (tmp_path / "0.png/heads.json").write_text("{}")
     with pytest.raises(OutputError, match=r"0\.png.* holds no finished results"):
         heads_index(tmp_path, [tmp_path / "0.png"])
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_figures_are_files_where_they_are_asked_for(tmp_path):
+    importance = importance_of(1, values=("probability",), ablations=("zero",))
+    done = []
+    written(tmp_path, importance, figures="all", format="svg", progress=lambda *of: done.append(of))
+    files = json.loads((tmp_path / "heads.json").read_text())["files"]
+    drawn = [file for file in files if file.startswith("figures/")]
+    assert drawn == [
+        f"figures/zero-{name}.svg"
+        for name in ("removal", "gradient", "shapley-columns", "interactions", "shapley", "measures")
+    ]
+    assert done[0] == (0, 7) and done[-1] == (7, 7)
+    written(tmp_path, importance, figures="none")
+    assert {path.name for path in tmp_path.rglob("*.*")} == {"heads.csv", "heads.json", "heads.safetensors"}

@@ -71,8 +71,8 @@ def add_parser(commands: Any) -> None:
         description="""\
 Score what every head of every layer contributes to every detected object, with a
 sign, by several measures. The report has a page with a matrix of layers x heads and
-a card for each head, figures, heads.json, heads.csv and heads.safetensors; that of
-several images also their mean, with 95% intervals.""",
+a card for each head, heads.json, heads.csv, heads.safetensors and, with --figures all,
+figures; that of several images also has their mean, with 95% intervals.""",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -21,6 +21,7 @@ from headoff.report.drawing import Drawing
 from headoff.report.folder import card_of
 from headoff.report.heads_data import heads_data, totals_data
 from headoff.report.heads_story import heads_headline, totals_headline
+from headoff.report.links import link_pages
 from headoff.report.maps import as_script
 from headoff.report.output import HEADS_FINISHED, INDEX, PAGE, THUMBNAIL, new_report, thumbnail
 from headoff.report.page import background_uri, template
@@ -72,18 +73,18 @@ def write_heads_report(
         drawn = [*importance_figures(picture, importance, cards)] if figures == "all" else []
         total = len(drawn) + (figures != "none")
         write.figures(drawn, drawing, lambda done, _: progress(done, total))
-        progress(len(drawn), total)
-        page = render_heads_page(
-            heads_data(importance, cards),
-            title=PurePath(name).name or "Heads",
-            verdict=headline,
-            provenance=provenance,
-            background=background_uri(picture),
-            size=picture.size if not len(importance.objects) else importance.objects.image_size[::-1],
-            pixelated=max(picture.size) < 400,
-            files=(TABLE, "heads.safetensors", HEADS_FINISHED),
-        )
         if figures != "none":
+            progress(len(drawn), total)
+            page = render_heads_page(
+                heads_data(importance, cards),
+                title=PurePath(name).name or "Heads",
+                verdict=headline,
+                provenance=provenance,
+                background=background_uri(picture),
+                size=importance.objects.image_size[::-1],
+                pixelated=max(picture.size) < 400,
+                files=(TABLE, "heads.safetensors", HEADS_FINISHED),
+            )
             write(THUMBNAIL, thumbnail(picture))
             write(PAGE, page)
         progress(total, total)
@@ -118,10 +119,10 @@ def heads_index(
         OutputError: an entry has no finished report, or a file cannot be written.
         SettingError: the entries were not scored alike.
     """
-    folder = Path(folder)
+    folder, reports = Path(folder), [Path(entry) for entry in entries]
     links, means = [], []
     provenance: dict[str, str] = {}
-    for entry in map(Path, entries):
+    for entry in reports:
         try:
             contents = json.loads((entry / HEADS_FINISHED).read_text(encoding="utf-8"))
             links.append(card_of(folder, entry, contents))
@@ -147,13 +148,9 @@ def heads_index(
             files=(TABLE,),
         )
         write(PAGE, page)
-        write(
-            INDEX,
-            json.dumps(
-                {"schema": "headoff.heads.index", "files": list(write.files), "images": len(links)}, indent=1
-            )
-            + "\n",
-        )
+        index = {"schema": "headoff.heads.index", "files": list(write.files), "images": len(links)}
+        write(INDEX, json.dumps(index, indent=1) + "\n")
+        link_pages(folder, reports, [link["name"] for link in links])
     return folder / PAGE
 
 
