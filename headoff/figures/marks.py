@@ -24,6 +24,10 @@ LONGEST_NAME = 32
 """Most characters of a class name; longer names are cut, so that labels do not hide the image."""
 
 
+MOST_LABELLED = 24
+"""Most labels in a picture: more would hide it. The first marks have them."""
+
+
 class Line(Enum):
     """How a box is drawn: line width in points, and dashes in line widths."""
 
@@ -56,6 +60,8 @@ class Mark:
 
 class Marks(Artist):
     """Draws marks, the first on top, within the image of `width` x `height` pixels.
+
+    Only the first `MOST_LABELLED` labels are drawn.
 
     After drawing, `texts` and `label_boxes` are the labels as they were laid out, in display coordinates.
     """
@@ -128,6 +134,8 @@ class Marks(Artist):
             return
         labels: list[tuple[Mark, Rect, Rect, str]] = []
         for mark, box in zip(self.marks, boxes, strict=True):
+            if len(labels) == MOST_LABELLED:
+                break
             room = image.width - 2 * pad
             text = next(
                 (text for text in _shorter_labels(mark.name, mark.note) if width_of(text) <= room), ""
@@ -171,7 +179,12 @@ class Marks(Artist):
     def _readable_size(self, image: Rect, points: float) -> float:
         """The font size: it grows with the image, and is smaller for many labels."""
         size = min(max((image.width * image.height) ** 0.5 / points / 42, 6.5), 9.0)
-        return size * 0.85 if sum(bool(mark.name) for mark in self.marks) > 15 else size
+        return size * 0.85 if labels_of(self.marks) > 15 else size
+
+
+def labels_of(marks: Sequence[Mark]) -> int:
+    """How many of the marks have a label."""
+    return sum(bool(mark.name or mark.note) for mark in marks)
 
 
 def _shorter_labels(name: str, note: str) -> Iterator[str]:

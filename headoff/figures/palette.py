@@ -1,15 +1,15 @@
 """Colours and symbols: one colour per object, the same in every picture, chart and page.
 
-The object colours can be distinguished with normal sight, protanopia and deuteranopia (OKLab distance of at least 0.07
-between any two, simulated as in Machado et al. 2009), and from a white and a black page. From the ninth object on they
-repeat, so objects are numbered as well.
+The first eight object colours can be distinguished with normal sight, protanopia and deuteranopia (OKLab distance of
+at least 0.07 between any two, simulated as in Machado et al. 2009), and from a white and a black page. The next sixteen
+are darker and lighter, and differ from all others for normal sight (0.05). Then they repeat, and objects are numbered.
 """
 
 from dataclasses import dataclass
 
 from headoff.outcomes import Status
 
-OBJECT_COLOURS = (
+_FIRST_COLOURS = (
     "#33BBEE",  # sky
     "#CC3311",  # red
     "#DDAA33",  # gold
@@ -18,6 +18,19 @@ OBJECT_COLOURS = (
     "#F781BF",  # pink
     "#999933",  # olive
     "#AA3377",  # plum
+)
+
+
+def _mixed(colour: str, other: int, share: float) -> str:
+    """`colour` with a share of black (0) or white (255)."""
+    channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + "".join(f"{round((1 - share) * channel + share * other):02X}" for channel in channels)
+
+
+OBJECT_COLOURS = (
+    *_FIRST_COLOURS,
+    *(_mixed(colour, 0, 0.45) for colour in _FIRST_COLOURS),
+    *(_mixed(colour, 255, 0.5) for colour in _FIRST_COLOURS),
 )
 
 UNMATCHED_COLOUR = "#FFFFFF"

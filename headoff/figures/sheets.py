@@ -12,9 +12,10 @@ from PIL import Image
 from headoff.figures.canvas import CAPTION, DPI, caption_width, figure_of, image_figure, legend_height
 from headoff.figures.captions import NONE_OFF, View, slug, views
 from headoff.figures.changes import head_changes_by_object
+from headoff.figures.marks import MOST_LABELLED, labels_of
 from headoff.figures.outcome_table import plot_outcomes
-from headoff.figures.palette import MUTED
-from headoff.figures.pictures import explain_lines, plot_detections, small_picture, summary
+from headoff.figures.palette import MUTED, OBJECT_COLOURS
+from headoff.figures.pictures import explain_lines, marks_of, plot_detections, small_picture, summary
 from headoff.figures.survival import plot_survival, shows_objects_apart
 from headoff.gates import CumulativeSweep, kind_of
 from headoff.images import ImageSource
@@ -80,7 +81,7 @@ def grids(result: SweepResult, shown: Sequence[View]) -> Iterator[tuple[str, Seq
 def _sheet(picture: Image.Image, result: SweepResult, members: Sequence[View], dpi: int) -> Figure:
     alone = len(members) == 1
     room = caption_width(result.image_size, len(members))
-    captions = [wrap(summary(view.outcome), int(room * 72 / (_CAPTION_POINTS * 0.56))) for view in members]
+    captions = [wrap(_told(result, view), int(room * 72 / (_CAPTION_POINTS * 0.56))) for view in members]
     caption = CAPTION + (max(map(len, captions)) - 1) * 0.15
     below = caption + (legend_height(result.image_size) if alone else 0.0)
     figure, axes = image_figure(result.image_size, len(members), below=below)
@@ -97,6 +98,13 @@ def _sheet(picture: Image.Image, result: SweepResult, members: Sequence[View], d
         if alone:
             explain_lines(ax, drop=5 + 72 * caption)
     return figure
+
+
+def _told(result: SweepResult, view: View) -> str:
+    """What became of the objects, and how many boxes have a label, where not all have one."""
+    labels = labels_of([*marks_of(view.detections, view.outcome, result.baseline, OBJECT_COLOURS)])
+    told = summary(view.outcome)
+    return f"{told}; {MOST_LABELLED} of {labels} boxes labelled" if labels > MOST_LABELLED else told
 
 
 def _caption(ax: Axes, text: str) -> None:
