@@ -1,6 +1,7 @@
 // Labels of boxes: at their boxes, within the picture, apart from each other. Those without room are shown on pointing.
 const layOutLabels = (() => {
   const MOST_COVERED = 0.08; // of a picture, by labels
+  const FEW = 10; // labels that are there in any case, unless they would overlap
 
   function spots(box, width, height, picture) {
     const { left, top } = box;
@@ -38,7 +39,7 @@ const layOutLabels = (() => {
         const cost = placed.reduce((sum, other) => sum + overlap(x, y, width, height, other), 0);
         if (best === null || cost + rank < best.cost + best.rank) best = { x, y, rank, cost };
       });
-      const crowded = best.cost > 0.05 * width * height || covered + width * height > MOST_COVERED * room.width * room.height;
+      const crowded = best.cost > 0.05 * width * height || (placed.length >= FEW && covered + width * height > MOST_COVERED * room.width * room.height);
       label.classList.toggle("waiting", crowded && placed.length > 0);
       label.style.translate = `${best.x - box.left}px ${best.y - box.top}px`;
       if (crowded && placed.length > 0) {
