@@ -142,10 +142,13 @@ def test_every_control_of_the_page(page, tmp_path):
 
 
 def test_an_address_shows_the_same_on_a_telephone(page, tmp_path):
+    # As `folder_index` links a page with the others of its folder.
+    links = '<link rel="index" href="../index.html" title="all images"><link rel="next" href="../b/" title="b.png">'
     seen, errors = seen_in(
         tmp_path,
-        page,
+        page.replace("<!--pages-->", f"<!--pages-->{links}"),
         """
+        seen.links = all("#pages a").map((link) => [link.getAttribute("href"), link.textContent]);
         seen.shown = shown();
         seen.layer = $("layer-now").textContent;
         seen.object = $("object").value;
@@ -160,6 +163,7 @@ def test_an_address_shows_the_same_on_a_telephone(page, tmp_path):
     )
     assert errors == []
     assert seen == {
+        "links": [["../index.html", "all images"], ["../b/", "b.png →"]],
         "shown": ["first 4 off"],
         "layer": "3",
         "object": "2",
