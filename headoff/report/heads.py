@@ -169,5 +169,6 @@ def render_heads_page(data: Mapping[str, Any], **context: Any) -> str:
         data=data,
         json=as_script(dict(data)),
         aspect=f"{width} / {height}",
+        flat=width > 2.2 * height,
         **{**defaults, **context},
     )
