@@ -25,7 +25,13 @@ from headoff.harness.model.detections import (
 from headoff.harness.model.mutations import require_rejected, some_heads, with_wrong_heads
 from headoff.harness.model.patched import features_on, findings_about, patched
 from headoff.harness.plugin.options import settings_from
-from headoff.harness.reference.cases import CONFIDENCE, case_names, configuration_names, reference_case
+from headoff.harness.reference.cases import (
+    BUNDLED_MODEL,
+    CONFIDENCE,
+    case_names,
+    configuration_names,
+    reference_case,
+)
 from headoff.harness.reference.golden import GoldenDetections, detection_rows, in_folder
 from headoff.harness.settings import Settings
 
@@ -110,7 +116,9 @@ def test_the_tolerance_tells_configurations_apart(case, under_test):
             if not detection_mismatches(expected, wrong, tolerance):
                 accepted.append(f"the detections under '{other.name}' pass as those under '{one.name}'")
         tested += 1
-    assert with_detections or case.model != BUNDLED, "all configurations are empty: this scene tests nothing"
+    assert with_detections or case.model != BUNDLED_MODEL, (
+        "all configurations are empty: this scene tests nothing"
+    )
     require_rejected(under_test, case, "wrong outputs", accepted, tested + with_detections)
 
 

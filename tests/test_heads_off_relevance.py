@@ -288,7 +288,7 @@ def oracle_maps(case, configuration) -> CaseMaps:
     """The oracle's maps, with a tolerance made of eager's float32 errors."""
     maps = case.compute_maps(configuration)
     single = dense_maps(
-        headoff.load(case.model, attention="eager", dtype=torch.float32),
+        case.model.load(attention="eager", dtype=torch.float32),
         features_on(case, torch.device("cpu"), torch.float32),
         configuration,
         case.targets,
