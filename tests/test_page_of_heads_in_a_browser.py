@@ -19,6 +19,7 @@ const matrix = () => all("#matrix tbody tr").map(texts);
 const blank = ({ width, height }) => painted(Object.assign(document.createElement("canvas"), { width, height }));
 const chosen = () => all('#matrix [aria-selected="true"] button').map((cell) => cell.getAttribute("aria-label"));
 const pressed = (key, on) => on.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const choose_head = (head) => page.set({ head });
 const cell = (layer, head) => all("#matrix tbody tr")[layer].querySelectorAll("button")[head];
 """
 
@@ -54,6 +55,11 @@ def test_choices_change_the_matrix_and_the_address(tmp_path):
         pressed("ArrowDown", document.body);
         seen.elsewhere = $("card-title").textContent;
         seen.address = location.hash;
+        seen.points = all("#kinds g").length;
+        seen.here = all("#kinds .here title").map((title) => title.textContent);
+        all("#kinds g")[5].dispatchEvent(new MouseEvent("click", { bubbles: true }));
+        seen.pointed = $("card-title").textContent;
+        choose_head("L1H3");
         seen.numbers = all("#numbers tbody tr").map((row) => [...row.children].map((one) => one.textContent));
         choose("measure", "shapley_columns");
         seen.columns = [matrix(), $("card-title").textContent];
@@ -77,6 +83,11 @@ def test_choices_change_the_matrix_and_the_address(tmp_path):
     assert seen["focused"].startswith("Layer 1, head 2") and seen["elsewhere"] == "Layer 1, head 3"
     for part in ("object=1", "measure=shapley", "ablation=uniform", "head=L1H3"):
         assert part in seen["address"]
+    under = [importance.get("shapley", "probability", kind) for kind in ("zero", "uniform")]
+    decimals = decimals_of(max(float(found.scores.abs().max()) for found in under))
+    zero, uniform = (score_text(float(found.scores[1, 1, 3]), decimals) for found in under)
+    assert seen["points"] == 12 and seen["pointed"] == "Layer 1, head 1"
+    assert seen["here"] == [f"Layer 1, head 3: {zero} under zero, {uniform} under uniform"]
     numbers = {row[0]: row[1:] for row in seen["numbers"]}
     assert numbers["shapley"][0] == texts(shapley, 1)[1][3]
     assert numbers["gradient"][1:] == ["–", "–"] and "shapley_columns (all layers)" in numbers

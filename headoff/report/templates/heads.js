@@ -90,7 +90,7 @@
         button.tabIndex = chosen ? 0 : -1;
         shade(button, value, limit);
         let spoken = `${nameOf(single ? null : layer, head)}: ${text(value, decimals)}`;
-        if (scores.low) spoken += `, 95% interval ${text(scores.low[row][layer][head], decimals)} to ${text(scores.high[row][layer][head], decimals)}`;
+        if (scores.low && scores.low[row][layer][head] !== null) spoken += `, 95% interval ${text(scores.low[row][layer][head], decimals)} to ${text(scores.high[row][layer][head], decimals)}`;
         if (unclear) spoken += ", the interval spans 0";
         button.setAttribute("aria-label", spoken);
         button.title = spoken;
@@ -167,7 +167,7 @@
           if (layer !== null) {
             const decimals = decimalsOf(limitOf(scores.rows));
             shown = text(rows[layer][state.head], decimals);
-            if (scores.low) shown += ` (${text(scores.low[0][layer][state.head], decimals)} to ${text(scores.high[0][layer][state.head], decimals)})`;
+            if (scores.low && scores.low[0][layer][state.head] !== null) shown += ` (${text(scores.low[0][layer][state.head], decimals)} to ${text(scores.high[0][layer][state.head], decimals)})`;
             some = true;
           }
         }
@@ -296,6 +296,51 @@
     })));
   }
 
+  // A point for each head: its score under the first ablation kind, and under another.
+  function showKinds() {
+    if (!$("kinds")) return;
+    const kinds = [names.ablation[0], state.ablation === names.ablation[0] ? names.ablation[1] : state.ablation];
+    const found = kinds.map((kind) => keyed.get(`${kind}/${state.measure}/${state.value}`));
+    $("kinds-section").hidden = found.some((scores) => !scores || !scores.rows.length);
+    if ($("kinds-section").hidden) return;
+    const [x, y] = found.map((scores) => scores.rows[rowOf(scores)]);
+    const all = [...x.flat(), ...y.flat(), 0];
+    const [low, high] = [Math.min(...all), Math.max(...all)];
+    const room = 0.08 * (high - low) || 1;
+    const side = 400;
+    const place = (value) => (side * (value - low + room)) / (high - low + 2 * room);
+    const shape = (kind, attributes, content = "") => {
+      const made = document.createElementNS("http://www.w3.org/2000/svg", kind);
+      for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+      made.append(content);
+      return made;
+    };
+    const line = (x1, y1, x2, y2, name) => shape("line", { x1, y1: side - y1, x2, y2: side - y2, class: name });
+    const zero = place(0);
+    const chart = shape("svg", { viewBox: `0 0 ${side} ${side}`, role: "img", "aria-label": `scores under ${kinds[0]} and under ${kinds[1]} ablation` });
+    chart.append(line(0, 0, side, side, "equal"), line(zero, 0, zero, side, "axes"), line(0, zero, side, zero, "axes"));
+    chart.append(shape("text", { x: side - 4, y: Math.min(side - zero + 14, side - 4), "text-anchor": "end" }, `${kinds[0]} →`));
+    chart.append(shape("text", { x: Math.max(zero - 6, 40), y: 12, "text-anchor": zero > 60 ? "end" : "start" }, `${kinds[1]} ↑`));
+    const single = x.length === 1 && layers > 1;
+    const points = x.flatMap((row, layer) => row.map((_, head) => ({ layer, head, x: x[layer][head], y: y[layer][head] })));
+    const size = (point) => Math.hypot(point.x, point.y);
+    const largest = [...points].sort((a, b) => size(b) - size(a)).slice(0, 16).filter((point) => size(point) >= 0.05 * (high - low));
+    const decimals = decimalsOf(Math.max(...found.map((scores) => limitOf(scores.rows))));
+    for (const point of points) {
+      const layer = single ? null : point.layer;
+      const here = point.head === state.head && layer === state.layer;
+      const group = shape("g", { class: `${largest.includes(point) ? "" : "unnamed"}${here ? " here" : ""}` });
+      const at = { cx: place(point.x), cy: side - place(point.y), r: 5 };
+      const end = at.cx > side - 60;
+      group.append(shape("circle", at), shape("text", { x: at.cx + (end ? -8 : 8), y: at.cy - 4, "text-anchor": end ? "end" : "start" }, written(layer, point.head)));
+      group.append(shape("title", {}, `${nameOf(layer, point.head)}: ${text(point.x, decimals)} under ${kinds[0]}, ${text(point.y, decimals)} under ${kinds[1]}`));
+      group.addEventListener("click", () => choose(layer, point.head, false));
+      chart.append(group);
+    }
+    $("kinds").replaceChildren(chart);
+    $("kinds-of").textContent = `${state.measure} of ${state.value}, ${whatIsScored(found[0])}: each head under ${kinds[0]} (across) and under ${kinds[1]} ablation (up). On the dashed line both agree.`;
+  }
+
   function show() {
     showMatrix();
     $("card-title").textContent = nameOf(state.layer, state.head);
@@ -304,6 +349,7 @@
     showLooks();
     showColumns();
     showCorrelations();
+    showKinds();
     for (const what of ["object", "measure", "value", "ablation"]) if ($(what)) $(what).value = state[what];
     if ($("none")) $("none").checked = state.none;
   }
