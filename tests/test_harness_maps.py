@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from headoff.attention import eager
+from headoff.detr.checkpoints.choice import ModelChoice
 from headoff.errors import SettingError
 from headoff.gates import Clause, Configuration, HeadLayout, first_off, stack
 from headoff.harness.model import relevance
@@ -89,7 +90,7 @@ def test_wrong_results_that_pass_are_a_failure_or_are_told(model, dtype):
     """In float32 with the bundled model the run ends without a verdict; elsewhere the verdict names what passed."""
     told = []
     under_test = SimpleNamespace(dtype=dtype, cannot_tell=told.append)
-    reference = SimpleNamespace(model=model, name="street")
+    reference = SimpleNamespace(model=ModelChoice(model), name="street")
     require_rejected(under_test, reference, "wrong maps", [], 12)
     assert told == []
     if model == "scenes" and dtype == torch.float32:
