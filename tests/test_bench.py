@@ -28,7 +28,7 @@ from headoff.bench.attentions import ATTENTIONS, EAGER, FLEX, OWN, SDPA_BACKENDS
 from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, with_attention
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs, outputs_and_masks, truth_of
-from headoff.bench.report import Measurement, Report
+from headoff.bench.report import TITLES, Measurement, Report
 from headoff.bench.runner import Case, Plan, Provider, Runner
 from headoff.bench.suites import check_of, gates_of
 from headoff.bench.workloads import (
@@ -675,7 +675,7 @@ def test_defaults(monkeypatch):
         "--dtype", "float16", "--dtype", "float16", "--only", "sweep", "--seconds", "2", "--threads", "2"
     )
     assert chosen == Plan(CPU, (torch.float16,), ("scenes",), ("sweep",), 2.0, 2)
-    assert set(command.SUITES) == set(suites.SUITES)
+    assert set(command.SUITES) == set(suites.SUITES) == set(TITLES)
 
 
 def test_help_does_not_import_torch():

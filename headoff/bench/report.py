@@ -23,6 +23,7 @@ TITLES = {
     "decoder": "Decoder",
     "sweep": "Sweep, from the image to the outcomes",
     "relevance": "Relevance, from the image to the maps",
+    "importance": "What heads contribute, from the image to the scores",
 }
 HEAD = ("provider", "x reference", "interval", "time", "memory", "rounds")
 
