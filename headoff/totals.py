@@ -174,13 +174,28 @@ def bootstrap_interval(sums: np.ndarray, objects: np.ndarray) -> tuple[np.ndarra
     if images < 2:
         nothing = np.full(configurations, np.nan)
         return nothing, nothing
+    means = bootstrap_means(sums, objects[:, None])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return low, high
+
+
+def bootstrap_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(summed over images) sums / counts in samples of a bootstrap over images with a fixed seed.
+
+    Args:
+        sums: (images, n), of n quantities.
+        counts: (images, n or 1).
+
+    Returns:
+        (`RESAMPLES`, n); NaN where no image that was drawn counts.
+    """
     generator = np.random.default_rng(0)  # the same images have the same intervals
+    images = len(sums)
     means = []
     at_once = max(1, _AT_ONCE // images)
     for start in range(0, RESAMPLES, at_once):
         samples = min(at_once, RESAMPLES - start)
         # How often each image is drawn.
         drawn = generator.multinomial(images, np.full(images, 1 / images), size=samples)
-        means.append((drawn @ sums) / (drawn @ objects)[:, None])
-    low, high = np.quantile(np.concatenate(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return low, high
+        means.append((drawn @ sums) / (drawn @ counts))
+    return np.concatenate(means)

@@ -83,9 +83,9 @@ def ablation_draws(
     if kind == "uniform":
         return (Ablation("uniform", attend_uniformly),)
     found = _references(kind, detector, references)
-    judged = None if image is None else hash_of_image(image)
     if kind == "mean":
         return (Ablation("mean", ConstantReplacement(found.mean, detector)),)
+    judged = None if image is None else hash_of_image(image)
     if kind == "resample":
         others = [index for index, sampled in enumerate(found.sampled) if sampled != judged]
         if not others:

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headoff.choices import ABLATION_KINDS, DEFAULT_SITE, MEASURES, SITES, VALUES
+from headoff.choices import ABLATION_KINDS, MEASURES, VALUES
 from headoff.cli.options import (
     add_confidence_option,
     add_detector_options,
     add_references_option,
     add_report_options,
+    add_site_option,
     named_path,
     positive,
 )
@@ -78,12 +79,7 @@ figures; that of several images also has their mean, with 95% intervals.""",
     )
     add_report_options(parser, "headoff-heads")
     group = parser.add_argument_group("what to score")
-    group.add_argument(
-        "--site",
-        choices=SITES,
-        default=DEFAULT_SITE,
-        help=f"the attention whose heads are scored (default {DEFAULT_SITE})",
-    )
+    add_site_option(group, "the attention whose heads are scored")
     group.add_argument(
         "--measure",
         default=DEFAULT_MEASURES,

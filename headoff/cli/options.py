@@ -6,9 +6,10 @@ Nothing here imports torch, so that `headoff COMMAND --help` is fast.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from headoff.choices import ABLATION_KINDS, DEFAULT_SITE, DTYPES, FIGURE_FORMATS, FIGURES, SITES
+from headoff.choices import ABLATION_KINDS, DEFAULT_SITE, DTYPES, FIGURE_FORMATS, FIGURES, SITES, Site
 
 CONFIGURATION_SETS = ("cumulative", "single", "subsets")
 
@@ -179,13 +180,13 @@ def add_configuration_options(
         help="order of heads in the cumulative sweep: `7,6,5,4,3,2,1,0`, `reverse`, `random:SEED`, `importance` (the "
         "least important first, by Shapley values in the image) or `importance:most`",
     )
-    group.add_argument(
-        "--site",
-        choices=SITES,
-        default=DEFAULT_SITE,
-        help=f"the attention that is gated (default {DEFAULT_SITE})",
-    )
+    add_site_option(group, "the attention that is gated")
     return group
+
+
+def add_site_option(group: argparse._ArgumentGroup, what: str, sites: Sequence[Site] = SITES) -> None:
+    """Add --site; `what` begins its help."""
+    group.add_argument("--site", choices=sites, default=DEFAULT_SITE, help=f"{what} (default {DEFAULT_SITE})")
 
 
 def add_ablation_options(group: argparse._ArgumentGroup) -> None:

@@ -6,16 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headoff.choices import DEFAULT_SITE, VALUES
+from headoff.choices import VALUES, Site
 from headoff.cli.options import (
     add_confidence_option,
     add_detector_options,
     add_image_argument,
+    add_site_option,
     named_path,
     positive,
 )
 
-DECODER_SITES = ("decoder_cross", "decoder_self")
+DECODER_SITES: tuple[Site, ...] = ("decoder_cross", "decoder_self")
 
 EPILOG = """\
 examples:
@@ -52,12 +53,7 @@ def add_parser(commands: Any) -> None:
     )
     group = parser.add_argument_group("optimal constants")
     group.add_argument("--optimal", action="store_true", help="fit them, by gradient descent")
-    group.add_argument(
-        "--site",
-        choices=DECODER_SITES,
-        default=DEFAULT_SITE,
-        help=f"the attention that they are fitted for (default {DEFAULT_SITE})",
-    )
+    add_site_option(group, "the attention that they are fitted for", DECODER_SITES)
     group.add_argument(
         "--value",
         choices=VALUES[:4],
@@ -72,25 +68,24 @@ def add_parser(commands: Any) -> None:
 
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
-    from tqdm import tqdm
-
     from headoff.ablation import fit_optimal, gather_references
     from headoff.cli.detectors import load_detector
     from headoff.cli.images import images_at
+    from headoff.cli.progress import progress_bar
     from headoff.wording import counted
 
     images = images_at(settings.images).paths
     detector = load_detector(settings)
-    with tqdm(total=len(images), desc="gathering", unit="image") as bar:
+    with progress_bar("gathering", "image") as update:
         references = gather_references(
             detector,
             images,
             samples=settings.samples,
-            progress=lambda *_: bar.update(),
+            progress=update,
             provenance={"model": str(settings.model), "images": f"{len(images)} images"},
         )
     if settings.optimal:
-        with tqdm(total=settings.steps, desc="fitting", unit="step") as bar:
+        with progress_bar("fitting", "step") as update:
             references = fit_optimal(
                 detector,
                 images,
@@ -99,7 +94,7 @@ def run(settings: argparse.Namespace) -> int:
                 value=settings.value,
                 steps=settings.steps,
                 confidence=settings.confidence,
-                progress=lambda *_: bar.update(),
+                progress=update,
             )
     references.save(settings.out)
     print(f"the reference set of {counted(len(images), 'image')} is in {settings.out}")

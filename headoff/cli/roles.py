@@ -7,12 +7,12 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headoff.choices import DEFAULT_SITE, SITES
 from headoff.cli.options import (
     add_ablation_options,
     add_confidence_option,
     add_detector_options,
     add_image_argument,
+    add_site_option,
     named_path,
 )
 from headoff.cli.tables import table
@@ -51,12 +51,7 @@ def add_parser(commands: Any) -> None:
         "--out", type=named_path, default=Path("headoff-roles"), help="folder (default headoff-roles)"
     )
     group = parser.add_argument_group("what to switch off")
-    group.add_argument(
-        "--site",
-        choices=SITES,
-        default=DEFAULT_SITE,
-        help=f"the attention whose heads are measured (default {DEFAULT_SITE})",
-    )
+    add_site_option(group, "the attention whose heads are measured")
     add_ablation_options(group)
     add_confidence_option(parser)
     add_detector_options(parser)
@@ -65,11 +60,10 @@ def add_parser(commands: Any) -> None:
 
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
-    from tqdm import tqdm
-
     from headoff.cli.configurations import describe_ablation
     from headoff.cli.detectors import load_detector, provenance
     from headoff.cli.images import images_at
+    from headoff.cli.progress import progress_bar
     from headoff.files import lock
     from headoff.importance.roles import head_roles
     from headoff.report.roles import write_roles
@@ -83,7 +77,7 @@ def run(settings: argparse.Namespace) -> int:
         **describe_ablation(settings),
     }
     with lock(settings.out):
-        with tqdm(total=len(images), desc="measuring", unit="image") as bar:
+        with progress_bar("measuring", "image") as update:
             found = head_roles(
                 detector,
                 images,
@@ -91,7 +85,7 @@ def run(settings: argparse.Namespace) -> int:
                 ablation=settings.ablate,
                 references=settings.references,
                 confidence=settings.confidence,
-                progress=lambda *_: bar.update(),
+                progress=update,
             )
         write_roles(settings.out, found, made_with)
     print(_summary(found))

@@ -186,13 +186,11 @@ class Game:
         ]
         # A backward pass keeps about three times as much as a forward pass.
         at_once = max(1, configurations_at_once(self.detector, self.features, self.memory_budget) // 3)
-        at_each = torch.arange(len(gates)) if self.site == "encoder_self" else None
-        pairs = torch.cartesian_prod(torch.arange(len(gates)), torch.arange(max(len(self.objects), 1)))
-        batches = (
-            pairs.split(at_once)
-            if at_each is None
-            else [b for one in at_each for b in pairs[pairs[:, 0] == one].split(at_once)]
-        )
+        objects = max(len(self.objects), 1)
+        pairs = torch.cartesian_prod(torch.arange(len(gates)), torch.arange(objects))
+        # The encoder runs once in a batch, so there all pairs have the same gate.
+        groups = pairs.split(objects if self.site == "encoder_self" else len(pairs))
+        batches = [batch for group in groups for batch in group.split(at_once)]
         for draw in self.draws:
             for batch in batches:
                 for result, found in zip(results, self._gradients(draw, batch, gates), strict=True):

@@ -22,10 +22,8 @@ from headoff.images import ImageSource, load_image
 from headoff.importance.attention import STATISTICS, attention_at_objects, attention_statistics
 from headoff.importance.games import Game
 from headoff.importance.heads import heads as score_heads
+from headoff.totals import LEVEL, bootstrap_means
 from headoff.values import Objects
-
-LEVEL = 0.95
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -70,13 +68,11 @@ class Estimate:
     @classmethod
     def of(cls, images: np.ndarray) -> Estimate:
         """From (n, ...) images; NaN where an image has no value."""
-        generator = np.random.default_rng(0)  # the same images have the same intervals
         there = np.isfinite(images)
         filled = np.where(there, images, 0.0).reshape(len(images), -1)
         counts = there.reshape(len(images), -1).astype(np.float64)
-        drawn = generator.multinomial(len(images), np.full(len(images), 1 / len(images)), size=RESAMPLES)
         with np.errstate(invalid="ignore"):
-            means = (drawn @ filled) / (drawn @ counts)
+            means = bootstrap_means(filled, counts)
             mean = filled.sum(0) / counts.sum(0)
             low, high = np.nanquantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
             error = np.nanstd(means, axis=0)
