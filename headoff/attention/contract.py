@@ -37,10 +37,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor
 
 from headoff.errors import AttentionError
+from headoff.signatures import signature_of, takes_keyword, without_annotations
 
 SIGNATURE = "(query, key, value, attn_mask=None, *, head_gate=None)"
 
@@ -140,66 +140,28 @@ def conform(call: Any, label: str) -> Attention:
         raise AttentionError(f"{label} is a class: pass an instance of it, or a function of {SIGNATURE}.")
     if not callable(call):
         raise AttentionError(f"{label} cannot be called: an attention is a function that takes {SIGNATURE}.")
-    signature = _signature(call)
+    signature = signature_of(call)
     if signature is None:
         return AdaptedAttention(call, label)
     mask_keyword = _mask_keyword(signature, label)
-    takes_gate = _takes(signature, "head_gate")
-    if takes_gate and mask_keyword is None and _takes(signature, "attn_mask"):
+    takes_gate = takes_keyword(signature, "head_gate")
+    if takes_gate and mask_keyword is None and takes_keyword(signature, "attn_mask"):
         return cast(Attention, call)
     return AdaptedAttention(call, label, mask_keyword, takes_gate)
-
-
-def _signature(call: Any) -> inspect.Signature | None:
-    """The signature of the function that does the work behind wrappers; None if it cannot be inspected."""
-    owner = getattr(call, "__self__", None)
-    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and call.__name__ == "apply":
-        return _apply_signature(owner)
-    # A compiled module, and the __call__ of any module, has the signature (*args, **kwargs).
-    call = getattr(call, "_orig_mod", call)
-    if isinstance(call, torch.nn.Module):
-        call = call.forward
-    try:
-        return inspect.signature(call)
-    except (ValueError, TypeError):
-        return None
-
-
-def _apply_signature(function: type[torch.autograd.Function]) -> inspect.Signature:
-    """The signature of the `apply` of an autograd function: that of its `forward`, positional only."""
-    parameters = list(inspect.signature(function.forward).parameters.values())
-    if function.setup_context is torch.autograd.Function.setup_context:
-        parameters = parameters[1:]  # ctx
-    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
-    return inspect.Signature(
-        [
-            parameter
-            if parameter.kind is parameter.VAR_POSITIONAL
-            else parameter.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
-            for parameter in parameters
-            if parameter.kind not in by_name
-        ]
-    )
-
-
-def _takes(signature: inspect.Signature, keyword: str) -> bool:
-    """Whether the signature accepts `keyword=...`."""
-    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    if inspect.Parameter.VAR_KEYWORD in kinds.values():
-        return True
-    return kinds.get(keyword) in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def _mask_keyword(signature: inspect.Signature, label: str) -> str | None:
     """The keyword to pass the mask by, or None to pass it as the fourth argument; raises if neither is possible."""
     keyword = None
     if not _fourth_is_mask(signature):
-        named = [name for name in MASK_NAMES if name in signature.parameters and _takes(signature, name)]
-        if not named and not _fourth_may_be_mask(signature) and _takes(signature, MASK_NAMES[0]):
+        named = [
+            name for name in MASK_NAMES if name in signature.parameters and takes_keyword(signature, name)
+        ]
+        if not named and not _fourth_may_be_mask(signature) and takes_keyword(signature, MASK_NAMES[0]):
             named = [MASK_NAMES[0]]
         if not named and not _fourth_may_be_mask(signature):
             raise AttentionError(
-                f"{label} takes {_without_annotations(signature)}, with no place for the mask: give it a parameter "
+                f"{label} takes {without_annotations(signature)}, with no place for the mask: give it a parameter "
                 f"attn_mask=None."
             )
         keyword = named[0] if named else None
@@ -210,7 +172,7 @@ def _mask_keyword(signature: inspect.Signature, label: str) -> str | None:
             signature.bind(*"qkv", **{keyword: "m"})
     except TypeError as error:
         raise AttentionError(
-            f"{label} takes {_without_annotations(signature)} and cannot be called as (query, key, value, attn_mask): "
+            f"{label} takes {without_annotations(signature)} and cannot be called as (query, key, value, attn_mask): "
             f"{error}; give the other parameters defaults, or pass a functools.partial."
         ) from None
     return keyword
@@ -231,9 +193,3 @@ def _fourth_may_be_mask(signature: inspect.Signature) -> bool:
     if len(positional) > 3:
         return positional[3].default in (None, inspect.Parameter.empty)
     return any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values())
-
-
-def _without_annotations(signature: inspect.Signature) -> str:
-    """The signature as text, without annotations, which would make it hard to read."""
-    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
-    return str(inspect.Signature(bare))
