@@ -15,6 +15,8 @@ import pytest
 from explanation_examples import explanation_of
 from sweep_examples import scene_example
 
+from headoff.figures.palette import STATUS_STYLES
+from headoff.gates import all_subsets
 from headoff.report.page import render_page
 
 CHROMIUM = next(
@@ -171,3 +173,62 @@ def test_an_address_shows_the_same_on_a_telephone(page, tmp_path):
         "wide": [],
     }
     assert seen["map"].startswith("attention, head 5 of layer 3")
+
+
+def test_a_switch_for_each_head_shows_every_subset_and_says_what_is_next(tmp_path):
+    image, result = scene_example(configurations=all_subsets(8))
+    letters = [[STATUS_STYLES[found.status].letter for found in one.outcomes] for one in result.outcomes]
+    survival = result.survival().T.tolist()
+    links = '<link rel="next" href="../b/" title="b.png">'
+    seen, errors = seen_in(
+        tmp_path,
+        render_page(image, result, {}).replace("<!--pages-->", f"<!--pages-->{links}"),
+        """
+        seen.stepper = [$("slider"), $("previous")].filter(Boolean).length;
+        const switches = all("#board [role=switch]");
+        const on = () => switches.map((one) => one.getAttribute("aria-checked") === "true" ? 1 : 0).join("");
+        const cellsOf = (row) => [...row.querySelectorAll("td")].map((cell) => cell.textContent);
+        const cells = () => all("#board tbody tr").map(cellsOf);
+        const look = () => [shown(), on(), location.hash, cells()];
+        seen.first = look();
+        switches[2].click();
+        seen.clicked = look();
+        press("6");
+        seen.pressed = look();
+        all("#board tbody tr")[1].querySelectorAll("td.next")[2].click();
+        seen.cell = look();
+        press("-");
+        seen.allOff = look();
+        press("ArrowLeft");
+        seen.stepped = look();
+        seen.link = document.querySelector("#pages a").getAttribute("href");
+        page.set({ step: 9 });
+        press("+");
+        seen.allOn = look();
+        """,
+        address="#step=0",
+    )
+    assert errors == [] and seen["stepper"] == 0 and seen["link"] == "../b/"
+    steps = {"first": 0, "clicked": 4, "pressed": 68, "cell": 64, "allOff": 255, "stepped": 254, "allOn": 0}
+    for name, step in steps.items():
+        title, on, address, cells = seen[name]
+        assert title == [result.configurations[step].name]
+        assert on == "".join("0" if step >> head & 1 else "1" for head in range(8))
+        assert address == (f"#step={step}" if step else "")
+        *objects, duplicates, unmatched = cells
+        for o, (now, *after) in enumerate(objects):
+            assert now == f"{letters[step][o]} {survival[step][o]:.2f}"
+            for head, text in enumerate(after):
+                letter, change = text.split()
+                then = step ^ 1 << head
+                assert letter == letters[then][o]
+                by = survival[then][o] - survival[step][o]
+                assert float(change.replace("\N{MINUS SIGN}", "-")) == pytest.approx(by, abs=0.0051)
+        for counts, (now, *after) in (
+            ([one.duplicates for one in result.outcomes], duplicates),
+            ([len(one.unmatched) for one in result.outcomes], unmatched),
+        ):
+            assert int(now) == counts[step]
+            for head, text in enumerate(after):
+                change = int(text.replace("\N{MINUS SIGN}", "-"))
+                assert change == counts[step ^ 1 << head] - counts[step]

@@ -4,6 +4,7 @@ story.py    sentences: the verdict, and what became of each object
 evidence.py sentences on an explanation
 tables.py   rows for CSV, the contents of sweep.json
 maps.py     relevance maps as data for the page's script
+switches.py all subsets of heads as data for the page's switches
 page.py     index.html, from templates/
 drawing.py  the choice of figures, and their files
 output.py   the output folder: files are written atomically, sweep.json last

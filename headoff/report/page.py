@@ -1,7 +1,8 @@
 """The page of a sweep: one HTML file with everything in it.
 
 The image is stored once. Boxes are elements on top of it; maps are data that the page's scripts draw. Without scripts
-the page shows all configurations one below the other; with scripts it steps through them.
+the page shows all configurations one below the other; with scripts it steps through them, and through all subsets of
+heads by a switch for each head.
 """
 
 import base64
@@ -34,6 +35,7 @@ from headoff.relevance.explanations import Explanation
 from headoff.report.evidence import evidence, headline
 from headoff.report.maps import as_script, page_maps
 from headoff.report.story import sentences
+from headoff.report.switches import switches
 from headoff.report.tables import object_assignments
 from headoff.sweeps import SweepResult
 from headoff.wording import counted
@@ -70,6 +72,7 @@ def render_page(
     shown = views(result)
     pictured = shown[:MOST_PICTURES]
     background = background_uri(picture)
+    board = switches(result, MOST_PICTURES)
     frames = []
     for index, view in enumerate(pictured):
         frames.append(
@@ -85,6 +88,8 @@ def render_page(
         title=PurePath(provenance.get("image", "")).name or "Sweep",
         verdict=headline(result, explanation),
         relevance=_relevance(explanation, result, style or MapStyle(), pictured),
+        switches=board,
+        switches_json=as_script(board) if board else "",
         frames=frames,
         left_out=len(shown) - len(pictured),
         many=len(shown) > MANY,

@@ -4,7 +4,7 @@
   if (frames.length === 0) return;
   const $ = (id) => document.getElementById(id);
   const root = document.documentElement;
-  const slider = $("slider");
+  const slider = $("slider"); // null where there are switches
   const filter = $("filter");
   let open = frames;
   let current = frames[0];
@@ -14,16 +14,21 @@
     for (const cell of document.querySelectorAll(`[data-frame="${frame.id}"], [data-column="${frame.id}"]`)) cell.classList.toggle("here", on);
   }
 
-  function show(frame) {
-    mark(current, false);
-    current = frame;
-    mark(current, true);
+  function showPlace() {
     const place = open.indexOf(current);
+    slider.max = Math.max(open.length - 1, 0);
     slider.value = Math.max(place, 0);
     slider.setAttribute("aria-valuetext", current.dataset.title);
     $("position").textContent = `${place + 1} of ${open.length}`;
     $("previous").disabled = place <= 0;
-    $("next").disabled = place >= open.length - 1;
+    $("next").disabled = place < 0 || place >= open.length - 1;
+  }
+
+  function show(frame) {
+    mark(current, false);
+    current = frame;
+    mark(current, true);
+    if (slider) showPlace();
     $("spoken").textContent = `${current.dataset.title}. ${current.querySelector(".told").textContent.trim()}`;
   }
 
@@ -40,14 +45,9 @@
     for (const row of document.querySelectorAll("tr[data-find]")) row.classList.toggle("filtered", !fits(row));
     for (const frame of frames) frame.classList.toggle("filtered", !fits(frame));
     open = frames.filter(fits);
-    slider.max = Math.max(open.length - 1, 0);
     $("nomatch").hidden = open.length > 0;
-    if (open.length === 0) {
-      $("position").textContent = "0 of 0";
-      $("previous").disabled = $("next").disabled = true;
-    } else {
-      choose(open.includes(current) ? current : open[0]);
-    }
+    if (open.length > 0) choose(open.includes(current) ? current : open[0]);
+    else if (slider) showPlace();
   }
 
   page.define("step", 0, (value) => value in frames);
@@ -69,10 +69,9 @@
   // Beside a picture there is room for its detections.
   if (matchMedia("(min-width: 64rem)").matches) for (const details of document.querySelectorAll(".frame details")) details.open = true;
   root.classList.add("stepping");
-  slider.max = frames.length - 1;
-  slider.addEventListener("input", () => choose(open[slider.valueAsNumber]));
-  $("previous").addEventListener("click", () => step(-1));
-  $("next").addEventListener("click", () => step(1));
+  slider?.addEventListener("input", () => choose(open[slider.valueAsNumber]));
+  $("previous")?.addEventListener("click", () => step(-1));
+  $("next")?.addEventListener("click", () => step(1));
   $("all").addEventListener("change", (event) => page.set({ all: event.target.checked }));
   $("boxes").addEventListener("change", (event) => page.set({ boxes: event.target.checked }));
   filter?.addEventListener("input", narrow);
