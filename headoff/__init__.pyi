@@ -3,6 +3,7 @@
 from . import ablation as ablation
 from . import attention as attention
 from . import detections as detections
+from . import detector as detector
 from . import detr as detr
 from . import effects as effects
 from . import errors as errors
@@ -26,8 +27,9 @@ from .attention import register_attention as register_attention
 from .detections import Detection as Detection
 from .detections import Detections as Detections
 from .detections import detect as detect
-from .detr import Detector as Detector
-from .detr import DetectorOutput as DetectorOutput
+from .detector import Detector as Detector
+from .detector import DetectorOutput as DetectorOutput
+from .detr import Detr as Detr
 from .detr import DetrConfig as DetrConfig
 from .detr import Memory as Memory
 from .detr.checkpoints import load as load

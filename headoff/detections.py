@@ -1,15 +1,16 @@
 """Detections from class logits and boxes, as in the postprocessing of the published DETR models."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from headoff.boxes import corners_of
-from headoff.detr.detector import Detector
+from headoff.detector import Detector
 from headoff.errors import NonFiniteError, SettingError
 from headoff.images import ImageSource, load_image
+from headoff.scoring import SOFTMAX, Scoring
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,17 @@ class Detections:
     """The n detections of one image under one configuration, by falling score. All tensors are on the CPU.
 
     Attributes:
-        queries: (n,) int64, the object query of each detection, all different.
+        queries: (n,) int64, the object query of each detection. With softmax they are all different; with sigmoid a
+            query may detect several classes.
         labels: (n,) int64, indices into `class_names`.
         scores: (n,) float32, the probability of that class, 0..1.
         boxes: (n, 4) float32, left, top, right, bottom in pixels of the original image, clipped to it.
         image_size: (height, width) of the original image in pixels.
         class_names: names by label; gaps in a checkpoint's numbering are "N/A".
+        scoring: how the detector's scores are computed from its logits.
 
     Raises:
-        SettingError: the shapes do not agree, or two detections have the same query.
+        SettingError: the shapes do not agree, or two detections have the same query and label.
     """
 
     queries: torch.Tensor
@@ -55,6 +58,7 @@ class Detections:
     boxes: torch.Tensor
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
+    scoring: Scoring = SOFTMAX
 
     def __post_init__(self) -> None:
         n = len(self.queries)
@@ -63,8 +67,8 @@ class Detections:
             given = tuple(getattr(self, name).shape)
             if given != shape:
                 raise SettingError(f"{name} of {n} detections have shape {given}: they must have {shape}")
-        if len(set(self.queries.tolist())) < n:
-            raise SettingError("two detections have the same query: give queries that differ")
+        if len(set(zip(self.queries.tolist(), self.labels.tolist(), strict=True))) < n:
+            raise SettingError("two detections have the same query and label: give detections that differ")
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -113,19 +117,21 @@ def detections_from(
     image_size: tuple[int, int],
     class_names: tuple[str, ...],
     confidence: float = 0.5,
+    scoring: Scoring = SOFTMAX,
 ) -> Detections:
     """The detections in a detector's output for one image.
 
-    A query is a detection if the probability of its most likely class (other than "no object") exceeds `confidence`.
+    A query detects a class whose probability exceeds `confidence`; with softmax its most likely class only.
     Detections are sorted by falling score, and by query if scores are equal. Boxes are clipped to the image.
     Probabilities and boxes are computed in float64.
 
     Args:
-        logits: (Q, K + 1), one column per class name and a last one for "no object"; any floating dtype and device.
+        logits: (Q, columns), see `Scoring`; any floating dtype and device.
         boxes: (Q, 4), centre x, centre y, width, height as fractions of the image; any floating dtype and device.
         image_size: (height, width) of the original image in pixels.
         class_names: K names.
         confidence: 0..1.
+        scoring: how scores are computed from logits.
 
     Raises:
         SettingError: the confidence is outside 0..1, or the shapes do not agree.
@@ -133,30 +139,57 @@ def detections_from(
     """
     if not 0 <= confidence <= 1:
         raise SettingError(f"confidence {confidence} is not a probability: give a number from 0 to 1")
-    logits, boxes = _float64_on_cpu(logits), _float64_on_cpu(boxes)
-    check_output(logits, boxes, len(class_names))
+    check_output(logits, boxes, len(class_names), scoring)
+    probabilities = class_probabilities(logits, scoring)
+    # Rounded before comparing and sorting, so that the stored scores exceed the confidence and are sorted.
+    scores = probabilities.float()
+    found = (scoring.detected(probabilities, confidence) & (scores > confidence)).nonzero()
+    order = torch.sort(scores[found[:, 0], found[:, 1]], descending=True, stable=True).indices
+    queries, labels = found[order, 0], found[order, 1]
+    return _detections(queries, labels, scores, boxes, image_size, class_names, scoring)
+
+
+def predictions_of(
+    queries: Sequence[int],
+    logits: torch.Tensor,
+    boxes: torch.Tensor,
+    image_size: tuple[int, int],
+    class_names: tuple[str, ...],
+    scoring: Scoring = SOFTMAX,
+) -> Detections:
+    """The most likely class and the box of each query, whatever the score; see `detections_from`."""
+    check_output(logits, boxes, len(class_names), scoring)
+    scores = class_probabilities(logits, scoring)
+    chosen = torch.tensor(list(queries), dtype=torch.long)
+    labels = scores[chosen].argmax(-1)
+    return _detections(chosen, labels, scores.float(), boxes, image_size, class_names, scoring)
+
+
+def _detections(
+    queries: torch.Tensor,
+    labels: torch.Tensor,
+    scores: torch.Tensor,
+    boxes: torch.Tensor,
+    image_size: tuple[int, int],
+    class_names: tuple[str, ...],
+    scoring: Scoring,
+) -> Detections:
     height, width = image_size
     if height < 1 or width < 1:
         raise SettingError(
             f"an image of {height} x {width} pixels is empty: give (height, width) of the original image"
         )
-
-    probabilities, labels = class_probabilities(logits)[:, :-1].max(dim=-1)
-    # Rounded before comparing and sorting, so that the stored scores exceed the confidence and are sorted.
-    scores = probabilities.float()
-    order = torch.sort(scores, descending=True, stable=True).indices
-    queries = order[scores[order] > confidence]
-
     scale = torch.tensor([width, height, width, height], dtype=torch.float64)
-    corners = corners_of(boxes[queries]) * scale
+    corners = corners_of(_float64_on_cpu(boxes)[queries]) * scale
     corners = corners.clamp(min=torch.zeros(4, dtype=torch.float64), max=scale)
     return Detections(
         queries=queries,
-        labels=labels[queries],
-        scores=scores[queries],
+        labels=labels,
+        scores=scores[queries, labels],
         boxes=corners.float(),
         image_size=(int(height), int(width)),
         class_names=tuple(class_names),
+        scoring=scoring,
     )
 
 
@@ -177,25 +210,30 @@ def detect(detector: Detector, image: ImageSource, confidence: float = 0.5) -> D
         (picture.height, picture.width),
         detector.class_names,
         confidence,
+        detector.scoring,
     )
 
 
-def class_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension in float64, on the CPU; same shape as `logits`."""
-    return _float64_on_cpu(logits).softmax(dim=-1)
+def class_probabilities(logits: torch.Tensor, scoring: Scoring = SOFTMAX) -> torch.Tensor:
+    """Probabilities (..., K) of the classes, without "no object", in float64 on the CPU."""
+    return scoring.probabilities(_float64_on_cpu(logits))
 
 
-def check_output(logits: torch.Tensor, boxes: torch.Tensor | None, classes: int) -> None:
-    """Check that `logits` are (Q, classes + 1), `boxes` (Q, 4) or None, and both finite.
+def check_output(
+    logits: torch.Tensor, boxes: torch.Tensor | None, classes: int, scoring: Scoring = SOFTMAX
+) -> None:
+    """Check that `logits` are (Q, columns), see `Scoring`, `boxes` (Q, 4) or None, and both finite.
 
     Raises:
         SettingError: a shape is wrong.
         NonFiniteError: a value is NaN or infinite; the message names the first query.
     """
-    if logits.ndim != 2 or logits.shape[1] != classes + 1:
+    columns = scoring.columns(classes)
+    if logits.ndim != 2 or logits.shape[1] != columns:
+        what = ', the last column for "no object"' if columns > classes else ""
         raise SettingError(
             f"logits of shape {tuple(logits.shape)} do not fit {classes} class names: "
-            f'give (queries, {classes + 1}), the last column for "no object"'
+            f"give (queries, {columns}){what}"
         )
     if boxes is not None and tuple(boxes.shape) != (len(logits), 4):
         raise SettingError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from headoff.choices import DTYPES
 from headoff.errors import SettingError, error_line
@@ -11,7 +12,7 @@ from headoff.errors import SettingError, error_line
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "chosen_device", "set_threads", "torch_dtype"]
+__all__ = ["DTYPES", "autocast", "chosen_device", "set_threads", "torch_dtype"]
 
 MOST_THREADS = 8
 """Threads on a core that are not taken for a slip."""
@@ -65,3 +66,12 @@ def chosen_device(name: str | None) -> torch.device:
             f"device {name!r} cannot be used here ({error_line(error)}); try --device cpu"
         ) from error
     return device
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """`torch.autocast` to `dtype`; for None a null context, in which an autocast of the caller stays in effect."""
+    if dtype is None:
+        return nullcontext()
+    import torch
+
+    return torch.autocast(device.type, dtype)

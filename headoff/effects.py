@@ -77,7 +77,9 @@ def effect_on_detections(reference: SweepResult, found: SweepResult) -> Detectio
         SettingError: they have different configurations or image sizes.
     """
     _check_same(reference.configurations, found.configurations, reference.image_size, found.image_size)
-    scores = class_probabilities(found.logits) - class_probabilities(reference.logits)
+    scores = class_probabilities(found.logits, found.baseline.scoring) - class_probabilities(
+        reference.logits, reference.baseline.scoring
+    )
     box, gained, lost = 0.0, 0, 0
     for then, now in zip(reference.detections, found.detections, strict=True):
         before = {(detection.query, detection.label): detection.box for detection in then}
@@ -87,7 +89,7 @@ def effect_on_detections(reference: SweepResult, found: SweepResult) -> Detectio
         for key in before.keys() & after.keys():
             box = max(box, *(abs(a - b) for a, b in zip(before[key], after[key], strict=True)))
     return DetectionEffect(
-        score=float(scores[..., :-1].abs().amax()) if scores.numel() else 0.0,
+        score=float(scores.abs().amax()) if scores.numel() else 0.0,
         box=box,
         detections=sum(map(len, reference.detections)),
         gained=gained,

@@ -141,7 +141,7 @@ def outcomes_of(
     Args:
         baseline: the objects.
         detections: the detections under the configuration.
-        logits: (Q, K + 1), the detector's class logits under the configuration; any floating dtype and device.
+        logits: (Q, columns), the detector's class logits under the configuration; any floating dtype and device.
         keep_iou, touch_iou: thresholds, 0 < `touch_iou` <= `keep_iou` <= 1.
 
     Raises:
@@ -158,7 +158,7 @@ def outcomes_of(
             "baseline and detections are of different images or classes: compare runs on one image"
         )
     logits = logits.detach().cpu()
-    check_output(logits, None, len(baseline.class_names))
+    check_output(logits, None, len(baseline.class_names), baseline.scoring)
     last_query = max(baseline.queries.tolist(), default=-1)
     if last_query >= len(logits):
         raise SettingError(
@@ -197,7 +197,7 @@ def outcomes_of(
             free.remove(d)
     _pair(other_label, assigned, free)
 
-    query_scores = class_probabilities(logits)[baseline.queries, baseline.labels].tolist()
+    query_scores = class_probabilities(logits, baseline.scoring)[baseline.queries, baseline.labels].tolist()
     scores = detections.scores.tolist()
     outcomes = []
     for o, label in enumerate(object_labels):

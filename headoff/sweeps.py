@@ -19,7 +19,7 @@ from headoff.ablation import Ablation, References, make_ablation
 from headoff.choices import AblationKind
 from headoff.dataframes import dataframe
 from headoff.detections import Detections, detections_from
-from headoff.detr.detector import Detector, DetectorOutput, Features
+from headoff.detector import Detector, DetectorOutput, Features
 from headoff.detr.graphs import DecodeGraphs
 from headoff.detr.transfers import copy_to_device
 from headoff.errors import SettingError
@@ -195,7 +195,12 @@ def sweep(
         if any(configuration.names_objects for configuration in chosen):
             alone = decode_all(detector, features, stack([none_off()], layout))
             objects = detections_from(
-                alone.logits[0, 0], alone.boxes[0, 0], image_size, detector.class_names, confidence
+                alone.logits[0, 0],
+                alone.boxes[0, 0],
+                image_size,
+                detector.class_names,
+                confidence,
+                detector.scoring,
             )
             chosen = for_queries_of(objects, chosen)
         # The baseline is decoded in the same batch, so that layers it shares with others are computed once.
@@ -205,7 +210,7 @@ def sweep(
         predictions = torch.cat((output.logits[:, 0], output.boxes[:, 0]), dim=-1).cpu()
         logits, boxes = predictions[..., :-4].contiguous(), predictions[..., -4:].contiguous()
     found = [
-        detections_from(one, box, image_size, detector.class_names, confidence)
+        detections_from(one, box, image_size, detector.class_names, confidence, detector.scoring)
         for one, box in zip(logits, boxes, strict=True)
     ]
     baseline = found[0]
@@ -288,17 +293,10 @@ def decode_all(
 
 
 def configurations_at_once(detector: Detector, features: Features, memory_budget: int) -> int:
-    """How many configurations' decoder activations fit in `memory_budget` bytes; at least one.
-
-    Per query these are the hidden layer of the feed-forward block, a dozen vectors of the model's width, and the
-    attention weights of all heads over all tokens, which a fused kernel does not store but a patch may.
-    """
+    """How many configurations' decoder activations fit in `memory_budget` bytes; at least one."""
     if memory_budget <= 0:
         raise SettingError(f"a memory budget of {memory_budget} bytes is too small; give a positive number")
-    config = detector.config
-    weights = config.heads * (features.tokens.shape[1] + config.queries)
-    numbers = len(features) * config.queries * (config.feedforward + 12 * config.width + weights)
-    return max(1, memory_budget // (numbers * features.tokens.element_size()))
+    return max(1, memory_budget // detector.decoder_bytes(features))
 
 
 def by_encoder_gate(gates: Gates) -> list[tuple[Tensor | None, Tensor]]:

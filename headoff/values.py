@@ -17,6 +17,7 @@ from headoff.choices import VALUES
 from headoff.detections import Detections
 from headoff.errors import SettingError, did_you_mean
 from headoff.outcomes import KEEP_IOU, TOUCH_IOU
+from headoff.scoring import Scoring
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +39,16 @@ class Objects:
         """From the baseline's detections and its boxes (Q, 4)."""
         return cls(detections, boxes[detections.queries].cpu(), confidence)
 
+    @property
+    def scoring(self) -> Scoring:
+        return self.detections.scoring
+
     def __len__(self) -> int:
         return len(self.detections)
 
 
 ValueFunction = Callable[[Objects, Tensor, Tensor], Tensor]
-"""(objects, logits (C, Q, K + 1), boxes (C, Q, 4)) -> (C, O), or (C, 1) for a value of the image."""
+"""(objects, logits (C, Q, columns), boxes (C, Q, 4)) -> (C, O), or (C, 1) for a value of the image."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,15 @@ class Value:
 
 
 Scalar = Callable[[Tensor, Tensor], Tensor]
-"""(logits (Q, K + 1), boxes (Q, 4)) -> a tensor of one element."""
+"""(logits (Q, columns), boxes (Q, 4)) -> a tensor of one element."""
 
 ValueSpec = str | Scalar
-"""A name, or a function of logits (Q, K + 1) and boxes (Q, 4) that returns a scalar tensor, as for
+"""A name, or a function of logits (Q, columns) and boxes (Q, 4) that returns a scalar tensor, as for
 `headoff.explain`."""
 
 
 def _probability(objects: Objects, logits: Tensor, boxes: Tensor) -> Tensor:
-    at_query = logits[:, objects.detections.queries.to(logits.device)].softmax(-1)
+    at_query = objects.scoring.probabilities(logits[:, objects.detections.queries.to(logits.device)])
     return at_query[:, torch.arange(len(objects)), objects.detections.labels]
 
 
@@ -97,34 +102,38 @@ def _found(objects: Objects, logits: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _duplicates(objects: Objects, logits: Tensor, boxes: Tensor) -> Tensor:
-    probability, iou = _of_label(objects, logits), _iou_with_all(objects, boxes)
-    is_likeliest = logits[..., :-1].argmax(-1)[:, None] == objects.detections.labels[:, None].to(
-        logits.device
-    )
-    has_it = is_likeliest & (probability > objects.confidence) & (iou >= TOUCH_IOU)
+    iou = _iou_with_all(objects, boxes)
+    has_it = _detected_of_label(objects, logits) & (iou >= TOUCH_IOU)
     return (has_it.sum(-1) - 1).clamp(min=0).to(logits.dtype)
 
 
 def _detections(objects: Objects, logits: Tensor, boxes: Tensor) -> Tensor:
-    return _detected(objects, logits).sum(-1, keepdim=True).to(logits.dtype)
+    return _detected(objects, logits).sum((-2, -1))[:, None].to(logits.dtype)
 
 
 def _unmatched(objects: Objects, logits: Tensor, boxes: Tensor) -> Tensor:
     """Detections that neither are of an object's label and touch it, nor are in an object's place."""
     iou = _iou_with_all(objects, boxes)
-    same_label = logits[..., :-1].argmax(-1)[:, None] == objects.detections.labels[:, None].to(logits.device)
-    belongs = ((iou >= TOUCH_IOU) & same_label) | (iou >= KEEP_IOU)
-    return (_detected(objects, logits) & ~belongs.any(1)).sum(-1, keepdim=True).to(logits.dtype)
+    detected = _detected(objects, logits)
+    labels = torch.arange(detected.shape[-1], device=logits.device)
+    same_label = (objects.detections.labels.to(logits.device)[:, None] == labels)[:, None]
+    belongs = ((iou >= TOUCH_IOU)[..., None] & same_label) | (iou >= KEEP_IOU)[..., None]
+    return (detected & ~belongs.any(1)).sum((-2, -1))[:, None].to(logits.dtype)
 
 
 def _detected(objects: Objects, logits: Tensor) -> Tensor:
-    """(C, Q) bool."""
-    return logits.softmax(-1)[..., :-1].amax(-1) > objects.confidence
+    """bool (C, Q, K), True where a query detects a class."""
+    return objects.scoring.detected(objects.scoring.probabilities(logits), objects.confidence)
+
+
+def _detected_of_label(objects: Objects, logits: Tensor) -> Tensor:
+    """bool (C, O, Q), True where a query detects the object's label."""
+    return _detected(objects, logits)[..., objects.detections.labels.to(logits.device)].transpose(-1, -2)
 
 
 def _of_label(objects: Objects, logits: Tensor) -> Tensor:
     """Probability of each object's label at every query: (C, O, Q)."""
-    return logits.softmax(-1)[..., objects.detections.labels].transpose(-1, -2)
+    return objects.scoring.probabilities(logits)[..., objects.detections.labels].transpose(-1, -2)
 
 
 def _iou_with_all(objects: Objects, boxes: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from headoff.detr import BackboneConfig, Detector, DetrConfig
+from headoff.detr import BackboneConfig, Detr, DetrConfig
 from headoff.detr.detector import Features
 from headoff.gates import Gates
 from headoff.images import Preprocessing
@@ -39,10 +39,10 @@ TARGETS = ("class", "cx", "h", "class", mixed_target)
 """One for each query."""
 
 
-def tiny_detector(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Detector:
+def tiny_detector(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Detr:
     """Random weights, larger than an initialisation's, so that every part has a say in the answer."""
     generator = torch.Generator().manual_seed(seed)
-    detector = Detector(replace(CONFIG, **changes))
+    detector = Detr(replace(CONFIG, **changes))
     with torch.no_grad():
         for name, value in detector.state_dict().items():
             if name.endswith("running_var"):
@@ -56,7 +56,7 @@ def tiny_detector(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) 
     return detector.to(dtype).eval().requires_grad_(False)
 
 
-def features_of(detector: Detector, *, grid=(3, 5), padded: bool = False, seed: int = 1) -> Features:
+def features_of(detector: Detr, *, grid=(3, 5), padded: bool = False, seed: int = 1) -> Features:
     """Random tokens and positions; where `padded`, the last columns and the last row are padding."""
     generator = torch.Generator().manual_seed(seed)
     shape = (1, grid[0] * grid[1], detector.config.width)
@@ -69,9 +69,7 @@ def features_of(detector: Detector, *, grid=(3, 5), padded: bool = False, seed: 
     return Features(tokens, positions, mask, grid)
 
 
-def random_gates(
-    detector: Detector, count: int, *, per_query: bool = False, sites=None, seed: int = 2
-) -> Gates:
+def random_gates(detector: Detr, count: int, *, per_query: bool = False, sites=None, seed: int = 2) -> Gates:
     """On, off and in between, at every site unless told."""
     generator = torch.Generator().manual_seed(seed)
     layout = detector.head_layout
@@ -92,7 +90,7 @@ def targets_of(logits: Tensor, specs=TARGETS) -> list[Target]:
 
 
 def engine_results(
-    detector: Detector, features: Features, gates: Gates, specs=TARGETS, **options
+    detector: Detr, features: Features, gates: Gates, specs=TARGETS, **options
 ) -> list[list[PairRelevance]]:
     """The engine's results by configuration, in the order of the gates, and target."""
     engine = RelevanceEngine(detector, features, **options)
@@ -102,7 +100,7 @@ def engine_results(
 
 
 def oracle_result(
-    detector: Detector,
+    detector: Detr,
     features: Features,
     gates: Gates,
     target: Target,

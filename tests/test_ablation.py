@@ -12,7 +12,7 @@ from headoff.ablation import ablation_draws, fit_optimal, gather_references, mak
 from headoff.ablation.kinds import Ablation, ConstantReplacement, attend_uniformly
 from headoff.ablation.references import fingerprint_of, hash_of_image
 from headoff.choices import SITES
-from headoff.detr.transformer import AttentionAddress, AttentionCall
+from headoff.detector import AttentionAddress, AttentionCall
 from headoff.errors import SettingError
 from headoff.gates import heads_off, none_off, off_vector, stack
 from headoff.sweeps import decode_all
@@ -239,7 +239,7 @@ def test_the_bundled_reference_set_is_of_the_bundled_model(images):
 
 
 def test_errors_name_the_culprit_and_the_remedy(tmp_path, detector, references, images):
-    other = headoff.Detector(detector.config)
+    other = headoff.Detr(detector.config)
     for call, message in [
         (lambda: make_ablation("men", detector), "did you mean 'mean'"),
         (lambda: make_ablation("mean", other), "gather one from a folder of images"),

@@ -40,7 +40,7 @@ from headoff.bench.workloads import (
     site_shape,
 )
 from headoff.cli import bench as command
-from headoff.detr import Detector, DetrConfig
+from headoff.detr import Detr, DetrConfig
 from headoff.detr.config import BackboneConfig
 from headoff.detr.graphs import CAPTURED
 from headoff.errors import OutputError, SettingError
@@ -87,7 +87,7 @@ def model():
         classes=3,
         preprocessing=Preprocessing(short_side=48, long_side=96),
     )
-    detector = Detector(config).eval().requires_grad_(False)
+    detector = Detr(config).eval().requires_grad_(False)
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     return BenchmarkModel("small", detector, headoff.load_image(pixels))
 

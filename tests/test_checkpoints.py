@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from headoff.detr import BackboneConfig, Detector, DetrConfig
+from headoff.detr import BackboneConfig, Detr, DetrConfig
 from headoff.detr.checkpoints import COCO_CLASSES, ORIGINALS, load, save_native
 from headoff.detr.checkpoints.layouts import HUGGING_FACE, ORIGINAL
 from headoff.errors import CheckpointError, OutputError, SettingError
@@ -38,7 +38,7 @@ def config(**changes):
 
 def detector(class_names=None, norm=None, **changes):
     torch.manual_seed(0)
-    model = Detector(config(**changes), class_names, **({} if norm is None else {"norm": norm}))
+    model = Detr(config(**changes), class_names, **({} if norm is None else {"norm": norm}))
     for name, value in model.state_dict().items():
         if name.endswith("running_var"):
             value.uniform_(0.5, 2)

@@ -11,7 +11,7 @@ from test_cli import SAMPLE, rejected, run
 import headoff
 from headoff.choices import ABLATION_KINDS, MEASURES, VALUES
 from headoff.cli.heads import DEFAULT_MEASURES, DEFAULT_VALUES
-from headoff.detr import Detector
+from headoff.detector import Detector
 from headoff.importance import heads as module
 from headoff.scenes.samples import bundled_references
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from headoff.detr import BackboneConfig, Detector, DetrConfig
+from headoff.detr import BackboneConfig, Detr, DetrConfig
 from headoff.detr.detector import Features
 from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import sharing_plan
@@ -46,7 +46,7 @@ def tiny_config(**changes):
 def tiny_detector(device="cpu", dtype=torch.float64, **changes):
     """Random weights, larger than those of an initialisation, so that every part affects the outputs."""
     torch.manual_seed(0)
-    detector = Detector(tiny_config(**changes))
+    detector = Detr(tiny_config(**changes))
     with torch.no_grad():
         for name, value in detector.state_dict().items():
             if name.endswith("running_var"):
@@ -388,7 +388,7 @@ def test_an_attention_that_is_a_module_is_called_and_is_no_part_of_the_weights()
     detector.attention = Kernel()
     assert set(detector.state_dict()) == names
     assert (detector(*padded_batch()).logits - before).abs().max() > 1e-3
-    built = Detector(tiny_config(), attention=Kernel())
+    built = Detr(tiny_config(), attention=Kernel())
     assert set(built.state_dict()) == names and isinstance(built.attention, Kernel)
 
 
@@ -396,8 +396,8 @@ def test_configurations_that_are_invalid():
     with pytest.raises(CheckpointError, match="5 heads"):
         tiny_config(heads=5)
     with pytest.raises(CheckpointError, match="2 class names"):
-        Detector(tiny_config(), ["cat", "dog"])
-    assert Detector(tiny_config()).class_names == ("class 0", "class 1", "class 2")
+        Detr(tiny_config(), ["cat", "dog"])
+    assert Detr(tiny_config()).class_names == ("class 0", "class 1", "class 2")
     with pytest.raises(CheckpointError, match="configuration"):
         DetrConfig.from_dict({"width": 256})
     config = tiny_config(pre_norm=True)

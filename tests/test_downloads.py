@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from headoff.detr import BackboneConfig, Detector, DetrConfig
+from headoff.detr import BackboneConfig, Detr, DetrConfig
 from headoff.detr.checkpoints import cache_folder, download, huggingface, load, published, save_native
 from headoff.detr.checkpoints.download import NotOnServer
 from headoff.detr.checkpoints.download import download as fetch
@@ -86,7 +86,7 @@ def message_of(call, *arguments, **keywords):
 def tiny():
     torch.manual_seed(0)
     backbone = BackboneConfig("bottleneck", depths=(1, 1), widths=(2, 4), stem=4)
-    return Detector(
+    return Detr(
         DetrConfig(
             backbone, width=16, encoder_layers=1, decoder_layers=1, feedforward=8, queries=3, classes=2
         )

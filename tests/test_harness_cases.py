@@ -12,8 +12,8 @@ from relevance_examples import tiny_detector
 
 from headoff.attention.eager import eager
 from headoff.attention.sdpa import sdpa
+from headoff.detector import AttentionAddress
 from headoff.detr.checkpoints import save_native
-from headoff.detr.transformer import AttentionAddress
 from headoff.errors import HeadoffError, SettingError
 from headoff.gates import first_off, none_off, stack
 from headoff.harness.finding import WrongAttention

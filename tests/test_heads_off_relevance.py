@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import headoff
-from headoff.detr.detector import Detector, Features
+from headoff.detr.detector import Detr, Features
 from headoff.detr.transformer import MultiHeadAttention
 from headoff.gates import stack
 from headoff.harness.finding import Finding, fail_on
@@ -335,7 +335,7 @@ def embedded(values, grid, into, around=None):
     return result.flatten(1, 2)
 
 
-def attention_layers(detector: Detector) -> list[MultiHeadAttention]:
+def attention_layers(detector: Detr) -> list[MultiHeadAttention]:
     return [module for module in detector.modules() if isinstance(module, MultiHeadAttention)]
 
 

@@ -12,7 +12,7 @@ import torch
 import headoff
 from headoff.boxes import corners_of, pairwise_iou
 from headoff.detections import Detections, detections_from
-from headoff.detr import Detector, DetrConfig
+from headoff.detr import Detr, DetrConfig
 from headoff.detr.config import BackboneConfig
 from headoff.errors import AttentionError, SettingError
 from headoff.gates import SITES
@@ -58,7 +58,7 @@ def small():
         classes=3,
         preprocessing=Preprocessing(32, 32),
     )
-    detector = Detector(config).double().eval().requires_grad_(False)
+    detector = Detr(config).double().eval().requires_grad_(False)
     for name, parameter in detector.named_parameters():
         if parameter.ndim > 1:
             parameter.mul_(2.5 if "decoder" in name else 1.5)

@@ -17,7 +17,7 @@ from relevance_examples import (
     tiny_detector,
 )
 
-from headoff.detr.detector import Detector
+from headoff.detr.detector import Detr
 from headoff.errors import GateError, OutputError, SettingError
 from headoff.gates import cumulative, first_off, heads_off, none_off, stack
 from headoff.images import load_image
@@ -37,7 +37,7 @@ from headoff.relevance.trace import DecoderTrace, EncoderTrace
 
 
 @pytest.fixture(scope="module")
-def detector() -> Detector:
+def detector() -> Detr:
     return tiny_detector(0)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from relevance_examples import CONFIG, assert_matches_oracle, features_of, oracle_result, tiny_detector
 
-from headoff.detr import Detector
+from headoff.detr import Detr
 from headoff.detr.detector import Features
 from headoff.gates import Configuration, first_off, stack
 from headoff.relevance import class_logit, resolve_method
@@ -138,7 +138,7 @@ CASES = json.loads(str(REFERENCE["cases"]))
 
 @cache
 def reference_detector(decoder_layers):
-    detector = Detector(replace(CONFIG, decoder_layers=decoder_layers))
+    detector = Detr(replace(CONFIG, decoder_layers=decoder_layers))
     state = detector.state_dict()
     for name in state:
         if f"weights.{name}" in REFERENCE:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import headoff
-from headoff.detr import Detector, DetrConfig
+from headoff.detr import Detr, DetrConfig
 from headoff.detr.config import BackboneConfig
 from headoff.errors import GateError, ImageError, NonFiniteError, SettingError
 from headoff.gates import Gates
@@ -30,7 +30,7 @@ SMALL = DetrConfig(
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
-    small = Detector(SMALL, ["cat", "dog", "owl"]).double().eval().requires_grad_(False)
+    small = Detr(SMALL, ["cat", "dog", "owl"]).double().eval().requires_grad_(False)
     # Fresh heads say "no object" or a class with no conviction; sharper ones make detections come and go.
     small.class_head.weight *= 8
     return small
@@ -160,7 +160,7 @@ def test_no_detections_are_a_result(detector, image):
 
 def test_numbers_that_are_not_finite(image):
     torch.manual_seed(0)
-    broken = Detector(SMALL).eval().requires_grad_(False)
+    broken = Detr(SMALL).eval().requires_grad_(False)
     broken.decoder.layers[1].feedforward.expand.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="query 0"):
         sweep(broken, image)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import headoff
 from headoff.attention import eager
 from headoff.cli import main
-from headoff.detr import Detector, DetrConfig
+from headoff.detr import Detr, DetrConfig
 from headoff.detr.config import BackboneConfig
 from headoff.detr.detector import Memory
 from headoff.detr.graphs import MOST_GRAPHS, DecodeGraphs
@@ -54,7 +54,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def detector():
     torch.manual_seed(0)
-    small = Detector(SMALL, ["cat", "dog", "owl"]).eval().requires_grad_(False)
+    small = Detr(SMALL, ["cat", "dog", "owl"]).eval().requires_grad_(False)
     small.class_head.weight *= 8
     return small
 
@@ -100,7 +100,7 @@ class Transfers(TorchDispatchMode):
 @pytest.fixture
 def away(detector):
     """The same detector on a device whose values cannot be read."""
-    return Detector(SMALL).eval().requires_grad_(False).to("meta")
+    return Detr(SMALL).eval().requires_grad_(False).to("meta")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -160,7 +160,7 @@ def test_tensors_sent_together_keep_shapes_values_and_places():
 @pytest.mark.skipif(not CUDA, reason="there is no CUDA device here")
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "triton"])
 def test_a_sweep_on_cuda_waits_for_nothing(attention):
-    there = Detector(SMALL, attention=attention).eval().requires_grad_(False).cuda()
+    there = Detr(SMALL, attention=attention).eval().requires_grad_(False).cuda()
     pixels = torch.zeros(1, 3, 48, 64, device="cuda")
     gates = gates_of(there, TEXTS)
     with torch.inference_mode():
@@ -177,9 +177,9 @@ def test_a_sweep_on_cuda_waits_for_nothing(attention):
 @pytest.mark.skipif(not CUDA, reason="there is no CUDA device here")
 def test_the_sweep_on_cuda_is_that_of_the_cpu(detector, image):
     here = sweep(detector, image, TEXTS, confidence=0.2)
-    there = sweep(Detector(SMALL).eval().cuda(), image, TEXTS[:1])
+    there = sweep(Detr(SMALL).eval().cuda(), image, TEXTS[:1])
     assert there.logits.device.type == "cpu"
-    moved = Detector(SMALL, ["cat", "dog", "owl"]).eval().requires_grad_(False)
+    moved = Detr(SMALL, ["cat", "dog", "owl"]).eval().requires_grad_(False)
     moved.load_state_dict(detector.state_dict())
     there = sweep(moved.cuda(), image, TEXTS, confidence=0.2)
     torch.testing.assert_close(there.logits, here.logits, rtol=1e-3, atol=1e-3)
@@ -306,7 +306,7 @@ def test_weights_changed_in_place_are_those_of_the_next_replay(plain):
 
 def test_other_gates_sizes_weights_and_attentions_are_other_decodes(plain):
     graphs, cuda = graphs_here()
-    other = Detector(SMALL, attention="eager").eval().requires_grad_(False)
+    other = Detr(SMALL, attention="eager").eval().requires_grad_(False)
     cases = [
         (plain, memory_of(plain), gates_of(plain, ["first 2"])),
         (plain, memory_of(plain), gates_of(plain, ["first 3"])),
@@ -356,7 +356,7 @@ def test_what_is_not_captured(plain):
         calls.append(query.shape)
         return eager(query, key, value, attn_mask, head_gate=head_gate)
 
-    class Overridden(Detector):
+    class Overridden(Detr):
         def attend(self, call):
             calls.append(call.address)
             return super().attend(call)
@@ -410,7 +410,7 @@ def test_a_sweep_over_images_with_graphs(plain, image):
 )
 def test_graphs_on_cuda(device, attention):
     torch.manual_seed(0)
-    there = Detector(SMALL, attention=attention).eval().requires_grad_(False).to(device)
+    there = Detr(SMALL, attention=attention).eval().requires_grad_(False).to(device)
     graphs, gates = DecodeGraphs(), gates_of(there, TEXTS[:-1])
     with torch.inference_mode():
         for seed in range(4):
@@ -449,7 +449,7 @@ def test_autocast_is_near_full_precision_and_not_equal_to_it(detector, image, at
     detector.attention = attention
     full, half = (sweep(detector, image, TEXTS, autocast=dtype) for dtype in (None, torch.bfloat16))
     detector.attention = "sdpa"
-    double = Detector(SMALL).double().eval()
+    double = Detr(SMALL).double().eval()
     double.load_state_dict(detector.state_dict())
     truth = sweep(double, image, TEXTS)
     error = (half.logits.double() - truth.logits).abs().amax() / truth.logits.abs().amax()
@@ -469,7 +469,7 @@ def test_an_invalid_autocast(detector, image):
     with pytest.raises(SettingError, match=r"torch.int8: use torch.bfloat16"):
         sweep(detector, image, autocast=torch.int8)
     with pytest.raises(SettingError, match="float64: load it in float32"):
-        sweep(Detector(SMALL).double().eval(), image, autocast=torch.bfloat16)
+        sweep(Detr(SMALL).double().eval(), image, autocast=torch.bfloat16)
 
 
 def test_relevance_under_autocast_is_float32_of_what_was_captured(detector, image):
@@ -509,7 +509,7 @@ def test_effects_are_counted_per_detection(detector, image):
 
 
 def test_effects_are_those_of_scores_and_boxes(detector, image):
-    other = Detector(SMALL, ["cat", "dog", "owl"]).eval().requires_grad_(False)
+    other = Detr(SMALL, ["cat", "dog", "owl"]).eval().requires_grad_(False)
     other.load_state_dict(detector.state_dict())
     other.box_head[-1].bias += 0.01
     other.class_head.bias += torch.tensor([0.01, 0, 0, 0])

@@ -50,7 +50,7 @@ from headoff.attention.fused import triton_attention
 from headoff.bench.outputs import ExpectedOutputs
 from headoff.bench.suites import check_of, spread
 from headoff.bench.workloads import AttentionShape, AttentionWorkload, Direction
-from headoff.detr.transformer import AttentionAddress
+from headoff.detector import AttentionAddress
 from headoff.errors import HeadoffError
 from headoff.harness.finding import Property
 from headoff.harness.tolerance import allowed_error

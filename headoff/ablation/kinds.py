@@ -12,8 +12,7 @@ from torch import Tensor
 
 from headoff.ablation.references import References, fingerprint_of, hash_of_image, load_references
 from headoff.choices import ABLATION_KINDS, AblationKind, Site
-from headoff.detr.detector import Detector
-from headoff.detr.transformer import AttentionAddress, AttentionCall, Replacement
+from headoff.detector import AttentionAddress, AttentionCall, Detector, Replacement
 from headoff.errors import SettingError, did_you_mean
 from headoff.images import ImageSource
 from headoff.scenes.samples import bundled_references

@@ -16,8 +16,8 @@ from torch import Tensor
 from headoff.ablation.references import References, fingerprint_of, hash_of_image
 from headoff.choices import DEFAULT_SITE, Site
 from headoff.detections import detections_from
-from headoff.detr.detector import Detector, Memory
-from headoff.detr.transformer import AttentionCall
+from headoff.detector import AttentionCall, Detector
+from headoff.detr.detector import Memory
 from headoff.errors import SettingError
 from headoff.gates import Gates
 from headoff.images import ImageSource, load_image
@@ -135,6 +135,8 @@ def _game(
         memory = detector.encode(pixels)
         output = detector.decode(memory)
     logits, boxes = output.logits[0, 0], output.boxes[0, 0]
-    found = detections_from(logits, boxes, (picture.height, picture.width), detector.class_names, confidence)
+    found = detections_from(
+        logits, boxes, (picture.height, picture.width), detector.class_names, confidence, detector.scoring
+    )
     objects = Objects.of(found, boxes, confidence)
     return memory, objects, value(objects, logits[None], boxes[None])

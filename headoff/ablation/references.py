@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from headoff.choices import SITES, Site
+from headoff.detector import Attend, AttentionAddress, AttentionCall, Detector
 from headoff.detr.checkpoints.files import read_tensors
-from headoff.detr.detector import Detector
-from headoff.detr.transformer import Attend, AttentionAddress, AttentionCall
 from headoff.errors import CheckpointError, ImageError, SettingError
 from headoff.files import write_file
 from headoff.images import ImageSource, load_image

@@ -14,7 +14,7 @@ from PIL import Image
 from headoff.attention import Attention
 from headoff.detr.checkpoints import ModelChoice
 from headoff.detr.config import BackboneConfig, DetrConfig
-from headoff.detr.detector import Detector, Features, Memory
+from headoff.detr.detector import Detr, Features, Memory
 from headoff.errors import SettingError
 from headoff.images import ImageSource, load_image
 from headoff.scenes.samples import sample_image
@@ -39,7 +39,7 @@ class BenchmarkModel:
     """
 
     name: str
-    detector: Detector
+    detector: Detr
     image: Image.Image
     _casts: dict[torch.dtype, BenchmarkModel] = field(default_factory=dict, repr=False)
 
@@ -80,7 +80,7 @@ def benchmark_model(size: Size, device: torch.device, dtype: torch.dtype, seed: 
         raise SettingError(f"there is no benchmark of size {size!r}: use one of {', '.join(SIZES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        detector = Detector(DetrConfig(backbone=BackboneConfig(dilate_last=size == "dc5")), attention="eager")
+        detector = Detr(DetrConfig(backbone=BackboneConfig(dilate_last=size == "dc5")), attention="eager")
     pixels = np.random.default_rng(seed).integers(0, 256, (*IMAGE_SIZE, 3), dtype=np.uint8)
     detector = detector.to(device, dtype).requires_grad_(False).eval()
     return BenchmarkModel(f"{size}, random weights", detector, Image.fromarray(pixels))
@@ -90,18 +90,18 @@ def loaded_model(
     model: ModelChoice, image: ImageSource, device: torch.device, dtype: torch.dtype
 ) -> BenchmarkModel:
     """Any detector that `headoff.load` loads. Raises what loading the model or the image raises."""
-    detector = model.load(attention="eager", dtype=dtype, device=device)
+    detector = model.load_detr(attention="eager", dtype=dtype, device=device)
     return BenchmarkModel(model.source, detector.requires_grad_(False).eval(), load_image(image))
 
 
-def without_backbone(model: BenchmarkModel, attention: Attention | str) -> Detector:
+def without_backbone(model: BenchmarkModel, attention: Attention | str) -> Detr:
     """The model's detector with another attention, and with the features of its image, whatever image it is given."""
     detector = with_attention(model.detector, attention)
     detector.features = lambda *_: model.features  # type: ignore[method-assign]
     return detector
 
 
-def with_attention(detector: Detector, attention: Attention | str) -> Detector:
+def with_attention(detector: Detr, attention: Attention | str) -> Detr:
     """The same weights, not copied, with another attention."""
     # A shallow copy shares modules and parameters; the attention is neither, so that every copy has its own.
     other = copy.copy(detector)

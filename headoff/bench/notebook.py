@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from headoff.detr.detector import Detector, DetectorOutput
+from headoff.detector import DetectorOutput
+from headoff.detr.detector import Detr
 from headoff.gates import Configuration, stack
 from headoff.relevance.rules import AttentionEvidence, Evidence, chefer
 
@@ -54,7 +55,7 @@ class WeightKeepingAttention:
 class Notebook:
     """A copy of the detector whose weights all require gradients, as in the notebooks, and one image."""
 
-    def __init__(self, detector: Detector, image: Image.Image) -> None:
+    def __init__(self, detector: Detr, image: Image.Image) -> None:
         self.detector = copy.deepcopy(detector).requires_grad_(True)
         self.image = image
 

@@ -36,7 +36,7 @@ from headoff.bench.workloads import (
     relevance_outputs,
     site_shape,
 )
-from headoff.detr.detector import DetectorOutput
+from headoff.detector import DetectorOutput
 from headoff.detr.graphs import DecodeGraphs
 from headoff.errors import AttentionError
 from headoff.gates import (

@@ -18,7 +18,8 @@ from torch import Tensor
 from headoff.attention import Attention
 from headoff.bench.models import BenchmarkModel, with_attention, without_backbone
 from headoff.detections import class_probabilities
-from headoff.detr.detector import Detector, DetectorOutput, Memory
+from headoff.detector import DetectorOutput
+from headoff.detr.detector import Detr, Memory
 from headoff.gates import Configuration, Gates, Site, stack
 from headoff.harness.finding import Property
 from headoff.relevance import Explanation, explain
@@ -65,7 +66,7 @@ class Workload(ABC):
         return 1
 
     @property
-    def relu_detector(self) -> Detector | None:
+    def relu_detector(self) -> Detr | None:
         """The detector whose ReLUs the gradients pass through, where an output depends on gradients."""
         return None
 
@@ -293,7 +294,7 @@ class DecoderWorkload(ModelWorkload):
         return f"decoder {self.direction}, {self.subtitle}"
 
     @property
-    def relu_detector(self) -> Detector | None:
+    def relu_detector(self) -> Detr | None:
         return self.model.detector if self.direction == "backward" else None
 
     def timed_call(self, attention: Attention) -> TimedCall:
@@ -370,7 +371,7 @@ class RelevanceWorkload(ModelWorkload):
         exact = model.in_dtype(torch.float64)
         with torch.no_grad():
             logits = with_attention(exact.detector, "eager").decode(exact.memory).logits[0, 0]
-        highest = class_probabilities(logits)[:, :-1].amax(-1).argsort(descending=True)
+        highest = class_probabilities(logits).amax(-1).argsort(descending=True)
         return cls(model, configurations, title, queries=tuple(highest[:objects].tolist()))
 
     @property
@@ -378,7 +379,7 @@ class RelevanceWorkload(ModelWorkload):
         return f"relevance, {self.subtitle}"
 
     @property
-    def relu_detector(self) -> Detector:
+    def relu_detector(self) -> Detr:
         return self.model.detector
 
     def timed_call(self, attention: Attention) -> TimedCall:
@@ -391,7 +392,7 @@ class RelevanceWorkload(ModelWorkload):
     def outputs_of(self, attention: Attention) -> dict[str, Output]:
         return self.outputs(self._explain(without_backbone(self.model, attention), backward="callable")())
 
-    def _explain(self, detector: Detector, **options: Any) -> TimedCall:
+    def _explain(self, detector: Detr, **options: Any) -> TimedCall:
         image, configurations, queries = self.model.image, self.configurations, self.queries
         return TimedCall(lambda: explain(detector, image, configurations, queries, **options))
 

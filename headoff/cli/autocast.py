@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from headoff.cli.relevance import RelevanceOptions
-from headoff.detr import Detector
+from headoff.detector import Detector
 from headoff.devices import torch_dtype
 from headoff.effects import effect_on_detections, effect_on_maps
 from headoff.errors import SettingError

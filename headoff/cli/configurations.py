@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image
 
 from headoff.choices import DEFAULT_SITE, Site
-from headoff.detr import Detector
+from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.gates import (
     Configuration,

@@ -10,7 +10,7 @@ import torch
 
 from headoff import __version__
 from headoff.attention import attention_label
-from headoff.detr import Detector
+from headoff.detector import Detector
 from headoff.detr.checkpoints import ModelChoice, class_names_in
 from headoff.devices import chosen_device, set_threads
 
@@ -43,7 +43,7 @@ def provenance(settings: argparse.Namespace, detector: Detector) -> dict[str, st
     made_with = {
         "command": " ".join(["headoff", *sys.argv[1:]]),
         "model": str(settings.model),
-        "heads": f"{detector.config.heads} in each layer",
+        "heads": detector.head_layout.heads_text,
         **({"assumed": "; ".join(detector.assumptions)} if detector.assumptions else {}),
         "attention": attention_label(detector.attention),
         "device": str(detector.device),

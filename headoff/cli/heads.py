@@ -21,7 +21,7 @@ from headoff.cli.options import (
 
 if TYPE_CHECKING:
     from headoff.choices import AblationKind
-    from headoff.detr import Detector
+    from headoff.detector import Detector
     from headoff.importance import HeadImportance
 
 DEFAULT_MEASURES = "removal,alone,gradient,shapley_columns"

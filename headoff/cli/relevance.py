@@ -11,7 +11,7 @@ from PIL import Image
 
 from headoff.choices import AblationKind, Pick
 from headoff.cli.progress import progress_bar
-from headoff.detr import Detector
+from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.figures.colouring import MapStyle
 from headoff.gates import HeadLayout

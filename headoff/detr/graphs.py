@@ -19,7 +19,8 @@ from torch import Tensor
 
 from headoff.attention import eager, sdpa
 from headoff.attention.fused import triton_attention
-from headoff.detr.detector import Detector, DetectorOutput, Memory
+from headoff.detector import Detector, DetectorOutput
+from headoff.detr.detector import Detr, Memory
 from headoff.detr.sharing import SharingPlan
 from headoff.errors import HeadoffError
 from headoff.gates import Gates
@@ -39,7 +40,7 @@ inputs, would run only at the capture."""
 class GraphedDecode:
     """A captured decode. `cuda` is `torch.cuda`, or a test's substitute for it."""
 
-    def __init__(self, detector: Detector, memory: Memory, plan: SharingPlan, cuda: Any = torch.cuda) -> None:
+    def __init__(self, detector: Detr, memory: Memory, plan: SharingPlan, cuda: Any = torch.cuda) -> None:
         self._memory = Memory(memory.tokens.clone(), memory.positions.clone(), None, memory.grid)
         # The graph reads the plan's tensors, so they must live as long as it does.
         self._plan = plan
@@ -88,9 +89,9 @@ class DecodeGraphs:
 
     # Tensors created in inference mode, in the capture, may be written to in inference mode only.
     @torch.inference_mode()
-    def decode(self, detector: Detector, memory: Memory, gates: Gates) -> DetectorOutput:
+    def decode(self, detector: Detector, memory: Any, gates: Gates) -> DetectorOutput:
         """As `Detector.decode`; raises the same errors."""
-        if not self._may_be_captured(detector, memory):
+        if not isinstance(detector, Detr) or not self._may_be_captured(detector, memory):
             return detector.decode(memory, gates)
         key = _key(detector, memory, gates)
         if key not in self._graphs and not self._capture(key, detector, memory, gates):
@@ -99,7 +100,7 @@ class DecodeGraphs:
         self.replays += 1
         return self._graphs[key](memory)
 
-    def _may_be_captured(self, detector: Detector, memory: Memory) -> bool:
+    def _may_be_captured(self, detector: Detr, memory: Memory) -> bool:
         return (
             memory.tokens.device.type == self._device_type
             and memory.attn_mask is None
@@ -108,7 +109,7 @@ class DecodeGraphs:
             and not detector.is_intercepted
         )
 
-    def _capture(self, key: Hashable, detector: Detector, memory: Memory, gates: Gates) -> bool:
+    def _capture(self, key: Hashable, detector: Detr, memory: Memory, gates: Gates) -> bool:
         """Try to capture a decode; whether there is a graph for `key` now."""
         if key not in self._seen or key in self._uncapturable:
             self._seen.add(key)
@@ -127,7 +128,7 @@ class DecodeGraphs:
         return True
 
 
-def _key(detector: Detector, memory: Memory, gates: Gates) -> Hashable:
+def _key(detector: Detr, memory: Memory, gates: Gates) -> Hashable:
     """Everything that a graph depends on: addresses of weights, shapes, values of gates."""
     weights = (
         *detector.decoder.parameters(),

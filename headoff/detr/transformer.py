@@ -7,62 +7,14 @@ queries, d channels, H heads, D = d / H.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headoff.detector import Attend, AttentionAddress, AttentionCall
 from headoff.detr.config import DetrConfig
 from headoff.detr.sharing import LayerGates, SharingPlan
-from headoff.gates import Site
-
-
-class AttentionAddress(NamedTuple):
-    """The place of an attention call in the model."""
-
-    site: Site
-    layer: int
-
-
-class AttentionCall(NamedTuple):
-    """The arguments of one attention call of the model, and its place.
-
-    Attributes:
-        address: site and layer.
-        query: (B, H, Q, D).
-        key, value: (B, H, S, D).
-        attn_mask: broadcastable to (B, H, Q, S), or None.
-        head_gate: 4 dimensions, broadcastable to (B, H, Q, 1), in the query's dtype; None where every head is on.
-    """
-
-    address: AttentionAddress
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None
-    head_gate: Tensor | None
-
-
-Attend = Callable[[AttentionCall], Tensor]
-"""Computes the context (B, H, Q, D) of an attention call."""
-
-
-Replacement = Callable[[AttentionCall], Tensor]
-"""Computes what a head that is off contributes in place of its context, broadcastable to (B, H, Q, D)."""
-
-
-class Interceptor(Protocol):
-    """Computes the context of a call, with the help of `proceed(call)`, which computes it without the interceptor."""
-
-    def __call__(self, call: AttentionCall, proceed: Attend) -> Tensor: ...
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """`torch.autocast` to `dtype`; for None a null context, in which an autocast of the caller stays in effect."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+from headoff.devices import autocast
 
 
 class MultiHeadAttention(nn.Module):

@@ -105,6 +105,6 @@ def stack(configurations: Iterable[Configuration], layout: HeadLayout) -> Gates:
             sites.append(None)
             continue
         rows = max(gate.shape[1] for gate in touched)
-        on = torch.ones(layout.layers(site), rows, layout.heads)
+        on = torch.ones(layout.layers(site), rows, layout.heads_at(site))
         sites.append(torch.stack([on if gate is None else gate.expand_as(on) for gate in gates]))
     return Gates(names, *sites)

@@ -14,12 +14,35 @@ from headoff.wording import counted
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """The numbers of layers, heads and queries of a detector. The defaults are DETR's."""
+    """The numbers of layers, heads and queries of a detector. The defaults are DETR's.
+
+    Attributes:
+        encoder_layers, decoder_layers: layers; 0 encoder layers if no self-attention precedes the decoder.
+        heads: heads of the decoder's cross-attention.
+        queries: object queries.
+        encoder_heads, self_heads: heads of the encoder's and the decoder's self-attention; as many as `heads` by
+            default.
+    """
 
     encoder_layers: int = 6
     decoder_layers: int = 6
     heads: int = 8
     queries: int = 100
+    encoder_heads: int | None = None
+    self_heads: int | None = None
+
+    def heads_at(self, site: Site) -> int:
+        """The number of heads of the attention at `site`."""
+        at = {"encoder_self": self.encoder_heads, "decoder_self": self.self_heads}.get(check_site(site))
+        return self.heads if at is None else at
+
+    @property
+    def heads_text(self) -> str:
+        """The numbers of heads, for people."""
+        by_site = {site: self.heads_at(site) for site in SITES if self.layers(site)}
+        if len(set(by_site.values())) == 1:
+            return f"{self.heads} in each layer"
+        return ", ".join(f"{heads} in each layer of {site}" for site, heads in by_site.items())
 
     def layers(self, site: Site) -> int:
         """The number of layers that have attention at `site`."""
@@ -127,20 +150,20 @@ class Clause:
 
     def check(self, layout: HeadLayout, subject: str) -> None:
         """Raise GateError, with `subject` as the subject of its sentence, if `layout` lacks a head, layer or query."""
-        layers = layout.layers(self.site)
+        layers, heads = layout.layers(self.site), layout.heads_at(self.site)
         for where in (Heads(self.layers, self.heads), *self.kept_heads):
             check_exist(subject, "layer", where.layers, layers, self.site)
-            check_exist(subject, "head", where.heads, layout.heads, self.site)
+            check_exist(subject, "head", where.heads, heads, self.site)
         check_exist(subject, "query", self.queries, layout.queries, self.site)
-        if self.last is not None and self.last > layout.heads:
+        if self.last is not None and self.last > heads:
             raise GateError(
-                f"{subject} names the last {self.last} heads, but this detector has {layout.heads} at {self.site}: "
+                f"{subject} names the last {self.last} heads, but this detector has {heads} at {self.site}: "
                 "name no more than that"
             )
-        if self.off is not None and len(self.off[0]) != layout.heads:
+        if self.off is not None and len(self.off[0]) != heads:
             raise GateError(
                 f"{subject} has off amounts for {counted(len(self.off[0]), 'head')}, "
-                f"but this detector has {layout.heads} at {self.site}: give one per head"
+                f"but this detector has {heads} at {self.site}: give one per head"
             )
         if self.off is not None and len(self.off) not in (1, layers):
             raise GateError(

@@ -130,13 +130,13 @@ class Configuration:
                 f"{self._quoted()} names objects, and which queries detect these is known for an image only: give it "
                 "to headoff.sweep or headoff.explain, or name queries"
             )
-        layers = layout.layers(site)
+        layers, heads = layout.layers(site), layout.heads_at(site)
         clauses = [clause for clause in self.clauses if clause.site == site]
         rows = 1 if all(clause.queries is None for clause in clauses) else layout.queries
-        gate = torch.ones(layers, rows, layout.heads, dtype=torch.float64)
+        gate = torch.ones(layers, rows, heads, dtype=torch.float64)
         for clause in clauses:
             queries = slice(None) if clause.queries is None else list(clause.queries)
-            gate[:, queries] *= clause.values(layers, layout.heads)[:, None, :]
+            gate[:, queries] *= clause.values(layers, heads)[:, None, :]
         return None if bool((gate == 1).all()) else gate.float()
 
     def _quoted(self) -> str:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headoff.detr.detector import Detector, Features
-from headoff.detr.transformer import Attend, AttentionCall
+from headoff.detector import Attend, AttentionCall, Detector, Features
 from headoff.values import Objects
 
 CORE, RIM = 0.75, 1.25

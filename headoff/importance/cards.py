@@ -8,7 +8,7 @@ from pathlib import Path
 
 from headoff.ablation import References
 from headoff.choices import AblationKind
-from headoff.detr.detector import Detector
+from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.gates import Configuration, heads_off, none_off, single_heads
 from headoff.images import ImageSource, load_image

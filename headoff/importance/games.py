@@ -15,9 +15,7 @@ from torch import Tensor
 from headoff.ablation import Ablation
 from headoff.choices import Site
 from headoff.detections import detections_from
-from headoff.detr.detector import Detector, DetectorOutput, Features
-from headoff.detr.sharing import separate_runs
-from headoff.detr.transformer import Attend, AttentionAddress, AttentionCall
+from headoff.detector import Attend, AttentionAddress, AttentionCall, Detector, DetectorOutput, Features
 from headoff.errors import AttentionError, NonFiniteError, SettingError
 from headoff.gates import Gates
 from headoff.images import ImageSource, load_image
@@ -77,14 +75,14 @@ class Game:
             output = detector.decode(detector.encode_features(features))
         logits, boxes = output.logits[0, 0], output.boxes[0, 0]
         size = (picture.height, picture.width)
-        found = detections_from(logits, boxes, size, detector.class_names, confidence)
+        found = detections_from(logits, boxes, size, detector.class_names, confidence, detector.scoring)
         return cls(detector, features, site, Objects.of(found, boxes, confidence), values, memory_budget)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(L, H)."""
         layout = self.detector.head_layout
-        return layout.layers(self.site), layout.heads
+        return layout.layers(self.site), layout.heads_at(self.site)
 
     def under(self, draws: Sequence[Ablation], store: ValueStore | None = None) -> Game:
         """The same game where heads that are off contribute what `draws` say; values are averaged over them.
@@ -238,21 +236,15 @@ class Game:
             if bool((gate == 1).all())
             else gate.float()[:, None, None, None].expand(-1, layers, 1, heads)
         }
-        # Tensors of inference mode cannot be saved for a backward pass.
-        tokens, positions = self.features.tokens.clone(), self.features.positions.clone()
-        mask = None if self.features.attn_mask is None else self.features.attn_mask.clone()
-        features = Features(tokens, positions, mask, self.features.grid)
+        features = self.features.clone()  # tensors of inference mode cannot be saved for a backward pass
         with torch.enable_grad(), draw.applied_to(self.detector), self.detector.intercepting(capture):
             encoder_gate = own.get("encoder_self")
             memory = self.detector.encode_features(
                 features, None if encoder_gate is None else encoder_gate[0]
             )
-            plan = separate_runs(
-                own.get("decoder_self"),
-                own.get("decoder_cross"),
-                self.detector.head_layout.decoder_layers,
-                1 if is_encoder else runs,
-            ).to(self.detector.device, self.detector.dtype)
+            names = tuple(map(str, range(1 if is_encoder else runs)))
+            decoder_gates = {site: own[site] for site in ("decoder_self", "decoder_cross") if site in own}
+            plan = self.detector.plan(Gates(names, **decoder_gates), share=False)
             output = self.detector.decode(memory, plan)
             logits, boxes = output.logits[:, 0], output.boxes[:, 0]
             contexts = [captured[AttentionAddress(self.site, layer)] for layer in range(layers)]

@@ -13,7 +13,7 @@ from headoff.ablation import References, ablation_draws, load_references
 from headoff.ablation.references import fingerprint_of, hash_of_image
 from headoff.attention import attention_label
 from headoff.choices import DEFAULT_SITE, AblationKind, Site
-from headoff.detr.detector import Detector
+from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.gates.validation import check_site
 from headoff.images import ImageSource, load_image

@@ -16,7 +16,7 @@ import torch
 
 from headoff.ablation import References
 from headoff.choices import DEFAULT_SITE, AblationKind, Site
-from headoff.detr.detector import Detector
+from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.images import ImageSource, load_image
 from headoff.importance.attention import STATISTICS, attention_at_objects, attention_statistics
@@ -251,7 +251,7 @@ def head_roles(
     looked = site == "decoder_cross"
     return HeadRoles(
         site,
-        (detector.head_layout.layers(site), detector.head_layout.heads),
+        (detector.head_layout.layers(site), detector.head_layout.heads_at(site)),
         count,
         objects,
         ablation,
@@ -270,6 +270,6 @@ def _attention_in(detector: Detector, picture: Any, confidence: float):
     grid = game.features.grid
     with torch.inference_mode():
         pixels, _ = detector.preprocess([picture])
-    stride = detector.config.backbone.stride
+    stride = detector.stride
     extent = tuple(count * stride / side for count, side in zip(grid, pixels.shape[-2:], strict=True))
     return attention_statistics(weights, objects.boxes, grid, extent)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from headoff.detr.detector import Detector, Features
+from headoff.detr.detector import Detr, Features
 from headoff.detr.transfers import copy_to_device
 from headoff.errors import NonFiniteError, SettingError
 from headoff.gates import Gates
@@ -122,7 +122,7 @@ class RelevanceEngine:
 
     def __init__(
         self,
-        detector: Detector,
+        detector: Detr,
         features: Features,
         *,
         method: Method | str = "chefer",

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from headoff.ablation import Ablation, References, make_ablation
 from headoff.choices import PICKS, AblationKind, Pick
-from headoff.detections import Detections, class_probabilities, detections_from
-from headoff.detr.detector import Detector
+from headoff.detections import Detections, class_probabilities, detections_from, predictions_of
+from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.gates import Configuration, cumulative, none_off, read_configurations, stack
 from headoff.images import ImageSource, load_image
 from headoff.outcomes import outcomes_of
-from headoff.relevance.engine import Backward, RelevanceEngine
+from headoff.relevance.engine import Backward
+from headoff.relevance.engines import make_engine
 from headoff.relevance.explanations import Explanation
 from headoff.relevance.kernels import Kernels
 from headoff.relevance.methods import Method, resolve_method
@@ -99,7 +100,7 @@ def explain(
     with torch.no_grad():
         pixels, _ = detector.preprocess([picture])
         features = detector.features(pixels)
-    engine = RelevanceEngine(
+    engine = make_engine(
         detector,
         features,
         method=method,
@@ -110,12 +111,10 @@ def explain(
     )
     (baseline,) = engine.run(stack((none_off(),), layout), lambda *_: ())
     if any(configuration.names_objects for configuration in chosen):
-        detected = _objects(
-            baseline.logits, baseline.boxes, image_size, detector.class_names, confidence, None
-        )
+        detected = _objects(baseline.logits, baseline.boxes, image_size, detector, confidence, None)
         chosen = for_queries_of(detected, chosen)
     gates = stack(chosen, layout)
-    objects = _objects(baseline.logits, baseline.boxes, image_size, detector.class_names, confidence, wanted)
+    objects = _objects(baseline.logits, baseline.boxes, image_size, detector, confidence, wanted)
     specs = _specs(target, len(objects))
     picked_queries = torch.full((len(chosen), len(objects)), -1)
     picked_labels = picked_queries.clone()
@@ -168,7 +167,7 @@ def explain(
         logits=logits,
         boxes=boxes,
         heads=head_maps,
-        stride=detector.config.backbone.stride,
+        stride=detector.stride,
         resized=(pixels.shape[-2], pixels.shape[-1]),
         method=method.name,
         target=tuple(make_target(spec, 0, 0).name if callable(spec) else spec for spec in specs),
@@ -217,23 +216,15 @@ def _objects(
     logits: Tensor,
     boxes: Tensor,
     image_size: tuple[int, int],
-    class_names: tuple[str, ...],
+    detector: Detector,
     confidence: float,
     queries: list[int] | None,
 ) -> Detections:
     """The baseline's detections; or the predictions of `queries`, in that order, whatever their confidence."""
+    names, scoring = detector.class_names, detector.scoring
     if queries is None:
-        return detections_from(logits, boxes, image_size, class_names, confidence)
-    everything = detections_from(logits, boxes, image_size, class_names, 0.0)
-    places = [everything.queries.tolist().index(query) for query in queries]
-    return Detections(
-        everything.queries[places],
-        everything.labels[places],
-        everything.scores[places],
-        everything.boxes[places],
-        image_size,
-        class_names,
-    )
+        return detections_from(logits, boxes, image_size, names, confidence, scoring)
+    return predictions_of(queries, logits, boxes, image_size, names, scoring)
 
 
 def _specs(target: TargetSpec | Sequence[TargetSpec], count: int) -> list[TargetSpec]:
@@ -257,9 +248,11 @@ def _pick(
     if pick == "baseline":
         return list(frozen)
     if pick == "class":
-        likeliest = class_probabilities(logits)[:, :-1].argmax(-1).tolist()
+        likeliest = class_probabilities(logits, objects.scoring).argmax(-1).tolist()
         return [(query, likeliest[query]) for query, _ in frozen]
-    detections = detections_from(logits, boxes, objects.image_size, objects.class_names, confidence)
+    detections = detections_from(
+        logits, boxes, objects.image_size, objects.class_names, confidence, objects.scoring
+    )
     outcomes = outcomes_of(objects, detections, logits).outcomes
     return [
         (int(detections.queries[first]), int(detections.labels[first]))

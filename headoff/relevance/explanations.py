@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from headoff.errors import SettingError, error_line
 from headoff.files import atomic_write, output_errors
 from headoff.gates import Configuration, parse_configuration
 from headoff.relevance.rules import ZeroRows
+from headoff.scoring import Scoring
 from headoff.wording import counted
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ class Explanation:
     @property
     def scores(self) -> Tensor:
         """(C, O) float64: probability of the explained class at the explained query; NaN if not found."""
-        probabilities = torch.stack([class_probabilities(logits) for logits in self.logits])
+        probabilities = torch.stack(
+            [class_probabilities(logits, self.objects.scoring) for logits in self.logits]
+        )
         configurations = torch.arange(len(self))[:, None]
         found = self.queries >= 0
         scores = probabilities[configurations, self.queries.clamp(min=0), self.labels.clamp(min=0)]
@@ -305,6 +308,7 @@ class Explanation:
                 ],
                 "image_size": list(self.image_size),
                 "class_names": list(self.objects.class_names),
+                "scoring": asdict(self.objects.scoring),
                 **{name: getattr(self, name) for name in _PLAIN},
             }
         )
@@ -377,6 +381,7 @@ def load_explanation(path: str | Path) -> Explanation:
             **{name: tensors[f"objects.{name}"] for name in _OBJECT_TENSORS},
             image_size=tuple(metadata["image_size"]),
             class_names=tuple(metadata["class_names"]),
+            scoring=Scoring(**metadata.get("scoring", {})),
         )
         return Explanation(
             configurations=tuple(

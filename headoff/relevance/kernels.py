@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from headoff.detr.detector import Detector
+from headoff.detr.detector import Detr
 from headoff.errors import SettingError
 from headoff.relevance.fused_vjp import unsupported
 from headoff.relevance.methods import Method
@@ -21,7 +21,7 @@ Kernels = Literal["auto", "tiles", "torch", "triton"]
 """
 
 
-def chosen_kernels(kernels: Kernels, detector: Detector, compute: torch.dtype, method: Method) -> Kernels:
+def chosen_kernels(kernels: Kernels, detector: Detr, compute: torch.dtype, method: Method) -> Kernels:
     """The implementation that `kernels` names.
 
     Raises:

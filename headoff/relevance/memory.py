@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from headoff.detr.detector import Detector, Features
+from headoff.detr.detector import Detr, Features
 from headoff.relevance.attention_vjp import TEMPORARIES
 from headoff.relevance.kernels import Kernels
 from headoff.relevance.methods import Method
@@ -36,7 +36,7 @@ class MemoryPlan:
     """
 
     def __init__(
-        self, detector: Detector, features: Features, method: Method, kernels: Kernels, budget: int
+        self, detector: Detr, features: Features, method: Method, kernels: Kernels, budget: int
     ) -> None:
         config = detector.config
         size = torch.promote_types(detector.dtype, torch.float32).itemsize

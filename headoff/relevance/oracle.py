@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from headoff.detr.detector import Detector, Features
+from headoff.detector import AttentionAddress, AttentionCall
+from headoff.detr.detector import Detr, Features
 from headoff.detr.sharing import sharing_plan
-from headoff.detr.transformer import AttentionAddress, AttentionCall
 from headoff.gates import SITES, Gates
 from headoff.relevance.rules import AttentionEvidence, Evidence
 from headoff.relevance.targets import Target
@@ -42,7 +42,7 @@ class _DenseAttention:
         return self.contexts[address]
 
 
-def dense_evidence(detector: Detector, features: Features, gates: Gates | None, target: Target) -> Evidence:
+def dense_evidence(detector: Detr, features: Features, gates: Gates | None, target: Target) -> Evidence:
     """Weights and gradients of every attention, for one image, one configuration (`gates` of length 1) and a target.
 
     The detector's encoder, decoder and heads run, with eager attention.

@@ -17,18 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headoff.detr.detector import Detector, DetectorOutput, Features, Memory
+from headoff.detector import Attend, AttentionAddress, AttentionCall, DetectorOutput
+from headoff.detr.detector import Detr, Features, Memory
 from headoff.detr.sharing import separate_runs
-from headoff.detr.transformer import (
-    Attend,
-    AttentionAddress,
-    AttentionCall,
-    DecoderLayer,
-    EncoderLayer,
-    FeedForward,
-    MultiHeadAttention,
-    Residual,
-)
+from headoff.detr.transformer import DecoderLayer, EncoderLayer, FeedForward, MultiHeadAttention, Residual
 from headoff.errors import NonFiniteError
 from headoff.gates import Gates
 from headoff.relevance.attention_vjp import AttentionVjp
@@ -50,7 +42,7 @@ class Recorder:
         hidden: the hidden layer of each feed-forward block before its ReLU, (1, [G,] T, hidden).
     """
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: Detr) -> None:
         self.detector = detector
         self.compute = torch.promote_types(detector.dtype, torch.float32)
         self.attention: dict[AttentionAddress, AttentionRecord] = {}
@@ -202,9 +194,7 @@ class EncoderTrace:
     final: NormVjp | None
 
     @classmethod
-    def run(
-        cls, detector: Detector, features: Features, gate: Tensor | None, make_vjp: MakeVjp
-    ) -> EncoderTrace:
+    def run(cls, detector: Detr, features: Features, gate: Tensor | None, make_vjp: MakeVjp) -> EncoderTrace:
         """Encode the features of one image under `gate` (layers, N or 1, H).
 
         Raises:
@@ -300,7 +290,7 @@ class DecoderTrace:
     final: NormVjp
 
     @classmethod
-    def run(cls, detector: Detector, memory: Memory, gates: Gates, make_vjp: MakeVjp) -> DecoderTrace:
+    def run(cls, detector: Detr, memory: Memory, gates: Gates, make_vjp: MakeVjp) -> DecoderTrace:
         """Decode the memory of one image under G configurations.
 
         Raises:

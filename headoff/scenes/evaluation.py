@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from headoff.boxes import corners_of
-from headoff.detr.detector import Detector
+from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.gates import Configuration, cumulative, stack
 from headoff.images import load_image
@@ -76,7 +76,7 @@ def evaluate(
         with torch.inference_mode():
             pixel_values, _ = detector.preprocess([load_image(scene.image) for scene in drawn])
             output = decode_all(detector, detector.features(pixel_values), gates)
-            scores, labels = output.logits.double().softmax(-1)[..., :-1].max(-1)
+            scores, labels = detector.scoring.probabilities(output.logits.double()).max(-1)
             corners = (corners_of(output.boxes.double()) * side).clamp(0, side)
             boxes = torch.cat((corners[..., :2], corners[..., 2:] - corners[..., :2]), -1)
         for index, rows in enumerate(results):

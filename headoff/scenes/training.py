@@ -31,10 +31,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from headoff.detr import Detector, DetrConfig, Memory
+from headoff.detector import DetectorOutput
+from headoff.detr import Detr, DetrConfig, Memory
 from headoff.detr.checkpoints import save_native
 from headoff.detr.config import BackboneConfig
-from headoff.detr.detector import DetectorOutput
 from headoff.detr.transformer import DecoderLayer
 from headoff.errors import CheckpointError, NonFiniteError
 from headoff.images import Preprocessing
@@ -113,7 +113,7 @@ class TrainingQueries(nn.Module):
         self.queries = config.queries
 
     def forward(
-        self, detector: Detector, targets: Targets, generator: torch.Generator
+        self, detector: Detr, targets: Targets, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Content and positions (B, 3, Q, d) of the three runs, and the object that each noisy query must find (B, Q).
 
@@ -184,7 +184,7 @@ class Trainer(nn.Module):
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
-        self.detector = Detector(config, CLASS_NAMES, attention=_attention, norm=nn.BatchNorm2d)
+        self.detector = Detr(config, CLASS_NAMES, attention=_attention, norm=nn.BatchNorm2d)
         self.queries = TrainingQueries(config)
         _initialise(self.detector)
 
@@ -245,7 +245,7 @@ def _denoted_queries(assigned_objects: Tensor, targets: Targets) -> Tensor:
     return (assigned_objects[:, None] == objects[:, None]).int().argmax(-1)
 
 
-def _initialise(detector: Detector) -> None:
+def _initialise(detector: Detr) -> None:
     """Xavier for the transformer, as the reference code; attention that starts by comparing positions."""
     for parameter in (*detector.encoder.parameters(), *detector.decoder.parameters()):
         if parameter.dim() > 1:
@@ -454,7 +454,7 @@ def _average_gradients(parameters: list[nn.Parameter], workers: int, stop: bool)
 
 
 @torch.no_grad()
-def _update_average(average: dict[str, Tensor], detector: Detector, decay: float) -> None:
+def _update_average(average: dict[str, Tensor], detector: Detr, decay: float) -> None:
     for name, value in detector.state_dict().items():
         if value.is_floating_point():
             average[name].lerp_(value, 1 - decay)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headoff.detector import Detector
 from headoff.detr.checkpoints.load import load
-from headoff.detr.detector import Detector
-from headoff.errors import SettingError, error_line
+from headoff.detr.detector import Detr
+from headoff.errors import CheckpointError, SettingError, error_line
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,20 @@ class ModelChoice:
             short_side=self.short_side,
             **placement,
         )
+
+    def load_detr(self, **placement: Any) -> Detr:
+        """The detector, which must be headoff's own DETR; see `load`.
+
+        Raises:
+            CheckpointError: it is another detector.
+        """
+        detector = self.load(**placement)
+        if not isinstance(detector, Detr):
+            raise CheckpointError(
+                f"{self.source} is not a DETR, whose attention the suites and benchmarks check: give one, such as "
+                "scenes or detr-resnet-50"
+            )
+        return detector
 
 
 def class_names_in(path: Path | None) -> tuple[str, ...] | None:

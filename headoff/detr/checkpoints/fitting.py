@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headoff.attention import Attention, resolve_attention
 from headoff.detr.config import BackboneConfig, DetrConfig
-from headoff.detr.detector import Detector
+from headoff.detr.detector import Detr
 from headoff.errors import CheckpointError
 from headoff.images import Preprocessing
 from headoff.wording import counted
@@ -128,7 +128,7 @@ def assemble(
     device: torch.device | str,
     dtype: torch.dtype,
     name_in_file: NameInFile = str,
-) -> Detector:
+) -> Detr:
     """A detector in eval mode, with copies of `tensors` as its frozen weights.
 
     Args:
@@ -148,7 +148,7 @@ def assemble(
     # Before `torch.device("meta")`: this may import a user's file, whose tensors belong on a real device.
     attention = resolve_attention(attention)
     with torch.device("meta"):
-        detector = Detector(config, class_names, attention=attention)
+        detector = Detr(config, class_names, attention=attention)
     expected = detector.state_dict()
     _check_names(expected, tensors, name_in_file)
     weights = {}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from headoff.attention import AUTO, Attention
+from headoff.detector import Detector
 from headoff.detr.checkpoints.coco import COCO_CLASSES
 from headoff.detr.checkpoints.files import TensorFile
 from headoff.detr.checkpoints.fitting import Hints, assemble, infer_config
@@ -28,7 +29,6 @@ from headoff.detr.checkpoints.native import is_native, read_native
 from headoff.detr.checkpoints.published import ORIGINALS, published_checkpoint
 from headoff.detr.checkpoints.shards import read_checkpoint
 from headoff.detr.config import DetrConfig
-from headoff.detr.detector import Detector
 from headoff.devices import chosen_device, torch_dtype
 from headoff.errors import CheckpointError, SettingError, did_you_mean, error_line
 

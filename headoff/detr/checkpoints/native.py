@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headoff.detr.checkpoints.files import TensorFile
 from headoff.detr.config import DetrConfig
-from headoff.detr.detector import Detector
+from headoff.detr.detector import Detr
 from headoff.errors import CheckpointError, SettingError
 from headoff.files import write_file
 
@@ -25,7 +25,7 @@ FORMAT = "headoff"
 VERSION = 1
 
 
-def save_native(detector: Detector, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
+def save_native(detector: Detr, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
     """Write `detector` to one safetensors file, atomically. The same weights give the same bytes.
 
     Weights are stored in `dtype`, batch norm's running mean and variance always in float32, since variances may

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headoff.attention import Attention
-from headoff.detr.detector import Detector, DetectorOutput, Features
+from headoff.detector import DetectorOutput
+from headoff.detr.detector import Detr, Features
 from headoff.gates import Configuration, Gates, stack
 from headoff.harness.finding import Finding
 from headoff.harness.model.patched import CallCount, counting_calls, features_on, findings_of_run, patched
@@ -186,7 +187,7 @@ def to_pixels(case: ReferenceCase, grad_tokens: Tensor) -> Tensor:
 
 
 def _gradients(
-    detector: Detector,
+    detector: Detr,
     features: Features,
     case: ReferenceCase,
     configurations: Sequence[Configuration],

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention, resolve_attention
+from headoff.detector import Attend, AttentionAddress, AttentionCall
 from headoff.detr.checkpoints import ModelChoice
-from headoff.detr.detector import Detector, Features
-from headoff.detr.transformer import Attend, AttentionAddress, AttentionCall
+from headoff.detr.detector import Detr, Features
 from headoff.errors import HeadoffError, NonFiniteError
 from headoff.gates import SITES
 from headoff.harness.exceptions import describe_exception
@@ -31,7 +31,7 @@ from headoff.harness.reference.cases import ReferenceCase
 @contextmanager
 def patched(
     case: ReferenceCase, attention: Attention, device: torch.device, dtype: torch.dtype
-) -> Iterator[Detector]:
+) -> Iterator[Detr]:
     """The case's model on `device`, its attention called in `dtype`.
 
     The model is shared: one at a time. TF32 is off, so that float32 means the same everywhere.
@@ -48,12 +48,10 @@ def patched(
         detector.attention = before
 
 
-def own_detector(
-    case: ReferenceCase, attention: Attention, device: torch.device, dtype: torch.dtype
-) -> Detector:
+def own_detector(case: ReferenceCase, attention: Attention, device: torch.device, dtype: torch.dtype) -> Detr:
     """The same as a new model, whose weights may be changed."""
     attention = InDtype(resolve_attention(attention), dtype)
-    return case.model.load(attention=attention, device=device, dtype=model_dtype(dtype))
+    return case.model.load_detr(attention=attention, device=device, dtype=model_dtype(dtype))
 
 
 def model_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -71,8 +69,8 @@ def features_on(case: ReferenceCase, device: torch.device, dtype: torch.dtype) -
 
 
 @functools.cache
-def _model(model: ModelChoice, device: torch.device, dtype: torch.dtype) -> Detector:
-    return model.load(device=device, dtype=dtype)
+def _model(model: ModelChoice, device: torch.device, dtype: torch.dtype) -> Detr:
+    return model.load_detr(device=device, dtype=dtype)
 
 
 class CallCount:
@@ -84,7 +82,7 @@ class CallCount:
         at_least: whether more calls are right too, as a backward pass may repeat the forward pass.
     """
 
-    def __init__(self, detector: Detector, encodes: int, decodes: int, at_least: bool = False) -> None:
+    def __init__(self, detector: Detr, encodes: int, decodes: int, at_least: bool = False) -> None:
         self.of: Counter[AttentionAddress] = Counter()
         self._layout = detector.head_layout
         self._times = {site: encodes if site == "encoder_self" else decodes for site in SITES}
@@ -125,9 +123,7 @@ class CallCount:
 
 
 @contextmanager
-def counting_calls(
-    detector: Detector, encodes: int, decodes: int, at_least: bool = False
-) -> Iterator[CallCount]:
+def counting_calls(detector: Detr, encodes: int, decodes: int, at_least: bool = False) -> Iterator[CallCount]:
     """Count the calls that the attention answers in this context; a call that raises is not counted."""
     calls = CallCount(detector, encodes, decodes, at_least)
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from headoff.attention import Attention, attention_label
-from headoff.detr.detector import Detector, Features
+from headoff.detr.detector import Detr, Features
 from headoff.gates import Configuration, Gates, stack
 from headoff.harness.finding import Finding
 from headoff.harness.model.patched import CallCount, counting_calls, features_on, findings_of_run, patched
@@ -104,7 +104,7 @@ def maps_with(
 
 
 def maps_by(
-    detector: Detector,
+    detector: Detr,
     features: Features,
     gates: Gates,
     targets: Sequence[Target],

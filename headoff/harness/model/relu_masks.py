@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from headoff.detr.detector import Detector
+from headoff.detr.detector import Detr
 from headoff.detr.transformer import FeedForward
 
 
@@ -39,7 +39,7 @@ class ReluMasks:
         return ReluMasks({name: mask[list(copies)] for name, mask in self.masks.items()})
 
     @contextmanager
-    def recording(self, detector: Detector) -> Iterator[None]:
+    def recording(self, detector: Detr) -> Iterator[None]:
         """Append the masks of all calls in this context. What is computed does not change."""
         recorded: dict[str, list[Tensor]] = {name: [mask] for name, mask in self.masks.items()}
 
@@ -52,7 +52,7 @@ class ReluMasks:
 
     @contextmanager
     def pinned(
-        self, detector: Detector, *, resolution: float | None = None, box_head: bool = True
+        self, detector: Detr, *, resolution: float | None = None, box_head: bool = True
     ) -> Iterator[None]:
         """Make the ReLUs of `detector` use these masks, from the first copy on; nothing else changes.
 
@@ -86,7 +86,7 @@ class ReluMasks:
 
 
 @contextmanager
-def _hooked(detector: Detector, act: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+def _hooked(detector: Detr, act: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     """Call `act(name, output)` after each layer in front of a ReLU; the output is what it returns, unless None."""
     layers: dict[str, nn.Module] = {
         f"{name}.expand": module.expand

@@ -170,7 +170,7 @@ class Reporter:
             from headoff.harness.reference.cases import oracle_of
 
             detector = oracle_of(settings[0].model_choice)
-            about["heads"] = f"{detector.config.heads} in each layer"
+            about["heads"] = detector.head_layout.heads_text
             notes = [f"{settings[0].model}: {assumption}" for assumption in detector.assumptions]
         self.tell(about=about, machine=machine, benchmarks=benchmarks, notes=notes, finished=True)
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headoff.detections import Detections, detections_from
+from headoff.detector import DetectorOutput
 from headoff.detr.checkpoints import ModelChoice
 from headoff.detr.checkpoints.load import BUNDLED
-from headoff.detr.detector import Detector, DetectorOutput, Features
+from headoff.detr.detector import Detr, Features
 from headoff.errors import SettingError
 from headoff.gates import (
     Clause,
@@ -105,7 +106,7 @@ class ReferenceCase:
     golden: Path | None
 
     @property
-    def detector(self) -> Detector:
+    def detector(self) -> Detr:
         """The oracle: float64, eager, on the CPU."""
         return oracle_of(self.model)
 
@@ -262,9 +263,9 @@ def _reference_case(model: ModelChoice, name: str, image: Path, golden: Path | N
 
 
 @functools.cache
-def oracle_of(model: ModelChoice) -> Detector:
+def oracle_of(model: ModelChoice) -> Detr:
     """The model in float64 with eager attention, on the CPU."""
-    return model.load(attention="eager", dtype=torch.float64)
+    return model.load_detr(attention="eager", dtype=torch.float64)
 
 
 @functools.cache

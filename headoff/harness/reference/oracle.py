@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headoff.detr.detector import Detector, DetectorOutput, Features
-from headoff.detr.transformer import Attend, AttentionCall
+from headoff.detector import Attend, AttentionCall, DetectorOutput
+from headoff.detr.detector import Detr, Features
 from headoff.gates import Configuration, Gates, stack
 from headoff.images import ImageSource, load_image
 from headoff.relevance import Method, Target, resolve_method
@@ -21,16 +21,14 @@ MEMORY = 2**30
 """Bytes that the activations of one batch may take, about."""
 
 
-def features_of(detector: Detector, image: ImageSource) -> Features:
+def features_of(detector: Detr, image: ImageSource) -> Features:
     """The image through the backbone."""
     with torch.no_grad():
         pixels, _ = detector.preprocess([load_image(image)])
         return detector.features(pixels)
 
 
-def forward_batch(
-    detector: Detector, features: Features, gates: Gates
-) -> tuple[DetectorOutput, Tensor, Tensor]:
+def forward_batch(detector: Detr, features: Features, gates: Gates) -> tuple[DetectorOutput, Tensor, Tensor]:
     """The model's output under C configurations, as a batch of C copies of one image with a gate each.
 
     Unlike in a sweep nothing is shared, the encoder neither, so that no configuration's output has a gradient in
@@ -71,7 +69,7 @@ def forward_batch(
     return detector.heads(states[-1]), memory, tokens
 
 
-def batches(detector: Detector, features: Features, count: int) -> Iterator[list[int]]:
+def batches(detector: Detr, features: Features, count: int) -> Iterator[list[int]]:
     """Indices of `count` configurations, as many at a time as `forward_batch` has room for with gradients."""
     config, tokens = detector.config, features.tokens.shape[1]
     weights = (
@@ -84,7 +82,7 @@ def batches(detector: Detector, features: Features, count: int) -> Iterator[list
 
 
 def dense_maps(
-    detector: Detector,
+    detector: Detr,
     features: Features,
     configuration: Configuration,
     targets: Sequence[Target],
