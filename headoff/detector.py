@@ -19,6 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from headoff.attention import Attention, resolve_attention
+from headoff.deformable import (
+    DeformableAttention,
+    Shapes,
+    corners,
+    grid_sample_attention,
+    resolve_deformable_attention,
+)
 from headoff.errors import CheckpointError, GateError, ImageError, SettingError
 from headoff.gates import Configuration, Gates, HeadLayout, Site
 from headoff.images import ImageSource, Preprocessing, preprocess
@@ -50,19 +57,94 @@ class AttentionCall(NamedTuple):
     attn_mask: Tensor | None
     head_gate: Tensor | None
 
+    @property
+    def rows(self) -> int:
+        """Q."""
+        return self.query.shape[-2]
 
-Attend = Callable[[AttentionCall], Tensor]
-"""Computes the context (B, H, Q, D) of an attention call."""
+    @property
+    def requires_grad(self) -> bool:
+        """Whether autograd follows any input."""
+        return any(x.requires_grad for x in (self.query, self.key, self.value))
+
+    def weights_at(self, queries: Tensor) -> Tensor:
+        """Attention weights before the gate at some queries (q,): float64 (B, H, q, S)."""
+        query = self.query.index_select(2, queries).double()
+        scores = query @ self.key.double().transpose(-1, -2) / query.shape[-1] ** 0.5
+        if self.attn_mask is not None:
+            mask = self.attn_mask
+            mask = mask if mask.shape[2] == 1 else mask.index_select(2, queries)
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1)
 
 
-Replacement = Callable[[AttentionCall], Tensor]
+class DeformableCall(NamedTuple):
+    """The arguments of one call of multi-scale deformable attention, and its place.
+
+    It is attention with few weights that are not 0: those of the four tokens around each sampling point.
+
+    Attributes:
+        address: site and layer.
+        value: (B, H, S, D), the tokens of all levels; tokens of padding are 0.
+        spatial_shapes: (h, w) of each level.
+        locations: (B, Q, H, L, P, 2), see `headoff.deformable.contract`.
+        weights: (B, Q, H, L, P).
+        head_gate: 4 dimensions, broadcastable to (B, H, Q, 1), in the value's dtype; None where every head is on.
+    """
+
+    address: AttentionAddress
+    value: Tensor
+    spatial_shapes: Shapes
+    locations: Tensor
+    weights: Tensor
+    head_gate: Tensor | None
+
+    @property
+    def attn_mask(self) -> None:
+        """None: padding is in the value."""
+        return None
+
+    @property
+    def rows(self) -> int:
+        """Q."""
+        return self.locations.shape[1]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether autograd follows any input."""
+        return any(x.requires_grad for x in (self.value, self.locations, self.weights))
+
+    def corner_weights(self) -> tuple[Tensor, Tensor]:
+        """Tokens (B, H, Q, L * P * 4), int64, and their weights before the gate, in the dtype of `weights`."""
+        tokens, bilinear = corners(self.spatial_shapes, self.locations)
+        weights = self.weights[..., None] * bilinear
+        return tokens.transpose(1, 2).flatten(3), weights.transpose(1, 2).flatten(3)
+
+    def weights_at(self, queries: Tensor) -> Tensor:
+        """Attention weights before the gate at some queries (q,): float64 (B, H, q, S)."""
+        some = self._replace(
+            locations=self.locations.index_select(1, queries).double(),
+            weights=self.weights.index_select(1, queries).double(),
+        )
+        tokens, weights = some.corner_weights()
+        dense = weights.new_zeros(*weights.shape[:3], self.value.shape[2])
+        return dense.scatter_add_(-1, tokens, weights)
+
+
+Call = AttentionCall | DeformableCall
+
+Attend = Callable[[Any], Tensor]
+"""Computes the context (B, H, Q, D) of a `Call`."""
+
+
+Replacement = Callable[[Any], Tensor]
 """Computes what a head that is off contributes in place of its context, broadcastable to (B, H, Q, D)."""
 
 
 class Interceptor(Protocol):
     """Computes the context of a call, with the help of `proceed(call)`, which computes it without the interceptor."""
 
-    def __call__(self, call: AttentionCall, proceed: Attend) -> Tensor: ...
+    def __call__(self, call: Any, proceed: Attend) -> Tensor: ...
 
 
 class Features(Protocol):
@@ -76,6 +158,10 @@ class Features(Protocol):
     def grid(self) -> tuple[int, int]: ...
 
     def __len__(self) -> int: ...
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """Numbers of the memory's tokens (..., N) as maps (..., h, w), whose sums are the same."""
+        ...
 
     def clone(self) -> Self:
         """The same with tensors of its own, which autograd can save even if these were made in inference mode."""
@@ -112,6 +198,7 @@ class Detector(nn.Module):
     assumptions: tuple[str, ...] = ()
     autocast_dtype: torch.dtype | None = None
     _attention: Attention
+    _deformable_attention: DeformableAttention = staticmethod(grid_sample_attention)
     _interceptors: tuple[Interceptor, ...] = ()
     _replacement: Replacement | None = None
 
@@ -134,10 +221,19 @@ class Detector(nn.Module):
     def attention(self, value: Attention | str) -> None:
         object.__setattr__(self, "_attention", resolve_attention(value))
 
+    @property
+    def deformable_attention(self) -> DeformableAttention:
+        """The callable of all deformable sites. Assign a callable or a name to replace it."""
+        return self._deformable_attention
+
+    @deformable_attention.setter
+    def deformable_attention(self, value: DeformableAttention | str) -> None:
+        object.__setattr__(self, "_deformable_attention", resolve_deformable_attention(value))
+
     def __setattr__(self, name: str, value: Any) -> None:
         # nn.Module registers every module that is assigned, bypassing the property: a kernel that is a module would
         # become part of the detector's weights, and never be called.
-        if name == "attention":
+        if name in ("attention", "deformable_attention"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -157,10 +253,9 @@ class Detector(nn.Module):
         """How scores are computed from class logits."""
         return SOFTMAX
 
-    @property
     @abstractmethod
-    def stride(self) -> int:
-        """Pixels of the resized image per cell of a map, along one side."""
+    def stride(self, features: Any) -> int:
+        """Pixels of the resized image per cell of a map of `features`, along one side."""
 
     @property
     @abstractmethod
@@ -245,21 +340,28 @@ class Detector(nn.Module):
         """Encode and decode with all heads on."""
         return self.decode(self.encode(pixel_values, pixel_mask))
 
-    def attend(self, call: AttentionCall) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """Compute one attention call of the model: by `attention`, or by the interceptors in front of it."""
         proceed: Attend = self._call_attention
         for interceptor in self._interceptors:
             proceed = partial(interceptor, proceed=proceed)
         return proceed(call)
 
-    def context_of(self, call: AttentionCall) -> Tensor:
+    def context_of(self, call: Call) -> Tensor:
         """Compute one attention call, and add what heads that are off contribute (see `replacing`)."""
         context = self.attend(call)
         if self._replacement is None or call.head_gate is None:
             return context
         return context + ((1 - call.head_gate) * self._replacement(call)).to(context.dtype)
 
-    def _call_attention(self, call: AttentionCall) -> Tensor:
+    def _call_attention(self, call: Call) -> Tensor:
+        if isinstance(call, DeformableCall):
+            gate = None if call.head_gate is None else call.head_gate.transpose(1, 2)
+            value = call.value.transpose(1, 2)
+            context = self._deformable_attention(
+                value, call.spatial_shapes, call.locations, call.weights, head_gate=gate
+            )
+            return context.transpose(1, 2)
         return self._attention(call.query, call.key, call.value, call.attn_mask, head_gate=call.head_gate)
 
     @contextmanager

@@ -141,7 +141,7 @@ class ConstantReplacement:
             raise SettingError(
                 f"the ablation has nothing for {address.site} of layer {address.layer}: fit or gather it at that site"
             )
-        context, rows = self._contexts[address], call.query.shape[-2]
+        context, rows = self._contexts[address], call.rows
         if context.shape[1] == 1:
             return context[None]
         if address.site == "encoder_self":

@@ -92,7 +92,7 @@ def load_references(path: str | Path) -> References:
         for name, tensor in file.tensors.items():
             part, _, site = name.partition(".")
             parts[part][next(known for known in SITES if known == site)] = tensor
-        if set(parts["mean"]) != set(SITES) or set(parts["samples"]) != set(SITES):
+        if not parts["mean"] or set(parts["mean"]) != set(parts["samples"]):
             raise ValueError("a site is missing")
         return References(
             metadata["fingerprint"],
@@ -162,14 +162,16 @@ def gather_references(
         if progress is not None:
             progress(index + 1, len(images))
 
+    sites = [site for site in SITES if detector.head_layout.layers(site)]
+
     def at(site: Site, of: Callable[[AttentionAddress], Tensor]) -> list[Tensor]:
         return [of(AttentionAddress(site, layer)) for layer in range(detector.head_layout.layers(site))]
 
     return References(
         fingerprint_of(detector),
         tuple(hashes),
-        {site: torch.stack(at(site, lambda a: (sums[a] / len(images)).float())) for site in SITES},
-        {site: torch.stack(at(site, lambda a: torch.stack(stored[a])), dim=1) for site in SITES},
+        {site: torch.stack(at(site, lambda a: (sums[a] / len(images)).float())) for site in sites},
+        {site: torch.stack(at(site, lambda a: torch.stack(stored[a])), dim=1) for site in sites},
         tuple(hashes[index] for index in sorted(kept)),
         provenance=dict(provenance or {}),
     )
@@ -185,7 +187,7 @@ def fingerprint_of(detector: Detector) -> str:
     """SHA-256 of the weights of encoder, decoder and heads, in bfloat16: the same in all dtypes but float16."""
     total = hashlib.sha256()
     for name, tensor in sorted(detector.state_dict().items()):
-        if not name.startswith("backbone."):
+        if "backbone." not in name:
             # numpy knows no bfloat16
             numbers = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
             total.update(f"{name} {tuple(tensor.shape)}".encode() + numbers.tobytes())

@@ -42,6 +42,9 @@ class Features:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def to_grid(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, self.grid)
+
     def clone(self) -> Self:
         mask = None if self.attn_mask is None else self.attn_mask.clone()
         return type(self)(self.tokens.clone(), self.positions.clone(), mask, self.grid)
@@ -132,8 +135,7 @@ class Detr(Detector):
     def autocast_dtype(self, dtype: torch.dtype | None) -> None:
         self.encoder.autocast_dtype = self.decoder.autocast_dtype = dtype
 
-    @property
-    def stride(self) -> int:
+    def stride(self, features: Features) -> int:
         """Pixels of the resized image per token, along one side."""
         return self.config.backbone.stride
 

@@ -60,16 +60,13 @@ def attention_at_objects(detector: Detector, features: Features, objects: Object
 
     def record(call: AttentionCall, proceed: Attend) -> Tensor:
         if call.address.site == "decoder_cross":
-            query, key = call.query[0].index_select(1, queries).double(), call.key[0].double()
-            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-            if call.attn_mask is not None:
-                scores = scores.masked_fill(~call.attn_mask[0, 0], -torch.inf)
-            found[call.address.layer] = scores.softmax(-1).transpose(0, 1).cpu()
+            found[call.address.layer] = call.weights_at(queries)[0].transpose(0, 1).cpu()
         return proceed(call)
 
     with torch.inference_mode(), detector.intercepting(record):
         detector.decode(detector.encode_features(features))
-    return torch.stack([found[layer] for layer in sorted(found)], dim=1).clone()
+    weights = torch.stack([found[layer] for layer in sorted(found)], dim=1)
+    return features.to_grid(weights).flatten(-2).clone()
 
 
 def attention_statistics(

@@ -216,7 +216,7 @@ class Game:
 
         def capture(call: AttentionCall, proceed: Attend) -> Tensor:
             context = proceed(call)
-            if call.query.requires_grad and not context.requires_grad:
+            if call.requires_grad and not context.requires_grad:
                 raise AttentionError(
                     "the attention has no backward pass, as autograd knows of no way from its query to its context: "
                     "give it one (torch.autograd.Function), or use measures without gradients, such as 'removal'"

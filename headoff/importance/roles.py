@@ -270,6 +270,6 @@ def _attention_in(detector: Detector, picture: Any, confidence: float):
     grid = game.features.grid
     with torch.inference_mode():
         pixels, _ = detector.preprocess([picture])
-    stride = detector.stride
+    stride = detector.stride(game.features)
     extent = tuple(count * stride / side for count, side in zip(grid, pixels.shape[-2:], strict=True))
     return attention_statistics(weights, objects.boxes, grid, extent)  # type: ignore[arg-type]

@@ -167,7 +167,7 @@ def explain(
         logits=logits,
         boxes=boxes,
         heads=head_maps,
-        stride=detector.stride,
+        stride=detector.stride(features),
         resized=(pixels.shape[-2], pixels.shape[-1]),
         method=method.name,
         target=tuple(make_target(spec, 0, 0).name if callable(spec) else spec for spec in specs),

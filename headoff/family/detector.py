@@ -1,0 +1,364 @@
+"""`FamilyDetector`: a detector of transformers whose heads can be gated.
+
+transformers' own `forward` computes everything. An image is encoded by stopping it where it calls its decoder, whose
+arguments are the memory. All configurations are decoded in one call of that decoder: their queries are concatenated
+along the query axis, where only self-attention lets them see each other, and there every configuration is a batch item.
+So the memory is not copied, and its values are projected once.
+
+Shapes: B images, G configurations, Q object queries, N memory tokens, H heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from headoff.attention import Attention
+from headoff.choices import SITES, Site
+from headoff.deformable import Shapes
+from headoff.detector import (
+    AttentionAddress,
+    AttentionCall,
+    DeformableCall,
+    Detector,
+    DetectorOutput,
+    GatesSpec,
+    check_pixels,
+)
+from headoff.devices import autocast
+from headoff.family.adapter import Adapter
+from headoff.family.attention import INTERFACE, Place, intercept
+from headoff.family.levels import on_finest_grid
+from headoff.gates import Gates, HeadLayout, read_configurations, stack
+from headoff.images import Preprocessing
+from headoff.scoring import Scoring
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyMemory:
+    """Encoder output of B images: the arguments that transformers' model gives to its decoder."""
+
+    arguments: Mapping[str, Any]
+    images: int
+
+    def __len__(self) -> int:
+        return self.images
+
+    def clone(self) -> Self:
+        return replace(self, arguments=_clone(self.arguments))
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyFeatures:
+    """Backbone features of B images.
+
+    Attributes:
+        pixel_values: (B, 3, H, W).
+        pixel_mask: (B, H, W) int64, 1 = image; None where nothing is padded.
+        backbone: the output of transformers' backbone module.
+        shapes: (h, w) of each level of the memory.
+        memory: the memory with all heads on, and the attention callables that computed it.
+    """
+
+    pixel_values: Tensor
+    pixel_mask: Tensor | None
+    backbone: Any
+    shapes: Shapes
+    memory: tuple[FamilyMemory, tuple[Any, Any]]
+
+    def __len__(self) -> int:
+        return len(self.pixel_values)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the finest level."""
+        return self.shapes[0]
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        return on_finest_grid(x, self.shapes)
+
+    def clone(self) -> Self:
+        memory, made_by = self.memory
+        return replace(
+            self,
+            pixel_values=self.pixel_values.clone(),
+            pixel_mask=_clone(self.pixel_mask),
+            backbone=_clone(self.backbone),
+            memory=(memory.clone(), made_by),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyPlan:
+    """Gates of G configurations on the detector's device: (G, layers, Q or 1, H) for each decoder site, or None."""
+
+    count: int
+    gates: Mapping[Site, Tensor | None]
+
+
+class FamilyDetector(Detector):
+    """A detector of transformers.
+
+    Args:
+        model: the model for object detection, in evaluation mode. Its attention modules are changed, so that headoff
+            computes their attention.
+        adapter: what headoff knows of its type.
+        class_names: one per class.
+        preprocessing: how images become pixels.
+        attention: see `Detector`.
+
+    Raises:
+        CheckpointError: the class names do not fit, or a module is not written as headoff knows it.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: Any,
+        adapter: Adapter,
+        class_names: Sequence[str],
+        preprocessing: Preprocessing,
+        *,
+        attention: Attention | str = "sdpa",
+    ) -> None:
+        config = model.config
+        super().__init__(class_names, config.num_labels, attention)
+        self.adapter = adapter
+        self.model = model
+        self._preprocessing = preprocessing
+        self._gates: Mapping[Site, Tensor | None] = {}
+        self._runs = 1
+        self._is_padded = False
+        modules: dict[Site, Sequence[nn.Module]] = {
+            "encoder_self": adapter.encoder_attention(model),
+            "decoder_self": adapter.decoder_self(model),
+            "decoder_cross": adapter.decoder_cross(model),
+        }
+        heads = {site: _heads(modules[site][0]) if modules[site] else None for site in SITES}
+        self._layout = HeadLayout(
+            encoder_layers=len(modules["encoder_self"]),
+            decoder_layers=len(modules["decoder_cross"]),
+            heads=heads["decoder_cross"] or 0,
+            queries=adapter.queries(config),
+            encoder_heads=heads["encoder_self"],
+            self_heads=heads["decoder_self"],
+        )
+        for site in SITES:
+            for layer, module in enumerate(modules[site]):
+                intercept(module, Place(self, AttentionAddress(site, layer)))
+        config._attn_implementation = INTERFACE
+
+    @property
+    def head_layout(self) -> HeadLayout:
+        return self._layout
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self._preprocessing
+
+    @property
+    def scoring(self) -> Scoring:
+        return self.adapter.scoring(self.model.config)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def stride(self, features: FamilyFeatures) -> int:
+        """Pixels of the resized image per cell of the finest level, along one side."""
+        side, cells = features.pixel_values.shape[-2], features.grid[0]
+        # A backbone rounds up. All strides that do not divide the side are powers of 2.
+        return side // cells if side % cells == 0 else 2 ** round(torch.tensor(side / cells).log2().item())
+
+    def decoder_bytes(self, features: FamilyFeatures) -> int:
+        """Bytes of the decoder's activations for one configuration, as if attention weights were stored."""
+        config = self.model.config
+        layout = self._layout
+        width = getattr(config, "d_model", None) or config.hidden_size
+        hidden = getattr(config, "decoder_ffn_dim", 4 * width)
+        tokens = sum(height * width for height, width in features.shapes)
+        levels = len(features.shapes)
+        # Deformable attention stores a value for each sampling point, and dense attention a weight for each token.
+        seen = 4 * width * 4 * levels if levels > 1 or not self.is_dense else layout.heads * tokens
+        numbers = hidden + 12 * width + layout.heads_at("decoder_self") * layout.queries + seen
+        return len(features) * layout.queries * numbers * features.pixel_values.element_size()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the decoder's cross-attention is to all memory tokens, and not to sampling points."""
+        return not any("sampling_offsets" in name for name, _ in self.model.model.decoder.named_modules())
+
+    def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> FamilyFeatures:
+        check_pixels(pixel_values, pixel_mask)
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        padded = pixel_mask is not None and not bool(pixel_mask.all())
+        mask = pixel_mask.to(self.device, torch.int64) if padded and pixel_mask is not None else None
+        kept: list[Any] = []
+        handle = self.model.model.backbone.register_forward_hook(lambda *call: kept.append(call[-1]))
+        try:
+            memory = self._encode(pixel_values, mask, None)
+        finally:
+            handle.remove()
+        shapes = self.adapter.shapes(kept[0], memory.arguments)
+        made_by = self.attention, self.deformable_attention
+        return FamilyFeatures(pixel_values, mask, kept[0], shapes, (memory, made_by))
+
+    def encode_features(self, features: FamilyFeatures, gate: Tensor | None = None) -> FamilyMemory:
+        memory, made_by = features.memory
+        if gate is not None:
+            tokens = gate.shape[1]
+            self.check_gate("encoder_self", gate, tokens)
+            gate = gate.to(self.device, self.dtype)
+        elif not self.is_intercepted and made_by == (self.attention, self.deformable_attention):
+            return memory
+        with _returning(self.model.model.backbone, features.backbone):
+            return self._encode(features.pixel_values, features.pixel_mask, gate)
+
+    def _encode(self, pixel_values: Tensor, mask: Tensor | None, gate: Tensor | None) -> FamilyMemory:
+        """Run the model until it calls its decoder. `gate` (encoder layers, N or 1, H)."""
+        gates: dict[Site, Tensor | None] = {"encoder_self": None if gate is None else gate[None]}
+        with self._in_call(gates, 1, mask is not None), autocast(self.device, self.autocast_dtype):
+            arguments = _until_called(
+                self.model.model.decoder, lambda: self.model.model(pixel_values, pixel_mask=mask)
+            )
+        return FamilyMemory({**arguments, "headoff_padded": mask is not None}, len(pixel_values))
+
+    def decode(self, memory: FamilyMemory, gates: GatesSpec | FamilyPlan | None = None) -> DetectorOutput:
+        if gates is not None and not isinstance(gates, Gates | FamilyPlan):
+            gates = stack(read_configurations(gates), self.head_layout)
+        plan = self.plan(gates) if isinstance(gates, Gates) else gates or FamilyPlan(1, {})
+        arguments = dict(memory.arguments)
+        padded = arguments.pop("headoff_padded")
+        for name in self.adapter.per_query:
+            arguments[name] = arguments[name].repeat(1, plan.count, *(1,) * (arguments[name].ndim - 2))
+        with self._in_call(plan.gates, plan.count, padded), autocast(self.device, self.autocast_dtype):
+            output = self.model.model.decoder(**arguments)
+        logits, boxes = self.adapter.predict(self.model, arguments, output)
+        logits, boxes = (x.unflatten(1, (plan.count, -1)).transpose(0, 1) for x in (logits, boxes))
+        return DetectorOutput(logits, boxes)
+
+    def plan(self, gates: Gates, *, share: bool = True) -> FamilyPlan:
+        self.check_decoder_gates(gates)
+        sites: tuple[Site, ...] = ("decoder_self", "decoder_cross")
+        moved = gates.to(self.device, self.dtype)
+        return FamilyPlan(len(gates), {site: moved.site(site) for site in sites})
+
+    @contextmanager
+    def _in_call(self, gates: Mapping[Site, Tensor | None], runs: int, padded: bool) -> Iterator[None]:
+        """Within this context attention calls are those of `runs` configurations with `gates` (G, layers, rows, H)."""
+        before = self._gates, self._runs, self._is_padded
+        self._gates, self._runs, self._is_padded = gates, runs, padded
+        try:
+            yield
+        finally:
+            self._gates, self._runs, self._is_padded = before
+
+    def _gate(self, address: AttentionAddress, rows: int, dtype: torch.dtype) -> Tensor | None:
+        """The gate of a call, of 4 dimensions; `rows` are the call's queries.
+
+        At decoder_self it is (G, H, Q or 1, 1), elsewhere (1, H, rows or 1, 1).
+        """
+        gates = self._gates.get(address.site)
+        if gates is None:
+            return None
+        gate = gates[:, address.layer].to(dtype)  # (G, Q or 1, H)
+        if address.site == "decoder_cross":
+            gate = gate.expand(-1, rows // self._runs, -1).flatten(0, 1)[None]
+        return gate.transpose(1, 2).unsqueeze(-1)
+
+    def dense_context(
+        self, address: AttentionAddress, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The context (B, H, T, D) of a call in a module of the model; `mask` as transformers makes it."""
+        gate = self._gate(address, query.shape[2], query.dtype)
+        attn_mask = _as_keys(mask) if self._is_padded and address.site != "decoder_self" else None
+        if address.site != "decoder_self" or self._runs == 1:
+            return self.context_of(AttentionCall(address, query, key, value, attn_mask, gate))
+        images = len(query)
+        query, key, value = (
+            x.unflatten(2, (self._runs, -1)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)
+        )
+        if gate is not None:
+            gate = gate.repeat(images, 1, 1, 1)
+        context = self.context_of(AttentionCall(address, query, key, value, None, gate))
+        return context.unflatten(0, (images, self._runs)).transpose(1, 2).flatten(2, 3)
+
+    def sampled_context(
+        self,
+        address: AttentionAddress,
+        value: Tensor,
+        spatial_shapes: Shapes,
+        locations: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """The context (B, H, T, D) of deformable attention; arguments as in `headoff.deformable.contract`."""
+        gate = self._gate(address, locations.shape[1], value.dtype)
+        return self.context_of(
+            DeformableCall(address, value.transpose(1, 2), spatial_shapes, locations, weights, gate)
+        )
+
+
+def _heads(module: Any) -> int:
+    """The number of heads of one of transformers' attention modules."""
+    for name in ("n_heads", "num_heads", "num_attention_heads", "attention_heads"):
+        if isinstance(getattr(module, name, None), int):
+            return int(getattr(module, name))
+    return int(module.o_proj.in_features // module.head_dim)
+
+
+def _as_keys(mask: Tensor | None) -> Tensor | None:
+    """A padding mask of transformers, bool or additive, as bool (B, 1, 1, S), True = attend."""
+    if mask is None:
+        return None
+    mask = mask[:, :1, :1]
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _clone(values: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.clone, values)
+
+
+class _Called(Exception):
+    """The module was called with these arguments."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def _until_called(module: nn.Module, run: Callable[[], Any]) -> Mapping[str, Any]:
+    """The keyword arguments of the call of `module` in `run()`, which is not finished."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert not args, "transformers calls its decoders with keyword arguments"
+        raise _Called(kwargs)
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except _Called as called:
+        return called.arguments
+    finally:
+        handle.remove()
+    raise AssertionError("the model did not call its decoder")
+
+
+@contextmanager
+def _returning(module: Any, output: Any) -> Iterator[None]:
+    """Within this context the module's `forward` returns `output`, and computes nothing."""
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
