@@ -180,6 +180,20 @@ def test_scenes_are_drawn(capsys, tmp_path):
     assert len(json.loads((tmp_path / "annotations.json").read_text())["images"]) == 2
 
 
+def test_the_length_of_a_training_is_checked(capsys, tmp_path):
+    out = tmp_path / "run"
+    code, _, message = run(capsys, "scenes", "train", "--hours", "1", "--out", str(out))
+    assert code == 2 and "give --steps instead of --hours" in message
+    for arguments, sentence in (
+        (["--hours", "0"], "0 is not a number of hours above 0"),
+        (["--hours", "1", "--steps", "2"], "not allowed with argument"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            parser().parse_args(["scenes", "train", "--model", "deformable", *arguments])
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    assert not out.exists()
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, (f"touch {Path(__file__).parent / 'owned'}",)

@@ -19,7 +19,9 @@ from headoff.detr import DetrConfig
 from headoff.detr.config import BackboneConfig
 from headoff.errors import CheckpointError, NonFiniteError
 from headoff.images import Preprocessing
-from headoff.scenes import training
+from headoff.scenes import detr_training
+from headoff.scenes.deformable_training import DeformableRecipe
+from headoff.scenes.detr_training import DetrRecipe, DetrTrainer
 from headoff.scenes.losses import (
     GIOU_WEIGHT,
     L1_WEIGHT,
@@ -30,7 +32,7 @@ from headoff.scenes.losses import (
     match,
     set_loss,
 )
-from headoff.scenes.training import Recipe, Trainer, train
+from headoff.scenes.training import Moment, train
 
 TINY = DetrConfig(
     backbone=BackboneConfig(block="basic", depths=(1, 1), widths=(8, 8), stem=8),
@@ -43,7 +45,7 @@ TINY = DetrConfig(
     classes=8,
     preprocessing=Preprocessing(short_side=32, long_side=64),
 )
-RECIPE = Recipe(steps=6, batch=4, warmup=1, small_size=24, small_until=0.4, dense_only_until=0.2, pool=12)
+RECIPE = DetrRecipe(steps=6, batch=4, warmup=1, small_size=24, small_until=0.4, dense_only_until=0.2, pool=12)
 
 
 def predictions(seed=0, sets=2, batch=3, queries=6, classes=8):
@@ -136,7 +138,7 @@ def test_the_dense_loss_asks_each_token_for_the_object_it_lies_in():
 
 
 def test_noisy_queries_denote_objects_near_them():
-    trainer = Trainer(TINY)
+    trainer = DetrTrainer(TINY)
     truth = targets()
     _, positions, denoted = trainer.queries(trainer.detector, truth, torch.Generator().manual_seed(0))
     assert positions.shape == (3, 3, 6, 16)
@@ -152,15 +154,19 @@ def test_box_positions_are_those_of_the_tokens():
 
     tokens = sine_positions(torch.ones(1, 4, 4, dtype=torch.bool), 16, torch.float32).unflatten(1, (4, 4))
     centres = torch.tensor([[0.5, 0.25], [1.0, 1.0]])
-    torch.testing.assert_close(training._box_positions(centres, 16)[0], tokens[0, 0, 1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(training._box_positions(centres, 16)[1], tokens[0, 3, 3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        detr_training._box_positions(centres, 16)[0], tokens[0, 0, 1], atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        detr_training._box_positions(centres, 16)[1], tokens[0, 3, 3], atol=1e-4, rtol=0
+    )
 
 
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch):
     before, began = signal.getsignal(signal.SIGINT), time.monotonic()
-    whole = train(tmp_path / "whole", RECIPE, config=TINY, workers=1, progress=False)
+    whole = train(tmp_path / "whole", RECIPE, TINY, workers=1, progress=False)
 
-    original = Trainer.forward
+    original = DetrTrainer.forward
     seen = []
 
     def stopping(self, images, *arguments):
@@ -169,14 +175,14 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, images, *arguments)
 
-    monkeypatch.setattr(Trainer, "forward", stopping)
+    monkeypatch.setattr(DetrTrainer, "forward", stopping)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "parts", RECIPE, config=TINY, workers=1, progress=False)
-    assert not (tmp_path / "parts" / training.WEIGHTS).exists()
+        train(tmp_path / "parts", RECIPE, TINY, workers=1, progress=False)
+    assert not (tmp_path / "parts" / RECIPE.written).exists()
     state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
     assert 0 < state["elapsed"] < time.monotonic() - began, "of this training, not of the machine"
     torch.save(state | {"elapsed": 1e6}, tmp_path / "parts" / "state.pt")  # as after a long first part
-    resumed = train(tmp_path / "parts", RECIPE, config=TINY, workers=1, progress=False)
+    resumed = train(tmp_path / "parts", RECIPE, TINY, workers=1, progress=False)
     assert 1e6 < torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["elapsed"] < 1e6 + 600
     first = json.loads((tmp_path / "parts" / "log.jsonl").read_text().splitlines()[0])
     assert 0 <= first["elapsed"] < time.monotonic() - began
@@ -189,22 +195,22 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch
 
 
 def test_two_processes_train_together(tmp_path):
-    weights = train(tmp_path, RECIPE, config=TINY, workers=2, progress=False)
+    weights = train(tmp_path, RECIPE, TINY, workers=2, progress=False)
     detector = headoff.load(weights)
     assert detector.class_names == headoff.load("scenes").class_names
     assert all(value.isfinite().all() for value in detector.state_dict().values())
 
 
 def test_a_folder_belongs_to_one_recipe(tmp_path):
-    train(tmp_path, RECIPE, config=TINY, workers=1, progress=False)
+    train(tmp_path, RECIPE, TINY, workers=1, progress=False)
     with pytest.raises(CheckpointError, match="another recipe"):
-        train(tmp_path, replace(RECIPE, steps=7), config=TINY, workers=1, progress=False)
+        train(tmp_path, replace(RECIPE, steps=7), TINY, workers=1, progress=False)
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loss_that_explodes_is_said(tmp_path, workers):
     with pytest.raises(NonFiniteError, match="lower the learning rate"):
-        train(tmp_path, replace(RECIPE, learning_rate=1e30), config=TINY, workers=workers, progress=False)
+        train(tmp_path, replace(RECIPE, learning_rate=1e30), TINY, workers=workers, progress=False)
 
 
 def test_learning_happens(tmp_path):
@@ -213,13 +219,13 @@ def test_learning_happens(tmp_path):
 
     torch.manual_seed(0)
     pool = ScenePool(tmp_path, 32, 8)
-    trainer = Trainer(TINY)
+    trainer = DetrTrainer(TINY)
     recipe = replace(RECIPE, steps=1000)
     optimiser = torch.optim.AdamW(trainer.parameters(), lr=3e-3)
     losses = []
     for _ in range(20):
         images, truth = pool.batch(8, torch.Generator().manual_seed(0))
-        loss, parts = trainer(images, truth, recipe, 500, torch.Generator().manual_seed(0))
+        loss, parts = trainer(images, truth, recipe, Moment(500, 0.5), torch.Generator().manual_seed(0))
         assert set(parts) == {"dense", "set", "denoise"}
         optimiser.zero_grad()
         loss.backward()
@@ -228,10 +234,17 @@ def test_learning_happens(tmp_path):
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
-def test_the_rate_warms_up_and_falls():
-    recipe = Recipe()
-    rates = [recipe.rate(step) for step in range(0, recipe.steps, 50)]
+@pytest.mark.parametrize("recipe", [DetrRecipe(), DeformableRecipe(), DeformableRecipe(steps=900, hours=0)])
+def test_the_rate_warms_up_and_falls(recipe):
+    """Of a run of ten thousand seconds."""
+    steps = recipe.steps or 3000
+    moments = [recipe.moment(step, 3600 * recipe.hours * step / steps) for step in range(0, steps, 20)]
+    rates = [recipe.rate(moment) for moment in moments]
     top = rates.index(max(rates))
     assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:], reverse=True)
     assert max(rates) <= recipe.learning_rate and rates[-1] < 0.02 * recipe.learning_rate
+
+
+def test_the_dense_weight_falls_to_zero():
+    recipe = DetrRecipe()
     assert recipe.dense_weight(0) == 1 and recipe.dense_weight(recipe.steps - 1) == 0

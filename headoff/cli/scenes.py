@@ -11,8 +11,22 @@ from headoff.errors import SettingError
 
 SIZE = 192
 
+_RECIPES = {
+    "detr": ("headoff.scenes.detr_training", "DetrRecipe", "SCENES_CONFIG"),
+    "deformable": ("headoff.scenes.deformable_training", "DeformableRecipe", "SCENES_DEFORMABLE_CONFIG"),
+}
+"""Module, recipe and configuration of the models that can be trained; imported when they are."""
+
 MOST_PIXELS = 4096
 """Side of the largest scene: one of 100,000 pixels would need more memory than there is."""
+
+
+def hours(text: str) -> float:
+    """A positive number of hours, for argparse."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of hours above 0")
+    return value
 
 
 def add_parser(commands: Any) -> None:
@@ -36,9 +50,16 @@ def add_parser(commands: Any) -> None:
 
     train = actions.add_parser(
         "train",
-        help="train the bundled model from scratch",
-        description="Train the bundled model from scratch. An interrupted run continues where it stopped if it is "
-        "started again with the same folder and recipe. Takes about 85 minutes on 2 CPU cores with AMX.",
+        help="train a bundled model from scratch",
+        description="Train a bundled model from scratch. An interrupted run continues where it stopped if it is "
+        "started again with the same folder and recipe. The DETR takes about 85 minutes on 2 CPU cores with AMX.",
+    )
+    train.add_argument(
+        "--model",
+        choices=tuple(_RECIPES),
+        default="detr",
+        help="detr: the model `scenes` (default); deformable: the RT-DETR `scenes-deformable`, which needs "
+        "transformers (pip install 'headoff[family]')",
     )
     train.add_argument(
         "--out",
@@ -46,7 +67,14 @@ def add_parser(commands: Any) -> None:
         default=Path("headoff-training"),
         help="folder of the run (default headoff-training)",
     )
-    train.add_argument("--steps", type=positive, help="optimiser steps (default: the recipe's)")
+    length = train.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive, help="optimiser steps (default: the recipe's)")
+    length.add_argument(
+        "--hours",
+        type=hours,
+        help="hours of training instead of steps, for --model deformable: the learning rate follows the time, so that "
+        "the run is complete at its end however busy the machine is. A run can be continued with more hours",
+    )
     train.add_argument("--batch", type=positive, help="images per step (default: the recipe's)")
     train.add_argument(
         "--pool", type=positive, help="scenes drawn in advance per size (default: the recipe's)"
@@ -95,14 +123,25 @@ def run_draw(settings: argparse.Namespace) -> int:
 def run_train(settings: argparse.Namespace) -> int:
     """Run `headoff scenes train`."""
     from dataclasses import replace
+    from importlib import import_module
 
+    module_name, recipe_name, config_name = _RECIPES[settings.model]
     try:
-        from headoff.scenes.training import Recipe, train
+        module = import_module(module_name)
+        from headoff.scenes.training import train
     except ImportError as error:
         package = (error.name or "").partition(".")[0]
-        raise SettingError(f"training needs {package}: pip install 'headoff[scenes]'") from error
-    chosen = {name: getattr(settings, name) for name in ("steps", "batch", "pool") if getattr(settings, name)}
-    weights = train(settings.out, replace(Recipe(seed=settings.seed), **chosen), workers=settings.workers)
+        extra = "family" if package == "transformers" else "scenes"
+        raise SettingError(f"training needs {package}: pip install 'headoff[{extra}]'") from error
+    recipe, config = getattr(module, recipe_name)(seed=settings.seed), getattr(module, config_name)
+    if settings.hours and recipe.steps:
+        raise SettingError("this model is trained by steps; give --steps instead of --hours")
+    chosen = {
+        name: value for name in ("steps", "hours", "batch", "pool") if (value := getattr(settings, name))
+    }
+    if settings.steps:
+        chosen["hours"] = 0.0
+    weights = train(settings.out, replace(recipe, **chosen), config, workers=settings.workers)
     print(f"the weights are in {weights}; evaluate them with: headoff scenes evaluate --model {weights}")
     return 0
 

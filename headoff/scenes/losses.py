@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from headoff.boxes import corners_of
+from headoff.boxes import corners_of, iou_of
 
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 1.0, 5.0, 2.0
 NO_OBJECT_WEIGHT = 0.1
+FOCAL_COST_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def generalized_iou(first: Tensor, second: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
-    """The bipartite matching of minimum cost.
+    """The bipartite matching of minimum cost, for scores by softmax.
 
     Args:
         logits: (P, B, Q, classes + 1). boxes: (P, B, Q, 4).
@@ -59,12 +60,39 @@ def match(logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
     Returns:
         (P, B, M) int64: the query of each object; 0 for padding (mask it with `targets.valid`).
     """
+    return _assign(-CLASS_WEIGHT * _of_labels(logits.softmax(-1), targets), boxes, targets)
+
+
+@torch.no_grad()
+def match_by_sigmoid(logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+    """The bipartite matching of minimum cost, for scores by sigmoid: Deformable DETR's, with a focal cost.
+
+    Args:
+        logits: (P, B, Q, classes). boxes: (P, B, Q, 4).
+
+    Returns:
+        As `match`.
+    """
+    logits = _of_labels(logits, targets)
+    score = logits.sigmoid()
+    # -log(score) and -log(1 - score), without cancellation
+    positive, negative = F.softplus(-logits), F.softplus(logits)
+    cost = 0.25 * (1 - score) ** 2 * positive - 0.75 * score**2 * negative
+    return _assign(FOCAL_COST_WEIGHT * cost, boxes, targets)
+
+
+def _of_labels(values: Tensor, targets: Targets) -> Tensor:
+    """(P, B, Q, classes) to (P, B, Q, M): the value of each object's class."""
+    index = targets.labels[None, :, None].expand(*values.shape[:3], -1)
+    return values.gather(-1, index)
+
+
+def _assign(class_cost: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
+    """The assignment of minimum cost, given the part (P, B, Q, M) that classes have in it."""
     objects = targets.labels.shape[1]
-    probability = logits.softmax(-1)
-    index = targets.labels[None, :, None].expand(*probability.shape[:3], objects)
     cost = (
         (
-            -CLASS_WEIGHT * probability.gather(-1, index)
+            class_cost
             + L1_WEIGHT * (boxes[..., None, :] - targets.boxes[None, :, None]).abs().sum(-1)
             - GIOU_WEIGHT * generalized_iou(boxes[..., None, :], targets.boxes[None, :, None])
         )
@@ -78,7 +106,7 @@ def match(logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
         for image, count in enumerate(counts):
             rows, columns = linear_sum_assignment(cost[prediction, image, :, :count])
             matched[prediction, image, columns] = rows
-    return torch.from_numpy(matched).to(logits.device)
+    return torch.from_numpy(matched).to(boxes.device)
 
 
 def set_loss(logits: Tensor, boxes: Tensor, targets: Targets, matched: Tensor) -> Tensor:
@@ -99,14 +127,45 @@ def set_loss(logits: Tensor, boxes: Tensor, targets: Targets, matched: Tensor) -
         F.cross_entropy(one.flatten(0, 1), target[:, :queries].flatten(), weight)
         for one, target in zip(logits, wanted, strict=True)
     )
+    chosen, goal = _matched_boxes(boxes, targets, matched)
+    return CLASS_WEIGHT * class_loss + _box_loss(chosen, goal, targets.valid.sum())
+
+
+def varifocal_set_loss(logits: Tensor, boxes: Tensor, targets: Targets, matched: Tensor) -> Tensor:
+    """As `set_loss`, for scores by sigmoid, with RT-DETR's class loss (Zhang et al., VarifocalNet, CVPR 2021).
+
+    A matched query must score its class as high as the IoU of its box is, the others zero; those weigh the less, the
+    lower they score.
+
+    Args:
+        logits: (P, B, Q, classes). boxes: (P, B, Q, 4). matched: (P, B, M), see `match`.
+    """
+    chosen, goal = _matched_boxes(boxes, targets, matched)
+    valid = targets.valid.expand(len(logits), -1, -1)
+    one, image, _ = valid.nonzero(as_tuple=True)
+    found = (one, image, matched[valid], targets.labels.expand(len(logits), -1, -1)[valid])
+    wanted, weight = torch.zeros_like(logits), 0.75 * logits.detach().sigmoid() ** 2
+    wanted[found] = weight[found] = iou_of(corners_of(chosen.detach()), corners_of(goal))
+    count = targets.valid.sum()
+    class_loss = F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="sum") / count.clamp(
+        min=1
+    )
+    return class_loss + _box_loss(chosen, goal, count)
+
+
+def _matched_boxes(boxes: Tensor, targets: Targets, matched: Tensor) -> tuple[Tensor, Tensor]:
+    """The predicted and the true boxes (n, 4) of all objects in all sets."""
+    valid = targets.valid.expand(len(boxes), -1, -1)
     chosen = boxes.gather(2, matched[..., None].expand(-1, -1, -1, 4))[valid]
-    goal = targets.boxes.expand(sets, -1, -1, -1)[valid]
-    count = targets.valid.sum().clamp(min=1)
-    box_loss = (
+    return chosen, targets.boxes.expand(len(boxes), -1, -1, -1)[valid]
+
+
+def _box_loss(chosen: Tensor, goal: Tensor, count: Tensor) -> Tensor:
+    """L1 and GIoU loss of boxes (n, 4) for each of `count` objects."""
+    return (
         L1_WEIGHT * F.l1_loss(chosen, goal, reduction="sum")
         + GIOU_WEIGHT * (1 - generalized_iou(chosen, goal)).sum()
-    ) / count
-    return CLASS_WEIGHT * class_loss + box_loss
+    ) / count.clamp(min=1)
 
 
 def dense_loss(logits: Tensor, boxes: Tensor, grid: tuple[int, int], targets: Targets) -> Tensor:
@@ -136,10 +195,4 @@ def dense_loss(logits: Tensor, boxes: Tensor, grid: tuple[int, int], targets: Ta
     weight[-1] = NO_OBJECT_WEIGHT
     class_loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight)
     goal = targets.boxes.gather(1, owner[..., None].expand(-1, -1, 4))[owned]
-    chosen = boxes[owned]
-    count = owned.sum().clamp(min=1)
-    box_loss = (
-        L1_WEIGHT * F.l1_loss(chosen, goal, reduction="sum")
-        + GIOU_WEIGHT * (1 - generalized_iou(chosen, goal)).sum()
-    ) / count
-    return CLASS_WEIGHT * class_loss + box_loss
+    return CLASS_WEIGHT * class_loss + _box_loss(boxes[owned], goal, owned.sum())
