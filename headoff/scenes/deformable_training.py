@@ -88,7 +88,7 @@ class DeformableRecipe(Recipe):
     """
 
     hours: float = 1.4
-    phases: tuple[tuple[float, int], ...] = ((0.0, 96), (0.35, 128), (0.75, 192))
+    phases: tuple[tuple[float, int], ...] = ((0.0, 96), (0.25, 128), (0.5, 192))
     dense_until: float = 0.6
 
     written: ClassVar[str] = "scenes-deformable"
