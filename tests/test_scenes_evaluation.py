@@ -6,15 +6,19 @@ import hashlib
 import importlib.resources
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import RTDetrImageProcessor
 
 import headoff
+from headoff.boxes import corners_of
 from headoff.errors import SettingError
 from headoff.scenes.dataset import CLASS_NAMES, draw_scene
-from headoff.scenes.evaluation import evaluate, table
+from headoff.scenes.evaluation import candidates, evaluate, table
 from headoff.scenes.samples import sample_annotations, sample_folder, write_scenes
+from headoff.scoring import Scoring
 
 WEIGHTS = importlib.resources.files("headoff.scenes") / "weights"
 
@@ -90,6 +94,20 @@ def test_perfect_answers_have_perfect_precision(monkeypatch):
         monkeypatch.setattr("headoff.scenes.evaluation.decode_all", answer(shift))
         (precision,) = evaluate(detector, count=4, configurations=[headoff.none_off()])
         assert precision.ap == pytest.approx(expected, abs=0.02)
+
+
+def test_candidates_by_sigmoid_are_transformers():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, 8, generator=generator)
+    boxes = torch.rand(3, 6, 4, generator=generator)
+    theirs = RTDetrImageProcessor().post_process_object_detection(
+        SimpleNamespace(logits=logits, pred_boxes=boxes), threshold=-1, target_sizes=[(1, 1)] * 3
+    )
+    ours = candidates(Scoring("sigmoid", most=6), logits, boxes)
+    for image, expected in enumerate(theirs):
+        assert torch.equal(ours[0][image], expected["scores"])
+        assert torch.equal(ours[1][image], expected["labels"])
+        assert torch.equal(corners_of(ours[2][image]), expected["boxes"])
 
 
 def test_other_classes_cannot_be_evaluated():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from headoff.boxes import corners_of
 from headoff.detector import Detector
@@ -19,6 +20,7 @@ from headoff.gates import Configuration, cumulative, stack
 from headoff.images import load_image
 from headoff.scenes.dataset import CLASS_NAMES, SceneDataset
 from headoff.scenes.samples import coco_annotations
+from headoff.scoring import Scoring
 from headoff.sweeps import decode_all
 
 
@@ -44,8 +46,9 @@ def evaluate(
 ) -> tuple[Precision, ...]:
     """AP of `detector` on `count` held-out scenes, one `Precision` per configuration (the cumulative sweep).
 
-    The best class of every query is a detection, whatever its score, as in DETR's evaluation. `progress` is called
-    with the number of scenes done after every batch.
+    Detections are those of the models' own evaluations: the best class of every query, whatever its score; with scores
+    by sigmoid the pairs of query and class with the highest scores, as many as the model has queries or chooses.
+    `progress` is called with the number of scenes done after every batch.
 
     Raises:
         SettingError: the detector has other classes, `count` is below 1, or faster-coco-eval is not installed.
@@ -76,8 +79,10 @@ def evaluate(
         with torch.inference_mode():
             pixel_values, _ = detector.preprocess([load_image(scene.image) for scene in drawn])
             output = decode_all(detector, detector.features(pixel_values), gates)
-            scores, labels = detector.scoring.probabilities(output.logits.double()).max(-1)
-            corners = (corners_of(output.boxes.double()) * side).clamp(0, side)
+            scores, labels, boxes = candidates(
+                detector.scoring, output.logits.double(), output.boxes.double()
+            )
+            corners = (corners_of(boxes) * side).clamp(0, side)
             boxes = torch.cat((corners[..., :2], corners[..., 2:] - corners[..., :2]), -1)
         for index, rows in enumerate(results):
             confident[index] += int((scores[index] > 0.5).sum())
@@ -98,8 +103,27 @@ def evaluate(
     return tuple(precisions)
 
 
-def _rows(first_image: int, scores: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor) -> list[dict]:
-    """COCO results of a batch: (B, Q) scores and labels, (B, Q, 4) boxes."""
+def candidates(scoring: Scoring, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The detections of images before any threshold.
+
+    Args:
+        logits: (..., Q, columns). boxes: (..., Q, 4).
+
+    Returns:
+        Scores (..., n), labels (..., n) and boxes (..., n, 4).
+    """
+    probabilities = scoring.probabilities(logits)
+    if scoring.kind == "softmax":
+        scores, labels = probabilities.max(-1)
+        return scores, labels, boxes
+    queries, classes = probabilities.shape[-2:]
+    scores, pairs = probabilities.flatten(-2).topk(min(scoring.most or queries, queries * classes), dim=-1)
+    query = (pairs // classes)[..., None].expand(*pairs.shape, 4)
+    return scores, pairs % classes, boxes.gather(-2, query)
+
+
+def _rows(first_image: int, scores: Tensor, labels: Tensor, boxes: Tensor) -> list[dict]:
+    """COCO results of a batch: (B, n) scores and labels, (B, n, 4) boxes."""
     return [
         {"image_id": first_image + image, "category_id": label, "bbox": box, "score": score}
         for image, per_image in enumerate(zip(scores.tolist(), labels.tolist(), boxes.tolist(), strict=True))
