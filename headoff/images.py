@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +28,14 @@ IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
 """Suffixes of image files for `find_images`, in lower case. `load_image` ignores suffixes and reads more formats."""
+
+RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
+"""Filters for resizing, by name."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -124,14 +132,33 @@ class Preprocessing:
         short_side: pixels of the short side after resizing.
         long_side: most pixels of the long side.
         mean, std: mean and standard deviation of R, G and B, whose range is 0..1.
+        size: (height, width) to which every picture is resized, whatever its proportions; `short_side` and `long_side`
+            are then those of the size. None to keep the proportions.
+        resample: the filter, one of `RESAMPLING`.
+        rounding: how the long side of a picture is computed whose long side is limited: from the rounded short side
+            (`detr`, as in DETR's original code), or from the short side before rounding (`transformers`).
     """
 
     short_side: int = 800
     long_side: int = 1333
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    size: tuple[int, int] | None = None
+    resample: str = "bilinear"
+    rounding: Literal["detr", "transformers"] = "detr"
 
     def __post_init__(self) -> None:
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise SettingError(
+                f"pictures cannot be resized to {self.size}: give height and width, both at least 1"
+            )
+        if self.size is not None:
+            object.__setattr__(self, "short_side", min(self.size))
+            object.__setattr__(self, "long_side", max(self.size))
+        if self.resample not in RESAMPLING:
+            raise SettingError(f"there is no filter {self.resample!r}: use {' or '.join(RESAMPLING)}")
+        if self.rounding not in ("detr", "transformers"):
+            raise SettingError(f"there is no rounding {self.rounding!r}: use 'detr' or 'transformers'")
         if self.short_side < 1 or self.long_side < 1:
             raise SettingError(
                 f"pictures cannot be resized to a short side of {self.short_side} and a long side of at most "
@@ -143,7 +170,10 @@ class Preprocessing:
             )
 
     def with_short_side(self, pixels: int) -> "Preprocessing":
-        """The same with another short side; the limit of the long side is scaled with it."""
+        """The same with another short side; the limit of the long side, or the fixed size, is scaled with it."""
+        if self.size is not None:
+            height, width = (max(1, round(side * pixels / min(self.size))) for side in self.size)
+            return replace(self, size=(height, width))
         return replace(
             self, short_side=pixels, long_side=max(1, round(self.long_side * pixels / self.short_side))
         )
@@ -154,7 +184,7 @@ class Preprocessing:
         The short side becomes `short_side`, or less if the long side would exceed `long_side`. Rounding is that of
         DETR's original code (`datasets/transforms.py`): the short side is rounded, the long side is computed from it
         and truncated, and a picture whose short side has the right size is not resized. If the short side of a very
-        narrow picture would be 0, it is 1, and the long side is `long_side`.
+        narrow picture would be 0, it is 1, and the long side is `long_side`. See `rounding` and `size` for the others.
 
         Raises:
             ImageError: the picture is empty.
@@ -164,15 +194,18 @@ class Preprocessing:
             raise ImageError(
                 f"a picture of {height} x {width} pixels is empty: give one with at least 1 pixel"
             )
-        short = self.short_side
+        if self.size is not None:
+            return self.size
+        short, exact = self.short_side, float(self.short_side)
         if high / low * short > self.long_side:
-            short = round(self.long_side * low / high)
+            exact = self.long_side * low / high
+            short = round(exact)
         if short == 0:
             short, long = 1, self.long_side
         elif short == low:
             return height, width
         else:
-            long = int(short * high / low)
+            long = int((short if self.rounding == "detr" else exact) * high / low)
         return (long, short) if width < height else (short, long)
 
 
@@ -184,7 +217,7 @@ def preprocess(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixel values and mask of a batch of RGB pictures, which may differ in size.
 
-    Pictures are resized (bilinear with antialiasing, as in the evaluation of the published models), scaled to 0..1,
+    Pictures are resized (with antialiasing, as in the evaluation of the published models), scaled to 0..1,
     normalised, and padded with zeros at the bottom and the right. Everything is computed on the CPU in float32 or
     float64, so values do not depend on `device`.
 
@@ -223,7 +256,7 @@ def preprocess(
     pixel_values = torch.zeros(len(pictures), 3, height, width, dtype=working)
     pixel_mask = torch.zeros(len(pictures), height, width, dtype=torch.bool)
     for i, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
-        resized = picture.resize((w, h), Image.Resampling.BILINEAR)
+        resized = picture.resize((w, h), RESAMPLING[preprocessing.resample])
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
         pixel_values[i, :, :h, :w].copy_(pixels).div_(255).sub_(mean).div_(std)
         pixel_mask[i, :h, :w] = True

@@ -92,8 +92,9 @@ class DetrConfig:
             for name in ("depths", "widths"):
                 backbone[name] = tuple(backbone[name])
             preprocessing = dict(values.pop("preprocessing"))
-            for name in ("mean", "std"):
-                preprocessing[name] = tuple(preprocessing[name])
+            for name in ("mean", "std", "size"):
+                if preprocessing.get(name) is not None:
+                    preprocessing[name] = tuple(preprocessing[name])
             return cls(
                 backbone=BackboneConfig(**backbone), preprocessing=Preprocessing(**preprocessing), **values
             )

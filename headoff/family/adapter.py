@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headoff.errors import CheckpointError, did_you_mean
+from headoff.images import Preprocessing
 from headoff.scoring import Scoring
 
 _MODULES = {
@@ -41,6 +42,7 @@ class Adapter:
         encoder_is_attention: whether the encoder is attention from memory tokens to memory tokens, so that relevance
             goes through it. Otherwise relevance ends at the memory tokens.
         shapes: (h, w) of each level of the memory, from the output of the backbone and the arguments of the decoder.
+        preprocessing: how images become pixels where the checkpoint does not say it, from the model's configuration.
     """
 
     model_type: str
@@ -54,6 +56,7 @@ class Adapter:
     predict: Callable[[Any, Mapping[str, Any], Any], tuple[Tensor, Tensor]]
     encoder_is_attention: bool
     shapes: Callable[[Any, Mapping[str, Any]], tuple[tuple[int, int], ...]]
+    preprocessing: Callable[[Any], Preprocessing] = lambda config: Preprocessing(rounding="transformers")
 
 
 _adapters: dict[str, Adapter] = {}

@@ -166,7 +166,7 @@ def assemble(
             )
         weights[name] = tensor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         if not weights[name].isfinite().all():
-            raise CheckpointError(_not_finite(label, tensor, dtype))
+            raise CheckpointError(not_finite_message(label, tensor, dtype))
     detector.load_state_dict(weights, assign=True)
     return detector.eval().requires_grad_(False)
 
@@ -178,7 +178,7 @@ def _check_names(
     missing = list(dict.fromkeys(name_in_file(name) for name in expected if name not in given))
     unexpected = list(dict.fromkeys(name_in_file(name) for name in given if name not in expected))
     problems = [
-        f"{counted(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'} {what} ({_some(names)})"
+        f"{counted(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'} {what} ({some_names(names)})"
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
@@ -188,11 +188,13 @@ def _check_names(
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """The first names of a list, for a message."""
     return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
 
 
-def _not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
+def not_finite_message(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
+    """What is wrong with a tensor that is not finite in `dtype`."""
     if tensor.isfinite().all():
         return f"{name} holds numbers that are too large for {dtype}; load it as torch.float32"
     what = "NaN" if tensor.isnan().any() else "infinity"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from headoff.detr.checkpoints.fitting import Hints
 from headoff.detr.checkpoints.published import cache_folder
 from headoff.detr.checkpoints.shards import INDEX_SUFFIX
 from headoff.errors import CheckpointError, DownloadError, SettingError
-from headoff.images import Preprocessing
+from headoff.images import RESAMPLING, Preprocessing
 
 HUB_URL = "https://huggingface.co"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
-_FILES = tuple(f"{name}{suffix}" for name in WEIGHTS for suffix in ("", INDEX_SUFFIX))
+FOLDER_FILES = tuple(f"{name}{suffix}" for name in WEIGHTS for suffix in ("", INDEX_SUFFIX))
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MODEL_TYPES = ("detr", "table-transformer")
@@ -33,7 +34,7 @@ def is_repository(name: str) -> bool:
 
 def find_weights(folder: Path) -> Path | None:
     """The weights file in a checkpoint folder, or the index of several; None if there is neither."""
-    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def hub_checkpoint(repository: str, *, url: str | None = None, folder: Path | None = None) -> Path:
@@ -163,24 +164,72 @@ def _class_names(labels: Any) -> tuple[str, ...] | None:
     return names if all(isinstance(name, str) for name in names) else None  # type: ignore[return-value]
 
 
-def preprocessing_from_config(values: Mapping[str, Any]) -> Preprocessing:
+def preprocessing_from_config(
+    values: Mapping[str, Any], default: Preprocessing | None = None
+) -> Preprocessing:
     """Preprocessing from the content of a `preprocessor_config.json`.
 
-    `size` may be a number, with `max_size` (older transformers), or have `shortest_edge` and `longest_edge`.
+    `size` may be a number, with `max_size` (older transformers), have `shortest_edge` and `longest_edge`, the latter
+    alone, or `height` and `width`.
+
+    Args:
+        values: the content.
+        default: what applies where it says nothing; that of the published DETR models by default.
 
     Raises:
-        CheckpointError: its values are invalid.
+        CheckpointError: its values are invalid, or ask for something that headoff does not do.
     """
-    default = Preprocessing()
-    size = values.get("size", default.short_side)
-    if not isinstance(size, Mapping):
-        size = {"shortest_edge": size, "longest_edge": values.get("max_size", default.long_side)}
+    default = default or Preprocessing()
+    for name, supported in (("do_resize", True), ("pad_size", None), ("do_center_crop", False)):
+        if values.get(name, supported) not in (supported, None):
+            raise CheckpointError(
+                f"{PREPROCESSOR} has {name} = {values[name]!r}, and headoff supports only {supported!r}; correct or "
+                "remove it"
+            )
     try:
-        return Preprocessing(
-            short_side=int(size["shortest_edge"]),
-            long_side=int(size["longest_edge"]),
-            mean=tuple(float(v) for v in values.get("image_mean", default.mean)),  # type: ignore[arg-type]
-            std=tuple(float(v) for v in values.get("image_std", default.std)),  # type: ignore[arg-type]
-        )
+        sides = _sides(values.get("size"), values.get("max_size"), default)
+        return replace(default, **sides, **_normalisation(values, default), resample=_filter(values, default))
     except (KeyError, TypeError, ValueError, SettingError) as error:
         raise CheckpointError(f"{PREPROCESSOR} cannot be used ({error!r}); correct or remove it") from error
+
+
+def _sides(size: Any, most: Any, default: Preprocessing) -> dict[str, Any]:
+    """The fields of `Preprocessing` that `size` and `max_size` decide."""
+    if size is None:
+        return {}
+    if not isinstance(size, Mapping):
+        size = {"shortest_edge": size, "longest_edge": default.long_side if most is None else most}
+    if size.get("height") and size.get("width"):
+        return {"size": (int(size["height"]), int(size["width"]))}
+    # The longest edge alone: every image is as long as that.
+    short = size.get("shortest_edge") or size["longest_edge"]
+    return {"size": None, "short_side": int(short), "long_side": int(size["longest_edge"])}
+
+
+def _normalisation(values: Mapping[str, Any], default: Preprocessing) -> dict[str, Any]:
+    """Mean and standard deviation of pixels in 0..1 that do what the file says to pixels in 0..255."""
+    plain = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    is_normalised = values.get("do_normalize")
+    if is_normalised is None:
+        is_normalised = (default.mean, default.std) != plain
+    mean, std = plain
+    if is_normalised:
+        usual = Preprocessing() if (default.mean, default.std) == plain else default
+        mean = tuple(float(v) for v in values.get("image_mean") or usual.mean)  # type: ignore[assignment]
+        std = tuple(float(v) for v in values.get("image_std") or usual.std)  # type: ignore[assignment]
+    factor = float(values.get("rescale_factor") or 1 / 255) if values.get("do_rescale", True) else 1.0
+    if abs(factor * 255 - 1) < 1e-6:
+        return {"mean": mean, "std": std}
+    # (x f - m) / s is (x / 255 - m / 255 f) / (s / 255 f).
+    return {name: tuple(v / (255 * factor) for v in by) for name, by in (("mean", mean), ("std", std))}
+
+
+def _filter(values: Mapping[str, Any], default: Preprocessing) -> str:
+    """The name of the resampling filter, which the file gives as Pillow's number."""
+    number = values.get("resample")
+    if number is None:
+        return default.resample
+    names = {int(value): name for name, value in RESAMPLING.items()}
+    if number not in names:
+        raise SettingError(f"resample = {number!r} is none of Pillow's filters {', '.join(names.values())}")
+    return names[number]

@@ -6,7 +6,7 @@ import importlib.resources
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from headoff.detr.checkpoints.coco import COCO_CLASSES
 from headoff.detr.checkpoints.files import TensorFile
 from headoff.detr.checkpoints.fitting import Hints, assemble, infer_config
 from headoff.detr.checkpoints.huggingface import (
+    FOLDER_FILES,
     WEIGHTS,
     find_weights,
     hints_from_folder,
@@ -163,15 +164,25 @@ def _from_file(
 ) -> Detector:
     file = read_checkpoint(path)
     placement: dict[str, Any] = {"attention": attention, "device": device, "dtype": dtype}
-    read = _from_native if is_native(file) else _from_published
     try:
-        detector = read(file, overrides, placement)
+        detector = _reader(file)(file, overrides, placement)
     except CheckpointError as error:
         # The functions below do not know the path.
         raise CheckpointError(f"{str(path)!r} cannot be loaded: {error}") from error
     for assumption in detector.assumptions:
         warnings.warn(f"{path.name}: {assumption}", UserWarning, stacklevel=3)
     return detector
+
+
+def _reader(file: TensorFile) -> Callable[[TensorFile, Hints, Mapping[str, Any]], Detector]:
+    """What makes a detector of a file."""
+    if is_native(file):
+        return _from_native
+    from headoff.family.loading import is_of_family, load_family
+
+    # Weights of the original code are named otherwise, whatever lies next to them.
+    in_folder = file.path.name in FOLDER_FILES or file.path.suffix in (".safetensors", ".bin")
+    return load_family if in_folder and is_of_family(file.path) else _from_published
 
 
 def _from_native(file: TensorFile, overrides: Hints, placement: Mapping[str, Any]) -> Detector:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from headoff.family.adapter import Adapter, layers_of, register_adapter, shapes_of_levels
+from headoff.images import Preprocessing
 from headoff.scoring import Scoring
 
 
@@ -18,6 +19,11 @@ def _predict(model: Any, arguments: Mapping[str, Any], output: Any) -> tuple[Ten
     states = output.last_hidden_state
     refine = sys.modules[type(model).__module__].refine_bboxes
     return model.class_embed(states), refine(arguments["reference_points"], model.bbox_embed(states))
+
+
+def _square(config: Any) -> tuple[int, int]:
+    size = config.backbone_config.image_size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _adapter(model_type: str, class_name: str, scoring: Any) -> Adapter:
@@ -33,6 +39,8 @@ def _adapter(model_type: str, class_name: str, scoring: Any) -> Adapter:
         predict=_predict,
         encoder_is_attention=False,
         shapes=shapes_of_levels,
+        # The vision transformer's windows must fit the image.
+        preprocessing=lambda config: Preprocessing(size=_square(config), rounding="transformers"),
     )
 
 

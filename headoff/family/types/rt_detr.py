@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from headoff.family.adapter import Adapter, layers_of, register_adapter, shapes_of_levels
+from headoff.images import Preprocessing
 from headoff.scoring import Scoring
 
 
@@ -39,6 +40,10 @@ def adapter(model_type: str, class_name: str) -> Adapter:
         predict=predict,
         encoder_is_attention=False,
         shapes=shapes_of_levels,
+        # transformers' image processor for these types does not normalise.
+        preprocessing=lambda config: Preprocessing(
+            size=(640, 640), mean=(0, 0, 0), std=(1, 1, 1), rounding="transformers"
+        ),
     )
 
 

@@ -1,0 +1,21 @@
+"""Detectors of transformers, loaded by headoff, compute what transformers computes."""
+
+import pytest
+import torch
+
+from family_examples import IN_FLOAT64, KINDS, batch, loaded, reference
+
+CASES = [pytest.param(kind, torch.float32, 1e-5, id=f"{kind} float32") for kind in KINDS]
+CASES += [pytest.param(kind, torch.float64, 1e-9, id=f"{kind} float64") for kind in IN_FLOAT64]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "tolerance"), CASES)
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "unpadded"])
+@torch.no_grad()
+def test_logits_and_boxes_are_those_of_transformers(kind, dtype, tolerance, padded):
+    pixels, mask = batch(dtype)
+    theirs = reference(kind, dtype)(pixels, pixel_mask=mask.long() if padded else None)
+    ours = loaded(kind, dtype)(pixels, mask if padded else None)
+    assert theirs.logits.std() > 0.1  # a comparison of something
+    torch.testing.assert_close(ours.logits[0], theirs.logits, rtol=0, atol=tolerance)
+    torch.testing.assert_close(ours.boxes[0], theirs.pred_boxes, rtol=0, atol=tolerance)
