@@ -64,7 +64,9 @@ def config_of(kind):
     }
     resnet = {"use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False}
     if model_type == "deformable_detr":
-        stages = dict(two_stage=True, with_box_refine=True, two_stage_num_proposals=QUERIES) if variant else {}
+        stages = (
+            dict(two_stage=True, with_box_refine=True, two_stage_num_proposals=QUERIES) if variant else {}
+        )
         levels = 4 if variant else 3
         return transformers.DeformableDetrConfig(
             **common, **resnet, **stages, num_feature_levels=levels, backbone_config=_resnet()
@@ -148,14 +150,11 @@ def folder_of(kind) -> Path:
 @functools.cache
 def reference(kind, dtype=torch.float32):
     """transformers' own model."""
-    transformers.logging.disable_progress_bar()
+    # transformers' eager attention of this type computes in float32, whatever the dtype.
+    attention = "sdpa" if kind == "lw_detr" else "eager"
     model = transformers.AutoModelForObjectDetection.from_pretrained(
-        folder_of(kind), dtype=dtype, attn_implementation="eager"
+        folder_of(kind), dtype=dtype, attn_implementation=attention
     )
-    # transformers' eager attention of this backbone computes in float32, whatever the dtype.
-    for module in model.modules():
-        if type(module).__name__ == "LwDetrViTSelfAttention":
-            module.config._attn_implementation = "sdpa"
     return model.eval().requires_grad_(False)
 
 

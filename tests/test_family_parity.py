@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from family_examples import IN_FLOAT64, KINDS, batch, loaded, reference
 
 CASES = [pytest.param(kind, torch.float32, 1e-5, id=f"{kind} float32") for kind in KINDS]

@@ -18,7 +18,12 @@ from torch import Tensor
 from headoff.attention import resolve_attention
 from headoff.detr.checkpoints.files import TensorFile, read_json
 from headoff.detr.checkpoints.fitting import Hints, not_finite_message, some_names
-from headoff.detr.checkpoints.huggingface import CONFIG, PREPROCESSOR, hints_from_config, preprocessing_from_config
+from headoff.detr.checkpoints.huggingface import (
+    CONFIG,
+    PREPROCESSOR,
+    hints_from_config,
+    preprocessing_from_config,
+)
 from headoff.errors import CheckpointError, SettingError, error_line
 from headoff.family.adapter import Adapter, find_adapter
 from headoff.family.detector import FamilyDetector
@@ -249,7 +254,11 @@ def _quiet() -> Iterator[None]:
     logging = transformers_module().utils.logging
     from huggingface_hub import constants
 
-    verbosity, bars, offline = logging.get_verbosity(), logging.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE
+    verbosity, bars, offline = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        constants.HF_HUB_OFFLINE,
+    )
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     constants.HF_HUB_OFFLINE = True
