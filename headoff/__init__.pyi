@@ -37,6 +37,7 @@ from .detr.checkpoints import save_native as save_native
 from .detr.graphs import DecodeGraphs as DecodeGraphs
 from .effects import effect_on_detections as effect_on_detections
 from .effects import effect_on_maps as effect_on_maps
+from .encoded import EncodedImage as EncodedImage
 from .errors import AttentionError as AttentionError
 from .errors import CheckpointError as CheckpointError
 from .errors import DownloadError as DownloadError

@@ -5,13 +5,14 @@ a batch of pictures as in the evaluation of the published DETR models. A file th
 whose message is one sentence with the file's name and a remedy.
 """
 
+import io
 import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn, TypeAlias
+from typing import IO, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -78,6 +79,20 @@ def load_image(source: ImageSource) -> Image.Image:
         return _from_file(os.fsdecode(source))
     kind = type(source).__name__
     raise ImageError(f"cannot make an image of a {kind}: give a path, a PIL image or a numpy array")
+
+
+def read_image(contents: bytes, name: str, most_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Load the contents of an image file, as `load_image` does.
+
+    Args:
+        contents: of the file.
+        name: of the file, for messages.
+        most_pixels: largest picture that is decoded.
+
+    Raises:
+        ImageError: the picture cannot be read, or has more pixels.
+    """
+    return _decoded(io.BytesIO(contents), repr(name), most_pixels)
 
 
 def find_images(folder: str | os.PathLike[str], skip: Callable[[Path], bool] = lambda _: False) -> list[Path]:
@@ -302,8 +317,13 @@ def _from_file(path: str) -> Image.Image:
             raise
         raise ImageError(f"{name} cannot be opened ({error_line(error)}): check the path") from error
 
+    with file:
+        return _decoded(file, name, MAX_PIXELS)
+
+
+def _decoded(file: IO[bytes], name: str, most_pixels: int) -> Image.Image:
     # Pillow's warnings (its size limit, unusual metadata, unusual palettes) do not matter here.
-    with file, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             image = Image.open(file)
@@ -311,13 +331,13 @@ def _from_file(path: str) -> Image.Image:
             raise ImageError(f"{name} is not an image in a known format: convert it to JPEG or PNG") from None
         except Image.DecompressionBombError:
             raise ImageError(
-                f"{name} has too many pixels (the limit is {MAX_PIXELS:,}): make it smaller first"
+                f"{name} has too many pixels (the limit is {most_pixels:,}): make it smaller first"
             ) from None
         except Exception as error:
             raise _corrupt_error(name, error) from error
         if image.format in _DRAWINGS:
             raise ImageError(f"{name} is a drawing ({image.format}), not pixels: convert it to PNG")
-        return _to_rgb(image, name)
+        return _to_rgb(image, name, most_pixels)
 
 
 def _corrupt_error(name: str, error: Exception) -> ImageError:
@@ -326,13 +346,14 @@ def _corrupt_error(name: str, error: Exception) -> ImageError:
     )
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, most_pixels: int | None = None) -> Image.Image:
     width, height = image.size
+    most_pixels = MAX_PIXELS if most_pixels is None else most_pixels
     if width < 1 or height < 1:
         raise ImageError(f"{name} is of {width} x {height} pixels: give an image of at least 1 x 1")
-    if width * height > MAX_PIXELS:
+    if width * height > most_pixels:
         raise ImageError(
-            f"{name} is of {width} x {height} pixels, more than {MAX_PIXELS:,}: make it smaller first"
+            f"{name} is of {width} x {height} pixels, more than {most_pixels:,}: make it smaller first"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -22,6 +22,7 @@ from headoff.detections import Detections, detections_from
 from headoff.detector import Detector, DetectorOutput, Features
 from headoff.detr.graphs import DecodeGraphs
 from headoff.detr.transfers import copy_to_device
+from headoff.encoded import EncodedImage
 from headoff.errors import SettingError
 from headoff.gates import Configuration, Gates, cumulative, none_off, read_configurations, stack
 from headoff.images import ImageSource, load_image
@@ -139,7 +140,7 @@ class SweepResult:
 
 def sweep(
     detector: Detector,
-    image: ImageSource,
+    image: ImageSource | EncodedImage,
     configurations: Configuration | str | Iterable[Configuration | str] | None = None,
     *,
     object_index: int | None = None,
@@ -158,7 +159,7 @@ def sweep(
 
     Args:
         detector: see `headoff.load`.
-        image: a path, a `PIL.Image` or an array; see `headoff.images.load_image`.
+        image: a path, a `PIL.Image` or an array (see `headoff.images.load_image`), or an `EncodedImage`.
         configurations: configurations, or their text (`"first 3"`, `"object 0: L5H2"`). By default the cumulative
             sweep: none off, first 1 off, ..., all heads off, in every decoder layer.
         object_index: switch heads off for the query of this object only; objects are the detections with nothing
@@ -186,14 +187,14 @@ def sweep(
         chosen = tuple(c.for_objects(object_index) if c.clauses else c for c in chosen)
     for configuration in chosen:
         configuration.check(layout)
-    picture = load_image(image)
+    picture = image.picture if isinstance(image, EncodedImage) else load_image(image)
     image_size = (picture.height, picture.width)
     replaced = make_ablation(ablation, detector, references, picture)
     with torch.inference_mode(), detector.autocasting(autocast), replaced.applied_to(detector):
-        pixel_values, _ = detector.preprocess([picture])
-        features = detector.features(pixel_values)
+        encoded = image if isinstance(image, EncodedImage) else EncodedImage.of(detector, picture)
+        features, memory = encoded.features, encoded.memory
         if any(configuration.names_objects for configuration in chosen):
-            alone = decode_all(detector, features, stack([none_off()], layout))
+            alone = decode_all(detector, features, stack([none_off()], layout), memory=memory)
             objects = detections_from(
                 alone.logits[0, 0],
                 alone.boxes[0, 0],
@@ -205,7 +206,9 @@ def sweep(
             chosen = for_queries_of(objects, chosen)
         # The baseline is decoded in the same batch, so that layers it shares with others are computed once.
         gates = stack((none_off().named("baseline of the sweep"), *chosen), layout)
-        output = decode_all(detector, features, gates, memory_budget=memory_budget, graphs=graphs)
+        output = decode_all(
+            detector, features, gates, memory_budget=memory_budget, graphs=graphs, memory=memory
+        )
         # Concatenated, so that the host waits for one copy only.
         predictions = torch.cat((output.logits[:, 0], output.boxes[:, 0]), dim=-1).cpu()
         logits, boxes = predictions[..., :-4].contiguous(), predictions[..., -4:].contiguous()
@@ -260,11 +263,13 @@ def decode_all(
     *,
     memory_budget: int = MEMORY_BUDGET,
     graphs: DecodeGraphs | None = None,
+    memory: Any = None,
 ) -> DetectorOutput:
     """Logits and boxes of every configuration, including encoder gates.
 
-    The encoder runs once per distinct encoder gate, and the decoder in batches that fit `memory_budget`, by `graphs` if
-    they are given and can be used. The host does not wait for the device.
+    The encoder runs once per distinct encoder gate, and not at all where everything is on in it and that `memory` is
+    given. The decoder runs in batches that fit `memory_budget`, by `graphs` if they are given and can be used. The host
+    does not wait for the device.
 
     Returns:
         Logits (C, B, Q, K + 1) and boxes (C, B, Q, 4), on the detector's device.
@@ -273,14 +278,15 @@ def decode_all(
     order: list[Tensor] = []
     parts: list[DetectorOutput] = []
     for encoder_gate, members in by_encoder_gate(gates):
-        memory = detector.encode_features(features, encoder_gate)
+        known = encoder_gate is None and memory is not None
+        encoded = memory if known else detector.encode_features(features, encoder_gate)
         for batch in members.split(at_once):
             chosen = gates[batch]
             decoder_gates = Gates(chosen.names, None, chosen.decoder_self, chosen.decoder_cross)
             parts.append(
-                detector.decode(memory, decoder_gates)
+                detector.decode(encoded, decoder_gates)
                 if graphs is None
-                else graphs.decode(detector, memory, decoder_gates)
+                else graphs.decode(detector, encoded, decoder_gates)
             )
             order.append(batch)
     if len(parts) == 1:

@@ -9,6 +9,7 @@ import torch
 import headoff
 from headoff.detr import Detr, DetrConfig
 from headoff.detr.config import BackboneConfig
+from headoff.encoded import EncodedImage
 from headoff.errors import GateError, ImageError, NonFiniteError, SettingError
 from headoff.gates import Gates
 from headoff.images import Preprocessing
@@ -202,3 +203,25 @@ def test_results_are_short_to_print():
     assert repr(headoff.Status.KEPT) == str(headoff.Status.KEPT) == "kept"
     explanation = headoff.explain(detector, headoff.sample_image(0), "first 3")
     assert repr(explanation).startswith("<Explanation by chefer: 1 configuration, ")
+
+
+def test_an_encoded_image_is_encoded_once_and_gives_the_same(detector, image, monkeypatch):
+    configurations = ["first 3", "encoder_self L1H2", "query 2: L2H2"]
+    expected = sweep(detector, image, configurations, confidence=0.2)
+    maps = headoff.explain(detector, image, configurations, [0]).maps
+    calls = []
+
+    def count(name, run):
+        monkeypatch.setattr(detector, name, lambda *arguments: (calls.append(name), run(*arguments))[1])
+
+    for name in ("preprocess", "features", "encode_features"):
+        count(name, getattr(detector, name))
+    encoded = EncodedImage.of(detector, image)
+    for number, configuration in enumerate(configurations):
+        found = sweep(detector, encoded, configuration, confidence=0.2)
+        torch.testing.assert_close(found.logits[0], expected.logits[number])
+        torch.testing.assert_close(found.boxes[0], expected.boxes[number])
+    # The encoder: once for the memory, once for its own gate.
+    assert calls == ["preprocess", "features", "encode_features", "encode_features"]
+    torch.testing.assert_close(headoff.explain(detector, encoded, configurations, [0]).maps, maps)
+    assert calls.count("features") == 1

@@ -14,9 +14,10 @@ from headoff.ablation import Ablation, References, make_ablation
 from headoff.choices import PICKS, AblationKind, Pick
 from headoff.detections import Detections, class_probabilities, detections_from, predictions_of
 from headoff.detector import Detector
+from headoff.encoded import EncodedImage
 from headoff.errors import SettingError
 from headoff.gates import Configuration, cumulative, none_off, read_configurations, stack
-from headoff.images import ImageSource, load_image
+from headoff.images import ImageSource
 from headoff.outcomes import outcomes_of
 from headoff.relevance.engine import Backward
 from headoff.relevance.engines import make_engine
@@ -30,7 +31,7 @@ from headoff.sweeps import for_queries_of
 
 def explain(
     detector: Detector,
-    image: ImageSource,
+    image: ImageSource | EncodedImage,
     configurations: Configuration | str | Iterable[Configuration | str] | None = None,
     queries: Iterable[int] | None = None,
     method: Method | str = "chefer",
@@ -52,7 +53,7 @@ def explain(
 
     Args:
         detector: see `headoff.load`.
-        image: a path, a `PIL.Image` or an array; see `headoff.images.load_image`.
+        image: a path, a `PIL.Image` or an array (see `headoff.images.load_image`), or an `EncodedImage`.
         configurations: configurations, or their text. By default the cumulative sweep: none off, first 1 off, ..., all
             heads off, in every decoder layer.
         queries: the object queries to explain; by default those that detect an object in the baseline.
@@ -95,11 +96,9 @@ def explain(
     for configuration in chosen:
         configuration.check(layout)
     wanted = None if queries is None else _queries(queries, layout.queries)
-    picture = load_image(image)
+    encoded = image if isinstance(image, EncodedImage) else EncodedImage.of(detector, image)
+    picture, features = encoded.picture, encoded.features
     image_size = (picture.height, picture.width)
-    with torch.no_grad():
-        pixels, _ = detector.preprocess([picture])
-        features = detector.features(pixels)
     engine = make_engine(
         detector,
         features,
@@ -168,7 +167,7 @@ def explain(
         boxes=boxes,
         heads=head_maps,
         stride=detector.stride(features),
-        resized=(pixels.shape[-2], pixels.shape[-1]),
+        resized=encoded.resized,
         method=method.name,
         target=tuple(make_target(spec, 0, 0).name if callable(spec) else spec for spec in specs),
         pick=pick,

@@ -71,7 +71,6 @@ def render_page(
     picture = small_picture(image)
     shown = views(result)
     pictured = shown[:MOST_PICTURES]
-    background = background_uri(picture)
     board = switches(result, MOST_PICTURES)
     frames = []
     for index, view in enumerate(pictured):
@@ -80,7 +79,7 @@ def render_page(
                 "id": f"c{index}",
                 "view": view,
                 "sentences": sentences(result.baseline, view.detections, view.outcome),
-                "marks": _marks(result, view),
+                "marks": marks_in_percent(result, view),
                 "rows": _detection_rows(result, view),
             }
         )
@@ -93,9 +92,9 @@ def render_page(
         frames=frames,
         left_out=len(shown) - len(pictured),
         many=len(shown) > MANY,
-        background=background,
+        background=background_uri(picture),
         pixelated=max(picture.size) < 400,
-        width=_width(result.image_size),
+        width=picture_width(result.image_size),
         subdued=subdued_css(),
         aspect=f"{result.image_size[1]} / {result.image_size[0]}",
         charts=_charts(result) if len(shown) > 1 else [],
@@ -171,7 +170,7 @@ def inline_svg(ax: Axes, name: str) -> str:
     return re.sub(r"\n\s*", "\n", text).strip()
 
 
-def _marks(result: SweepResult, view: View) -> list[dict[str, Any]]:
+def marks_in_percent(result: SweepResult, view: View) -> list[dict[str, Any]]:
     """The boxes of a configuration, the best detection last, so that it is on top. Sides are in per cent."""
     height, width = result.image_size
     marks = []
@@ -192,7 +191,7 @@ def _marks(result: SweepResult, view: View) -> list[dict[str, Any]]:
     return marks[::-1]
 
 
-def _width(image_size: tuple[int, int]) -> int:
+def picture_width(image_size: tuple[int, int]) -> int:
     """The greatest width of the picture in CSS pixels; very narrow and very flat images may exceed `_ROOM`.
 
     What is longer than 100 times its width is drawn wider than it is: it would have no pixel to draw on.
@@ -233,14 +232,19 @@ def _charts(result: SweepResult) -> list[dict[str, str]]:
     return charts
 
 
-def background_uri(picture: Image.Image) -> str:
-    """The image as a data URI: PNG if it is small, else WebP."""
+def background(picture: Image.Image) -> tuple[str, bytes]:
+    """The image as a file, and its kind: `png` if it is small, else `webp`."""
     buffer = io.BytesIO()
     if max(picture.size) < 400:
         picture.save(buffer, "PNG")
-        return data_uri("png", buffer.getvalue())
+        return "png", buffer.getvalue()
     picture.save(buffer, "WEBP", quality=82, method=4)
-    return data_uri("webp", buffer.getvalue())
+    return "webp", buffer.getvalue()
+
+
+def background_uri(picture: Image.Image) -> str:
+    """The image as a data URI."""
+    return data_uri(*background(picture))
 
 
 def _detection_rows(result: SweepResult, view: View) -> list[dict[str, Any]]:
