@@ -44,9 +44,8 @@ const drawn = () => new Promise((done) => setTimeout(done, 500));
 """
 
 
-def seen_in(tmp_path, page, script, address="", size="1400,1000"):
-    """What `script` (JavaScript) leaves in `seen`, and the console's errors."""
-    path = tmp_path / "index.html"
+def with_script(page, script):
+    """The page, with a script at its end that leaves what it sees in the document."""
     end = f"""<script type="module">{TOOLS}
 await drawn();
 try {{ {script} }} catch (error) {{ seen.failed = String(error.stack); }}
@@ -55,7 +54,18 @@ result.id = "seen";
 result.textContent = JSON.stringify(seen);
 document.body.append(result);
 </script></body>"""
-    path.write_text(page.replace("</body>", end))
+    return page.replace("</body>", end)
+
+
+def seen_in(tmp_path, page, script, address="", size="1400,1000"):
+    """What `script` (JavaScript) leaves in `seen`, and the console's errors."""
+    path = tmp_path / "index.html"
+    path.write_text(with_script(page, script))
+    return seen_at(tmp_path, f"{path.as_uri()}{address}", size)
+
+
+def seen_at(tmp_path, address, size="1400,1000"):
+    """The same of a page that has its script."""
     done = subprocess.run(
         [
             CHROMIUM,
@@ -67,7 +77,7 @@ document.body.append(result);
             f"--window-size={size}",
             f"--user-data-dir={tmp_path / 'profile'}",
             "--dump-dom",
-            f"{path.as_uri()}{address}",
+            address,
         ],
         capture_output=True,
         text=True,

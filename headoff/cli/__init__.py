@@ -1,4 +1,4 @@
-"""The command line: `headoff sweep`, `explain`, `heads`, `detect`, `references`, `verify`, `bench` and `scenes`.
+"""The command line: one module for each command, such as `headoff sweep` and `headoff verify`.
 
 Parsers are built without torch, so that --help is fast: a command imports what it needs in its `run`.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from headoff import __version__
-from headoff.cli import bench, detect, explain, heads, references, roles, scenes, sweep, verify
+from headoff.cli import bench, detect, explain, heads, live, references, roles, scenes, sweep, verify
 from headoff.errors import HeadoffError, error_line, is_out_of_memory
 
 EPILOG = """\
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"headoff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sweep, explain, heads, detect, roles, references, verify, bench, scenes):
+    for command in (sweep, explain, heads, live, detect, roles, references, verify, bench, scenes):
         command.add_parser(commands)
     return top
 

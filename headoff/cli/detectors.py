@@ -15,14 +15,15 @@ from headoff.detr.checkpoints import ModelChoice, class_names_in
 from headoff.devices import chosen_device, set_threads
 
 
-def load_detector(settings: argparse.Namespace) -> Detector:
-    """The detector that the options of `add_detector_options` describe; what was assumed of it goes to stderr."""
+def load_detector(settings: argparse.Namespace, *, quiet: bool = False) -> Detector:
+    """The detector that the options of `add_detector_options` describe; what was assumed of it goes to stderr unless
+    `quiet`."""
     if settings.threads:
         set_threads(settings.threads)
     detector = model_choice(settings).load(
         attention=settings.attention, device=chosen_device(settings.device), dtype=settings.dtype
     )
-    for assumption in detector.assumptions:
+    for assumption in () if quiet else detector.assumptions:
         print(f"headoff: note: {settings.model}: {assumption}", file=sys.stderr)
     return detector
 
