@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
+import headoff
 from headoff.errors import CheckpointError
+from headoff.scenes import evaluation
+from headoff.scenes.dataset import CLASS_NAMES, SceneDataset
 from headoff.scenes.deformable_training import DeformableRecipe, DeformableTrainer, rt_detr_config
 from headoff.scenes.losses import Targets
 from headoff.scenes.pool import ScenePool
@@ -157,6 +160,18 @@ def test_the_written_processor_prepares_images_as_training_does(tmp_path):
     truth = Targets(torch.full((1, 1, 4), 0.5), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1).bool())
     model(torch.from_numpy(image).permute(2, 0, 1)[None], truth, RECIPE, Moment(0, 0.0), torch.Generator())
     torch.testing.assert_close(theirs, ours[0], rtol=1e-5, atol=1e-5)
+
+
+def test_headoff_loads_and_evaluates_what_is_written(tmp_path, monkeypatch):
+    """On scenes of the size that the image processor says."""
+    trainer().write(tmp_path)
+    detector = headoff.load(tmp_path)
+    assert detector.class_names == CLASS_NAMES and detector.preprocessing.size == (64, 64)
+    drawn = []
+    monkeypatch.setattr(evaluation, "SceneDataset", lambda *a: drawn.append(a) or SceneDataset(*a))
+    (precision,) = evaluation.evaluate(detector, count=2, configurations=[headoff.none_off()])
+    assert 0 <= precision.ap <= precision.ap50 <= 1
+    assert drawn == [(64, 2, "held_out", 0)]
 
 
 def test_a_run_of_hours_follows_the_time_and_may_be_prolonged(run_folder):

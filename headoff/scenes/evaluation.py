@@ -68,7 +68,7 @@ def evaluate(
         raise SettingError(f"{count} scenes cannot be evaluated; give 1 or more")
     chosen = tuple(configurations) if configurations is not None else cumulative(detector.head_layout.heads)
     gates = stack(chosen, detector.head_layout)
-    side = detector.preprocessing.short_side
+    side, _ = detector.preprocessing.resized_size(1, 1)  # scenes are square
     scenes = SceneDataset(side, count, "held_out", first_seed)
     results: list[list[dict]] = [[] for _ in chosen]
     confident = [0] * len(chosen)
