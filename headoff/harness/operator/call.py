@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from headoff.attention.contract import Attention
-from headoff.harness.operator.cases import GRADIENTS, INPUTS, WANTED, OperatorCase, Wanted
+from headoff.harness.operator.cases import GRADIENTS, WANTED, OperatorCase
 from headoff.harness.operator.gates import gate_values
 from headoff.harness.operator.inputs import (
     GRAD_CONTEXT_LAYOUTS,
@@ -23,12 +25,54 @@ from headoff.harness.operator.inputs import (
 from headoff.harness.operator.masks import NEARLY_MASKED, mask_values
 
 
-@dataclass(frozen=True, eq=False)
-class CallTensors:
-    """The arguments of an attention call, and the gradient of its context (B, H, Q, D).
+class Tensors(ABC):
+    """The tensors of a call: what those of all contracts have.
 
-    `mask` and `gate` are as the contract has them, or None.
+    `gate` is as the contract has it, or None; `grad_context` is the gradient of the context, in its shape.
     """
+
+    gradient_names: ClassVar[Mapping[str, str]]
+    """What the gradient of each differentiable input is called."""
+
+    wanted_inputs: ClassVar[Mapping[Any, tuple[str, ...]]]
+    """By the case's `wanted`: the inputs that require a gradient."""
+
+    value: Tensor
+    gate: Tensor | None
+    grad_context: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Those that a gradient may be wanted of."""
+        return tuple(getattr(self, name) for name in self.gradient_names)
+
+    @abstractmethod
+    def attend(self, attention: Any, inputs: Iterable[Tensor]) -> Tensor:
+        """The context of these inputs, with all else as it is here."""
+
+    @abstractmethod
+    def double(self) -> Tensors:
+        """The same numbers in float64, contiguous and on the CPU; a bool mask stays bool."""
+
+    def named(self) -> dict[str, Tensor]:
+        """All tensors that are not None."""
+        return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+
+    def on(self, device: torch.device | str) -> Self:
+        """Copies on `device` with the same strides. What is one tensor stays one."""
+        tensors = {id(tensor): tensor for tensor in self.named().values()}
+        copies = {key: moved(tensor, tensor.dtype, device) for key, tensor in tensors.items()}
+        return type(self)(
+            **{**vars(self), **{name: copies[id(tensor)] for name, tensor in self.named().items()}}
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CallTensors(Tensors):
+    """The tensors of an attention call. `mask` is as the contract has it, or None."""
+
+    gradient_names = GRADIENTS
+    wanted_inputs = WANTED
 
     query: Tensor
     key: Tensor
@@ -37,12 +81,11 @@ class CallTensors:
     gate: Tensor | None
     grad_context: Tensor
 
-    def named(self) -> dict[str, Tensor]:
-        """All tensors that are not None."""
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+    def attend(self, attention: Attention, inputs: Iterable[Tensor]) -> Tensor:
+        query, key, value = inputs
+        return attention(query, key, value, self.mask, head_gate=self.gate)
 
     def double(self) -> CallTensors:
-        """The same numbers in float64, contiguous and on the CPU; a bool mask stays bool."""
         mask = self.mask
         if mask is not None:
             mask = mask.cpu() if mask.dtype == torch.bool else mask.cpu().double()
@@ -53,15 +96,15 @@ class CallTensors:
         )
         return CallTensors(query, key, value, mask, gate, grad_context)
 
-    def on(self, device: torch.device | str) -> CallTensors:
-        """Copies on `device` with the same strides. What is one tensor stays one."""
-        tensors = {id(tensor): tensor for tensor in self.named().values()}
-        copies = {key: moved(tensor, tensor.dtype, device) for key, tensor in tensors.items()}
-        return replace(self, **{name: copies[id(tensor)] for name, tensor in self.named().items()})
 
-
-def tensors_of(case: OperatorCase, device: torch.device | str = "cpu") -> CallTensors:
+@functools.singledispatch
+def tensors_of(case: Any, device: torch.device | str = "cpu") -> Any:
     """New tensors at each call, made on the CPU and then moved to `device`; none requires a gradient."""
+    raise NotImplementedError(type(case))
+
+
+@tensors_of.register
+def _(case: OperatorCase, device: torch.device | str = "cpu") -> CallTensors:
     query, key, value, mask, gate, grad_context = _values_of(case)
     # By the name of the gradient: inputs that share one are one tensor.
     made: dict[str, Tensor] = {}
@@ -157,50 +200,52 @@ def _fill_masked(
 
 
 Results = dict[str, Tensor]
-"""`context`, and those of `dq`, `dk`, `dv` that were wanted."""
+"""`context`, and those gradients that were wanted: `dq`, `dk`, `dv`."""
 
 
-def leaves_of(tensors: CallTensors, wanted: Wanted) -> dict[str, Tensor]:
-    """`query`, `key`, `value`: detached, of the same memory, requiring a gradient where one is wanted.
+def leaves_of(tensors: Tensors, wanted: str) -> dict[str, Tensor]:
+    """The inputs by name: detached, of the same memory, requiring a gradient where one is wanted.
 
     Where two of `tensors` are one tensor, their leaves are, too.
     """
     made: dict[int, Tensor] = {}
     leaves = {}
-    for name in INPUTS:
+    for name in tensors.gradient_names:
         tensor = getattr(tensors, name)
         if id(tensor) not in made:
-            made[id(tensor)] = tensor.detach().requires_grad_(name in WANTED[wanted])
+            made[id(tensor)] = tensor.detach().requires_grad_(name in tensors.wanted_inputs[wanted])
         leaves[name] = made[id(tensor)]
     return leaves
 
 
-def call(attention: Attention, tensors: CallTensors, wanted: Wanted = "all") -> Results:
+def call(attention: Any, tensors: Tensors, wanted: str = "all") -> Results:
     """Context and gradients. Gradients of inputs that the context does not depend on are zeros."""
     leaves = leaves_of(tensors, wanted)
-    context = attention(leaves["query"], leaves["key"], leaves["value"], tensors.mask, head_gate=tensors.gate)
-    return {"context": context, **gradients(context, leaves, tensors.grad_context)}
+    context = tensors.attend(attention, leaves.values())
+    return {"context": context, **gradients(context, leaves, tensors)}
 
 
-def context_alone(attention: Attention, tensors: CallTensors) -> Tensor:
+def context_alone(attention: Any, tensors: Tensors) -> Tensor:
     """The context under `torch.no_grad`."""
     with torch.no_grad():
-        return attention(tensors.query, tensors.key, tensors.value, tensors.mask, head_gate=tensors.gate)
+        return tensors.attend(attention, tensors.inputs)
 
 
 def gradients(
-    context: Tensor, leaves: dict[str, Tensor], grad_context: Tensor, *, retain_graph: bool = False
+    context: Tensor, leaves: dict[str, Tensor], tensors: Tensors, *, retain_graph: bool = False
 ) -> Results:
-    """`dq`, `dk`, `dv` of those `leaves` that require one."""
+    """The gradients of those `leaves` of `tensors` that require one."""
     # A tensor that is several inputs is named after the first.
     inputs = {
-        id(leaf): (GRADIENTS[name], leaf) for name, leaf in reversed(leaves.items()) if leaf.requires_grad
+        id(leaf): (tensors.gradient_names[name], leaf)
+        for name, leaf in reversed(leaves.items())
+        if leaf.requires_grad
     }
     named = dict(inputs.values())
     if not context.requires_grad:
         return {name: torch.zeros_like(leaf) for name, leaf in named.items()}
     found = torch.autograd.grad(
-        context, list(named.values()), grad_context, retain_graph=retain_graph, allow_unused=True
+        context, list(named.values()), tensors.grad_context, retain_graph=retain_graph, allow_unused=True
     )
     return {
         name: torch.zeros_like(leaf) if gradient is None else gradient

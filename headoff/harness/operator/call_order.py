@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from headoff.attention.eager import eager
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding
-from headoff.harness.operator.call import CallTensors, gradients, leaves_of
-from headoff.harness.operator.cases import OperatorCase
-from headoff.harness.operator.compare import unsupported_dtype
-from headoff.harness.operator.side_effects import WITH_AND_WITHOUT, Fields, Trial, finding, side_effect
+from headoff.harness.operator.call import Tensors, gradients, leaves_of
+from headoff.harness.operator.cases import Case
+from headoff.harness.operator.side_effects import WITH_AND_WITHOUT, Trial, finding, side_effect
 from headoff.harness.tolerance import relative_error
 
 GATE_GRADIENT = 16.0
@@ -32,7 +30,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     {"queries": 130, "mask": "bias", "gate": "none"},
     {"queries": 19, "keys": 330, "mask": "bias and padding", "gate": "per item"},
 )
-def gradient_modes(trial: Trial, case: OperatorCase) -> list[Finding]:
+def gradient_modes(trial: Trial, case: Case) -> list[Finding]:
     """The context requires a gradient where an input does and gradients are on; in all modes its numbers are right."""
     tensors = trial.tensors(case)
     leaves = leaves_of(tensors, "all")
@@ -41,8 +39,7 @@ def gradient_modes(trial: Trial, case: OperatorCase) -> list[Finding]:
         without = {"under no_grad": trial.context(inputs, tensors)}
     with torch.inference_mode():
         without["under inference_mode"] = trial.context(inputs, tensors).clone()
-    plain = (tensors.query, tensors.key, tensors.value)
-    without["where no input requires one"] = trial.context(plain, tensors)
+    without["where no input requires one"] = trial.context(tensors.inputs, tensors)
     required = {"with gradients": trial.context(inputs, tensors)}
     for name in leaves:
         one = (leaf.detach().requires_grad_(other == name) for other, leaf in leaves.items())
@@ -51,7 +48,9 @@ def gradient_modes(trial: Trial, case: OperatorCase) -> list[Finding]:
         for when, context in contexts.items():
             if context.requires_grad != expected:
                 message = f"the context requires {'no' if expected else 'a'} gradient {when}"
-                return finding("dq" if expected else "state", message, case)
+                # (Where a gradient is missing, that of the first input is.)
+                missing = next(iter(tensors.gradient_names.values()))
+                return finding(missing if expected else "state", message, case)
             if found := trial.wrong(case, {"context": context}):
                 return trial.state(case, found, when)
     return []
@@ -64,11 +63,11 @@ def gradient_modes(trial: Trial, case: OperatorCase) -> list[Finding]:
         for gate, mask in (("full", "padding"), ("none", "none"), ("fractions", "bias"))
     ),
 )
-def first_call_without_gradients(trial: Trial, case: OperatorCase) -> list[Finding]:
+def first_call_without_gradients(trial: Trial, case: Case) -> list[Finding]:
     """The first call of a size may be in inference mode; what it caches must serve training later."""
     tensors = trial.tensors(case)
     with torch.inference_mode():
-        context = trial.context((tensors.query, tensors.key, tensors.value), tensors)
+        context = trial.context(tensors.inputs, tensors)
     if found := trial.wrong(case, {"context": context}):
         return trial.state(case, found, "in inference mode")
     when = "after a first call in inference mode"
@@ -80,7 +79,7 @@ def first_call_without_gradients(trial: Trial, case: OperatorCase) -> list[Findi
 
 
 @side_effect("growing-numbers", {"mask": "none"})
-def growing_numbers(trial: Trial, case: OperatorCase) -> list[Finding]:
+def growing_numbers(trial: Trial, case: Case) -> list[Finding]:
     """Keys larger than in any call before, with queries smaller in proportion, give the same scores and context."""
     tensors = trial.tensors(case)
     for power in (0, 3, 6) if trial.dtype == torch.float16 else (0, 10, 20):
@@ -90,48 +89,15 @@ def growing_numbers(trial: Trial, case: OperatorCase) -> list[Finding]:
     return []
 
 
-SEQUENCE: tuple[Fields, ...] = (
-    {},
-    {"seed": 1},
-    {"gate": "none"},
-    {"gate": "binary"},
-    {"mask": "none"},
-    {"mask": "rows per item"},
-    {"mask": "bias"},
-    {"mask": "none", "gate": "none"},
-    {"queries": 40, "keys": 70},
-    {"queries": 5, "keys": 9},
-    {"queries": 19, "keys": 36},
-    {"layout": "heads last"},
-    {"layout": "channels first"},
-    {"batch": 4, "heads": 2},
-    {"batch": 1, "heads": 8},
-    {"channels": 64},
-    {"channels": 16},
-    {"gate": "all off"},
-    {"mask": "fully masked item"},
-    {"queries": 37, "keys": 19},
-    {"seed": 2},
-    # A size that no call had before; the last two masks have as many keys in each item.
-    {"mask": "no padding", "keys": 54},
-    {"mask": "padding", "keys": 54},
-    {"mask": "padding flipped", "keys": 54},
-    {"mask": "additive padding", "gate": "none"},
-    {"mask": "additive left padding", "gate": "none"},
-    {},
-)
-"""Calls that differ from the one before in contents, gate, mask, sizes or strides. `seed` is added to the trial's."""
-
-
 @side_effect("changing-calls")
-def changing_calls(trial: Trial, case: OperatorCase) -> list[Finding]:
-    """Every call of `SEQUENCE` is right, and of calls in one dtype after another."""
+def changing_calls(trial: Trial, case: Case) -> list[Finding]:
+    """Every call of a sequence (`SEQUENCE`) is right, and of calls in one dtype after another."""
     # In both directions: what a call leaves behind may matter in one of them only.
-    for fields in (*SEQUENCE, *reversed(SEQUENCE)):
+    for fields in (*trial.sequence, *reversed(trial.sequence)):
         changed = trial.case(**{**fields, "seed": trial.seed + fields.get("seed", 0)})
         if found := trial.wrong_calls(changed):
             return trial.state(changed, found, "after calls with other inputs")
-    dtypes = [dtype for dtype in DTYPES if unsupported_dtype(trial.attention, dtype, trial.device) is None]
+    dtypes = [dtype for dtype in DTYPES if trial.unsupported_dtype(dtype) is None]
     for order, channels in ((dtypes, DTYPES_UP_CHANNELS), (dtypes[::-1], DTYPES_DOWN_CHANNELS)):
         for dtype in order:
             changed = trial.case(dtype=dtype, channels=channels)
@@ -143,7 +109,7 @@ def changing_calls(trial: Trial, case: OperatorCase) -> list[Finding]:
 
 
 @side_effect("changed-contents")
-def changed_contents(trial: Trial, case: OperatorCase) -> list[Finding]:
+def changed_contents(trial: Trial, case: Case) -> list[Finding]:
     """New contents in the same tensors are read: in all of them, and in one input at a time."""
     cases = [replace(case, seed=case.seed + number) for number in range(3)]
     tensors = trial.tensors(case)
@@ -152,7 +118,7 @@ def changed_contents(trial: Trial, case: OperatorCase) -> list[Finding]:
         for results in ({"context": trial.forward(tensors)}, trial.call(tensors)):
             if found := trial.wrong(changed, results):
                 return trial.state(changed, found, "with new contents in the same tensors")
-    for name in ("key", "value", "gate", "mask", "query"):
+    for name in (name for name in tensors.named() if name != "grad_context"):
         _copy_into(tensors, trial.tensors(case))
         trial.forward(tensors)
         tensors.named()[name].copy_(trial.tensors(cases[1]).named()[name])
@@ -161,13 +127,13 @@ def changed_contents(trial: Trial, case: OperatorCase) -> list[Finding]:
     return []
 
 
-def _copy_into(tensors: CallTensors, contents: CallTensors) -> None:
+def _copy_into(tensors: Tensors, contents: Tensors) -> None:
     for tensor, content in zip(tensors.named().values(), contents.named().values(), strict=True):
         tensor.copy_(content)
 
 
 @side_effect("crossed-backward", *WITH_AND_WITHOUT)
-def crossed_backward(trial: Trial, case: OperatorCase) -> list[Finding]:
+def crossed_backward(trial: Trial, case: Case) -> list[Finding]:
     """Two calls and then both backward passes, in either order; a backward pass twice."""
     cases = [case, replace(case, seed=case.seed + 1)]
     for order in ((0, 1), (1, 0), (0, 0, 1)):
@@ -182,7 +148,7 @@ def crossed_backward(trial: Trial, case: OperatorCase) -> list[Finding]:
             twice = order.count(number) > 1
             again = number in order[place + 1 :]
             try:
-                results = gradients(context, leaves, tensors.grad_context, retain_graph=again)
+                results = gradients(context, leaves, tensors, retain_graph=again)
             except RuntimeError:
                 if twice:
                     break  # a patch may refuse a second backward pass, but not get it wrong
@@ -194,7 +160,7 @@ def crossed_backward(trial: Trial, case: OperatorCase) -> list[Finding]:
 
 
 @side_effect("gate-gradient", *({"gate": gate} for gate in ("full", "fractions", "per item", "scalar")))
-def gate_gradient(trial: Trial, case: OperatorCase) -> list[Finding]:
+def gate_gradient(trial: Trial, case: Case) -> list[Finding]:
     """A gate that requires a gradient gets none, or the right one; any where it is 0.
 
     What is off need not be computed, and an attention need not support gradients of gates.
@@ -203,7 +169,7 @@ def gate_gradient(trial: Trial, case: OperatorCase) -> list[Finding]:
     assert tensors.gate is not None
     gate = tensors.gate.detach().requires_grad_()
     try:
-        context = trial.context((tensors.query, tensors.key, tensors.value), replace(tensors, gate=gate))
+        context = trial.context(tensors.inputs, replace(tensors, gate=gate))
         if not context.requires_grad:
             return []
         (found,) = torch.autograd.grad(context, [gate], tensors.grad_context, allow_unused=True)
@@ -211,9 +177,10 @@ def gate_gradient(trial: Trial, case: OperatorCase) -> list[Finding]:
         return []
     if found is None:
         return []
-    exact = tensors.double()
-    terms = eager(exact.query, exact.key, exact.value, exact.mask) * exact.grad_context
-    sizes = eager(exact.query, exact.key, exact.value.abs(), exact.mask) * exact.grad_context.abs()
+    exact = replace(tensors.double(), gate=None)
+    positive = replace(exact, value=exact.value.abs())
+    terms = exact.attend(trial.oracle, exact.inputs) * exact.grad_context
+    sizes = positive.attend(trial.oracle, positive.inputs) * exact.grad_context.abs()
     true, size = (x.sum(-1, keepdim=True).sum_to_size(found.shape) for x in (terms, sizes))
     error = relative_error((found.cpu().double() - true).abs(), size * torch.finfo(trial.dtype).eps)
     error = error.masked_fill(gate.detach().cpu() == 0, 0.0)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from headoff.gates import Site
 from headoff.harness.operator.gates import GATE_KINDS, GATES_BY_SHAPE
@@ -62,36 +64,65 @@ DRAWN = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class OperatorCase:
-    """One attention call.
+class Case(ABC):
+    """One call of a callable under test: what cases of all contracts have.
 
     Attributes:
         name: without spaces, for pytest.
-        batch, heads, queries, keys, channels: B, H, Q, S, D.
-        dtype: of query, key, value, gate, a float mask, and the gradient of the context.
-        gate, mask, inputs: kinds of them.
-        layout: strides of query, key and value.
+        batch, heads, queries, channels: B, H, Q, D.
+        dtype: of all tensors that are not bool.
+        gate, inputs: kinds of them.
+        layout: strides of the inputs.
         grad_context: kind of the gradient of the context.
         wanted: which gradients are computed.
-        site: where DETR attends with such sizes.
+        site: where a detector attends with such sizes.
         seed: of the random numbers.
     """
+
+    leading: ClassVar[str]
+    """The input that the context has its dtype from."""
 
     name: str
     batch: int = 1
     heads: int = 8
     queries: int = 100
-    keys: int = 100
     channels: int = 32
     dtype: torch.dtype = torch.float32
     gate: str = "none"
-    mask: str = "none"
     inputs: str = "normal"
     layout: str = "contiguous"
     grad_context: str = "random"
-    wanted: Wanted = "all"
+    wanted: str = "all"
     site: Site | None = None
     seed: int = 0
+
+    @property
+    @abstractmethod
+    def weights(self) -> int:
+        """Number of attention weights, which tells how large the case is."""
+
+    @property
+    @abstractmethod
+    def context_shape(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def by_head(self, tensor: Tensor) -> Tensor:
+        """The context or a gradient as (B, H, rows, columns): errors are averaged over the last two."""
+
+    @abstractmethod
+    def place(self, name: str, index: tuple[int, ...]) -> str:
+        """In words, the place of an element of `by_head` of the result `name`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorCase(Case):
+    """One attention call. `keys` is S; `mask` is the kind of the mask."""
+
+    leading = "query"
+
+    keys: int = 100
+    mask: str = "none"
+    wanted: Wanted = "all"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -111,8 +142,20 @@ class OperatorCase:
 
     @property
     def weights(self) -> int:
-        """Number of attention weights, B * H * Q * S."""
+        """B * H * Q * S."""
         return self.batch * self.heads * self.queries * self.keys
+
+    @property
+    def context_shape(self) -> tuple[int, ...]:
+        return self.batch, self.heads, self.queries, self.channels
+
+    def by_head(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def place(self, name: str, index: tuple[int, ...]) -> str:
+        batch, head, row, column = index
+        what = "key" if name in ("dk", "dv") else "query"
+        return f"batch item {batch}, head {head}, {what} {row}, channel {column}"
 
     @property
     def gradient_names(self) -> dict[str, str]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from headoff.attention.contract import Attention
 from headoff.attention.eager import eager
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding
-from headoff.harness.operator.call import CallTensors, Results, call, context_alone, tensors_of
-from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.call import Results, Tensors, call, context_alone, tensors_of
+from headoff.harness.operator.cases import Case, OperatorCase
 from headoff.harness.operator.masks import unusual_mask
 from headoff.harness.operator.reference import Truth, truth_of
 from headoff.harness.reference.implementations import STANDARD
@@ -41,6 +42,8 @@ NAMES: dict[str, str] = {
     "dq": "the gradient of the query",
     "dk": "the gradient of the key",
     "dv": "the gradient of the value",
+    "dlocations": "the gradient of the sampling locations",
+    "dweights": "the gradient of the attention weights",
 }
 
 WITHOUT_GRADIENTS = "without gradients (torch.no_grad), "
@@ -87,7 +90,7 @@ class Comparison:
 
 
 def operator_findings(
-    attention: Attention, case: OperatorCase, device: torch.device | str, not_supported: Note | None = None
+    attention: Any, case: Case, device: torch.device | str, not_supported: Note | None = None
 ) -> list[Finding]:
     """What is wrong with `attention` on `case`: nothing where it is right.
 
@@ -116,9 +119,7 @@ def operator_findings(
     return [Finding("state", f"a call changes {change}", str(case)) for change in changes] + findings
 
 
-def _findings_with_and_without_gradients(
-    attention: Attention, case: OperatorCase, device: torch.device
-) -> list[Finding]:
+def _findings_with_and_without_gradients(attention: Any, case: Case, device: torch.device) -> list[Finding]:
     tensors = tensors_of(case, device)
     before = contents_of(tensors)
 
@@ -151,13 +152,13 @@ def _equal(found: object, right: Tensor) -> bool:
     )
 
 
-def unsupported_mask(
-    attention: Attention, case: OperatorCase, device: torch.device | str
-) -> tuple[str, str] | None:
+def unsupported_mask(attention: Any, case: Case, device: torch.device | str) -> tuple[str, str] | None:
     """A kind of mask that the model never makes and that `attention` raises on, and what it raises; else None.
 
     Only where the case without its mask does not raise: the exception is about the mask then.
     """
+    if not isinstance(case, OperatorCase):
+        return None
     kind = unusual_mask(tensors_of(case).mask)
     if kind is None or _raised(attention, replace(case, mask="none"), device):
         return None
@@ -165,15 +166,20 @@ def unsupported_mask(
     return (kind, reason) if reason else None
 
 
-def unsupported_dtype(attention: Attention, dtype: torch.dtype, device: torch.device | str) -> str | None:
-    """What `attention` raises for a plain case in `dtype`; None where it takes the dtype.
+PLAIN = OperatorCase(name="plain", queries=64, keys=64, heads=2)
+
+
+def unsupported_dtype(
+    attention: Any, dtype: torch.dtype, device: torch.device | str, plain: Case = PLAIN
+) -> str | None:
+    """What `attention` raises for the `plain` case in `dtype`; None where it takes the dtype.
 
     An attention need not support dtypes that nobody asked for.
     """
-    return _raised(attention, OperatorCase(name="plain", queries=64, keys=64, heads=2, dtype=dtype), device)
+    return _raised(attention, replace(plain, dtype=dtype), device)
 
 
-def _raised(attention: Attention, case: OperatorCase, device: torch.device | str) -> str | None:
+def _raised(attention: Any, case: Case, device: torch.device | str) -> str | None:
     try:
         call(attention, tensors_of(case, device), case.wanted)
         context_alone(attention, tensors_of(case, device))
@@ -182,12 +188,12 @@ def _raised(attention: Attention, case: OperatorCase, device: torch.device | str
     return None
 
 
-def contents_of(tensors: CallTensors) -> dict[str, tuple[Tensor, int]]:
+def contents_of(tensors: Tensors) -> dict[str, tuple[Tensor, int]]:
     """A copy of the memory of each tensor, and how often it was written into; for `overwritten`."""
     return {name: (_memory_of(tensor).clone(), tensor._version) for name, tensor in tensors.named().items()}
 
 
-def overwritten(tensors: CallTensors, before: Mapping[str, tuple[Tensor, int]]) -> str | None:
+def overwritten(tensors: Tensors, before: Mapping[str, tuple[Tensor, int]]) -> str | None:
     """The name of the first tensor that was written into since `before`, even if that was undone."""
     for name, tensor in tensors.named().items():
         memory, version = before[name]
@@ -201,7 +207,7 @@ def _memory_of(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def findings_of(results: Results, case: OperatorCase, device: torch.device) -> list[Finding]:
+def findings_of(results: Results, case: Case, device: torch.device) -> list[Finding]:
     """What is wrong with the `results` of a call, which may be the context alone: shape and dtype, then numbers."""
     if found := misshapen(results["context"], case):
         return [found]
@@ -211,27 +217,33 @@ def findings_of(results: Results, case: OperatorCase, device: torch.device) -> l
     return [_finding(comparison, case) for comparison in wrong]
 
 
-def misshapen(context: object, case: OperatorCase) -> Finding | None:
-    """A finding for a context that is no tensor, or of another shape or dtype than the query."""
+def misshapen(context: object, case: Case) -> Finding | None:
+    """A finding for a context that is no tensor, or of another shape or dtype than the contract's."""
     if not isinstance(context, Tensor):
         return Finding("shape", f"the context is a {type(context).__name__}, not a tensor", str(case))
-    expected = (case.batch, case.heads, case.queries, case.channels)
-    if tuple(context.shape) != expected:
-        message = f"the context is of shape {tuple(context.shape)}, expected {expected}"
+    if tuple(context.shape) != case.context_shape:
+        message = f"the context is of shape {tuple(context.shape)}, expected {case.context_shape}"
         return Finding("shape", message, str(case))
     if context.dtype != case.dtype:
-        message = f"the context is of {context.dtype} for a query of {case.dtype}"
+        message = f"the context is of {context.dtype} for a {case.leading} of {case.dtype}"
         return Finding("dtype", message, str(case), site=case.site)
     return None
 
 
 def comparisons(
-    results: Results, case: OperatorCase, device: torch.device, truth: Truth | None = None
+    results: Results, case: Case, device: torch.device, truth: Truth | None = None
 ) -> list[Comparison]:
     """One for each of `results` that the case wants, the context first; `truth` is that of the case by default."""
     truth, allowed = truth or truth_of(case), allowed_for(case, device)
     return [
-        compare(name, results[name], true, truth.scales[name], allowed[name], case.dtype)
+        compare(
+            name,
+            case.by_head(results[name]),
+            case.by_head(true),
+            case.by_head(truth.scales[name]),
+            allowed[name],
+            case.dtype,
+        )
         for name, true in truth.values.items()
         if name in results
     ]
@@ -262,7 +274,7 @@ def errors_of(error: Tensor) -> Errors:
 
 
 @functools.lru_cache(maxsize=1024)
-def allowed_for(case: OperatorCase, device: torch.device) -> dict[str, Errors]:
+def allowed_for(case: Case, device: torch.device) -> dict[str, Errors]:
     """The largest errors that are allowed, for each tensor that the case wants."""
     measured = list(_standard_errors(case, device))
     return {
@@ -274,12 +286,23 @@ def allowed_for(case: OperatorCase, device: torch.device) -> dict[str, Errors]:
     }
 
 
-def _standard_errors(case: OperatorCase, device: torch.device) -> Iterator[dict[str, Errors]]:
+@functools.singledispatch
+def standard_formulations(case: Any) -> Iterable[Any]:
+    """The correct implementations that the tolerance of a case is measured on."""
+    raise NotImplementedError(type(case))
+
+
+@standard_formulations.register
+def _(case: OperatorCase) -> Iterable[Attention]:
+    return STANDARD.values() if case.weights < LARGE else (eager,)
+
+
+def _standard_errors(case: Case, device: torch.device) -> Iterator[dict[str, Errors]]:
     truth = truth_of(case)
-    for attention in STANDARD.values() if case.weights < LARGE else (eager,):
+    for attention in standard_formulations(case):
         results = call(attention, tensors_of(case, device), case.wanted)
         yield {
-            name: errors_of(normalised(results[name], true, truth.scales[name], case.dtype))
+            name: errors_of(case.by_head(normalised(results[name], true, truth.scales[name], case.dtype)))
             for name, true in truth.values.items()
         }
 
@@ -289,13 +312,11 @@ def _largest_finite(errors: Iterator[float]) -> float:
     return max((error for error in errors if math.isfinite(error)), default=0.0)
 
 
-def describe(comparison: Comparison, dtype: torch.dtype) -> str:
+def describe(comparison: Comparison, case: Case) -> str:
     """A sentence with error, what is allowed, and place."""
-    batch, head, row, column = comparison.place
-    what = "key" if comparison.name in ("dk", "dv") else "query"
-    where = f"batch item {batch}, head {head}, {what} {row}, channel {column}"
+    where = case.place(comparison.name, comparison.place)
     numbers = f"{comparison.found:.7g}, expected {comparison.true:.7g}"
-    unit = f"roundings of {str(dtype).removeprefix('torch.')}"
+    unit = f"roundings of {str(case.dtype).removeprefix('torch.')}"
     name, errors, allowed = NAMES[comparison.name], comparison.errors, comparison.allowed
     if errors.largest > allowed.largest:
         size = "is off" if math.isinf(errors.largest) else f"is off by {errors.largest:.3g} {unit}"
@@ -306,11 +327,11 @@ def describe(comparison: Comparison, dtype: torch.dtype) -> str:
     )
 
 
-def _finding(comparison: Comparison, case: OperatorCase) -> Finding:
+def _finding(comparison: Comparison, case: Case) -> Finding:
     error, allowed = comparison.decisive
     return Finding(
         comparison.name,  # type: ignore[arg-type]
-        f"{describe(comparison, case.dtype)}; case {case}",
+        f"{describe(comparison, case)}; case {case}",
         str(case),
         error=error,
         budget=allowed,

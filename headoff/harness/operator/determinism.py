@@ -7,12 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from headoff.harness.finding import Finding
-from headoff.harness.operator.call import CallTensors, call
-from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.call import Tensors, call
+from headoff.harness.operator.cases import Case
 from headoff.harness.operator.side_effects import Trial, finding, same, side_effect
 
 REPEATS = 24
@@ -32,7 +30,7 @@ THREADS = (1, 2, 3, 5)
     {"batch": 1, "heads": 2, "queries": 1100, "keys": 33},
     in_all_dtypes=True,
 )
-def repeatable(trial: Trial, case: OperatorCase) -> list[Finding]:
+def repeatable(trial: Trial, case: Case) -> list[Finding]:
     """The same bits for the same inputs, forward and backward, whatever the random seed.
 
     On CUDA the bits of the backward pass may differ where torch's own attention does not repeat them either; then only
@@ -43,7 +41,7 @@ def repeatable(trial: Trial, case: OperatorCase) -> list[Finding]:
     for number in range(1, 4):
         torch.manual_seed(trial.seed + number)
         for name, again in trial.call(tensors).items():
-            if same(first[name], again) or (name != "context" and _torch_differs(tensors)):
+            if same(first[name], again) or (name != "context" and _torch_differs(trial, tensors)):
                 continue
             difference = float((first[name].detach().double() - again.detach().double()).abs().max())
             message = f"{name} differs by {difference:.3g} between two calls with the same inputs"
@@ -58,27 +56,16 @@ def repeatable(trial: Trial, case: OperatorCase) -> list[Finding]:
     return []
 
 
-def _torch_differs(tensors: CallTensors) -> bool:
-    """Whether the backward pass of torch's own attention gives different bits from call to call on this device."""
-    if tensors.query.device.type == "cpu":
+def _torch_differs(trial: Trial, tensors: Tensors) -> bool:
+    """Whether the backward pass of torch's own code gives different bits from call to call on this device."""
+    if trial.device.type == "cpu":
         return False
-
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        *,
-        head_gate: Tensor | None = None,
-    ) -> Tensor:
-        return scaled_dot_product_attention(query, key, value, attn_mask)
-
-    first, *others = (call(attention, tensors) for _ in range(4))
+    first, *others = (call(trial.by_torch, tensors) for _ in range(4))
     return any(not same(first[name], other[name]) for other in others for name in first)
 
 
 @side_effect("number-of-threads", {}, {"mask": "none", "gate": "none"})
-def number_of_threads(trial: Trial, case: OperatorCase) -> list[Finding]:
+def number_of_threads(trial: Trial, case: Case) -> list[Finding]:
     """Right for any number of torch's threads: sizes are not always a multiple of it."""
     if trial.device.type != "cpu":
         return []
@@ -97,7 +84,7 @@ def number_of_threads(trial: Trial, case: OperatorCase) -> list[Finding]:
 
 
 @side_effect("random-state")
-def random_state(trial: Trial, case: OperatorCase) -> list[Finding]:
+def random_state(trial: Trial, case: Case) -> list[Finding]:
     """A call neither uses nor seeds the random numbers of torch, Python and NumPy."""
     tensors = trial.tensors(case)
     trial.call(tensors)  # what is set up once, at a first call, may use random numbers

@@ -367,7 +367,7 @@ class Experiments:
             len(failing),
             len(tried),
             shown.case,
-            describe(worst, shown.case.dtype),
+            describe(worst, shown.case),
             self.without_gradients,
         )
         error, budget = worst.decisive

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from headoff.harness.finding import Finding
-from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.cases import Case
 from headoff.harness.operator.compare import misshapen, operator_findings
 from headoff.harness.operator.side_effects import WITH_AND_WITHOUT, Trial, finding, same, side_effect
 
@@ -19,10 +19,10 @@ CACHED = 128
 
 
 @side_effect("optional-arguments", {"mask": "none", "gate": "none"})
-def optional_arguments(trial: Trial, case: OperatorCase) -> list[Finding]:
+def optional_arguments(trial: Trial, case: Case) -> list[Finding]:
     """Mask and gate may be left out."""
     tensors = trial.tensors(case)
-    return trial.wrong(case, {"context": trial.attention(tensors.query, tensors.key, tensors.value)})
+    return trial.wrong(case, {"context": trial.attention(*tensors.inputs)})
 
 
 @side_effect(
@@ -34,7 +34,7 @@ def optional_arguments(trial: Trial, case: OperatorCase) -> list[Finding]:
     {"gate": "binary", "mask": "none", "grad_context": "ones"},
     in_all_dtypes=True,
 )
-def inputs_untouched(trial: Trial, case: OperatorCase) -> list[Finding]:
+def inputs_untouched(trial: Trial, case: Case) -> list[Finding]:
     """Neither forward nor backward writes into an input or the memory around it, not even to restore it."""
     found = operator_findings(trial.attention, case, trial.device)
     return [each for each in found if each.property == "in-place"]
@@ -52,7 +52,7 @@ def inputs_untouched(trial: Trial, case: OperatorCase) -> list[Finding]:
     {"layout": "expanded", "gate": "scalar"},
     {"layout": "all expanded", "gate": "none", "mask": "none"},
 )
-def context_owns_memory(trial: Trial, case: OperatorCase) -> list[Finding]:
+def context_owns_memory(trial: Trial, case: Case) -> list[Finding]:
     """Shape, dtype and device are the query's; elements share memory neither with each other nor with an input."""
     tensors = trial.tensors(case)
     for context in (trial.forward(tensors), trial.call(tensors)["context"]):
@@ -70,7 +70,7 @@ def context_owns_memory(trial: Trial, case: OperatorCase) -> list[Finding]:
 
 
 @side_effect("results-stay", *WITH_AND_WITHOUT, in_all_dtypes=True)
-def results_stay(trial: Trial, case: OperatorCase) -> list[Finding]:
+def results_stay(trial: Trial, case: Case) -> list[Finding]:
     """Later calls do not change earlier results, and do not depend on what happens to those."""
     tensors, others = trial.tensors(case), trial.tensors(replace(case, seed=case.seed + 1))
     context = trial.forward(tensors)
@@ -88,7 +88,7 @@ def results_stay(trial: Trial, case: OperatorCase) -> list[Finding]:
 
 
 @side_effect("memory-released", {}, {"mask": "none", "gate": "none"})
-def memory_released(trial: Trial, case: OperatorCase) -> list[Finding]:
+def memory_released(trial: Trial, case: Case) -> list[Finding]:
     """Inputs and results of past calls are released, and what autograd saved of them."""
     case = replace(case, batch=1, heads=2, queries=5, channels=16)
     for backward in (False, True):

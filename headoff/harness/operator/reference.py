@@ -21,12 +21,13 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headoff.harness.operator.call import CallTensors, tensors_of
-from headoff.harness.operator.cases import WANTED, OperatorCase
+from headoff.harness.operator.cases import WANTED, Case, OperatorCase
 
 CHUNK = 2_000_000
 """Attention weights per chunk: matrices that still fit into a cache."""
@@ -34,7 +35,8 @@ CHUNK = 2_000_000
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """`values` and `scales` by name, float64 on the CPU: `context`, `dq` (B, H, Q, D), `dk`, `dv` (B, H, S, D).
+    """`values` and `scales` by name, float64 on the CPU: `context`, `dq` (B, H, Q, D), `dk`, `dv` (B, H, S, D) of
+    attention; each in the shape of its input.
 
     Only what the case wants; where one tensor is several inputs, its gradient is named after the first.
     """
@@ -44,13 +46,19 @@ class Truth:
 
 
 @functools.lru_cache(maxsize=1024)
-def truth_of(case: OperatorCase) -> Truth:
+def truth_of(case: Case) -> Truth:
     """Values and scales of a case, by the formulas and without autograd: the same for every device."""
     return truth_for(tensors_of(case), case)
 
 
-def truth_for(tensors: CallTensors, case: OperatorCase) -> Truth:
+@functools.singledispatch
+def truth_for(tensors: Any, case: Any) -> Truth:
     """The same for other tensors of the case's sizes and dtype."""
+    raise NotImplementedError(type(tensors))
+
+
+@truth_for.register
+def _(tensors: CallTensors, case: OperatorCase) -> Truth:
     exact = tensors.double()
     heads = case.batch * case.heads
     per_chunk = max(1, CHUNK // (case.queries * case.keys))

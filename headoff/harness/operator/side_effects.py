@@ -9,24 +9,27 @@ The checks are in `memory`, `determinism` and `call_order`, with the cases that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from headoff.attention.contract import Attention
+from headoff.attention.eager import eager
 from headoff.errors import SettingError
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding, Property
-from headoff.harness.operator.call import CallTensors, Results, call, context_alone, tensors_of
-from headoff.harness.operator.cases import Fields, OperatorCase
+from headoff.harness.operator.call import Results, Tensors, call, context_alone, tensors_of
+from headoff.harness.operator.cases import Case, Fields, OperatorCase
 from headoff.harness.operator.compare import (
     comparisons,
     describe,
     findings_of,
     operator_findings,
+    unsupported_dtype,
     unsupported_mask,
 )
 from headoff.harness.operator.conditions import sized
@@ -47,6 +50,51 @@ REPEATS = 8
 """Calls that must give the same before what is wrong with one is called state."""
 
 
+SEQUENCE: tuple[Fields, ...] = (
+    {},
+    {"seed": 1},
+    {"gate": "none"},
+    {"gate": "binary"},
+    {"mask": "none"},
+    {"mask": "rows per item"},
+    {"mask": "bias"},
+    {"mask": "none", "gate": "none"},
+    {"queries": 40, "keys": 70},
+    {"queries": 5, "keys": 9},
+    {"queries": 19, "keys": 36},
+    {"layout": "heads last"},
+    {"layout": "channels first"},
+    {"batch": 4, "heads": 2},
+    {"batch": 1, "heads": 8},
+    {"channels": 64},
+    {"channels": 16},
+    {"gate": "all off"},
+    {"mask": "fully masked item"},
+    {"queries": 37, "keys": 19},
+    {"seed": 2},
+    # A size that no call had before; the last two masks have as many keys in each item.
+    {"mask": "no padding", "keys": 54},
+    {"mask": "padding", "keys": 54},
+    {"mask": "padding flipped", "keys": 54},
+    {"mask": "additive padding", "gate": "none"},
+    {"mask": "additive left padding", "gate": "none"},
+    {},
+)
+"""Calls that differ from the one before in contents, gate, mask, sizes or strides. `seed` is added to the trial's."""
+
+
+def by_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    head_gate: Tensor | None = None,
+) -> Tensor:
+    """Torch's own attention without the gate: is it deterministic here?"""
+    return scaled_dot_product_attention(query, key, value, attn_mask)
+
+
 @dataclass(frozen=True)
 class Trial:
     """An attention, and where it is tried.
@@ -55,24 +103,29 @@ class Trial:
         attention: the callable under test.
         dtype, device, seed: of the tensors.
         check: name of the side effect.
-        keys: of the usual case; another number for each check, so that its first call is the first of that size.
+        own_size: keys of the usual case; another number for each check, so that its first call is the first of that
+            size.
     """
 
-    attention: Attention
+    attention: Any
     dtype: torch.dtype
     device: torch.device
     seed: int
     check: str
-    keys: int
+    own_size: int
 
-    def case(self, **fields: Any) -> OperatorCase:
+    sequence: ClassVar[tuple[Fields, ...]] = SEQUENCE
+    oracle: ClassVar[Any] = staticmethod(eager)
+    by_torch: ClassVar[Any] = staticmethod(by_torch)
+
+    def case(self, **fields: Any) -> Case:
         """A case of moderate, ragged sizes with gate and mask, changed by `fields`."""
         usual: Fields = {
             "name": self.check,
             "batch": 2,
             "heads": 4,
             "queries": 19,
-            "keys": self.keys,
+            "keys": self.own_size,
             "gate": "full",
             "mask": "padding",
             "seed": self.seed,
@@ -80,27 +133,33 @@ class Trial:
         }
         return OperatorCase(**{**usual, **fields})
 
-    def tensors(self, case: OperatorCase) -> CallTensors:
+    def unsupported_dtype(self, dtype: torch.dtype) -> str | None:
+        return unsupported_dtype(self.attention, dtype, self.device)
+
+    def one_item_more(self, tensors: Any, case: Case) -> Tensors:
+        """`tensors` of the case with the first batch item a second time."""
+        return sized(tensors, "batch items", case.batch + 1)
+
+    def tensors(self, case: Case) -> Any:
         return tensors_of(case, self.device)
 
-    def call(self, tensors: CallTensors) -> Results:
+    def call(self, tensors: Tensors) -> Results:
         """Context and gradients."""
         return call(self.attention, tensors)
 
-    def forward(self, tensors: CallTensors) -> Tensor:
+    def forward(self, tensors: Tensors) -> Tensor:
         """The context, without gradients."""
         return context_alone(self.attention, tensors)
 
-    def context(self, inputs: Iterable[Tensor], tensors: CallTensors) -> Tensor:
-        """The context of query, key and value, with the mask and gate of `tensors`."""
-        query, key, value = inputs
-        return self.attention(query, key, value, tensors.mask, head_gate=tensors.gate)
+    def context(self, inputs: Iterable[Tensor], tensors: Tensors) -> Tensor:
+        """The context of these inputs (query, key and value), with the mask and gate of `tensors`."""
+        return tensors.attend(self.attention, inputs)
 
-    def wrong(self, case: OperatorCase, results: Results) -> list[Finding]:
+    def wrong(self, case: Case, results: Results) -> list[Finding]:
         """What is wrong with `results`, which may be the context alone."""
         return findings_of(results, case, self.device)
 
-    def wrong_calls(self, case: OperatorCase) -> list[Finding]:
+    def wrong_calls(self, case: Case) -> list[Finding]:
         """What is wrong with a call without gradients, or else with one that has them.
 
         Nothing for a kind of mask that the attention does not support.
@@ -115,7 +174,7 @@ class Trial:
                 return []
             raise
 
-    def state(self, case: OperatorCase, findings: list[Finding], when: str, **fields: int) -> list[Finding]:
+    def state(self, case: Case, findings: list[Finding], when: str, **fields: int) -> list[Finding]:
         """`findings` about `case`, attributed to state that is carried from call to call.
 
         Unless the same is wrong where nothing can have been carried over, with one batch item more and other `fields`:
@@ -131,7 +190,7 @@ class Trial:
             )
         return [replace(findings[0], property="state", message=f"{when}, {findings[0].message}")]
 
-    def wrong_context(self, case: OperatorCase, tensors: CallTensors, when: str) -> list[Finding]:
+    def wrong_context(self, case: Case, tensors: Tensors, when: str) -> list[Finding]:
         """What is wrong with the context of other `tensors` than the case's, of the same sizes.
 
         It is state if it is right with one batch item more, the first again: in a call of another size, and with memory
@@ -139,17 +198,17 @@ class Trial:
         """
         if not (wrong := self._described(case, tensors)):
             return []
-        more = sized(tensors, "batch items", case.batch + 1)
+        more = self.one_item_more(tensors, case)
         is_state = not self._described(replace(case, batch=case.batch + 1), more)
         return finding("state" if is_state else "context", f"{when}, {wrong}", case)
 
-    def _described(self, case: OperatorCase, tensors: CallTensors) -> str | None:
+    def _described(self, case: Case, tensors: Tensors) -> str | None:
         truth = truth_for(tensors, case)
         (comparison,) = comparisons({"context": self.forward(tensors)}, case, self.device, truth)
-        return None if comparison.is_right else describe(comparison, self.dtype)
+        return None if comparison.is_right else describe(comparison, case)
 
 
-Check = Callable[[Trial, OperatorCase], list[Finding]]
+Check = Callable[[Any, Case], list[Finding]]
 
 
 @dataclass(frozen=True)
@@ -177,7 +236,7 @@ def side_effect(
     return register
 
 
-def finding(kind: Property, message: str, case: OperatorCase) -> list[Finding]:
+def finding(kind: Property, message: str, case: Case) -> list[Finding]:
     return [Finding(kind, message, str(case))]
 
 
@@ -189,10 +248,26 @@ def side_effect_findings(
     Raises:
         SettingError: there is no such check.
     """
-    if name not in SIDE_EFFECTS:
-        raise SettingError(f"there is no check {name!r}: use one of {', '.join(SIDE_EFFECTS)}")
-    keys = 37 + 2 * list(SIDE_EFFECTS).index(name)
-    trial = Trial(attention, dtype, torch.device(device), seed, name, keys)
+    return findings_of_trial(Trial, SIDE_EFFECTS, attention, name, dtype, device, seed)
+
+
+def findings_of_trial(
+    kind: type[Trial],
+    checks: Mapping[str, SideEffect],
+    attention: Any,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+) -> list[Finding]:
+    """What is wrong with a callable by the check `name` of `checks`, tried by trials of this kind.
+
+    Raises:
+        SettingError: there is no such check.
+    """
+    if name not in checks:
+        raise SettingError(f"there is no check {name!r}: use one of {', '.join(checks)}")
+    trial = kind(attention, dtype, torch.device(device), seed, name, 37 + 2 * list(checks).index(name))
     with watched_settings() as changes:
         # An attention that is wrong from its first call is not blamed for a side effect.
         findings = operator_findings(attention, trial.case(), device)
@@ -201,14 +276,14 @@ def side_effect_findings(
                 trial.wrong_context(trial.case(), trial.tensors(trial.case()), "after other calls")
                 or findings
             )
-        for fields in SIDE_EFFECTS[name].cases:
-            findings = findings or _findings(trial, trial.case(**fields))
+        for fields in checks[name].cases:
+            findings = findings or _findings(trial, checks[name].check, trial.case(**fields))
     return findings or [Finding("state", f"a call changes {change}", name) for change in changes]
 
 
-def _findings(trial: Trial, case: OperatorCase) -> list[Finding]:
+def _findings(trial: Trial, check: Check, case: Case) -> list[Finding]:
     try:
-        return SIDE_EFFECTS[trial.check].check(trial, case)
+        return check(trial, case)
     except Exception as error:
         if unsupported_mask(trial.attention, case, trial.device):
             return []
