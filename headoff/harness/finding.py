@@ -16,12 +16,17 @@ Property = Literal[
     "gate",  # the head gate: ignored, on other heads or rows, renormalised, before softmax
     "mask",  # the attention mask: ignored, inverted, of another batch item, wrong for rows without keys
     "scale",  # the factor 1 / sqrt(D)
+    "sampling",  # deformable: where values are read, positions and borders
+    "levels",  # deformable: where a level begins, its size, levels left out
+    "weights",  # deformable: the attention weights: ignored, normalised again, of another point
     "softmax",  # the weights themselves: overflow, an approximate exponential, no normalisation
     "sizes",  # the rest of a block, one query, one key, other numbers of heads or channels
     "context",  # the forward pass, in a way that none of the above explains
     "dq",  # the gradient of the query
     "dk",  # the gradient of the key
     "dv",  # the gradient of the value
+    "dlocations",  # the gradient of the sampling locations
+    "dweights",  # the gradient of the attention weights
     "softmax backward",  # gradients of query and key together
     "precision",  # errors much larger than the dtype's
     "dtype",  # the context's dtype

@@ -11,8 +11,9 @@ import functools
 import itertools
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ dimension (`expanded` alone is over batch items); `one row` is zero except for o
 EQUAL_AND_DIFFERENT = (("equal", (5, 5, 5, 5, 8)), ("different", (2, 3, 4, 7, 8)))
 """Sizes where one dimension read as another still has the right size, and where every dimension has its own."""
 
+CaseType = TypeVar("CaseType", bound="Case")
+
 DRAWN = 24
 """Number of random combinations."""
 
@@ -104,6 +107,11 @@ class Case(ABC):
     @property
     @abstractmethod
     def context_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def may_be_rejected(self) -> str | None:
+        """What a callable may raise on, where no model calls it so."""
+        return None
 
     @abstractmethod
     def by_head(self, tensor: Tensor) -> Tensor:
@@ -386,9 +394,14 @@ def _cases_by_name(dtype: torch.dtype, seed: int) -> dict[str, OperatorCase]:
 
 def case_of_text(text: str, seed: int) -> OperatorCase | None:
     """The case whose `str` is this text; None for any other text."""
+    return case_in_text(text, lambda name, dtype: _cases_by_name(dtype, seed).get(name))
+
+
+def case_in_text(text: str, named: Callable[[str, torch.dtype], CaseType | None]) -> CaseType | None:
+    """The case whose `str` is this text, by its name and dtype; None for any other text."""
     name, _, rest = text.partition(": ")
     for word in rest.split(", "):
         dtype = getattr(torch, word, None)
         if isinstance(dtype, torch.dtype):
-            return _cases_by_name(dtype, seed).get(name)
+            return named(name, dtype)
     return None

@@ -111,7 +111,7 @@ def operator_findings(
         if (
             findings
             and findings[0].property == "crash"
-            and (reason := unsupported_mask(attention, case, device))
+            and (reason := unsupported_input(attention, case, device))
         ):
             findings = []
             if not_supported is not None:
@@ -152,15 +152,17 @@ def _equal(found: object, right: Tensor) -> bool:
     )
 
 
-def unsupported_mask(attention: Any, case: Case, device: torch.device | str) -> tuple[str, str] | None:
-    """A kind of mask that the model never makes and that `attention` raises on, and what it raises; else None.
+def unsupported_input(attention: Any, case: Case, device: torch.device | str) -> tuple[str, str] | None:
+    """A kind of input that no model makes and that `attention` raises on, and what it raises; else None.
 
-    Only where the case without its mask does not raise: the exception is about the mask then.
+    A mask only where the case without it does not raise: the exception is about the mask then.
     """
-    if not isinstance(case, OperatorCase):
-        return None
-    kind = unusual_mask(tensors_of(case).mask)
-    if kind is None or _raised(attention, replace(case, mask="none"), device):
+    kind = case.may_be_rejected
+    if isinstance(case, OperatorCase):
+        kind = unusual_mask(tensors_of(case).mask)
+        if kind is not None and _raised(attention, replace(case, mask="none"), device):
+            return None
+    if kind is None:
         return None
     reason = _raised(attention, case, device)
     return (kind, reason) if reason else None
@@ -254,6 +256,8 @@ def compare(
 ) -> Comparison:
     """`found` (B, H, T, D), on any device, compared with `true` and `scale`, float64 on the CPU."""
     error = normalised(found, true, scale, dtype)
+    if not error.numel():
+        return Comparison(name, Errors(0.0, 0.0), allowed, (), 0.0, 0.0)
     place = tuple(int(index) for index in torch.unravel_index(error.argmax(), error.shape))
     return Comparison(
         name, errors_of(error), allowed, place, float(found.detach()[place]), float(true[place])
@@ -270,6 +274,8 @@ def normalised(found: Tensor, true: Tensor, scale: Tensor, dtype: torch.dtype) -
 
 def errors_of(error: Tensor) -> Errors:
     """The two numbers of normalised errors (B, H, T, D)."""
+    if not error.numel():
+        return Errors(0.0, 0.0)
     return Errors(float(error.max()), float(error.square().mean((-2, -1)).max().sqrt()))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from headoff.attention.contract import Attention
 from headoff.harness.finding import Finding, Property
 from headoff.harness.operator.call import CallTensors, Results, call, context_alone, tensors_of
-from headoff.harness.operator.cases import Fields, OperatorCase, operator_cases
+from headoff.harness.operator.cases import Case, Fields, OperatorCase, operator_cases
 from headoff.harness.operator.compare import (
     NAMES,
     WITHOUT_GRADIENTS,
@@ -147,11 +147,11 @@ class Diagnosis:
 
     wrong: Property
     outputs: tuple[str, ...]
-    causes: tuple[Fault, ...]
+    causes: tuple[Any, ...]
     conditions: tuple[str, ...]
     failing: int
     tried: int
-    case: OperatorCase
+    case: Case
     details: str
     without_gradients: bool = False
 

@@ -7,12 +7,13 @@ candidates, in each case where it changes some element by much more than the rou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 
 from headoff.harness.operator.call import Results, tensors_of
-from headoff.harness.operator.cases import OperatorCase, reduced_cases
+from headoff.harness.operator.cases import Case, OperatorCase, reduced_cases
 from headoff.harness.operator.compare import comparisons
 from headoff.harness.operator.known_faults import Fault, hidden_keys, known_fault, scaled
 from headoff.harness.operator.reference import truth_of
@@ -99,17 +100,30 @@ def undetected(fault: str, dtype: torch.dtype, device: torch.device, seed: int) 
     Raises:
         AssertionError: it accepts an answer that is clearly wrong, or all answers of a fault that it should detect.
     """
+    answers = (
+        (case, wrong_results(case, FAULTS[fault]))
+        for case in reduced_cases(dtype, seed)
+        if case.weights <= LARGEST_CASE
+    )
+    accepted = accepts_all(fault, answers, device)
+    if accepted and dtype not in TOO_SMALL.get(fault.removesuffix(BACKWARD), ()):
+        raise AssertionError(f"the tolerance accepts '{fault}' in all cases of {dtype}")
+    return accepted
+
+
+def accepts_all(fault: str, answers: Iterable[tuple[Case, Results]], device: torch.device) -> bool:
+    """Whether the comparison accepts the wrong answers of all of these cases; it stops after `ENOUGH` rejections.
+
+    Raises:
+        AssertionError: it accepts an answer that is clearly wrong.
+    """
     rejected = 0
-    for case in reduced_cases(dtype, seed):
-        if case.weights > LARGEST_CASE:
-            continue
-        compared = comparisons(wrong_results(case, FAULTS[fault]), case, device)
+    for case, answer in answers:
+        compared = comparisons(answer, case, device)
         for comparison in compared:
             if comparison.is_right and comparison.errors.largest > CLEARLY_WRONG:
                 raise AssertionError(f"the tolerance accepts '{fault}' in {comparison.name} of case {case}")
         rejected += any(not comparison.is_right for comparison in compared)
         if rejected == ENOUGH:
             break
-    if not rejected and dtype not in TOO_SMALL.get(fault.removesuffix(BACKWARD), ()):
-        raise AssertionError(f"the tolerance accepts '{fault}' in all cases of {dtype}")
     return not rejected

@@ -30,7 +30,7 @@ from headoff.harness.operator.compare import (
     findings_of,
     operator_findings,
     unsupported_dtype,
-    unsupported_mask,
+    unsupported_input,
 )
 from headoff.harness.operator.conditions import sized
 from headoff.harness.operator.reference import truth_for
@@ -170,7 +170,7 @@ class Trial:
                 case, self.call(tensors)
             )
         except Exception:
-            if unsupported_mask(self.attention, case, self.device):
+            if unsupported_input(self.attention, case, self.device):
                 return []
             raise
 
@@ -285,7 +285,7 @@ def _findings(trial: Trial, check: Check, case: Case) -> list[Finding]:
     try:
         return check(trial, case)
     except Exception as error:
-        if unsupported_mask(trial.attention, case, trial.device):
+        if unsupported_input(trial.attention, case, trial.device):
             return []
         return finding("crash", f"raises {describe_exception(error)}", case)
 

@@ -1,0 +1,212 @@
+"""Why single calls of deformable attention are wrong: a named cause is a reproduced cause.
+
+The failing cases and the suite's own small ones are observed. A fault is named if its reference (`known_faults`) gives
+the patch's wrong numbers in every case that fails, and is right where the patch is right. Otherwise only that is said
+which holds in all cases: which results are wrong, and what the failing cases have that the others lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from headoff.harness.deformable.call import DeformableTensors
+from headoff.harness.deformable.cases import GRADIENTS, DeformableCase, deformable_cases, reduced_cases
+from headoff.harness.deformable.known_faults import BACKWARD, FORWARD, Fault, exact_with_gate
+from headoff.harness.finding import Finding, Property
+from headoff.harness.operator.call import Results, call, context_alone, tensors_of
+from headoff.harness.operator.compare import (
+    WITHOUT_GRADIENTS,
+    Comparison,
+    allowed_for,
+    compare,
+    comparisons,
+    describe,
+    operator_findings,
+)
+from headoff.harness.operator.diagnosis import Diagnosis
+from headoff.harness.operator.reference import truth_of
+
+TRIED = 16
+"""Failing cases, the smallest first, that a cause must explain."""
+
+SMALL = 1500
+"""Weights of the suite's own cases on which an explanation is tried."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a patch does on a case: its `results`, and how they compare with the truth."""
+
+    case: DeformableCase
+    tensors: DeformableTensors
+    results: Results
+    comparisons: dict[str, Comparison]
+
+    def fails(self, outputs: Sequence[str]) -> bool:
+        return any(name in self.comparisons and not self.comparisons[name].is_right for name in outputs)
+
+    def agrees(self, fault: Fault, device: torch.device) -> bool:
+        """Whether the patch's results are those of the fault, to the tolerance of the case."""
+        allowed, truth = allowed_for(self.case, device), truth_of(self.case)
+        answer = fault.answer(exact_with_gate(self.tensors), self.case)
+        for name, expected in answer.items():
+            if name not in self.results:
+                continue
+            # Rounding moves a wrong answer as far as the right one, or as a sum of the answer's size.
+            scale = truth.scales[name].hypot(expected.square().mean().sqrt())
+            found, expected, scale = (
+                self.case.by_head(tensor) for tensor in (self.results[name], expected, scale)
+            )
+            if not compare(name, found, expected, scale, allowed[name], self.case.dtype).is_right:
+                return False
+        return True
+
+
+def _observed(attention: Any, case: DeformableCase, device: torch.device, grads: bool) -> Observation | None:
+    """None where the patch raises, or gives something of another shape."""
+    tensors = tensors_of(case, device)
+    try:
+        results = (
+            call(attention, tensors, case.wanted) if grads else {"context": context_alone(attention, tensors)}
+        )
+        if tuple(results["context"].shape) != case.context_shape:
+            return None
+    except Exception:
+        return None
+    compared = {one.name: one for one in comparisons(results, case, device)}
+    return Observation(case, tensors_of(case, device), results, compared)
+
+
+def diagnose(
+    attention: Any, failed_cases: Sequence[DeformableCase], device: torch.device | str
+) -> Finding | None:
+    """Why `failed_cases` fail, as far as experiments show it; None for no cases.
+
+    Returns:
+        A finding whose message says it before the first "; ".
+    """
+    device = torch.device(device)
+    failed = sorted(failed_cases, key=lambda case: case.weights)[:TRIED]
+    found = [
+        (case, findings[0]) for case in failed if (findings := operator_findings(attention, case, device))
+    ]
+    if not found:
+        if not failed:
+            return None
+        what = f"fails among other calls and is right when called again, e.g. case {failed[0]}"
+        return Finding("state", what, str(failed[0]))
+    for _, first in found:
+        if first.property not in ("context", *GRADIENTS.values(), "crash"):
+            return first
+    numbers = [(case, first) for case, first in found if first.property != "crash"]
+    if not numbers:
+        return found[0][1]
+    grads = not all(first.message.startswith(WITHOUT_GRADIENTS) for _, first in numbers)
+    dtype, seed = failed[0].dtype, failed[0].seed
+    own = [case for case in deformable_cases(dtype, seed + 1) if case.weights <= SMALL and case.queries]
+    family = dict.fromkeys([*(case for case, _ in numbers), *reduced_cases(dtype, seed), *own[::2]])
+    tried = [each for case in family if (each := _observed(attention, case, device, grads)) is not None]
+    outputs: tuple[str, ...] = ("context",)
+    if not any(each.fails(outputs) for each in tried):
+        outputs = tuple(GRADIENTS.values())
+    failing = [each for each in tried if each.fails(outputs)]
+    if not failing:
+        return numbers[0][1]
+    failing.sort(key=lambda each: each.case.weights)
+    right = [each for each in tried if not each.fails(("context", *GRADIENTS.values()))]
+    wrong = tuple(name for name in outputs if any(each.fails([name]) for each in failing))
+    conditions = [
+        words
+        for words, holds in CONDITIONS.items()
+        if all(holds(each) for each in failing) and not any(holds(each) for each in right)
+    ][:1]
+    causes = _causes(wrong, failing, right, device)
+    if causes:
+        conditions = []  # the cause says when it matters
+    kind = causes[0].property if causes else wrong[0]
+    simplest = failing[0]
+    worst = max(
+        (simplest.comparisons[name] for name in wrong if name in simplest.comparisons),
+        key=lambda one: one.excess,
+    )
+    diagnosis = Diagnosis(
+        cast(Property, kind),
+        wrong,
+        tuple(causes),
+        tuple(conditions),
+        len(failing),
+        len(tried),
+        simplest.case,
+        describe(worst, simplest.case),
+        not grads,
+    )
+    error, budget = worst.decisive
+    return Finding(
+        cast(Property, kind),
+        diagnosis.message,
+        str(simplest.case),
+        error=error,
+        budget=budget,
+        head=worst.place[1],
+    )
+
+
+def _causes(
+    wrong: Sequence[str], failing: Sequence[Observation], right: Sequence[Observation], device: torch.device
+) -> list[Fault]:
+    """The fault that reproduces all failing cases, one for each wrong gradient; two where they cannot be told apart.
+
+    None where a wrong result is not explained.
+    """
+    causes: list[Fault] = []
+    for name in wrong:
+        faults = FORWARD if name == "context" else [fault for fault in BACKWARD if fault.property == name]
+        own = [each for each in failing if each.fails([name])]
+        fitting = [
+            fault
+            for fault in faults
+            if all(each.agrees(fault, device) for each in own)
+            and all(each.agrees(fault, device) for each in right)
+        ]
+        if len({fault.property for fault in fitting}) != 1 or len(fitting) > 2:
+            return []
+        causes += fitting
+    return causes
+
+
+def _strided(each: Observation) -> bool:
+    return not all(tensor.is_contiguous() for tensor in each.tensors.inputs)
+
+
+CONDITIONS: dict[str, Callable[[Observation], bool]] = {
+    "a gate": lambda each: each.tensors.gate is not None,
+    "a gate that differs between queries": lambda each: _differs(each, 1),
+    "a gate that differs between batch items": lambda each: _differs(each, 0),
+    "several levels": lambda each: len(each.case.shapes) > 1,
+    "several batch items": lambda each: each.case.batch > 1,
+    "points outside": lambda each: each.case.inputs in ("normal", "borders", "outside", "far", "corners"),
+    "inputs that are not contiguous": _strided,
+    "a gradient of the context that is not contiguous": lambda each: (
+        not each.tensors.grad_context.is_contiguous()
+    ),
+    "attention weights that do not add up to 1": lambda each: each.case.weight_kind in ("any", "filled up"),
+    "levels of one row or column": lambda each: any(1 in shape for shape in each.case.shapes),
+    "levels that are not square": lambda each: any(h != w for h, w in each.case.shapes),
+    "more than 4 points": lambda each: each.case.points > 4,
+    "a number of points that is no power of 2": lambda each: each.case.points & (each.case.points - 1) != 0,
+    "a number of channels that is no power of 2": lambda each: (
+        each.case.channels & (each.case.channels - 1) != 0
+    ),
+    "more than 32 channels": lambda each: each.case.channels > 32,
+    "a number of heads that is no power of 2": lambda each: each.case.heads & (each.case.heads - 1) != 0,
+}
+"""What failing cases may have in common."""
+
+
+def _differs(each: Observation, dim: int) -> bool:
+    gate = each.tensors.gate
+    return gate is not None and bool((gate != gate.narrow(dim, 0, 1)).any())
