@@ -9,6 +9,7 @@ from typing import Any
 
 from headoff.cli.options import positive
 from headoff.errors import SettingError
+from headoff.harness.contracts import CONTRACTS, contract_named, contract_of_suite
 from headoff.harness.settings import OPTIONS, Option
 from headoff.harness.suite_files import suite_file, suite_names
 
@@ -18,6 +19,10 @@ the attention:
       attention(query, key, value, attn_mask=None, *, head_gate=None) -> context
   with query (B, H, Q, D), key and value (B, H, S, D). Without a head_gate parameter it is called like
   torch.nn.functional.scaled_dot_product_attention, and its context is gated for it.
+  With --contract deformable, a callable
+      ms_deform_attention(value, spatial_shapes, sampling_locations, attention_weights, *, head_gate=None) -> context
+  with value (B, N, H, D), spatial_shapes ((h, w), ...), sampling_locations (B, Q, H, L, P, 2) from 0 to 1,
+  attention_weights (B, Q, H, L, P) and context (B, Q, H, D).
 
 exit codes:
   0   it is right in the dtypes asked for (and, with --benchmark, no slower than allowed)
@@ -30,6 +35,7 @@ examples:
   headoff verify my_kernel.py:attention --device cuda --dtype bfloat16 --report report.html
   headoff verify my_kernel.py:attention --benchmark --baseline sdpa --max-slowdown 1.05
   headoff verify my_kernel.py:attention --model detr-resnet-50 --image street.jpg
+  headoff verify my_msda.py:kernel --contract deformable --benchmark
   headoff verify my_kernel.py:attention --only operator -- -x --lf     (pytest's own options after --)
   headoff verify --render results.json report.html
 """
@@ -56,7 +62,7 @@ def add_parser(commands: Any) -> None:
             )
     groups["input"].add_argument(
         "--only", action="append", metavar="SUITE", help="run only this suite; can be repeated: operator, calls, "
-        "detections, relevance, gradients or benchmark"
+        "detections, relevance, gradients, importance or benchmark; deformable or deformable_benchmark"
     )  # fmt: skip
     groups["speed"].add_argument(
         "--benchmark", action="store_true", help="compare its time with the baseline's"
@@ -99,9 +105,20 @@ def run(settings: argparse.Namespace) -> int:
 
     from headoff.harness.judge import judge
 
-    names = settings.only or [name for name in suite_names() if name != "benchmark"]
+    contract = contract_named(settings.contract or "dense")
+    for name in settings.only or ():
+        if (other := contract_of_suite(name)) not in (None, contract):
+            raise SettingError(
+                f"the suite {name!r} is for --contract {other.name if other else ''}: "  # never None here
+                f"name one of {', '.join(contract.suites)}"
+            )
+    names = settings.only or [
+        name
+        for name in suite_names()
+        if contract_of_suite(name) in (None, contract) and name != contract.benchmark
+    ]
     if settings.benchmark:
-        names = [*names, "benchmark"]
+        names = [*names, contract.benchmark]
     return judge(
         _texts(settings), [str(suite_file(name)) for name in dict.fromkeys(names)], _pytest_options(settings)
     )
@@ -124,7 +141,8 @@ def _texts(settings: argparse.Namespace) -> dict[str, Any]:
 def _pytest_options(settings: argparse.Namespace) -> list[str]:
     quiet = ["-q", "--no-header", "--tb=no", "-rN", "--disable-warnings"]
     options = ["-v", "--tb=short"] if settings.verbose else quiet
-    if (settings.benchmark or "benchmark" in (settings.only or ())) and not settings.verbose:
+    times = {contract.benchmark for contract in CONTRACTS.values()}
+    if (settings.benchmark or times & set(settings.only or ())) and not settings.verbose:
         options.append("--benchmark-quiet")  # the verdict comes first, then our table
     if settings.junitxml:
         options.append(f"--junitxml={settings.junitxml}")

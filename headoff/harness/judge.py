@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from headoff.errors import AttentionError
-from headoff.harness.plugin.reporter import NO_VERDICT, command_line
+from headoff.harness.plugin.reporter import NO_VERDICT, about_contract, command_line
 from headoff.harness.plugin.run import Run
 from headoff.harness.process import Event, emit, run_in_process
 from headoff.harness.report import remove_earlier_report, write_report
 from headoff.harness.report.terminal import benchmark_lines, summary_lines
-from headoff.harness.settings import OPTIONS, Settings, read_settings
+from headoff.harness.settings import OPTIONS, Settings, default_value, read_settings
 from headoff.harness.suite_files import suites_folder
 
 INTERRUPTED = 130
@@ -45,8 +45,10 @@ def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequen
     if report:
         remove_earlier_report(report)
     names = ("attention", "baseline", "model", "seed")
-    chosen = {name: str(values.get(name, getattr(Settings, name))) for name in names}
-    run = Run({**chosen, "command": command_line()})
+    contract = values.get("contract", Settings.contract)
+    chosen = {name: str(values.get(name, default_value(name, contract))) for name in names}
+    run_about = about_contract(chosen, contract)
+    run = Run({**run_about, "command": command_line()})
     errors: list[str] = []
 
     def take(event: Event) -> None:

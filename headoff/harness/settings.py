@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from headoff.choices import DTYPES
 from headoff.errors import SettingError, did_you_mean
+from headoff.harness.contracts import Contract, contract_named
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +90,10 @@ def _yes_or_no(text: str) -> bool:
     return text == "yes"
 
 
+def _contract(text: str) -> str:
+    return contract_named(text).name
+
+
 def _device(text: str) -> str:
     from headoff.devices import chosen_device
 
@@ -111,6 +116,13 @@ class Settings:
 
     attention: str = _option(
         "sdpa", "PATCH", "the attention under test: path/to/file.py:name, package.module:name, sdpa or eager"
+    )
+    contract: str = _option(
+        "dense",
+        "CONTRACT",
+        "what it is called like: dense (default; query, key, value), or deformable (value, spatial_shapes, "
+        "sampling_locations, attention_weights)",
+        _contract,
     )
     model: str = _option(
         "scenes", "MODEL", "the detector, as of `headoff sweep --model` (default: the bundled one)"
@@ -174,7 +186,10 @@ class Settings:
         short=False,
     )
     baseline: str = _option(
-        "sdpa", "PATCH", "the attention that its time is compared with (default sdpa)", group="speed"
+        "sdpa",
+        "PATCH",
+        "the attention that its time is compared with (default sdpa, or grid_sample where it is deformable)",
+        group="speed",
     )
     max_slowdown: float = _option(
         1.10,
@@ -230,6 +245,10 @@ class Settings:
         return ModelChoice(self.model, self.heads_per_layer, self.dc5, names, self.short_side)
 
     @property
+    def of_contract(self) -> Contract:
+        return contract_named(self.contract)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         from headoff.devices import torch_dtype
 
@@ -241,6 +260,13 @@ OPTIONS = tuple(
     for entry in fields(Settings)
     if "option" in entry.metadata
 )
+
+
+def default_value(name: str, contract: str = "dense") -> Any:
+    """The default of a setting, which may depend on the contract."""
+    if name in ("attention", "baseline"):
+        return contract_named(contract).default
+    return getattr(Settings, name)
 
 
 def read_settings(texts: Mapping[str, str | Iterable[str] | None]) -> list[Settings]:
@@ -262,6 +288,8 @@ def read_settings(texts: Mapping[str, str | Iterable[str] | None]) -> list[Setti
         elif given:
             values[option.field] = option.value(str(given))
     values.setdefault("device", str(chosen_device(None)))
+    for name in ("attention", "baseline"):
+        values.setdefault(name, default_value(name, values.get("contract", Settings.contract)))
     asked = values.pop("dtype", (Settings.dtype,))
     dtypes = DTYPES if ALL in asked else tuple(dict.fromkeys(asked))
     first = Settings(**values, dtype=dtypes[0], dtypes=dtypes)

@@ -26,3 +26,7 @@ def undetected(fault: str, dtype: torch.dtype, device: torch.device, seed: int) 
     """
     answers = ((case, wrong_results(case, FAULTS[fault])) for case in reduced_cases(dtype, seed))
     return accepts_all(fault, answers, device)
+
+
+SELF_TESTS = tuple(name for name, fault in FAULTS.items() if fault.property != "sizes")
+"""Faults that the tolerance is tried on: those that show in the cases of any size."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from headoff.attention import Attention
 from headoff.errors import HeadoffError
+from headoff.harness.contracts import DEFORMABLE
 from headoff.harness.finding import Finding
 from headoff.harness.plugin.patch import Patch
 from headoff.harness.plugin.run import Run
@@ -18,7 +20,7 @@ SIDE_EFFECTS = ("calls", "randomness", "in-place", "state", "dtype", "shape", "l
 UNSTEADY = ("calls", "randomness", "in-place", "state")
 """Side effects under which numbers depend on more than the inputs."""
 
-NUMBERS = ("context", "dq", "dk", "dv")
+NUMBERS = ("context", "dq", "dk", "dv", "dlocations", "dweights")
 """Properties of single calls that experiments are needed to explain."""
 
 
@@ -33,7 +35,8 @@ def diagnose_run(run: Run, settings: Settings) -> tuple[list[Finding], list[str]
     except (Exception, SystemExit) as error:
         notes.append(f"what is wrong with single calls was not found out: {type(error).__name__}: {error}")
     try:
-        places = places_in_model(attention, settings)
+        # Nothing calls a deformable attention from within a model yet.
+        places = [] if settings.of_contract is DEFORMABLE else places_in_model(attention, settings)
     except (Exception, SystemExit) as error:
         places = []
         notes.append(f"where in the model it is wrong was not found out: {_message(error)}")
@@ -67,14 +70,17 @@ def explanation_of_numbers(
     """Why single calls give wrong numbers; None where they do not."""
     import torch
 
-    from headoff.harness.operator import case_of_text, diagnose
+    from headoff.harness import deformable, operator
     from headoff.harness.torch_settings import watched_settings
 
-    cases = [case_of_text(finding.case, settings.seed) for finding in found if finding.property in NUMBERS]
+    suite: Any = deformable if settings.of_contract is DEFORMABLE else operator
+    cases = [
+        suite.case_of_text(finding.case, settings.seed) for finding in found if finding.property in NUMBERS
+    ]
     known = [case for case in cases if case is not None]
     with watched_settings():  # the attention may be one that changes them
         torch.set_num_threads(1)  # the cases are so small that threads would only wait for each other
-        return diagnose(attention, known, settings.device) if known else None
+        return suite.diagnose(attention, known, settings.device) if known else None
 
 
 def places_in_model(attention: Attention, settings: Settings) -> list[Finding]:

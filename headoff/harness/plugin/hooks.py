@@ -15,6 +15,7 @@ import pytest
 
 from headoff.errors import HeadoffError
 from headoff.files import clear_marked_folder
+from headoff.harness.contracts import contract_named, contract_of_suite
 from headoff.harness.plugin.benchmark_hooks import (
     pytest_benchmark_compare_machine_info,
     pytest_benchmark_update_json,
@@ -22,6 +23,7 @@ from headoff.harness.plugin.benchmark_hooks import (
 )
 from headoff.harness.plugin.options import add_options, add_short_names, all_settings, text_of, value_of
 from headoff.harness.plugin.reporter import Reporter, is_suite
+from headoff.harness.plugin.run import suite_of
 from headoff.harness.process import is_watched
 from headoff.harness.settings import OPTIONS
 
@@ -78,6 +80,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     # With workers this process collects no tests. Each worker would report a patch that cannot be called.
     if config.getoption("numprocesses", None) and text_of(config, "attention"):
         check_patch(config)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the suites of the other contract: they would call the attention with what it does not take."""
+    suites = {item: contract_of_suite(suite_of(item.nodeid)) for item in items if is_suite(item.path)}
+    if not any(suites.values()):
+        return
+    with one_clear_error():
+        contract = contract_named(value_of(config, "contract"))
+    others = [item for item, about in suites.items() if about not in (None, contract)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

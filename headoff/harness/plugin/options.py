@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from headoff.harness.settings import OPTIONS, Option, Settings, read_settings
+from headoff.harness.settings import OPTIONS, Option, Settings, default_value, read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,9 @@ def value_of(config: pytest.Config, name: str) -> Any:
     """The value of an option that can be given once, or its default. Raises SettingError."""
     option = next(option for option in OPTIONS if option.name == name)
     text = text_of(config, name)
-    return getattr(Settings, option.field) if text is None else option.value(text)
+    if text is not None:
+        return option.value(text)
+    return default_value(option.field, "dense" if name == "contract" else value_of(config, "contract"))
 
 
 def all_settings(config: pytest.Config) -> Sequence[Settings]:

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from headoff.attention import AdaptedAttention, Attention, resolve_attention
+from headoff.attention import AdaptedAttention
 from headoff.choices import DTYPES
+from headoff.deformable import AdaptedDeformableAttention
 from headoff.errors import AttentionError
 from headoff.harness.finding import Finding
 from headoff.harness.settings import Settings
@@ -28,27 +29,20 @@ class CountedAttention(AdaptedAttention):
     __eq__ = object.__eq__
     __hash__ = object.__hash__  # the user's callable may not be hashable
 
-    def __init__(self, attention: Attention, label: str, patch: Patch) -> None:
-        call = attention.call if isinstance(attention, AdaptedAttention) else attention
+    def __init__(self, attention: Any, label: str, patch: Patch) -> None:
+        adapted = isinstance(attention, (AdaptedAttention, AdaptedDeformableAttention))
+        call = attention.call if adapted else attention
         super().__init__(call, label, None, takes_gate=True)
         object.__setattr__(self, "attention", attention)  # the class is frozen
         object.__setattr__(self, "patch", patch)
 
-    attention: Attention
+    attention: Any
     patch: Patch
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        *,
-        head_gate: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
         self.patch.calls_made += 1
         try:
-            return self.attention(query, key, value, attn_mask, head_gate=head_gate)
+            return self.attention(*arguments, **keywords)
         except SystemExit as error:  # pytest would end without a word
             self.patch.raised = AttentionError(f"it called sys.exit({error.code!r})")
             raise self.patch.raised from error
@@ -74,7 +68,7 @@ class Patch:
     """What tests get as `under_test`: the attention, and what to test it on and with.
 
     Attributes:
-        attention: the callable of the contract; each call is counted.
+        attention: the callable of the contract that was asked for; each call is counted.
         uncounted: the same without the counter, for timing: a wrapper costs time, and CUDA graphs are captured only
             for headoff's own callables. Say `called` where it is used.
         label: the attention as it was asked for.
@@ -88,7 +82,7 @@ class Patch:
         raised: the exception that the attention raised last.
     """
 
-    def __init__(self, attention: Attention, settings: Settings) -> None:
+    def __init__(self, attention: Any, settings: Settings) -> None:
         self.settings = settings
         self.label = settings.attention
         self.device = torch.device(settings.device)
@@ -96,7 +90,7 @@ class Patch:
         self.other_dtypes = tuple(name for name in DTYPES if name not in settings.dtypes)
         self.seed = settings.seed
         self.uncounted = attention
-        self.attention: Attention = CountedAttention(attention, self.label, self)
+        self.attention: Any = CountedAttention(attention, self.label, self)
         self.calls: Counter[str] = Counter()
         self.calls_made = 0
         self.raised: Exception | None = None
@@ -108,7 +102,7 @@ class Patch:
     @classmethod
     def of(cls, settings: Settings) -> Patch:
         """The patch that `settings` name. Raises AttentionError where there is no such attention."""
-        return cls(resolve_attention(settings.attention), settings)
+        return cls(settings.of_contract.resolve(settings.attention), settings)
 
     @property
     def calls_credited(self) -> int:

@@ -7,17 +7,20 @@ error of a CUDA kernel leaves a process in which nothing works any more.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from headoff.attention import Attention, attention_names, resolve_attention
+from headoff.attention import AdaptedAttention, Attention
+from headoff.deformable import DeformableAttention
 from headoff.devices import torch_dtype
 from headoff.errors import AttentionError, HeadoffError
+from headoff.harness.contracts import DEFORMABLE, contract_named
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.process import emit, is_watched, limited, run_in_process
 from headoff.harness.settings import Settings
+from headoff.signatures import signature_of
 
 SHAPES = {"encoder_self": (144, 144), "decoder_self": (100, 100), "decoder_cross": (200, 144)}
 """Queries and keys of the first calls, by site: those of the bundled model."""
@@ -26,23 +29,23 @@ SHAPES = {"encoder_self": (144, 144), "decoder_self": (100, 100), "decoder_cross
 def preflight_all(several: Iterable[Settings]) -> None:
     """`preflight` of the attention of these settings, which differ in their dtype. Raises AttentionError."""
     for settings in several:
-        preflight(settings.attention, settings.device, settings.dtype, settings.timeout)
+        preflight(settings.attention, settings.device, settings.dtype, settings.timeout, settings.contract)
 
 
 @functools.cache
-def preflight(attention: str, device: str, dtype: str, limit: float) -> None:
+def preflight(attention: str, device: str, dtype: str, limit: float, contract: str = "dense") -> None:
     """Raise AttentionError, one sentence, where the attention cannot be tested at all.
 
     Args:
         limit: seconds that its import may take, and its first calls.
     """
-    if attention in attention_names() or is_watched():
-        try_patch(attention, device, dtype)  # headoff's own do no harm
+    if attention in contract_named(contract).registered() or is_watched():
+        try_patch(attention, device, dtype, contract)  # headoff's own do no harm
         return
     errors: list[str] = []
     ended = run_in_process(
         f"{__name__}:answer",
-        [attention, device, dtype],
+        [attention, device, dtype, contract],
         lambda event: errors.append(event["error"]),
         limit=limit,
         quiet=True,
@@ -53,12 +56,23 @@ def preflight(attention: str, device: str, dtype: str, limit: float) -> None:
         raise AttentionError(errors[0] if errors else f"{attention} {ended.how}")
 
 
-def try_patch(spec: str, device: str, dtype: str) -> None:
+def try_patch(spec: str, device: str, dtype: str, contract: str) -> None:
     """Import an attention and call it. Raises AttentionError, one sentence."""
+    deformable = contract == DEFORMABLE.name
     with limited("its import"):
-        attention = resolve_attention(spec)
+        attention = contract_named(contract).resolve(spec)
+    if not deformable and takes_locations(attention):
+        raise AttentionError(f"{spec} takes sampling_locations: add --contract deformable")
+    try_it = first_deformable_calls if deformable else first_calls
     with limited("its first calls"):
-        first_calls(attention, spec, torch.device(device), torch_dtype(dtype))
+        try_it(attention, spec, torch.device(device), torch_dtype(dtype))
+
+
+def takes_locations(attention: Attention) -> bool:
+    """Whether the user's callable says that it is a deformable attention."""
+    inner = attention.call if isinstance(attention, AdaptedAttention) else attention
+    signature = signature_of(inner)
+    return signature is not None and "sampling_locations" in signature.parameters
 
 
 def answer(arguments: list[str]) -> int:
@@ -90,34 +104,74 @@ def first_calls(attention: Attention, label: str, device: torch.device, dtype: t
             (" with a mask", mask, None),
         ):
             where = f"called as in {site} ({queries} queries, {keys} keys{words}, {str(dtype)[6:]}, {device.type})"
-            try:
-                context = attention(query, key, value, attn_mask, head_gate=head_gate)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-            except HeadoffError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise AttentionError(f"{label} raised {describe_exception(error)} when {where}") from error
-            _check(context, query, label, where)
-            try:
-                torch.autograd.grad(context.sum(), (query, key, value), allow_unused=True)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-            except (Exception, SystemExit) as error:
-                raise AttentionError(
-                    f"{label} has no backward pass that works: it raised {describe_exception(error)} when {where}"
-                ) from error
+            attend = functools.partial(attention, query, key, value, attn_mask, head_gate=head_gate)
+            expected = ("the query's shape", query.shape)
+            _try(attend, (query, key, value), expected, label, where)
 
 
-def _check(context: object, query: Tensor, label: str, where: str) -> None:
+LEVELS = ((20, 20), (10, 10), (5, 5))
+"""(h, w) of the levels of the first calls of a deformable attention."""
+
+
+def first_deformable_calls(
+    attention: DeformableAttention, label: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Call it as RT-DETR's decoder does, forward and backward. Raises AttentionError, one sentence."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(height * width for height, width in LEVELS)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(device, dtype).requires_grad_()
+
+    value, locations = random(1, tokens, 8, 32), random(1, 300, 8, len(LEVELS), 4, 2)
+    weights = random(1, 300, 8, len(LEVELS), 4)
+    gate = torch.ones(1, 1, 8, 1, device=device, dtype=dtype)
+    gate[:, :, 0] = 0
+    for words, head_gate in (("", None), (" with a head gate", gate)):
+        where = f"called with 300 queries and 3 levels of 4 points{words} ({str(dtype)[6:]}, {device.type})"
+        attend = functools.partial(attention, value, LEVELS, locations, weights, head_gate=head_gate)
+        expected = ("(batch, queries, heads, channels)", torch.Size((1, 300, 8, 32)))
+        _try(attend, (value, locations, weights), expected, label, where)
+
+
+def _try(
+    attend: Callable[[], Tensor],
+    inputs: Sequence[Tensor],
+    expected: tuple[str, torch.Size],
+    label: str,
+    where: str,
+) -> None:
+    """One call, forward and backward. `expected` is the context's shape, in words and numbers."""
+    device = inputs[0].device
+    try:
+        context = attend()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except HeadoffError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise AttentionError(f"{label} raised {describe_exception(error)} when {where}") from error
+    _check(context, expected, label, where)
+    try:
+        torch.autograd.grad(context.sum(), inputs, allow_unused=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except (Exception, SystemExit) as error:
+        raise AttentionError(
+            f"{label} has no backward pass that works: it raised {describe_exception(error)} when {where}"
+        ) from error
+
+
+def _check(context: object, expected: tuple[str, torch.Size], label: str, where: str) -> None:
     if not isinstance(context, Tensor):
         raise AttentionError(
             f"{label} returned a {type(context).__name__} when {where}: return the context, one tensor"
         )
-    if context.shape != query.shape:
+    words, shape = expected
+    if context.shape != shape:
         raise AttentionError(
-            f"{label} returned a context of shape {tuple(context.shape)} when {where}: the query's shape, "
-            f"{tuple(query.shape)}, was expected"
+            f"{label} returned a context of shape {tuple(context.shape)} when {where}: {words}, "
+            f"{tuple(shape)}, was expected"
         )
     if not context.requires_grad:
         raise AttentionError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from headoff.errors import HeadoffError, OutputError
+from headoff.harness.contracts import DEFORMABLE
 from headoff.harness.finding import Finding, WrongAttention
 from headoff.harness.plugin.benchmark_hooks import RECORDS
 from headoff.harness.plugin.options import all_settings, text_of, value_of
@@ -36,7 +37,8 @@ class Reporter:
         self.worker = worker
         self.patches: dict[str, Patch] = {}
         chosen = {name: str(value_of(config, name)) for name in ("attention", "baseline", "model", "seed")}
-        self.run = Run({**chosen, "command": command_line()})
+        about = about_contract(chosen, value_of(config, "contract"))
+        self.run = Run({**about, "command": command_line()})
         self.document: dict[str, Any] | None = None
 
     # In the process that runs tests
@@ -165,7 +167,7 @@ class Reporter:
         notes: list[str] = []
         # Single calls need no model, and the bundled one is known.
         if settings[0].model != Settings.model and any(
-            test.suite != "operator" for test in self.run.tests.values()
+            test.suite not in ("operator", *DEFORMABLE.suites) for test in self.run.tests.values()
         ):
             from headoff.harness.reference.cases import oracle_of
 
@@ -202,6 +204,13 @@ class Reporter:
             # Hundreds of failures may stand between the first lines and the prompt.
             terminalreporter.write_line(self.document["headline"], **colour)
         return result
+
+
+def about_contract(chosen: Mapping[str, str], contract: str) -> dict[str, str]:
+    """What was `chosen`, with the contract in the place of the model where no model is run."""
+    if contract == Settings.contract:
+        return dict(chosen)
+    return {**{name: text for name, text in chosen.items() if name != "model"}, "contract": contract}
 
 
 def command_line() -> str:

@@ -15,17 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from headoff.harness.contracts import CONTRACTS
 from headoff.harness.finding import PROPERTIES, Finding
 from headoff.harness.report.document import FORMAT, Verdict
 from headoff.wording import counted
 
-BENCHMARK = "benchmark"
-"""Name of the suite whose failures are about time."""
-
 PICTURES = 8
 """That a document keeps of one property."""
 
-SUITE_ORDER = ("operator", "calls", "detections", "relevance", "gradients", BENCHMARK)
+SUITE_ORDER = tuple(suite for contract in CONTRACTS.values() for suite in contract.suites)
 
 
 @dataclass
