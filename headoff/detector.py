@@ -191,11 +191,14 @@ class Detector(nn.Module):
             `path/to/file.py:name`).
 
     Attributes:
+        encoder_is_attention: whether the encoder is attention from memory tokens to memory tokens, so that relevance
+            goes through it. Otherwise relevance ends at the memory tokens.
         assumptions: what `load` had to assume because the checkpoint does not say it, a clause each.
         autocast_dtype: the dtype given to `autocasting`; None where everything is computed in the weights' dtype.
     """
 
     assumptions: tuple[str, ...] = ()
+    encoder_is_attention: bool = True
     autocast_dtype: torch.dtype | None = None
     _attention: Attention
     _deformable_attention: DeformableAttention = staticmethod(grid_sample_attention)

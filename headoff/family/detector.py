@@ -131,6 +131,7 @@ class FamilyDetector(Detector):
         config = model.config
         super().__init__(class_names, config.num_labels, attention)
         self.adapter = adapter
+        self.encoder_is_attention = adapter.encoder_is_attention
         self.model = model
         self._preprocessing = preprocessing
         self._gates: Mapping[Site, Tensor | None] = {}

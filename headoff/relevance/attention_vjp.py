@@ -116,6 +116,23 @@ class AttentionVjp:
             result[pairs].baddbmm_(vectors[pairs, :, rows], tile)
         return result
 
+    @property
+    def device(self) -> torch.device:
+        return self.record.query.device
+
+    @property
+    def tokens(self) -> int:
+        """S."""
+        return self.record.key.shape[2]
+
+    def weights_at(self, run: int, queries: Tensor) -> Tensor:
+        """Gated weights of a run at some queries (q,): (q, H, S)."""
+        weights = self.record.weights(slice(run, run + 1))[0].index_select(1, queries)
+        if self.record.gate is not None:
+            gate = self.record.gate[run]
+            weights = weights * (gate if gate.shape[1] == 1 else gate.index_select(1, queries))
+        return weights.transpose(0, 1)
+
     def _analytic(
         self, grad_context: Tensor | None, runs: Tensor, cam: bool, inputs: bool
     ) -> tuple[Tensor | None, InputGradients | None]:

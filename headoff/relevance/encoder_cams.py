@@ -5,12 +5,14 @@ Shapes: P pairs of (configuration, target), M decoder layers, N image tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from headoff.relevance.attention_vjp import AttentionVjp
+from headoff.relevance.sampled_vjp import SampledVjp
 
 
 class EncoderCams(Protocol):
@@ -46,7 +48,9 @@ class StoredCams:
 class RecomputedCams:
     """Encoder cams that are recomputed tile by tile for each product, from the gradients of the contexts."""
 
-    def __init__(self, attention: list[AttentionVjp], grad_contexts: list[Tensor] | None) -> None:
+    def __init__(
+        self, attention: Sequence[AttentionVjp | SampledVjp], grad_contexts: Sequence[Tensor] | None
+    ) -> None:
         self._attention = attention
         self._grad_contexts = grad_contexts
 

@@ -36,6 +36,7 @@ from headoff.relevance.memory import MemoryPlan, default_memory_budget
 from headoff.relevance.methods import Method, resolve_method
 from headoff.relevance.records import AttentionRecord
 from headoff.relevance.rules import ZeroRows
+from headoff.relevance.sampled_vjp import SampledVjp
 from headoff.relevance.targets import Target
 from headoff.relevance.trace import DecoderTrace, EncoderTrace
 from headoff.sweeps import by_encoder_gate
@@ -255,7 +256,11 @@ class RelevanceEngine:
                 logits[run],
                 boxes[run],
                 [results.get((run, slot)) for slot in range(len(targets_of_run))],
-                _head_weights(decoder, run, targets_of_run, layers) if heads else None,
+                head_weights(
+                    [decoder.layers[layer].cross_attention.vjp for layer in layers], run, targets_of_run
+                )
+                if heads
+                else None,
             )
 
     def _pairs(
@@ -273,8 +278,8 @@ class RelevanceEngine:
         encoder_zeros = torch.zeros(len(pairs), dtype=torch.long)
         differs = torch.zeros(shape, dtype=torch.bool)
         # With all cross-attention off, no evidence comes from the image: the map is zero and need not be computed.
-        sees_image = _sees_image(gates)
-        live = [index for index, pair in enumerate(pairs) if sees_image[pair.run]]
+        seen = sees_image(gates)
+        live = [index for index, pair in enumerate(pairs) if seen[pair.run]]
         if live:
             numbers = [
                 torch.tensor(indices, dtype=torch.long)
@@ -290,8 +295,7 @@ class RelevanceEngine:
             found, differing = self._backward(encoder, decoder, grad_states, runs, queries, layer_index)
             rows[live], decoder_zeros[live] = found.rows.cpu(), found.decoder_identity_rows.cpu()
             encoder_zeros[live], differs[live] = found.encoder_identity_rows.cpu(), differing.cpu()
-        if not bool(rows.isfinite().all()):
-            raise _non_finite(rows, pairs, gates, layers)
+        check_finite_rows(rows, [(pair.target, gates.names[pair.run]) for pair in pairs], layers)
         return [
             PairRelevance(*fields)
             for fields in zip(
@@ -390,37 +394,33 @@ class RelevanceEngine:
         return values.detach(), gradient.to(self._compute)
 
 
-def _non_finite(rows: Tensor, pairs: list[_Pair], gates: Gates, layers: list[int]) -> NonFiniteError:
+def check_finite_rows(rows: Tensor, pairs: Sequence[tuple[Target, str]], layers: Sequence[int]) -> None:
+    """Raise NonFiniteError unless rows (P, M, N) are finite; `pairs` are targets and names of configurations."""
     bad = (~rows.isfinite()).any(-1)
+    if not bool(bad.any()):
+        return
     pair, place = (int(index) for index in bad.nonzero()[0])
-    return NonFiniteError(
-        f"NaN or infinity in the relevance of query {pairs[pair].target.query} under "
-        f"'{gates.names[pairs[pair].run]}', first after decoder layer {layers[place]}, though logits and boxes "
+    target, configuration = pairs[pair]
+    raise NonFiniteError(
+        f"NaN or infinity in the relevance of query {target.query} under "
+        f"'{configuration}', first after decoder layer {layers[place]}, though logits and boxes "
         "are finite: check the backward pass of the attention and the target's gradient"
     )
 
 
-def _sees_image(gates: Gates) -> list[bool]:
+def sees_image(gates: Gates) -> list[bool]:
     """Whether each configuration leaves any head of the cross-attention on."""
     if gates.decoder_cross is None:
         return [True] * len(gates)
     return [bool(gate.any()) for gate in gates.decoder_cross]
 
 
-def _head_weights(
-    decoder: DecoderTrace, run: int, targets: Sequence[Target | None], layers: list[int]
+def head_weights(
+    cross_attention: Sequence[AttentionVjp | SampledVjp], run: int, targets: Sequence[Target | None]
 ) -> Tensor:
     """Cross-attention weights after the gate at the targets' queries: (targets, M, H, N); zero for a target of None."""
     queries = [0 if target is None else target.query for target in targets]
-    (query_index,) = copy_to_device([torch.tensor(queries, dtype=torch.long)], decoder.states.device)
-    per_layer = []
-    for layer in layers:
-        record = decoder.layers[layer].cross_attention.vjp.record
-        weights = record.weights(slice(run, run + 1))[0].index_select(1, query_index)
-        if record.gate is not None:
-            gate = record.gate[run]
-            weights = weights * (gate if gate.shape[1] == 1 else gate.index_select(1, query_index))
-        per_layer.append(weights.transpose(0, 1))
-    result = torch.stack(per_layer, dim=1).cpu()
+    (query_index,) = copy_to_device([torch.tensor(queries, dtype=torch.long)], cross_attention[0].device)
+    result = torch.stack([vjp.weights_at(run, query_index) for vjp in cross_attention], dim=1).cpu()
     result[torch.tensor([target is None for target in targets], dtype=torch.bool)] = 0
     return result

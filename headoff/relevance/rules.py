@@ -47,7 +47,7 @@ class Evidence:
     """The evidence in all attention calls of one forward pass, for one target.
 
     Attributes:
-        encoder: (H, N, N) per encoder layer.
+        encoder: (H, N, N) per encoder layer; none if relevance ends at the memory.
         decoder_self: (H, Q, Q) per decoder layer.
         decoder_cross: (H, Q, N) per decoder layer.
         tokens: (N,) bool, True = image, False = padding.
@@ -146,11 +146,15 @@ def chefer(
         self_in_rule_10: False adds the cam alone in equation 10 (an ablation in the paper).
         zero_rows: see the docstring of this module.
     """
-    encoder = encoder_excess([cam(layer) for layer in evidence.encoder])
+    if evidence.encoder:
+        encoder = encoder_excess([cam(layer) for layer in evidence.encoder])
+    else:  # relevance ends at the memory
+        tokens = len(evidence.tokens)
+        encoder = evidence.decoder_cross[0].weights.new_zeros(tokens, tokens)
     identity = _identity(len(encoder), encoder)
     r_ii = normalise(encoder) if normalised else encoder + identity
     # Padding is left out: no token attends to it, and its rows are always zero.
-    encoder_zeros = zero_row_count(encoder[evidence.tokens])
+    encoder_zeros = zero_row_count(encoder[evidence.tokens]) if evidence.encoder else 0
 
     queries = evidence.decoder_self[0].weights.shape[-1]
     r_qq_excess = encoder.new_zeros(queries, queries)
