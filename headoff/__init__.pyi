@@ -58,6 +58,7 @@ from .figures import plot_interactions as plot_interactions
 from .figures import plot_map as plot_map
 from .figures import plot_outcomes as plot_outcomes
 from .figures import plot_relevance_grid as plot_relevance_grid
+from .figures import plot_sampling_points as plot_sampling_points
 from .figures import plot_survival as plot_survival
 from .figures import plot_totals as plot_totals
 from .gates import Configuration as Configuration

@@ -157,6 +157,11 @@ class Features(Protocol):
     @property
     def grid(self) -> tuple[int, int]: ...
 
+    @property
+    def shapes(self) -> Shapes:
+        """(h, w) of each level of the memory."""
+        ...
+
     def __len__(self) -> int: ...
 
     def to_grid(self, x: Tensor) -> Tensor:

@@ -42,6 +42,10 @@ class Features:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        return (self.grid,)
+
     def to_grid(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, self.grid)
 

@@ -19,6 +19,7 @@ The plotting functions take and return matplotlib axes. Without axes they create
     object_views.py  explained objects: texts and boxes
     tiles.py      the parts of grids of maps
     relevance.py  plot_map, plot_relevance_grid, plot_head_attention
+    sampling_points.py  plot_sampling_points: where deformable attention looks
     relevance_sheets.py  all figures of an explanation
     matrix.py     matrices of signed numbers
     importance.py  what heads contribute: plot_importance, importance_by_object, plot_columns, plot_interactions
@@ -43,6 +44,7 @@ from headoff.figures.palette import OBJECT_COLOURS, object_colour
 from headoff.figures.pictures import plot_detections
 from headoff.figures.relevance import plot_head_attention, plot_map, plot_relevance_grid
 from headoff.figures.relevance_sheets import relevance_figures
+from headoff.figures.sampling_points import plot_sampling_points
 from headoff.figures.sheets import SweepFigure, sweep_figures
 from headoff.figures.survival import plot_survival
 from headoff.figures.totals import plot_totals
@@ -65,6 +67,7 @@ __all__ = [
     "plot_map",
     "plot_outcomes",
     "plot_relevance_grid",
+    "plot_sampling_points",
     "plot_survival",
     "plot_totals",
     "relevance_figures",

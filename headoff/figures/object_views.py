@@ -59,14 +59,14 @@ def object_views(
     """
     height, width = explanation.image_size
     numbered = explanation.objects if baseline is None else baseline
-    numbers = {query: number for number, query in enumerate(numbered.queries.tolist())}
+    numbers = {(found.query, found.label): number for number, found in enumerate(numbered)}
     scores = explanation.scores[configuration].tolist()
     views = []
     for index, detection in enumerate(explanation.objects):
         query = int(explanation.queries[configuration, index])
         found = query >= 0
         label = int(explanation.labels[configuration, index]) if found else detection.label
-        number = numbers.get(detection.query)
+        number = numbers.get((detection.query, detection.label))
         cx, cy, w, h = explanation.boxes[configuration, query].tolist()
         box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
         left, top, right, bottom = detection.box

@@ -56,7 +56,7 @@ def plot_map(
     Raises:
         SettingError: there is no such map.
     """
-    _check(explanation, configuration, object)
+    check_shown(explanation, configuration, object)
     at = len(explanation.layers) - 1 if layer is None else _layer(explanation, layer)
     style = _style(style, image)
     width, height = fitted(explanation.image_size, area=16.0)
@@ -105,7 +105,7 @@ def plot_relevance_grid(
         SettingError: there is no such configuration or object.
     """
     chosen = range(len(explanation.objects)) if objects is None else objects
-    _check(explanation, configuration, *chosen)
+    check_shown(explanation, configuration, *chosen)
     style = _style(style, image)
     layers = len(explanation.layers)
     cell_width, cell_height = fitted(explanation.image_size, area=8.4, longest=4.0)
@@ -194,7 +194,7 @@ def plot_head_attention(
     Raises:
         SettingError: there is no such configuration or object, or `explain` was called without `heads=True`.
     """
-    _check(explanation, configuration, object)
+    check_shown(explanation, configuration, object)
     if explanation.heads is None:
         raise SettingError(
             "this explanation has no attention weights per head: make it with explain(..., heads=True)"
@@ -287,6 +287,8 @@ def _explained(explanation: Explanation, configuration: int, width: float) -> li
         f"Image relevance ({explanation.method}) for {target_words(explanation)}, after each decoder layer. "
         "Mass: the sum of a map; it has no unit and is no share."
     )
+    if not explanation.through_encoder:
+        words += " Relevance ends at the memory, as the encoder is not attention between its tokens."
     if explanation.configurations[configuration].clauses:
         words += " Dotted: the box with none off."
     return wrapped(words, width)
@@ -299,7 +301,8 @@ def _layer(explanation: Explanation, layer: int) -> int:
     return explanation.layers.index(layer)
 
 
-def _check(explanation: Explanation, configuration: int, *objects: int) -> None:
+def check_shown(explanation: Explanation, configuration: int, *objects: int) -> None:
+    """Raise SettingError unless there are such a configuration and objects."""
     asked = [("configuration", configuration, len(explanation))]
     asked += [("object", index, len(explanation.objects)) for index in objects]
     for what, index, count in asked:

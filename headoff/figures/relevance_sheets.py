@@ -10,6 +10,7 @@ from headoff.figures.captions import slug
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance import plot_head_attention, plot_relevance_grid
+from headoff.figures.sampling_points import plot_sampling_points
 from headoff.figures.sheets import MOST_PICTURES, SweepFigure
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
@@ -69,6 +70,16 @@ def relevance_figures(
                     )
                 )
 
+            def points(number: int = number, index: int = index) -> Figure:
+                return figure_of(
+                    plot_sampling_points(
+                        explanation, number, index, image=picture, baseline=baseline, confidence=confidence
+                    )
+                )
+
             query = explanation.objects[index].query
             name = f"heads-{number:0{digits}}-{slug(configuration.name)}-query-{query}"
             yield SweepFigure(name, f"Attention of the heads, {title}", heads)
+            if explanation.points is not None:
+                name = f"points-{number:0{digits}}-{slug(configuration.name)}-query-{query}"
+                yield SweepFigure(name, f"Sampling points, {title}", points)

@@ -190,6 +190,7 @@ class AutogradEngine:
                 boxes[run],
                 found[run],
                 head_weights(cross, run, targets_of_runs[run]) if heads else None,
+                _points(cross, run, targets_of_runs[run]) if heads else None,
             )
             for run, index in enumerate(indices)
         ]
@@ -310,6 +311,19 @@ class AutogradEngine:
             rows = self.method.encoder(rows, cams_of_encoder, tokens, **options)
             rows = replace(rows, encoder_identity_rows=rows.encoder_identity_rows * has_evidence)
         return rows, differs | (rows.encoder_identity_rows > 0)[:, None]
+
+
+def _points(cross_attention: Sequence[Vjp], run: int, targets: Sequence[Target | None]) -> Tensor | None:
+    """Sampling points at the targets' queries, (targets, M, H, K, 3); zero for a target of None."""
+    queries = torch.tensor([0 if target is None else target.query for target in targets], dtype=torch.long)
+    found = [
+        vjp.points_at(run, queries.to(vjp.device)) for vjp in cross_attention if isinstance(vjp, SampledVjp)
+    ]
+    if not found:
+        return None
+    result = torch.stack(found, dim=1).cpu()
+    result[torch.tensor([target is None for target in targets], dtype=torch.bool)] = 0
+    return result
 
 
 def _check_finite(recorders: Sequence[_Recorder], *results: Tensor) -> None:

@@ -78,6 +78,8 @@ class ConfigurationRelevance:
         boxes: (Q, 4).
         pairs: one result for each target; None for a target of None.
         heads: (targets, M, H, N), cross-attention weights after the gate; None unless requested.
+        points: (targets, M, H, K, 3), sampling points of deformable cross-attention, see `Explanation`; None unless
+            requested.
     """
 
     index: int
@@ -85,6 +87,7 @@ class ConfigurationRelevance:
     boxes: Tensor
     pairs: list[PairRelevance | None]
     heads: Tensor | None
+    points: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,10 @@ def explain(
     decoder_zeros = torch.zeros(count, dtype=torch.long)
     encoder_zeros = torch.zeros(count[:2], dtype=torch.long)
     differs = torch.zeros(count, dtype=torch.bool)
+    several = len(features.shapes) > 1
+    tokens = torch.zeros(*count, sum(h * w for h, w in features.shapes), dtype=dtype) if several else None
     head_maps = torch.zeros(*count, layout.heads, *features.grid, dtype=dtype) if heads else None
+    points: Tensor | None = None
     logits = baseline.logits.new_empty(len(chosen), *baseline.logits.shape)
     boxes = baseline.boxes.new_empty(len(chosen), *baseline.boxes.shape)
     with make_ablation(ablation, detector, references, picture).applied_to(detector):
@@ -143,13 +146,19 @@ def explain(
             logits[found.index], boxes[found.index] = found.logits, found.boxes
             for slot, pair in enumerate(found.pairs):
                 if pair is not None:
-                    maps[found.index, slot] = pair.rows.unflatten(-1, features.grid)
+                    maps[found.index, slot] = features.to_grid(pair.rows)
+                    if tokens is not None:
+                        tokens[found.index, slot] = pair.rows
                     values[found.index, slot] = pair.value
                     decoder_zeros[found.index, slot] = pair.decoder_identity_rows
                     encoder_zeros[found.index, slot] = pair.encoder_identity_rows
                     differs[found.index, slot] = pair.reference_differs
             if head_maps is not None and found.heads is not None:
-                head_maps[found.index] = found.heads.unflatten(-1, features.grid)
+                head_maps[found.index] = features.to_grid(found.heads)
+            if found.points is not None:
+                if points is None:
+                    points = torch.zeros(len(chosen), *found.points.shape, dtype=dtype)
+                points[found.index] = found.points
             if progress is not None:
                 progress(done, len(chosen))
     return Explanation(
@@ -166,6 +175,10 @@ def explain(
         logits=logits,
         boxes=boxes,
         heads=head_maps,
+        points=points,
+        tokens=tokens,
+        shapes=tuple(features.shapes),
+        through_encoder=detector.encoder_is_attention,
         stride=detector.stride(features),
         resized=encoded.resized,
         method=method.name,

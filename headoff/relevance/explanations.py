@@ -27,7 +27,7 @@ from headoff.wording import counted
 if TYPE_CHECKING:
     import pandas
 
-FORMAT = "headoff explanation 1"
+FORMAT = "headoff explanation 2"
 
 
 class ExplanationStatus(StrEnum):
@@ -61,7 +61,15 @@ class Explanation:
         logits: (C, Q, K + 1), the detector's output.
         boxes: (C, Q, 4), the detector's output.
         heads: (C, O, M, H, h, w), cross-attention weights after the gate, per head; None unless requested.
-        stride: pixels of the resized picture per token, along one side.
+        points: (C, O, M, H, K, 3), the K sampling points of every head of deformable cross-attention: x and y as
+            fractions of the image, and the attention weight after the gate. None for dense attention, or unless
+            requested.
+        tokens: (C, O, M, N), the relevance of the memory's tokens where it has several levels; None where it has one.
+            `maps` is their sum on the finest level's grid.
+        shapes: (h, w) of each level.
+        through_encoder: whether maps show the tokens that the encoder started from; otherwise relevance ends at the
+            memory's tokens, because the encoder is not attention between them.
+        stride: pixels of the resized picture per cell of a map, along one side.
         resized: (height, width) of the resized picture.
         method, target, pick, zero_rows: the arguments of `explain`.
     """
@@ -79,6 +87,10 @@ class Explanation:
     logits: Tensor
     boxes: Tensor
     heads: Tensor | None
+    points: Tensor | None
+    tokens: Tensor | None
+    shapes: tuple[tuple[int, int], ...]
+    through_encoder: bool
     stride: int
     resized: tuple[int, int]
     method: str
@@ -100,6 +112,14 @@ class Explanation:
     def grid(self) -> tuple[int, int]:
         """(h, w)."""
         return self.maps.shape[-2], self.maps.shape[-1]
+
+    @property
+    def levels(self) -> tuple[Tensor, ...]:
+        """The maps of each level of the memory, (C, O, M, h, w) each, the finest first."""
+        if self.tokens is None:
+            return (self.maps,)
+        parts = self.tokens.split([h * w for h, w in self.shapes], -1)
+        return tuple(part.unflatten(-1, shape) for part, shape in zip(parts, self.shapes, strict=True))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -263,6 +283,8 @@ class Explanation:
             "zero_rows": self.zero_rows,
             "layers": list(self.layers),
             "grid": list(self.grid),
+            "levels": [list(shape) for shape in self.shapes],
+            "through_encoder": self.through_encoder,
             "objects": self.objects.as_dict(),
             "configurations": [
                 {"name": configuration.name, "configuration": configuration.text}
@@ -345,10 +367,10 @@ class Explanation:
 
 _TENSORS = (
     "maps", "queries", "labels", "values", "decoder_identity_rows", "encoder_identity_rows",
-    "reference_differs", "logits", "boxes", "heads",
+    "reference_differs", "logits", "boxes", "heads", "points", "tokens",
 )  # fmt: skip
 _OBJECT_TENSORS = ("queries", "labels", "scores", "boxes")
-_PLAIN = ("layers", "stride", "resized", "method", "target", "pick", "zero_rows")
+_PLAIN = ("layers", "shapes", "through_encoder", "stride", "resized", "method", "target", "pick", "zero_rows")
 
 
 def load_explanation(path: str | Path) -> Explanation:
@@ -377,6 +399,7 @@ def load_explanation(path: str | Path) -> Explanation:
         rest |= {
             name: tuple(value) if isinstance(value := metadata[name], list) else value for name in _PLAIN
         }
+        rest["shapes"] = tuple(map(tuple, rest["shapes"]))
         objects = Detections(
             **{name: tensors[f"objects.{name}"] for name in _OBJECT_TENSORS},
             image_size=tuple(metadata["image_size"]),

@@ -44,6 +44,10 @@ class SampledVjp:
             self._weights = self._weights * _unfold(
                 call.head_gate[0].detach().to(compute).expand(-1, call.rows, -1), runs
             )
+        gate = call.weights.new_ones(1, 1, 1, 1) if call.head_gate is None else call.head_gate.detach()
+        gated = call.weights.detach() * gate.transpose(1, 2)[..., None]
+        points = torch.cat((call.locations.detach(), gated[..., None]), -1)  # (1, G * T, H, L, P, 3)
+        self._points = points[0].flatten(2, 3).unflatten(0, (runs, -1)).to(compute)
         self._latest: tuple[Tensor, Tensor] | None = None
 
     def __call__(
@@ -91,6 +95,10 @@ class SampledVjp:
         weights = self._weights[run].index_select(1, queries)
         dense = weights.new_zeros(*weights.shape[:2], self.value.shape[1])
         return dense.scatter_add_(-1, tokens, weights).transpose(0, 1)
+
+    def points_at(self, run: int, queries: Tensor) -> Tensor:
+        """Sampling points of a run at some queries (q,): x, y and gated weight, (q, H, L * P, 3)."""
+        return self._points[run].index_select(0, queries)
 
     def _tokens_of(self, runs: Tensor) -> Tensor:
         return select_runs(self._tokens, runs).expand(len(runs), -1, -1, -1)
