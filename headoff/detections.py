@@ -1,7 +1,9 @@
 """Detections from class logits and boxes, as in the postprocessing of the published DETR models."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,6 +96,17 @@ class Detections:
 
     def __iter__(self) -> Iterator[Detection]:
         return (self[index] for index in range(len(self)))
+
+    def subset(self, indices: Sequence[int]) -> Detections:
+        """Some of the detections, by their indices."""
+        chosen = torch.tensor(list(indices), dtype=torch.long)
+        return replace(
+            self,
+            queries=self.queries[chosen],
+            labels=self.labels[chosen],
+            scores=self.scores[chosen],
+            boxes=self.boxes[chosen],
+        )
 
     def of_query(self, query: int) -> Detection | None:
         """The detection of `query`; None if it has none."""

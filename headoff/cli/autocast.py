@@ -83,7 +83,7 @@ class Autocast:
                 detector,
                 picture,
                 result.configurations,
-                explanation.objects.queries.tolist(),
+                explanation.objects,
                 options.method,
                 options.layers,  # type: ignore[arg-type]
                 target=options.target,

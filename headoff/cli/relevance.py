@@ -93,15 +93,15 @@ class RelevanceOptions:
         progress: bool = True,
     ) -> Explanation:
         """Explain the objects of a sweep under its configurations, and write the report of both to `folder`."""
-        queries = self.queries or result.baseline.queries.tolist()
-        if self.objects:
-            queries = [query_of_object(result.baseline, number) for number in self.objects]
+        for number in self.objects:
+            query_of_object(result.baseline, number)
+        objects = result.baseline.subset(self.objects) if self.objects else result.baseline
         with progress_bar("explaining", "configuration", show=progress) as update:
             explanation = explain(
                 detector,
                 picture,
                 result.configurations,
-                queries,
+                self.queries or objects,
                 self.method,
                 self.layers,  # type: ignore[arg-type]
                 target=self.target,

@@ -33,7 +33,7 @@ def explain(
     detector: Detector,
     image: ImageSource | EncodedImage,
     configurations: Configuration | str | Iterable[Configuration | str] | None = None,
-    queries: Iterable[int] | None = None,
+    queries: Iterable[int] | Detections | None = None,
     method: Method | str = "chefer",
     layers: Literal["all", "last"] | int | Iterable[int] = "all",
     *,
@@ -56,7 +56,8 @@ def explain(
         image: a path, a `PIL.Image` or an array (see `headoff.images.load_image`), or an `EncodedImage`.
         configurations: configurations, or their text. By default the cumulative sweep: none off, first 1 off, ..., all
             heads off, in every decoder layer.
-        queries: the object queries to explain; by default those that detect an object in the baseline.
+        queries: the object queries to explain, with the most likely class of each; or objects, the detections of a
+            baseline such as `SweepResult.baseline`. By default the objects of the baseline.
         method: one of `headoff.relevance.method_names()`, or a `Method`.
         layers: decoder layers after which maps are computed, counted from 0: `all`, `last`, a number or several.
         target: the scalar that is explained: the `class` logit of the query, a coordinate of its box (`cx`, `cy`, `w`,
@@ -95,7 +96,8 @@ def explain(
     chosen = cumulative(layout.heads) if configurations is None else read_configurations(configurations)
     for configuration in chosen:
         configuration.check(layout)
-    wanted = None if queries is None else _queries(queries, layout.queries)
+    given = queries if isinstance(queries, Detections) else None
+    wanted = None if queries is None or isinstance(queries, Detections) else _queries(queries, layout.queries)
     encoded = image if isinstance(image, EncodedImage) else EncodedImage.of(detector, image)
     picture, features = encoded.picture, encoded.features
     image_size = (picture.height, picture.width)
@@ -113,7 +115,11 @@ def explain(
         detected = _objects(baseline.logits, baseline.boxes, image_size, detector, confidence, None)
         chosen = for_queries_of(detected, chosen)
     gates = stack(chosen, layout)
-    objects = _objects(baseline.logits, baseline.boxes, image_size, detector, confidence, wanted)
+    if given is not None:
+        _queries(dict.fromkeys(given.queries.tolist()), layout.queries)
+        objects = given
+    else:
+        objects = _objects(baseline.logits, baseline.boxes, image_size, detector, confidence, wanted)
     specs = _specs(target, len(objects))
     picked_queries = torch.full((len(chosen), len(objects)), -1)
     picked_labels = picked_queries.clone()
