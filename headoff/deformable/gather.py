@@ -63,6 +63,12 @@ def corners(spatial_shapes: Shapes, sampling_locations: Tensor) -> tuple[Tensor,
     ).unbind(-1)
     inside = ((around >= 0) & (around < sizes[..., None, :])).all(-1)
     # Clamped as floats: a point may be further away than integers reach.
-    x, y = around.clamp(torch.zeros_like(sizes[..., None, :]), sizes[..., None, :] - 1).long().unbind(-1)
+    x, y = (
+        around.nan_to_num(0)
+        .clamp(torch.zeros_like(sizes[..., None, :]), sizes[..., None, :] - 1)
+        .long()
+        .unbind(-1)
+    )
     tokens = first[:, None, None] + y * sizes[..., 0, None] + x
-    return tokens, torch.where(inside, along_x * along_y, 0.0)
+    known = inside | around.isnan().any(-1)  # NaN stays NaN
+    return tokens, torch.where(known, along_x * along_y, 0.0)
