@@ -51,6 +51,7 @@ from .figures import MapStyle as MapStyle
 from .figures import head_card as head_card
 from .figures import plot_ablations as plot_ablations
 from .figures import plot_columns as plot_columns
+from .figures import plot_curves as plot_curves
 from .figures import plot_detections as plot_detections
 from .figures import plot_head_attention as plot_head_attention
 from .figures import plot_importance as plot_importance

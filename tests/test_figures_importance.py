@@ -18,6 +18,7 @@ from headoff.figures import (
     importance_figures,
     plot_ablations,
     plot_columns,
+    plot_curves,
     plot_importance,
     plot_interactions,
 )
@@ -27,6 +28,7 @@ from headoff.figures.importance_comparisons import rank_correlation, rank_correl
 from headoff.figures.matrix import colour
 from headoff.figures.pictures import small_picture
 from headoff.importance import HeadCards, Scores
+from headoff.importance.curves import removal_curves
 from headoff.importance.result import HeadImportance, Key
 
 
@@ -304,3 +306,20 @@ def test_heads_in_all_layers_alone():
         "zero-uniform-shapley-columns",
     ]
     assert isinstance(only[Key("zero", "shapley_columns", "probability")], Scores)
+
+
+def test_removal_curves_have_the_numbers_and_heads_of_their_orders():
+    values = torch.rand(8, generator=torch.Generator().manual_seed(0)).double()
+    curves = removal_curves(values, (2, 0, 1), (1, 0, 2))
+    ax = plot_curves(curves, value="iou")
+    drawn = [line.get_ydata().tolist() for line in ax.get_lines()]
+    assert drawn == [
+        getattr(curves, name).tolist() for name in ("random", "by_number", "most_first", "least_first")
+    ]
+    band = ax.collections[0].get_paths()[0].vertices
+    for k in range(4):
+        heights = band[band[:, 0] == k][:, 1]
+        assert {heights.min(), heights.max()} == {curves.low[k].item(), curves.high[k].item()}
+    names = [text.get_text() for text in ax.texts]
+    assert names == ["least", "H2", "H0", "H1", "most", "H1", "H0", "H2"]
+    assert ax.get_ylabel() == "iou, mean over objects"

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import socket
+import sys
 import threading
 import urllib.request
 
@@ -274,12 +275,7 @@ def test_a_port_in_use_is_said(capsys):
 
 
 def test_a_missing_extra_is_said(capsys, monkeypatch):
-    import importlib.util
-
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name)
-    )
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["live"]) == 2
     assert capsys.readouterr().err == (
         "headoff: error: headoff live needs Starlette and uvicorn, which are not installed: "

@@ -16,6 +16,7 @@ from headoff.devices import torch_dtype
 from headoff.effects import effect_on_detections, effect_on_maps
 from headoff.errors import SettingError
 from headoff.gates import Configuration
+from headoff.importance.curves import RemovalCurves
 from headoff.relevance import Explanation, explain
 from headoff.sweeps import SweepResult, sweep
 
@@ -74,10 +75,13 @@ class Autocast:
         result: SweepResult,
         provenance: Mapping[str, str],
         progress: bool,
+        curves: RemovalCurves | None = None,
     ) -> Explanation:
         """`RelevanceOptions.write_report`; only the forward passes run under autocast, relevance is float32."""
         with detector.autocasting(self.dtype):
-            explanation = options.write_report(folder, picture, detector, result, provenance, progress)
+            explanation = options.write_report(
+                folder, picture, detector, result, provenance, progress, curves
+            )
         if self.dtype is not None:
             full = explain(
                 detector,

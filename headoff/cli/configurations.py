@@ -18,13 +18,13 @@ from headoff.gates import (
     all_subsets,
     cumulative,
     none_off,
-    order_by_score,
     parse_configuration,
     parse_order,
     read_configurations,
     single_heads,
 )
 from headoff.importance import heads
+from headoff.importance.curves import RemovalCurves
 from headoff.sweeps import query_of_object
 
 
@@ -84,12 +84,12 @@ class ConfigurationChoice:
         picture: Image.Image,
         settings: argparse.Namespace,
         objects: Sequence[int] = (),
-    ) -> tuple[Configuration, ...]:
-        """The configurations for an image. An order by importance is that of the Shapley values of the columns, by the
-        class probability, averaged over these objects (all by default).
+    ) -> tuple[tuple[Configuration, ...], RemovalCurves | None]:
+        """The configurations for an image, and for an order by importance how it compares with others. It is that of
+        the Shapley values of the columns, by the class probability, averaged over these objects (all by default).
         """
         if self.by_importance is None:
-            return self.configurations(detector)
+            return self.configurations(detector), None
         found = heads(
             detector,
             picture,
@@ -102,9 +102,9 @@ class ConfigurationChoice:
         )
         for number in objects:
             query_of_object(found.objects, number)
-        scores = found.get().scores[list(objects), 0].mean(0) if objects else found.mean_scores()[0]
-        order = order_by_score(scores, descending=self.by_importance == "most")
-        return cumulative(detector.head_layout.heads, order, site=self.site)
+        curves = found.curves(objects=objects or None)
+        order = curves.most_order if self.by_importance == "most" else curves.least_order
+        return cumulative(detector.head_layout.heads_at(self.site), order, site=self.site), curves
 
 
 def order_of(configurations: Sequence[Configuration]) -> str:

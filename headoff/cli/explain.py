@@ -154,15 +154,18 @@ def run(settings: argparse.Namespace) -> int:
 
     def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
+        configurations, curves = choice.for_image(detector, picture, settings, settings.object or ())
         result = autocast.sweep(
             detector,
             picture,
-            choice.for_image(detector, picture, settings, settings.object or ()),
+            configurations,
             confidence=settings.confidence,
             ablation=settings.ablate,
             references=settings.references,
         )
-        explanation = autocast.write_report(relevance, folder, picture, detector, result, made_with, progress)
+        explanation = autocast.write_report(
+            relevance, folder, picture, detector, result, made_with, progress, curves
+        )
         return autocast.summary(image, _summary(image, explanation), progress)
 
     made_with = {

@@ -66,16 +66,18 @@ def run(settings: argparse.Namespace) -> int:
     """Run the command."""
     import threading
     import webbrowser
-    from importlib.util import find_spec
 
     from headoff.cli.detectors import load_detector
     from headoff.cli.images import images_at
     from headoff.errors import SettingError
 
-    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
         raise SettingError(
             "headoff live needs Starlette and uvicorn, which are not installed: pip install 'headoff[live]'"
-        )
+        ) from None
     from headoff.live.server import HOST, Server, application, listen
     from headoff.live.session import Session
 

@@ -15,6 +15,7 @@ from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.figures.colouring import MapStyle
 from headoff.gates import HeadLayout
+from headoff.importance.curves import RemovalCurves
 from headoff.relevance import Explanation, explain, make_target, resolve_method
 from headoff.report import write_report
 from headoff.report.drawing import Drawing
@@ -91,6 +92,7 @@ class RelevanceOptions:
         result: SweepResult,
         provenance: Mapping[str, str],
         progress: bool = True,
+        curves: RemovalCurves | None = None,
     ) -> Explanation:
         """Explain the objects of a sweep under its configurations, and write the report of both to `folder`."""
         for number in self.objects:
@@ -121,6 +123,7 @@ class RelevanceOptions:
                 explanation=explanation,
                 style=self.style,
                 maps=self.maps,
+                curves=curves,
                 progress=update,
                 **asdict(self.drawing),
             )

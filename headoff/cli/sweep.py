@@ -98,7 +98,7 @@ def run(settings: argparse.Namespace) -> int:
     def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
         objects = () if settings.object is None else (settings.object,)
-        configurations = choice.for_image(detector, picture, settings, objects)
+        configurations, curves = choice.for_image(detector, picture, settings, objects)
         result = autocast.sweep(
             detector,
             picture,
@@ -112,10 +112,16 @@ def run(settings: argparse.Namespace) -> int:
         if relevance is None:
             with progress_bar("drawing", "figure", show=progress) as update:
                 write_report(
-                    folder, picture, result, provenance=made_with, progress=update, **asdict(drawing)
+                    folder,
+                    picture,
+                    result,
+                    provenance=made_with,
+                    curves=curves,
+                    progress=update,
+                    **asdict(drawing),
                 )
         else:
-            autocast.write_report(relevance, folder, picture, detector, result, made_with, progress)
+            autocast.write_report(relevance, folder, picture, detector, result, made_with, progress, curves)
         text = sweep_summary(image, result)
         if choice.by_importance is not None:
             text += (

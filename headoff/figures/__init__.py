@@ -11,6 +11,7 @@ The plotting functions take and return matplotlib axes. Without axes they create
     pictures.py   plot_detections
     survival.py   plot_survival: the chart that suits the kind of sweep, from one of the next four
     cumulative.py, bars.py, changes.py, subsets.py
+    removal_curves.py  plot_curves: an order of heads by importance compared with others
     chart_axes.py    what these charts have in common
     outcome_table.py  plot_outcomes
     totals.py     plot_totals: many images together
@@ -44,6 +45,7 @@ from headoff.figures.palette import OBJECT_COLOURS, object_colour
 from headoff.figures.pictures import plot_detections
 from headoff.figures.relevance import plot_head_attention, plot_map, plot_relevance_grid
 from headoff.figures.relevance_sheets import relevance_figures
+from headoff.figures.removal_curves import plot_curves
 from headoff.figures.sampling_points import plot_sampling_points
 from headoff.figures.sheets import SweepFigure, sweep_figures
 from headoff.figures.survival import plot_survival
@@ -60,6 +62,7 @@ __all__ = [
     "object_colour",
     "plot_ablations",
     "plot_columns",
+    "plot_curves",
     "plot_detections",
     "plot_head_attention",
     "plot_importance",

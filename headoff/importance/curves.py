@@ -26,6 +26,7 @@ class RemovalCurves:
         low, high: the 5th and 95th percentile over all subsets of k heads.
         best, worst: the largest and smallest value of any subset of k heads.
         best_subsets: the heads that are off in the best one.
+        least_order, most_order: the heads of `least_first` and `most_first` as they go off.
     """
 
     least_first: Tensor
@@ -37,6 +38,8 @@ class RemovalCurves:
     best: Tensor
     worst: Tensor
     best_subsets: tuple[tuple[int, ...], ...]
+    least_order: tuple[int, ...]
+    most_order: tuple[int, ...]
 
 
 def removal_curves(
@@ -74,4 +77,6 @@ def removal_curves(
         over("amax"),
         over("amin"),
         tuple(tuple(h for h in range(heads) if not coalition >> h & 1) for coalition in best),
+        tuple(least_important_first),
+        tuple(most_important_first),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,18 +129,31 @@ class HeadImportance:
         found = order_by_score(scores.tolist(), descending=most_important_first)
         return found if len(scores) > 1 else found[0]  # type: ignore[return-value]
 
-    def curves(self, value: str | None = None, ablation: AblationKind | None = None) -> RemovalCurves:
-        """How the value, averaged over objects, falls as heads go off in all layers.
+    def curves(
+        self,
+        value: str | None = None,
+        ablation: AblationKind | None = None,
+        objects: Sequence[int] | None = None,
+    ) -> RemovalCurves:
+        """How the value, averaged over objects (all by default), falls as heads go off in all layers.
 
         Raises:
             SettingError: there are no scores of `shapley_columns`, whose coalitions this takes.
         """
         found = self.get("shapley_columns", value, ablation)
         assert found.coalitions is not None
-        by_coalition = found.coalitions.mean(0) if len(found.coalitions) else torch.zeros(2 ** self.shape[1])
-        which = {"measure": "shapley_columns", "value": value, "ablation": ablation}
-        least, most = (self.order(most_important_first=most, **which) for most in (False, True))
-        return removal_curves(by_coalition, least, most)  # type: ignore[arg-type]
+        chosen = list(range(len(found.scores)) if objects is None else objects)
+        heads = self.shape[1]
+        values = found.coalitions[chosen].mean(0) if chosen else torch.zeros(2**heads, dtype=torch.float64)
+        scores = found.scores[chosen, 0].mean(0) if chosen else torch.zeros(heads)
+        least, most = (order_by_score(scores, descending=most) for most in (False, True))
+        return removal_curves(values, least, most)  # type: ignore[arg-type]
+
+    def plot_curves(self, ax: Axes | None = None, **which: Any) -> Axes:
+        """The value over the number of heads off: `headoff.plot_curves(self.curves(**which), ax)`."""
+        from headoff.figures.removal_curves import plot_curves
+
+        return plot_curves(self.curves(**which), ax, value=which.get("value") or self.values[0])
 
     def rows(self, image: str = "") -> Iterator[dict[str, str | int | float]]:
         """One row for each score: the columns of heads.csv. `layer` is `all` for a head in all layers."""

@@ -25,9 +25,11 @@ from headoff.figures.canvas import DPI
 from headoff.figures.colouring import MapStyle
 from headoff.figures.pictures import small_picture
 from headoff.figures.relevance_sheets import relevance_figures
+from headoff.figures.removal_curves import curves_figure
 from headoff.figures.sheets import SweepFigure
 from headoff.files import lock, output_errors, write_file
 from headoff.images import ImageSource
+from headoff.importance.curves import RemovalCurves
 from headoff.relevance.explanations import Explanation
 from headoff.report.drawing import Drawing
 from headoff.report.page import render_page
@@ -71,6 +73,7 @@ def write_report(
     explanation: Explanation | None = None,
     style: MapStyle | None = None,
     maps: Literal["npz", "safetensors"] = "npz",
+    curves: RemovalCurves | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Path:
     """Write the report on a sweep into `folder`, and return the path of its page (without one, of sweep.json).
@@ -91,6 +94,7 @@ def write_report(
             figures, and written to relevance.csv and, as arrays with named axes, to maps.npz or maps.safetensors.
         style: how maps are drawn; by default on the image, with one scale for each object.
         maps: the format of the arrays.
+        curves: how the order of a cumulative sweep compares with others, see `HeadImportance.curves`.
         progress: called with (number of drawn figures, number of figures); the page counts as one.
 
     Raises:
@@ -112,6 +116,8 @@ def write_report(
             write("relevance.csv", csv_text(RELEVANCE_COLUMNS, relevance_rows(explanation, name)))
             explanation.save(write.path(f"maps.{maps}"))
         drawn = [*sweep_figures(picture, result, dpi=dpi)] if figures == "all" else []
+        if figures == "all" and curves is not None:
+            drawn.append(curves_figure(curves))
         if figures == "all" and explanation is not None:
             drawn += relevance_figures(
                 picture,
@@ -125,7 +131,7 @@ def write_report(
         if figures != "none":
             progress(len(drawn), total)
             write(THUMBNAIL, thumbnail(picture))
-            write(PAGE, render_page(picture, result, provenance, explanation, style))
+            write(PAGE, render_page(picture, result, provenance, explanation, style, curves))
         progress(total, total)
         write(FINISHED, sweep_json(result, provenance, write.files, explanation))
     return folder / (FINISHED if figures == "none" else PAGE)

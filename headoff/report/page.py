@@ -28,8 +28,10 @@ from headoff.figures.colouring import MapStyle, subdued_css
 from headoff.figures.palette import GRID, INK, MUTED, OBJECT_COLOURS, STATUS_STYLES, ink_on, object_colour
 from headoff.figures.pictures import marks_of, small_picture
 from headoff.figures.relevance import target_words
+from headoff.figures.removal_curves import CURVES_CAPTION, plot_curves
 from headoff.figures.survival import NARROW_WIDTH, narrow_height, shows_objects_apart, survival_chart
 from headoff.images import ImageSource
+from headoff.importance.curves import RemovalCurves
 from headoff.outcomes import Status
 from headoff.relevance.explanations import Explanation
 from headoff.report.evidence import evidence, headline
@@ -66,6 +68,7 @@ def render_page(
     provenance: Mapping[str, str],
     explanation: Explanation | None = None,
     style: MapStyle | None = None,
+    curves: RemovalCurves | None = None,
 ) -> str:
     """The HTML of the page. See `headoff.report.write_report` for the arguments."""
     picture = small_picture(image)
@@ -98,6 +101,8 @@ def render_page(
         subdued=subdued_css(),
         aspect=f"{result.image_size[1]} / {result.image_size[0]}",
         charts=_charts(result) if len(shown) > 1 else [],
+        curves=None if curves is None else _curves(curves),
+        curves_caption=CURVES_CAPTION,
         survival_caption=survival_chart(result).caption,
         objects=[
             {"name": object_name(result.baseline, index), "colour": object_colour(index), "index": index}
@@ -230,6 +235,15 @@ def _charts(result: SweepResult) -> list[dict[str, str]]:
         by_object = head_changes_by_object(result)
         charts.append({"wide": inline_svg(by_object.axes[0], "survival-by-object")})
     return charts
+
+
+def _curves(curves: RemovalCurves) -> dict[str, str]:
+    """The removal curves as SVG, for wide and for narrow screens."""
+    narrow = Figure(figsize=(NARROW_WIDTH, 4.2), layout="constrained").add_subplot()
+    return {
+        "wide": inline_svg(plot_curves(curves), "curves"),
+        "narrow": inline_svg(plot_curves(curves, narrow), "curves-narrow"),
+    }
 
 
 def background(picture: Image.Image) -> tuple[str, bytes]:
