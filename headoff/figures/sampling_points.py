@@ -12,6 +12,7 @@ from headoff.figures.relevance import check_shown
 from headoff.figures.tiles import EDGE, LINE, SMALL, Place, Sheet, pixels_of, wrapped
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
+from headoff.wording import counted
 
 _COLUMNS = 3
 _GAP = 0.12
@@ -91,7 +92,7 @@ def plot_sampling_points(
                 linewidths=0.3,
                 zorder=4,
             )
-        note = f"layer {layer}" + (f", {outside} points outside" if outside else "")
+        note = f"layer {layer}" + (f", {counted(outside, 'point')} outside the image" if outside else "")
         sheet.write(place.left, place.top + height + 0.13, note, SMALL, colour=MUTED, room=width)
     below = top + rows * row + 0.1
     for head in range(heads):

@@ -161,7 +161,11 @@ class Sheet:
             "object": "0 to each object's maximum over configurations and layers",
             "map": "each map's minimum to its maximum",
         }[style.scale]
-        self.write(bar.left + bar.width + 0.07, bar.top + 0.085, f"{what}, {ends}", SMALL, colour=MUTED)
+        words, left = f"{what}, {ends}", bar.left + bar.width + 0.07
+        if len(words) * SMALL * 0.56 / 72 < self.width - left:
+            self.write(left, bar.top + 0.085, words, SMALL, colour=MUTED)
+        else:  # a narrow sheet
+            self.write(bar.left, bar.top - 0.05, words, SMALL, colour=MUTED)
 
     def _rectangle(self, place: Place, **look: Any) -> None:
         # Not add_patch, which would compute limits that are fixed here.

@@ -71,9 +71,9 @@ class HeadCards:
         }
         attention = None
         if importance.site == "decoder_cross" and len(importance.objects):
-            queries = importance.objects.queries[:MOST_OBJECTS].tolist()
+            shown = importance.objects.subset(range(min(MOST_OBJECTS, len(importance.objects))))
             attention = explain(
-                detector, picture, [none_off()], queries, "raw", confidence=confidence, heads=True
+                detector, picture, [none_off()], shown, "raw", confidence=confidence, heads=True
             )
         return cls(importance.shape, sweeps, attention)
 
