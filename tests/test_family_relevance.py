@@ -274,3 +274,22 @@ def test_the_picture_of_sampling_points(tmp_path):
         headoff.plot_sampling_points(without, image=picture)
     with pytest.raises(SettingError, match="no object 1"):
         headoff.plot_sampling_points(explanation, 0, 1, image=picture)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    (
+        ("rt_detr", ("Relevance ends at the memory", "The 3 levels", "sampling points")),
+        ("deformable_detr", ("The 3 levels", "sampling points")),
+        ("conditional_detr", ()),
+    ),
+)
+def test_the_page_says_where_relevance_ends(kind, said, tmp_path):
+    detector, picture = on_small_images(kind), sample_image(0)
+    best = headoff.sweep(detector, picture, ["none"], confidence=0.0).baseline[0]
+    swept = headoff.sweep(detector, picture, ["none"], confidence=best.score - 1e-6)
+    explanation = headoff.explain(detector, picture, ["none"], swept.baseline, heads=True)
+    headoff.write_report(tmp_path / "report", picture, swept, explanation=explanation, provenance={})
+    page = (tmp_path / "report" / "index.html").read_text()
+    for sentence in ("Relevance ends at the memory", "The 3 levels", "sampling points"):
+        assert (sentence in page) == (sentence in said), sentence

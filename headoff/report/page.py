@@ -215,6 +215,9 @@ def _relevance(
     data = page_maps(explanation, result, style, [view.configuration for view in pictured])
     return {
         "evidence": evidence(explanation),
+        "through_encoder": explanation.through_encoder,
+        "levels": len(explanation.shapes),
+        "has_points": explanation.points is not None,
         "data": data,
         "json": as_script(data),
         "method": explanation.method,
