@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from headoff.detector import Detector
+from headoff.detector import Detector, DetectorOutput
 from headoff.images import ImageSource, load_image
 
 
@@ -49,3 +49,9 @@ class EncodedImage:
         # Not in inference mode, whose tensors autograd cannot save.
         with torch.inference_mode(False), torch.no_grad():
             return self.detector.encode_features(self.features)
+
+    @cached_property
+    def output(self) -> DetectorOutput:
+        """What is found with everything on, see `Detector.decode`."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.detector.decode(self.memory)

@@ -193,8 +193,9 @@ def sweep(
     with torch.inference_mode(), detector.autocasting(autocast), replaced.applied_to(detector):
         encoded = image if isinstance(image, EncodedImage) else EncodedImage.of(detector, picture)
         features, memory = encoded.features, encoded.memory
+        known = encoded.output if chosen and isinstance(image, EncodedImage) and autocast is None else None
         if any(configuration.names_objects for configuration in chosen):
-            alone = decode_all(detector, features, stack([none_off()], layout), memory=memory)
+            alone = known or decode_all(detector, features, stack([none_off()], layout), memory=memory)
             objects = detections_from(
                 alone.logits[0, 0],
                 alone.boxes[0, 0],
@@ -204,13 +205,16 @@ def sweep(
                 detector.scoring,
             )
             chosen = for_queries_of(objects, chosen)
-        # The baseline is decoded in the same batch, so that layers it shares with others are computed once.
-        gates = stack((none_off().named("baseline of the sweep"), *chosen), layout)
+        # The baseline is decoded in the same batch, so that layers it shares with others are computed once; unless it
+        # is known.
+        first = [] if known else [none_off().named("baseline of the sweep")]
+        gates = stack((*first, *chosen), layout)
         output = decode_all(
             detector, features, gates, memory_budget=memory_budget, graphs=graphs, memory=memory
         )
         # Concatenated, so that the host waits for one copy only.
-        predictions = torch.cat((output.logits[:, 0], output.boxes[:, 0]), dim=-1).cpu()
+        parts = [torch.cat((one.logits[:, 0], one.boxes[:, 0]), dim=-1) for one in (known, output) if one]
+        predictions = torch.cat(parts).cpu()
         logits, boxes = predictions[..., :-4].contiguous(), predictions[..., -4:].contiguous()
     found = [
         detections_from(one, box, image_size, detector.class_names, confidence, detector.scoring)

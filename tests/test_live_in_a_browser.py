@@ -82,6 +82,11 @@ await next(() => {});
 seen.error = [$("error").offsetHeight > 0, $("error").textContent];
 await next(() => press("+"));
 seen.recovered = $("error").hidden;
+
+// A link to an object that does not exist.
+location.hash = "#off=H1&object=77";
+await next(() => {});
+seen.missing = [$("error").textContent, all(".mark").length > 0];
 """
 
 
@@ -129,3 +134,5 @@ def test_every_control_of_the_live_page(tmp_path, address):
     assert seen["bare"] == 0
     there, text = seen["error"]
     assert there and "names layer 9" in text and seen["recovered"]
+    message, drawn = seen["missing"]
+    assert message.startswith("object 77 does not exist") and drawn

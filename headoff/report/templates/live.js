@@ -4,8 +4,9 @@
   const $ = (id) => document.getElementById(id);
   const root = document.documentElement;
   const { state } = page;
-  let gates = null; // of every site (layers x heads), as the text that is in force says
-  let gatesOf = null; // that text
+  // Of every site (layers x heads), and the text that says so.
+  let gates = Object.fromEntries(Object.entries(about.sites).map(([site, [layers, heads]]) => [site, Array.from({ length: layers }, () => Array(heads).fill(1))]));
+  let gatesOf = "none";
   let layOutOf = null; // the site whose grid is there
   let answer = null;
 
@@ -41,7 +42,6 @@
   }
 
   function turn(change) {
-    if (!gates) return;
     gates = structuredClone(gates);
     change(gates[state.site]);
     gatesOf = textOf();
@@ -88,7 +88,7 @@
   function drawGrid() {
     if (layOutOf !== state.site) buildGrid();
     $("gates").querySelectorAll("tbody tr").forEach((row, l) => row.querySelectorAll("td").forEach((cell, h) => {
-      const gate = gates ? gates[state.site][l][h] : 1;
+      const gate = gates[state.site][l][h];
       const [one, slider] = cell.children;
       const kind = gate === 1 ? "" : gate === 0 ? "off" : "part";
       const text = gate === 1 ? "on" : gate === 0 ? "off" : gate.toFixed(2).replace(/^0/, "");
@@ -98,7 +98,7 @@
       one.setAttribute("aria-pressed", gate === 1);
       if (document.activeElement !== slider) slider.value = gate;
     }));
-    const others = gates ? Object.keys(gates).filter((site) => site !== state.site && gates[site].some((row) => row.some((gate) => gate !== 1))) : [];
+    const others = Object.keys(gates).filter((site) => site !== state.site && gates[site].some((row) => row.some((gate) => gate !== 1)));
     $("elsewhere").hidden = others.length === 0;
     $("elsewhere").textContent = `Heads are off at ${others.join(" and ")}, too.`;
   }
@@ -120,6 +120,16 @@
     if (error) $("error").textContent = error instanceof TypeError ? "The server does not answer: has `headoff live` ended?" : error.message;
   }
 
+  // Below the message about a link to something that does not exist.
+  async function drawBaseline(wanted) {
+    try {
+      answer = await ask("boxes", { ...wanted, off: "none", object: null, ablation: "zero" });
+      draw(wanted);
+    } catch (error) {
+      complain(error);
+    }
+  }
+
   async function follow() {
     if (busy) return;
     busy = true;
@@ -130,13 +140,14 @@
         const found = await ask("boxes", wanted);
         complain(null);
         answer = found;
-        if (state.off === wanted.off) {
+        if (state.off === wanted.off && gatesOf !== wanted.off) {
           gates = answer.gates;
           gatesOf = wanted.off;
         }
         draw(wanted);
       } catch (error) {
         complain(error);
+        if (!answer) await drawBaseline(wanted);
       }
       shown = key;
       document.dispatchEvent(new CustomEvent("drawn", { detail: key }));
@@ -273,7 +284,7 @@
     root.classList.toggle("smooth", state.smooth);
     root.classList.toggle("bare", !state.boxes);
     drawChoices();
-    if (gatesOf === state.off || gates === null) drawGrid();
+    drawGrid();
     follow();
     followMap();
   });
