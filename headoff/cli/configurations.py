@@ -16,6 +16,7 @@ from headoff.gates import (
     Configuration,
     OrderResolver,
     all_subsets,
+    check_site_exists,
     cumulative,
     none_off,
     parse_configuration,
@@ -72,11 +73,13 @@ class ConfigurationChoice:
         layout, site = detector.head_layout, self.site
         if self.off or self.set is None:
             return read_configurations((none_off(), *self.off))
+        check_site_exists(layout, site, "--site")
+        heads = layout.heads_at(site)
         if self.set == "single":
-            return (none_off(), *single_heads(layout.layers(site), layout.heads, site=site))
+            return (none_off(), *single_heads(layout.layers(site), heads, site=site))
         if self.set == "subsets":
-            return all_subsets(layout.heads, site=site)
-        return cumulative(layout.heads, self.order(layout.heads) if self.order else None, site=site)
+            return all_subsets(heads, site=site)
+        return cumulative(heads, self.order(heads) if self.order else None, site=site)
 
     def for_image(
         self,

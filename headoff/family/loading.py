@@ -30,7 +30,7 @@ from headoff.family.detector import FamilyDetector
 from headoff.images import Preprocessing
 from headoff.wording import counted
 
-OLDEST = "5.8"
+OLDEST = "5.9"
 """The oldest transformers that has all types; as in the extra `family` of pyproject.toml."""
 
 _EXTRA = "pip install 'headoff[family]'"
@@ -120,15 +120,12 @@ def _preprocessing(path: Path, adapter: Adapter, config: Any) -> tuple[Preproces
     default = adapter.preprocessing(config)
     if path.is_file():
         return preprocessing_from_config(read_json(path), default), ()
-    size = default.size or (default.short_side, default.long_side)
-    how = (
-        f"images of {size[0]} x {size[1]} pixels"
-        if default.size
-        else f"images with a short side of {size[0]} pixels and a long side of at most {size[1]}"
+    sides = (
+        f"{default.size[0]} x {default.size[1]}" if default.size else f"a short side of {default.short_side}"
     )
     return default, (
-        f"{how} assumed, as is usual for {adapter.model_type}, for there is no {PREPROCESSOR}: give short_side= "
-        "(--short-side), or put the file there",
+        f"images resized and normalised as is usual for {adapter.model_type} ({sides} pixels) assumed, for there is no "
+        f"{PREPROCESSOR}: put the file there, or give short_side= (--short-side)",
     )
 
 

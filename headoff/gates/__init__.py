@@ -19,7 +19,7 @@ Example:
 
 from headoff.choices import DEFAULT_SITE, SITES, Site
 from headoff.gates.batch import Gates, stack
-from headoff.gates.clauses import Clause, HeadLayout, Heads
+from headoff.gates.clauses import Clause, HeadLayout, Heads, check_site_exists
 from headoff.gates.configurations import (
     Configuration,
     all_subsets,
@@ -55,6 +55,7 @@ __all__ = [
     "SweepKind",
     "all_subsets",
     "check_order",
+    "check_site_exists",
     "cumulative",
     "first_off",
     "heads_off",

@@ -49,6 +49,15 @@ class HeadLayout:
         return self.encoder_layers if check_site(site) == "encoder_self" else self.decoder_layers
 
 
+def check_site_exists(layout: HeadLayout, site: Site, subject: str) -> None:
+    """Raise GateError, with `subject` as the subject of its sentence, if `layout` has no layers at `site`."""
+    if not layout.layers(site):
+        present = [other for other in SITES if layout.layers(other)]
+        raise GateError(
+            f"{subject} is about {site}, where this detector has no attention: use {' or '.join(present)}"
+        )
+
+
 @dataclass(frozen=True)
 class Heads:
     """Some heads of some layers; None means all of them. Numbers are kept sorted and without duplicates."""
@@ -150,6 +159,7 @@ class Clause:
 
     def check(self, layout: HeadLayout, subject: str) -> None:
         """Raise GateError, with `subject` as the subject of its sentence, if `layout` lacks a head, layer or query."""
+        check_site_exists(layout, self.site, subject)
         layers, heads = layout.layers(self.site), layout.heads_at(self.site)
         for where in (Heads(self.layers, self.heads), *self.kept_heads):
             check_exist(subject, "layer", where.layers, layers, self.site)

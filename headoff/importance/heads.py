@@ -15,6 +15,7 @@ from headoff.attention import attention_label
 from headoff.choices import DEFAULT_SITE, AblationKind, Site
 from headoff.detector import Detector
 from headoff.errors import SettingError
+from headoff.gates import check_site_exists
 from headoff.gates.validation import check_site
 from headoff.images import ImageSource, load_image
 from headoff.importance.games import Game
@@ -66,6 +67,7 @@ def heads(
     Raises:
         ImageError: the image cannot be read.
         SettingError: an argument is invalid, or a measure supports none of the values.
+        GateError: there is no such site, or the detector has no attention there.
         AttentionError: gradients are wanted of an attention without a backward pass.
         NonFiniteError: a value or a derivative is not finite.
         OutputError: the store cannot be written.
@@ -75,6 +77,7 @@ def heads(
         >>> found.get("shapley_columns", "probability").scores  # (objects, 1, heads)
     """
     check_site(site)
+    check_site_exists(detector.head_layout, site, "the site of headoff.heads")
     chosen = [resolve_measure(m) for m in ([measures] if isinstance(measures, str | Measure) else measures)]
     specs = [values] if isinstance(values, str) or callable(values) else list(values)
     wanted = [resolve_value(spec) for spec in specs]
