@@ -17,6 +17,8 @@ from headoff.images import ImageSource, load_image
 class EncodedImage:
     """What no gate of the decoder changes. `headoff.sweep` and `headoff.explain` take it in the place of an image.
 
+    It is computed when it is first needed, and holds as long as the detector's weights and attention stay the same.
+
     Attributes:
         detector: what encoded the image; results of another one would make no sense.
         picture: the image as RGB.

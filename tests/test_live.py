@@ -235,6 +235,12 @@ def test_a_name_cannot_end_the_page_s_script(detector, tmp_path):
     assert "alert(1)" in page and "<script>alert" not in page
 
 
+def test_images_of_one_name_are_told_apart(detector, tmp_path):
+    paths = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.png", tmp_path / "y.png"]
+    names = [image["name"] for image in Session(detector, paths).images]
+    assert names == [str(paths[0]), str(paths[1]), "y.png"]
+
+
 def test_commands_have_the_options_of_the_detector(tmp_path):
     from headoff.cli import parser
 

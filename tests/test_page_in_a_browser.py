@@ -186,13 +186,15 @@ def test_an_address_shows_the_same_on_a_telephone(page, tmp_path):
 
 
 def test_a_switch_for_each_head_shows_every_subset_and_says_what_is_next(tmp_path):
-    image, result = scene_example(configurations=all_subsets(8))
+    image, result = scene_example(configurations=all_subsets(5))
     letters = [[STATUS_STYLES[found.status].letter for found in one.outcomes] for one in result.outcomes]
     survival = result.survival().T.tolist()
+    page = render_page(image, result, {})
+    assert "How many heads can go" not in page  # which is for orders by importance
     links = '<link rel="next" href="../b/" title="b.png">'
     seen, errors = seen_in(
         tmp_path,
-        render_page(image, result, {}).replace("<!--pages-->", f"<!--pages-->{links}"),
+        page.replace("<!--pages-->", f"<!--pages-->{links}"),
         """
         seen.stepper = [$("slider"), $("previous")].filter(Boolean).length;
         const switches = all("#board [role=switch]");
@@ -203,7 +205,7 @@ def test_a_switch_for_each_head_shows_every_subset_and_says_what_is_next(tmp_pat
         seen.first = look();
         switches[2].click();
         seen.clicked = look();
-        press("6");
+        press("4");
         seen.pressed = look();
         all("#board tbody tr")[1].querySelectorAll("td.next")[2].click();
         seen.cell = look();
@@ -219,11 +221,11 @@ def test_a_switch_for_each_head_shows_every_subset_and_says_what_is_next(tmp_pat
         address="#step=0",
     )
     assert errors == [] and seen["stepper"] == 0 and seen["link"] == "../b/"
-    steps = {"first": 0, "clicked": 4, "pressed": 68, "cell": 64, "allOff": 255, "stepped": 254, "allOn": 0}
+    steps = {"first": 0, "clicked": 4, "pressed": 20, "cell": 16, "allOff": 31, "stepped": 30, "allOn": 0}
     for name, step in steps.items():
         title, on, address, cells = seen[name]
         assert title == [result.configurations[step].name]
-        assert on == "".join("0" if step >> head & 1 else "1" for head in range(8))
+        assert on == "".join("0" if step >> head & 1 else "1" for head in range(5))
         assert address == (f"#step={step}" if step else "")
         *objects, duplicates, unmatched = cells
         for o, (now, *after) in enumerate(objects):

@@ -130,7 +130,11 @@ class Session:
     @property
     def images(self) -> list[dict[str, str]]:
         """Id and name of every image."""
-        names = {number: path.name for number, path in self._files.items()}
+        files = [path.name for path in self._files.values()]
+        names = {
+            number: path.name if files.count(path.name) == 1 else str(path)
+            for number, path in self._files.items()
+        }
         names |= {number: name for number, (name, _) in self._sent.items()}
         return [{"id": number, "name": name} for number, name in names.items()]
 
