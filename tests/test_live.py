@@ -271,6 +271,14 @@ def test_the_command_serves_until_ctrl_c(capsys, monkeypatch):
     assert printed.err == "" and threading.active_count() < 20
 
 
+def test_an_image_that_cannot_be_read_is_said_before_the_page_opens(capsys, tmp_path):
+    path = tmp_path / "street.png"
+    path.write_bytes(png()[:50])
+    assert main(["live", str(path), "--port", "0"]) == 2
+    assert "street.png' is truncated or corrupt" in capsys.readouterr().err
+    assert main(["live", str(tmp_path / "none.png"), "--port", "0"]) == 2
+
+
 def test_a_port_in_use_is_said(capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -64,12 +64,13 @@ def add_parser(commands: Any) -> None:
 
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
+    import contextlib
     import threading
     import webbrowser
 
     from headoff.cli.detectors import load_detector
     from headoff.cli.images import images_at
-    from headoff.errors import SettingError
+    from headoff.errors import ImageError, SettingError
 
     try:
         import starlette  # noqa: F401
@@ -79,7 +80,7 @@ def run(settings: argparse.Namespace) -> int:
             "headoff live needs Starlette and uvicorn, which are not installed: pip install 'headoff[live]'"
         ) from None
     from headoff.live.server import HOST, Server, application, listen
-    from headoff.live.session import Session
+    from headoff.live.session import Session, Setting
 
     # Wrong options are reported before the weights are read.
     images = images_at(settings.images)
@@ -93,6 +94,9 @@ def run(settings: argparse.Namespace) -> int:
             confidence=settings.confidence,
             explainer=lambda: load_detector(settings, quiet=True),
         )
+        # Encoded before the page asks; the page tells which of several images cannot be read.
+        with contextlib.suppress(*([ImageError] if len(images.paths) > 1 else [])):
+            session.boxes(Setting(session.images[0]["id"]))
         address = f"http://{HOST}:{bound.getsockname()[1]}/"
 
         def started() -> None:
