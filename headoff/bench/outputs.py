@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headoff.attention import Attention, eager
+from headoff.attention import Attention
 from headoff.bench.workloads import Output, Workload
 from headoff.harness.finding import Finding
 from headoff.harness.model.relu_masks import ReluMasks
-from headoff.harness.reference.implementations import right_implementations
 from headoff.harness.tolerance import ERROR_FACTOR, allowed_error, peak_error
 
 
@@ -36,7 +35,7 @@ class ExpectedOutputs:
         self._truth: dict[str, Output] | None = None
         self.floor = workload.roundings * unit
         self.measured_errors: dict[str, float] = {}
-        for attention in right_implementations():
+        for attention in workload.implementations():
             found, masks = outputs_and_masks(rounded, attention)
             for name, truth in self.truth(masks, rounded).items():
                 error = float(peak_error(found[name].rows, truth.rows).amax()) * scale
@@ -97,11 +96,11 @@ def truth_of(workload: Workload, masks: ReluMasks) -> dict[str, Output]:
     """The oracle's outputs in float64; see `ExpectedOutputs.truth`."""
     exact = workload.in_dtype(torch.float64)
     if (detector := exact.relu_detector) is None:
-        return exact.outputs_of(eager)
+        return exact.outputs_of(exact.oracle)
     # A hidden unit is a sum of `width` products, whose errors add up like a random walk, after those of all layers.
     resolution = workload.roundings * torch.finfo(workload.dtype).eps * detector.config.width**0.5
     with masks.pinned(detector, resolution=resolution):
-        return exact.outputs_of(eager)
+        return exact.outputs_of(exact.oracle)
 
 
 def outputs_and_masks(workload: Workload, attention: Attention) -> tuple[dict[str, Output], ReluMasks]:

@@ -24,6 +24,7 @@ TITLES = {
     "sweep": "Sweep, from the image to the outcomes",
     "relevance": "Relevance, from the image to the maps",
     "importance": "What heads contribute, from the image to the scores",
+    "deformable": "Deformable attention",
 }
 HEAD = ("provider", "x reference", "interval", "time", "memory", "rounds")
 

@@ -21,6 +21,7 @@ from headoff.bench.attentions import (
     SdpaTimesGate,
     skipping_attention,
 )
+from headoff.bench.deformable import DeformableShape, DeformableWorkload, shapes_for
 from headoff.bench.importance import importance_cases
 from headoff.bench.models import BenchmarkModel, Size, with_attention
 from headoff.bench.notebook import Notebook
@@ -36,6 +37,7 @@ from headoff.bench.workloads import (
     relevance_outputs,
     site_shape,
 )
+from headoff.deformable import gather_attention, grid_sample_attention
 from headoff.detector import DetectorOutput
 from headoff.detr.graphs import DecodeGraphs
 from headoff.errors import AttentionError
@@ -65,6 +67,8 @@ PACKAGE = {name: OWN_ATTENTIONS[name] for name in (OWN, TRITON)}
 
 PLAIN, ALWAYS_SKIPPING = "torch SDPA", "always skipping"
 SKIPPING: dict[str, Attention] = {PLAIN: SdpaTimesGate(), ALWAYS_SKIPPING: skipping_attention, OWN: sdpa}
+
+DEFORMABLE: dict[str, Any] = {"grid_sample": grid_sample_attention, "gather": gather_attention}
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward + backward")
 
@@ -396,6 +400,21 @@ def importance_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
     yield from importance_cases(size, model, Provider.of(ONE_FORWARD, plain_forward(model), check))
 
 
+def deformable_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
+    """Single calls of deformable attention by two formulations in PyTorch, at the sizes of known detectors."""
+
+    def providers(shape: DeformableShape, direction: Direction, off: int) -> list[Provider]:
+        device, dtype = model.detector.device, model.detector.dtype
+        expected = ExpectedOutputs(DeformableWorkload.of(shape, direction, off, device, dtype))
+        return providers_of(expected, DEFORMABLE)
+
+    for shape in shapes_for(small=size == "scenes"):
+        sizes = f"{shape.queries:,} queries, {sum(h * w for h, w in shape.levels):,} tokens"
+        for direction, off in product(DIRECTIONS, (0,) if size == "scenes" else (0, shape.heads // 2)):
+            title = f"{shape.name}, {sizes}, {off} heads off, {direction}"
+            yield Case("deformable", title, partial(providers, shape, direction, off), {"grid_sample"})
+
+
 SUITES = {
     "attention": attention_suite,
     "skipping": skipping_suite,
@@ -403,4 +422,5 @@ SUITES = {
     "sweep": sweep_suite,
     "relevance": relevance_suite,
     "importance": importance_suite,
+    "deformable": deformable_suite,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -15,13 +16,14 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from headoff.attention import Attention
+from headoff.attention import Attention, eager
 from headoff.bench.models import BenchmarkModel, with_attention, without_backbone
 from headoff.detections import class_probabilities
 from headoff.detector import DetectorOutput
 from headoff.detr.detector import Detr, Memory
 from headoff.gates import Configuration, Gates, Site, stack
 from headoff.harness.finding import Property
+from headoff.harness.reference.implementations import right_implementations
 from headoff.relevance import Explanation, explain
 from headoff.sweeps import SweepResult, sweep
 from headoff.timing import TimedCall
@@ -70,8 +72,17 @@ class Workload(ABC):
         """The detector whose ReLUs the gradients pass through, where an output depends on gradients."""
         return None
 
+    @property
+    def oracle(self) -> Any:
+        """The attention that gives the truth in float64."""
+        return eager
+
+    def implementations(self) -> Iterable[Any]:
+        """Correct attentions, whose errors set the tolerance."""
+        return right_implementations()
+
     @abstractmethod
-    def timed_call(self, attention: Attention) -> TimedCall:
+    def timed_call(self, attention: Any) -> TimedCall:
         """The computation with this attention."""
 
     @abstractmethod
@@ -116,13 +127,76 @@ def site_shape(
     return AttentionShape(site, batch, queries, keys, config.heads, config.width // config.heads, padded)
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionWorkload(Workload):
-    """One attention call with random inputs.
+class CallWorkload(Workload):
+    """One call of an attention with random inputs.
 
-    For `backward` the graph is made in the setup, and only the `gradients` of query, key and value are timed.
-    `grad_context` is the gradient of the context; all tensors are as in the attention contract.
+    For `backward` the graph is made in the setup, and only the `gradients` of the inputs are timed. `grad_context` is
+    the gradient of the context; all tensors are as in the attention's contract.
     """
+
+    title: str
+    direction: Direction
+    grad_context: Tensor
+    gradients: tuple[Property, ...]
+
+    @property
+    @abstractmethod
+    def inputs(self) -> dict[Property, Tensor]:
+        """Those that gradients are wanted of, by the name of the gradient."""
+
+    @abstractmethod
+    def attend(self, attention: Any, *inputs: Tensor) -> Tensor:
+        """The context of these inputs, with all else as it is here."""
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Context or gradient with a row for each head of each batch item."""
+        return tensor.flatten(0, 1).flatten(1)
+
+    @property
+    def name(self) -> str:
+        return self.title
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.grad_context.dtype
+
+    def timed_call(self, attention: Any) -> TimedCall:
+        wanted = () if self.direction == "forward" else self.gradients
+        leaves = [tensor.detach().requires_grad_(name in wanted) for name, tensor in self.inputs.items()]
+        inputs = [tensor for tensor in leaves if tensor.requires_grad]
+
+        def forward() -> Tensor:
+            return self.attend(attention, *leaves)
+
+        def without_gradients() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return (forward(),)
+
+        def backward(context: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(context, inputs, self.grad_context, allow_unused=True)
+
+        def both() -> tuple[Tensor | None, ...]:
+            context = forward()
+            return (context.detach(), *backward(context))
+
+        if self.direction == "forward":
+            return TimedCall(without_gradients)
+        return TimedCall(both) if self.direction != "backward" else TimedCall(backward, lambda: (forward(),))
+
+    def outputs(self, result: tuple[Tensor | None, ...]) -> dict[str, Output]:
+        of = {name: self.inputs[name] for name in self.gradients}
+        if self.direction != "backward":
+            of = {"context": self.grad_context, **of}
+        found = {}
+        for tensor, (name, like) in zip(result, of.items(), strict=False):
+            # An attention that left an input out of its graph says that its gradient is zero.
+            found[str(name)] = Output(self.rows(torch.zeros_like(like) if tensor is None else tensor), name)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWorkload(CallWorkload):
+    """One attention call."""
 
     title: str
     direction: Direction
@@ -166,52 +240,12 @@ class AttentionWorkload(Workload):
         )
 
     @property
-    def name(self) -> str:
-        return self.title
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.query.dtype
-
-    @property
-    def _inputs(self) -> dict[Property, Tensor]:
+    def inputs(self) -> dict[Property, Tensor]:
         return {"dq": self.query, "dk": self.key, "dv": self.value}
 
-    def timed_call(self, attention: Attention) -> TimedCall:
-        wanted = () if self.direction == "forward" else self.gradients
-        query, key, value = leaves = [
-            tensor.detach().requires_grad_(name in wanted) for name, tensor in self._inputs.items()
-        ]
-        inputs = [tensor for tensor in leaves if tensor.requires_grad]
-
-        def forward() -> Tensor:
-            return attention(query, key, value, self.attn_mask, head_gate=self.head_gate)
-
-        def without_gradients() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (forward(),)
-
-        def backward(context: Tensor) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(context, inputs, self.grad_context, allow_unused=True)
-
-        def both() -> tuple[Tensor | None, ...]:
-            context = forward()
-            return (context.detach(), *backward(context))
-
-        if self.direction == "forward":
-            return TimedCall(without_gradients)
-        return TimedCall(both) if self.direction != "backward" else TimedCall(backward, lambda: (forward(),))
-
-    def outputs(self, result: tuple[Tensor | None, ...]) -> dict[str, Output]:
-        of = {name: self._inputs[name] for name in self.gradients}
-        if self.direction != "backward":
-            of = {"context": self.query, **of}
-        found = {}
-        for tensor, (name, like) in zip(result, of.items(), strict=False):
-            # An attention that left an input out of its graph says that its gradient is zero.
-            rows = torch.zeros_like(like) if tensor is None else tensor
-            found[str(name)] = Output(rows.flatten(0, 1).flatten(1), name)
-        return found
+    def attend(self, attention: Attention, *inputs: Tensor) -> Tensor:
+        query, key, value = inputs
+        return attention(query, key, value, self.attn_mask, head_gate=self.head_gate)
 
     def in_dtype(self, dtype: torch.dtype) -> Self:
         tensors = ("query", "key", "value", "grad_context")

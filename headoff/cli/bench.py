@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Written out, because importing them would import torch; a test compares them with the originals.
 SIZE_NAMES = ("scenes", "r50", "dc5")
-SUITES = ("attention", "skipping", "decoder", "sweep", "relevance", "importance")
+SUITES = ("attention", "skipping", "decoder", "sweep", "relevance", "importance", "deformable")
 
 STAGE_SECONDS = 1.0
 """Stages that follow the line before faster than this are not announced."""
@@ -34,6 +34,8 @@ suites:
   relevance   from the image to the maps, and the notebooks' way; with the encoder's cams kept, and recomputed tile by
               tile in little memory
   importance  scores of all heads by several measures, relative to one plain forward pass
+  deformable  single calls of deformable attention by two formulations in PyTorch, grid_sample and gathered corners, at
+              the sizes of RT-DETR and Deformable DETR
 
   Every provider is checked against the float64 oracle before it is timed. Wrong and unsupported ones are listed.
   Providers take turns; the interval of a ratio has 99% confidence. It takes 8 rounds; where those take more than a

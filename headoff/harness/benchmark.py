@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from headoff.attention import resolve_attention
 from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, loaded_model
 from headoff.bench.outputs import ExpectedOutputs
 from headoff.bench.workloads import Workload
@@ -58,7 +57,7 @@ class BenchmarkRunner:
 
     def __init__(self, patch: Patch, config: pytest.Config, seconds: float | None = None) -> None:
         self.patch = patch
-        self.baseline = resolve_attention(patch.settings.baseline)
+        self.baseline = patch.settings.of_contract.resolve(patch.settings.baseline)
         self.seconds = SECONDS[patch.device.type] if seconds is None else seconds
         self._config = config
 

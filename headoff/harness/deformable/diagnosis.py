@@ -33,7 +33,7 @@ from headoff.harness.operator.reference import truth_of
 TRIED = 16
 """Failing cases, the smallest first, that a cause must explain."""
 
-SMALL = 1500
+SMALL = 600
 """Weights of the suite's own cases on which an explanation is tried."""
 
 
@@ -119,7 +119,7 @@ def diagnose(
     grads = not all(first.message.startswith(WITHOUT_GRADIENTS) for _, first in numbers)
     dtype, seed = failed[0].dtype, failed[0].seed
     own = [case for case in deformable_cases(dtype, seed + 1) if case.weights <= SMALL and case.queries]
-    family = dict.fromkeys([*(case for case, _ in numbers), *reduced_cases(dtype, seed), *own[::2]])
+    family = dict.fromkeys([*(case for case, _ in numbers), *reduced_cases(dtype, seed), *own[::3]])
     tried = [each for case in family if (each := _observed(attention, case, device, grads)) is not None]
     outputs: tuple[str, ...] = ("context",)
     if not any(each.fails(outputs) for each in tried):

@@ -236,9 +236,7 @@ Change = Callable[[Tensor, DeformableTensors], Tensor]
 
 def _gradient(name: Property, clause: str, change: Change) -> Fault:
     """A gradient that is `change` of the right one and the tensors of the call."""
-    return Fault(
-        name, clause, lambda tensors, case: {name: change(truth_for(tensors, case).values[name], tensors)}
-    )
+    return Fault(name, clause, lambda tensors, case: {name: change(_right(name, tensors, case), tensors)})
 
 
 def _lacking(name: Property, clause: str, **changed: Callable[[Tensor], Tensor]) -> Fault:
@@ -246,9 +244,14 @@ def _lacking(name: Property, clause: str, **changed: Callable[[Tensor], Tensor])
 
     def answer(tensors: DeformableTensors, case: DeformableCase) -> Results:
         others: dict[str, Any] = {of: change(getattr(tensors, of)) for of, change in changed.items()}
-        return {name: truth_for(replace(tensors, **others), case).values[name]}
+        return {name: _right(name, replace(tensors, **others), case)}
 
     return Fault(name, clause, answer)
+
+
+def _right(name: str, tensors: DeformableTensors, case: DeformableCase) -> Tensor:
+    """The right gradient, also where the case does not want it."""
+    return truth_for(tensors, replace(case, wanted="all")).values[name]
 
 
 def _size(tensors: DeformableTensors) -> Tensor:

@@ -71,6 +71,11 @@ class DeformableTrial(Trial):
     def unsupported_dtype(self, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(self.attention, dtype, self.device, PLAIN)
 
+    def fresh(self, case: Case, **fields: Any) -> Case:
+        """With another level as well: what is kept of the levels may be kept by the number of tokens."""
+        assert isinstance(case, DeformableCase)
+        return super().fresh(case, shapes=(*case.shapes, (7, 9)), **fields)
+
     def one_item_more(self, tensors: DeformableTensors, case: Case) -> Tensors:
         batch = case.batch
         more: dict[str, Any] = {

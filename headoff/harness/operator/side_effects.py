@@ -136,6 +136,10 @@ class Trial:
     def unsupported_dtype(self, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(self.attention, dtype, self.device)
 
+    def fresh(self, case: Case, **fields: Any) -> Case:
+        """A case of a size that no call had: with one batch item more, and other `fields`."""
+        return replace(case, batch=case.batch + 1, **fields)
+
     def one_item_more(self, tensors: Any, case: Case) -> Tensors:
         """`tensors` of the case with the first batch item a second time."""
         return sized(tensors, "batch items", case.batch + 1)
@@ -177,11 +181,10 @@ class Trial:
     def state(self, case: Case, findings: list[Finding], when: str, **fields: int) -> list[Finding]:
         """`findings` about `case`, attributed to state that is carried from call to call.
 
-        Unless the same is wrong where nothing can have been carried over, with one batch item more and other `fields`:
-        then what is wrong there.
+        Unless the same is wrong where nothing can have been carried over, in a `fresh` case with other `fields`: then
+        what is wrong there.
         """
-        fresh = replace(case, batch=case.batch + 1, **fields)  # type: ignore[arg-type]
-        if plain := operator_findings(self.attention, fresh, self.device):
+        if plain := operator_findings(self.attention, self.fresh(case, **fields), self.device):
             return plain
         first, *others = (self.forward(self.tensors(case)) for _ in range(REPEATS))
         if not all(same(first, other) for other in others):
