@@ -40,6 +40,16 @@ def ends_its_process(query, key, value, attn_mask=None):
     return attention(query, key, value, attn_mask)
 """
 
+MSDA = """
+from headoff.deformable import gather_attention
+
+def kernel(value, spatial_shapes, sampling_locations, attention_weights, *, head_gate=None):
+    return gather_attention(value, spatial_shapes, sampling_locations, attention_weights, head_gate=head_gate)
+
+def swapped(value, spatial_shapes, sampling_locations, attention_weights, *, head_gate=None):
+    return kernel(value, spatial_shapes, sampling_locations.flip(-1), attention_weights, head_gate=head_gate)
+"""
+
 ENDLESS = "while True: pass\n"
 
 
@@ -48,6 +58,7 @@ def folder(tmp_path, monkeypatch, at_a_desk):
     """A project of somebody's own, with settings for pytest that are not to count."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kernel.py").write_text(KERNEL)
+    (tmp_path / "msda.py").write_text(MSDA)
     (tmp_path / "endless.py").write_text(ENDLESS)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
     (tmp_path / "conftest.py").write_text("raise RuntimeError('this is not to be read')\n")
@@ -83,7 +94,16 @@ def test_right_from_any_folder(folder):
     assert "kernel.py:attention is right" in (folder / "out.html").read_text()
     assert 'tests="1"' in (folder / "out.xml").read_text()
     left = {path.name for path in folder.iterdir()} - {"__pycache__", "cache"}
-    assert left == {"kernel.py", "endless.py", "pytest.ini", "conftest.py", "out.html", "out.json", "out.xml"}
+    assert left == {
+        "kernel.py",
+        "msda.py",
+        "endless.py",
+        "pytest.ini",
+        "conftest.py",
+        "out.html",
+        "out.json",
+        "out.xml",
+    }
 
 
 def test_wrong_and_options_of_pytest(folder):
@@ -94,6 +114,17 @@ def test_wrong_and_options_of_pytest(folder):
     ]
     assert said and "RuntimeError: no kernel for this shape (line 10)" in said[0]
     assert "FAILURES" in done.stdout
+
+
+def test_deformable_attention(folder):
+    some = ("--", "-k", "flat or tall or first-0")
+    done = verify(folder, "msda.py:kernel", "--contract", "deformable", *some)
+    assert done.returncode == 0 and "msda.py:kernel is right: 3 checks passed" in done.stdout, done.stderr
+    done = verify(folder, "msda.py:swapped", "--contract", "deformable", "--report", "out.html", *some)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "swapped is wrong: sampling: x and y of the sampling locations are swapped" in done.stdout
+    about = json.loads((folder / "out.json").read_text())["about"]
+    assert about["contract"] == "deformable" and about["baseline"] == "grid_sample" and "model" not in about
 
 
 @pytest.mark.parametrize("options", [(), ("-n", "1")])
@@ -131,6 +162,15 @@ def test_an_import_that_does_not_end_is_ended(folder):
         (("kernel.py:attention", "--device", "abacus"), "device 'abacus' cannot be used here"),
         (("kernel.py:attention", "--report", "report.pdf"), "give a name that ends in .html or .json"),
         (("kernel.py:attention", "-n", "2", "--benchmark"), "times need the machine to themselves"),
+        (
+            ("kernel.py:attention", "--contract", "deformabel"),
+            "no contract 'deformabel' (did you mean 'deformable'?)",
+        ),
+        (
+            ("msda.py:kernel", "--contract", "deformable", "--only", "operator"),
+            "the suite 'operator' is for --contract dense: name one of deformable, deformable_benchmark",
+        ),
+        (("msda.py:kernel",), "msda.py:kernel takes sampling_locations: add --contract deformable"),
         (("--render", "nothing.json", "page.html"), "nothing.json"),
     ],
 )
