@@ -10,14 +10,20 @@ from deformable_mutants import RIGHT, WRONG
 
 from headoff.bench.deformable import DeformableShape, DeformableWorkload
 from headoff.bench.outputs import ExpectedOutputs
+from headoff.deformable import conform, grid_sample_attention
 from headoff.harness.deformable import (
     SIDE_EFFECTS,
+    case_named,
     deformable_cases,
     diagnose,
     reduced_cases,
     side_effect_findings,
 )
+from headoff.harness.deformable.known_faults import Steps, context_by, exact_with_gate
+from headoff.harness.deformable.mutations import SELF_TESTS, undetected
 from headoff.harness.operator import operator_findings
+from headoff.harness.operator.call import tensors_of
+from headoff.harness.operator.compare import comparisons
 
 CPU = torch.device("cpu")
 SIDE = ("in-place", "randomness", "state")
@@ -45,6 +51,29 @@ def test_right_attentions_pass(name):
     for dtype in (torch.float32, torch.float16) if "float32" in name else (torch.float32,):
         for case in reduced_cases(dtype):
             assert not operator_findings(attention, case, CPU)
+
+
+@pytest.mark.parametrize("fault", SELF_TESTS[::9])
+def test_the_tolerance_rejects_known_faults(fault):
+    assert not undetected(fault, torch.float32, CPU, seed=0)
+
+
+def test_the_oracles_steps_are_right_where_none_is_replaced():
+    for case in reduced_cases(torch.float64):
+        context = context_by(Steps(), exact_with_gate(tensors_of(case)))
+        assert comparisons({"context": context}, case, CPU)[0].is_right
+
+
+def test_a_call_without_queries_may_be_rejected():
+    def attention(value, shapes, locations, weights):
+        if not locations.shape[1]:
+            raise ValueError("nothing to launch")
+        return grid_sample_attention(value, shapes, locations, weights)
+
+    noted = {}
+    case = case_named("queries-0", torch.float32, 0)
+    assert not operator_findings(conform(attention, "mine"), case, CPU, noted.__setitem__)
+    assert "nothing to launch" in noted["a call without queries"]
 
 
 def test_what_is_timed_is_checked():

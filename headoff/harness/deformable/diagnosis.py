@@ -127,7 +127,8 @@ def diagnose(
     failing = [each for each in tried if each.fails(outputs)]
     if not failing:
         return numbers[0][1]
-    failing.sort(key=lambda each: each.case.weights)
+    # The simplest first: few kinds of anything, then few weights.
+    failing.sort(key=lambda each: (str(each.case).count(", "), each.case.weights))
     right = [each for each in tried if not each.fails(("context", *GRADIENTS.values()))]
     wrong = tuple(name for name in outputs if any(each.fails([name]) for each in failing))
     conditions = [

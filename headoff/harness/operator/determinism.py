@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from headoff.harness.finding import Finding
-from headoff.harness.operator.call import Tensors, call
 from headoff.harness.operator.cases import Case
 from headoff.harness.operator.side_effects import Trial, finding, same, side_effect
 
@@ -41,7 +40,7 @@ def repeatable(trial: Trial, case: Case) -> list[Finding]:
     for number in range(1, 4):
         torch.manual_seed(trial.seed + number)
         for name, again in trial.call(tensors).items():
-            if same(first[name], again) or (name != "context" and _torch_differs(trial, tensors)):
+            if same(first[name], again) or (name != "context" and trial.may_differ(name, tensors)):
                 continue
             difference = float((first[name].detach().double() - again.detach().double()).abs().max())
             message = f"{name} differs by {difference:.3g} between two calls with the same inputs"
@@ -54,14 +53,6 @@ def repeatable(trial: Trial, case: Case) -> list[Finding]:
                     "randomness", f"call {number} with the same inputs differs from the first", case
                 )
     return []
-
-
-def _torch_differs(trial: Trial, tensors: Tensors) -> bool:
-    """Whether the backward pass of torch's own code gives different bits from call to call on this device."""
-    if trial.device.type == "cpu":
-        return False
-    first, *others = (call(trial.by_torch, tensors) for _ in range(4))
-    return any(not same(first[name], other[name]) for other in others for name in first)
 
 
 @side_effect("number-of-threads", {}, {"mask": "none", "gate": "none"})

@@ -83,7 +83,7 @@ SEQUENCE: tuple[Fields, ...] = (
 """Calls that differ from the one before in contents, gate, mask, sizes or strides. `seed` is added to the trial's."""
 
 
-def by_torch(
+def _by_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -91,7 +91,7 @@ def by_torch(
     *,
     head_gate: Tensor | None = None,
 ) -> Tensor:
-    """Torch's own attention without the gate: is it deterministic here?"""
+    """Torch's own attention, without the gate."""
     return scaled_dot_product_attention(query, key, value, attn_mask)
 
 
@@ -116,7 +116,6 @@ class Trial:
 
     sequence: ClassVar[tuple[Fields, ...]] = SEQUENCE
     oracle: ClassVar[Any] = staticmethod(eager)
-    by_torch: ClassVar[Any] = staticmethod(by_torch)
 
     def case(self, **fields: Any) -> Case:
         """A case of moderate, ragged sizes with gate and mask, changed by `fields`."""
@@ -132,6 +131,13 @@ class Trial:
             "dtype": self.dtype,
         }
         return OperatorCase(**{**usual, **fields})
+
+    def may_differ(self, name: str, tensors: Tensors) -> bool:
+        """Whether the bits of a gradient may differ from call to call: where those of torch's own attention do."""
+        if self.device.type == "cpu":
+            return False
+        first, *others = (call(_by_torch, tensors) for _ in range(4))
+        return any(not same(first[of], other[of]) for other in others for of in first)
 
     def unsupported_dtype(self, dtype: torch.dtype) -> str | None:
         return unsupported_dtype(self.attention, dtype, self.device)
