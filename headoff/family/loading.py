@@ -185,7 +185,8 @@ def _name_backbone(values: dict[str, Any]) -> None:
         channels = how.get("in_chans", how.get("num_channels", 3))
         known = {key: how[key] for key in ("out_indices", "output_stride") if key in how}
         values["backbone_config"] = {**timm, "num_channels": channels, **known}
-        values["backbone"] = values["backbone_kwargs"] = None
+        values["backbone"] = None
+    values.pop("backbone_kwargs", None)
     values["use_pretrained_backbone"] = False
 
 
