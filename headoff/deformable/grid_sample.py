@@ -33,7 +33,8 @@ def grid_sample_attention(
     tokens_by_level = value.split([height * width for height, width in shapes], dim=1)
     for level, ((height, width), tokens) in enumerate(zip(shapes, tokens_by_level, strict=True)):
         # grid_sample takes channels as an image (n, D, h, w) and points as a grid (n, Q, P, 2), with n = B * H.
-        image = tokens.permute(0, 2, 3, 1).reshape(batch * heads, value.shape[-1], height, width)
+        # Contiguous: in half precision on a CPU, torch 2.14's grid_sample reads beyond an image that has gaps.
+        image = tokens.permute(0, 2, 3, 1).reshape(batch * heads, value.shape[-1], height, width).contiguous()
         grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
         sampled.append(grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
     weights = attention_weights if head_gate is None else attention_weights * head_gate[..., None]

@@ -72,7 +72,9 @@ def _(case: DeformableCase, device: torch.device | str = "cpu") -> DeformableTen
 def _values_of(case: DeformableCase) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Value, sampling locations, attention weights, gate, gradient of the context; float64, cached."""
     half = case.dtype.itemsize == 2
-    plain = replace(case, dtype=torch.float16 if half else torch.float64)
+    plain = replace(
+        case, dtype=torch.float16 if half else torch.float64
+    )  # both half dtypes have equal numbers
     generator = torch.Generator().manual_seed(zlib.crc32(repr(plain).encode()))
     sizes = (case.batch, case.queries, case.heads, len(case.shapes), case.points)
     value = torch.randn(
@@ -85,7 +87,8 @@ def _values_of(case: DeformableCase) -> tuple[Tensor, Tensor, Tensor, Tensor | N
     gate = None if gate is None else gate.transpose(1, 2)
     grad_context = torch.randn(case.context_shape, generator=generator, dtype=torch.float64)
     if case.grad_context == "small":
-        grad_context = grad_context * 1e-6
+        # In float16 products of numbers as small as 1e-6 are 0.
+        grad_context = grad_context * (1e-2 if case.dtype == torch.float16 else 1e-6)
     elif case.grad_context == "one row":
         grad_context = grad_context * (torch.arange(case.queries) == case.queries // 2)[:, None, None]
     return value, points, weights, gate, grad_context

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from headoff.attention import gate_context
 from headoff.deformable import (
     DeformableAttention,
     Shapes,
@@ -41,8 +42,22 @@ def dense_attention(
     return context.to(value.dtype).contiguous()
 
 
+def gated_afterwards(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    head_gate: Tensor | None = None,
+) -> Tensor:
+    """`grid_sample_attention` as a callable without a gate is called: its context is gated."""
+    context = grid_sample_attention(value, spatial_shapes, sampling_locations, attention_weights)
+    return gate_context(context, head_gate)
+
+
 STANDARD: dict[str, DeformableAttention] = {
     "grid_sample": grid_sample_attention,
+    "grid_sample, gated afterwards": gated_afterwards,
     "gather": gather_attention,
     "dense matrix": dense_attention,
 }
