@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,7 @@ def measure(model_type: str, rounds: int, subsets: bool) -> None:
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(seconds(call))
+            print(f"{model_type}: {name}: {times[name][-1]:.2f} s", file=sys.stderr)
     base = statistics.median(times["one forward of transformers"])
     for name, found in times.items():
         median = statistics.median(found)
