@@ -239,7 +239,7 @@ def test_explanations_hold_levels_and_points(kind, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_with_all_heads_off_no_evidence_comes_from_the_image():
+def test_with_everything_off_no_evidence_comes_from_the_image():
     detector = on_small_images("rt_detr")
     heads = detector.head_layout.heads
     explanation = headoff.explain(detector, sample_image(0), [f"first {heads}"], [2])

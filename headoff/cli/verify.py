@@ -9,8 +9,8 @@ from typing import Any
 
 from headoff.cli.options import positive
 from headoff.errors import SettingError
-from headoff.harness.contracts import CONTRACTS, contract_named, contract_of_suite
-from headoff.harness.settings import OPTIONS, Option
+from headoff.harness.contracts import CONTRACTS, contract_named, is_of_contract, suits_model
+from headoff.harness.settings import OPTIONS, Option, default_value
 from headoff.harness.suite_files import suite_file, suite_names
 
 EPILOG = """\
@@ -106,22 +106,38 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.harness.judge import judge
 
     contract = contract_named(settings.contract or "dense")
+    is_of_family = _is_of_family(settings.model)
     for name in settings.only or ():
-        if (other := contract_of_suite(name)) not in (None, contract):
+        if not is_of_contract(name, contract):
             raise SettingError(
-                f"the suite {name!r} is for --contract {other.name if other else ''}: "  # never None here
+                f"the suite {name!r} is for another contract than {contract.name}: "
                 f"name one of {', '.join(contract.suites)}"
+            )
+        if not suits_model(name, is_of_family):
+            suited = [suite for suite in contract.suites if suits_model(suite, is_of_family)]
+            raise SettingError(
+                f"the suite {name!r} cannot test an attention in this model: name one of {', '.join(suited)}"
             )
     names = settings.only or [
         name
         for name in suite_names()
-        if contract_of_suite(name) in (None, contract) and name != contract.benchmark
+        if is_of_contract(name, contract) and suits_model(name, is_of_family) and name != contract.benchmark
     ]
+    if settings.benchmark and not suits_model(contract.benchmark, is_of_family):
+        raise SettingError("attention is timed in headoff's own DETR: leave out --model, or --benchmark")
     if settings.benchmark:
         names = [*names, contract.benchmark]
     return judge(
         _texts(settings), [str(suite_file(name)) for name in dict.fromkeys(names)], _pytest_options(settings)
     )
+
+
+def _is_of_family(model: str | None) -> bool:
+    if model in (None, default_value("model")):
+        return False  # without importing torch
+    from headoff.detr.checkpoints.load import is_of_family
+
+    return is_of_family(str(model))
 
 
 def _kind(option: Option) -> dict[str, Any]:

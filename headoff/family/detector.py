@@ -53,6 +53,10 @@ class FamilyMemory:
     def clone(self) -> Self:
         return replace(self, arguments=_clone(self.arguments))
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """The same on a device, floating point numbers in `dtype`."""
+        return replace(self, arguments=_to(self.arguments, device, dtype))
+
 
 @dataclass(frozen=True, eq=False)
 class FamilyFeatures:
@@ -82,6 +86,17 @@ class FamilyFeatures:
 
     def to_grid(self, x: Tensor) -> Tensor:
         return on_finest_grid(x, self.shapes)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """The same on a device, floating point numbers in `dtype`; the encoder runs again where it is asked to."""
+        memory, _ = self.memory
+        return replace(
+            self,
+            pixel_values=self.pixel_values.to(device, dtype),
+            pixel_mask=_to(self.pixel_mask, device, dtype),
+            backbone=_to(self.backbone, device, dtype),
+            memory=(memory.to(device, dtype), (None, None)),
+        )
 
     def clone(self) -> Self:
         memory, made_by = self.memory
@@ -233,6 +248,8 @@ class FamilyDetector(Detector):
             arguments = _until_called(
                 self.model.model.decoder, lambda: self.model.model(pixel_values, pixel_mask=mask)
             )
+        # Some models make float32 queries, whatever their weights.
+        arguments = _to(dict(arguments), self.device, self.dtype)
         return FamilyMemory({**arguments, "headoff_padded": mask is not None}, len(pixel_values))
 
     def decode(self, memory: FamilyMemory, gates: GatesSpec | FamilyPlan | None = None) -> DetectorOutput:
@@ -324,6 +341,12 @@ def _as_keys(mask: Tensor | None) -> Tensor | None:
         return None
     mask = mask[:, :1, :1]
     return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _to(values: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    return pytree.tree_map_only(
+        Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else None), values
+    )
 
 
 def _clone(values: Any) -> Any:

@@ -54,9 +54,9 @@ class Contract:
 DENSE = Contract(
     "dense",
     "sdpa",
-    ("operator", "calls", "detections", "relevance", "gradients", "importance", "benchmark"),
+    ("operator", "calls", "detections", "relevance", "gradients", "importance", "family", "benchmark"),
 )
-DEFORMABLE = Contract("deformable", "grid_sample", ("deformable", "deformable_benchmark"))
+DEFORMABLE = Contract("deformable", "grid_sample", ("deformable", "family", "deformable_benchmark"))
 CONTRACTS = {contract.name: contract for contract in (DENSE, DEFORMABLE)}
 
 
@@ -69,6 +69,18 @@ def contract_named(name: str) -> Contract:
     return CONTRACTS[name]
 
 
-def contract_of_suite(name: str) -> Contract | None:
-    """The contract that a suite is about; None for somebody's own suite, which is run with either."""
-    return next((contract for contract in CONTRACTS.values() if name in contract.suites), None)
+OWN_MODEL = ("detections", "relevance", "gradients", "importance", "benchmark")
+"""Suites that need headoff's own DETR as the model."""
+
+FAMILY_MODEL = ("family",)
+"""Suites that need a model of transformers."""
+
+
+def is_of_contract(suite: str, contract: Contract) -> bool:
+    """Whether a suite tests attention of this contract; somebody's own suite is run with either."""
+    return suite in contract.suites or not any(suite in other.suites for other in CONTRACTS.values())
+
+
+def suits_model(suite: str, is_of_family: bool) -> bool:
+    """Whether a suite can test the attention in such a model: one of transformers, or headoff's own DETR."""
+    return suite not in (OWN_MODEL if is_of_family else FAMILY_MODEL)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headoff.detector import Detector
-from headoff.detr.checkpoints.load import load
+from headoff.detr.checkpoints.load import is_of_family, load
 from headoff.detr.detector import Detr
 from headoff.errors import CheckpointError, SettingError, error_line
 
@@ -43,6 +43,14 @@ class ModelChoice:
             short_side=self.short_side,
             **placement,
         )
+
+    def is_of_family(self) -> bool:
+        """Whether the model is one of transformers (`headoff.family`), and not headoff's own DETR.
+
+        Raises:
+            HeadoffError: there is no such model, or its configuration cannot be read.
+        """
+        return is_of_family(self.source)
 
     def load_detr(self, **placement: Any) -> Detr:
         """The detector, which must be headoff's own DETR; see `load`.

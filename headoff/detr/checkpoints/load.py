@@ -111,6 +111,26 @@ def load(
     return _from_file(_locate(source), overrides, attention, device, dtype)
 
 
+def is_of_family(source: str | os.PathLike[str]) -> bool:
+    """Whether `load` would give a detector of transformers (`headoff.family`) for `source`, which is located, and
+    downloaded if necessary.
+
+    Raises:
+        CheckpointError, DownloadError: as `load` does.
+    """
+    from headoff.family.loading import is_of_family as is_of_family_at
+
+    if source == BUNDLED or source in ORIGINALS:
+        return False
+    path = _locate(source)
+    return _is_in_folder(path) and is_of_family_at(path)
+
+
+def _is_in_folder(path: Path) -> bool:
+    """Whether the JSON files next to the weights are about them: those of the original code are named otherwise."""
+    return path.name in FOLDER_FILES or path.suffix in (".safetensors", ".bin")
+
+
 def _locate(source: str | os.PathLike[str]) -> Path:
     """The checkpoint file that `source` names, downloaded if necessary."""
     if isinstance(source, str):
@@ -180,9 +200,7 @@ def _reader(file: TensorFile) -> Callable[[TensorFile, Hints, Mapping[str, Any]]
         return _from_native
     from headoff.family.loading import is_of_family, load_family
 
-    # Weights of the original code are named otherwise, whatever lies next to them.
-    in_folder = file.path.name in FOLDER_FILES or file.path.suffix in (".safetensors", ".bin")
-    return load_family if in_folder and is_of_family(file.path) else _from_published
+    return load_family if _is_in_folder(file.path) and is_of_family(file.path) else _from_published
 
 
 def _from_native(file: TensorFile, overrides: Hints, placement: Mapping[str, Any]) -> Detector:

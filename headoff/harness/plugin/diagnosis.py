@@ -35,8 +35,9 @@ def diagnose_run(run: Run, settings: Settings) -> tuple[list[Finding], list[str]
     except (Exception, SystemExit) as error:
         notes.append(f"what is wrong with single calls was not found out: {type(error).__name__}: {error}")
     try:
-        # Nothing calls a deformable attention from within a model yet.
-        places = [] if settings.of_contract is DEFORMABLE else places_in_model(attention, settings)
+        # Single calls are compared in headoff's own DETR only.
+        elsewhere = settings.of_contract is DEFORMABLE or settings.model_choice.is_of_family()
+        places = [] if elsewhere else places_in_model(attention, settings)
     except (Exception, SystemExit) as error:
         places = []
         notes.append(f"where in the model it is wrong was not found out: {_message(error)}")

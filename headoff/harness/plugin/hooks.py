@@ -15,7 +15,7 @@ import pytest
 
 from headoff.errors import HeadoffError
 from headoff.files import clear_marked_folder
-from headoff.harness.contracts import contract_named, contract_of_suite
+from headoff.harness.contracts import is_of_contract, suits_model
 from headoff.harness.plugin.benchmark_hooks import (
     pytest_benchmark_compare_machine_info,
     pytest_benchmark_update_json,
@@ -84,16 +84,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the suites of the other contract: they would call the attention with what it does not take."""
-    suites = {item: contract_of_suite(suite_of(item.nodeid)) for item in items if is_suite(item.path)}
-    if not any(suites.values()):
+    """Leave out the suites of the other contract, which would call the attention with what it does not take, and
+    those of other models.
+    """
+    suites = {item: suite_of(item.nodeid) for item in items if is_suite(item.path)}
+    if not suites:
         return
     with one_clear_error():
-        contract = contract_named(value_of(config, "contract"))
-    others = [item for item, about in suites.items() if about not in (None, contract)]
+        settings = all_settings(config)[0]
+        is_of_family = settings.model_choice.is_of_family()
+    others = {
+        item
+        for item, suite in suites.items()
+        if not (is_of_contract(suite, settings.of_contract) and suits_model(suite, is_of_family))
+    }
     if others:
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in set(others)]
+        config.hook.pytest_deselected(items=list(others))
+        items[:] = [item for item in items if item not in others]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -29,7 +29,9 @@ SOURCES = (
     "ablation",
     "attention",
     "boxes.py",
+    "deformable",
     "detections.py",
+    "detector.py",
     "detr",
     "gates",
     "harness/model",
@@ -39,6 +41,7 @@ SOURCES = (
     "images.py",
     "importance",
     "relevance",
+    "scoring.py",
     "sweeps.py",
     "values.py",
 )

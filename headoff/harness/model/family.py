@@ -1,0 +1,290 @@
+"""Detectors of transformers with the attention under test in them, compared with the float64 oracle.
+
+A two-stage model takes its queries from the memory, those with the highest scores, and rounding may exchange two of
+them. So the decoder under test starts from the oracle's memory and queries, under every configuration; the encoder is
+compared by itself, by the memory that it gives.
+
+The attention under test is called at the sites of its contract: dense or deformable. It is called in the dtype under
+test, and all else computes in float32 at least, as in `headoff.harness.model.patched`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headoff.deformable import DeformableAttention, Shapes
+from headoff.detector import Attend, AttentionAddress, Call, DeformableCall
+from headoff.detr.checkpoints import ModelChoice
+from headoff.errors import SettingError
+from headoff.family.detector import FamilyDetector, FamilyFeatures, FamilyMemory
+from headoff.gates import SITES, Clause, Configuration, cumulative, heads_off, stack
+from headoff.harness.contracts import DEFORMABLE, Contract
+from headoff.harness.deformable.implementations import STANDARD
+from headoff.harness.finding import Finding
+from headoff.harness.model.patched import InDtype, failures_as, model_dtype
+from headoff.harness.reference.implementations import right_implementations
+from headoff.harness.tolerance import Tolerance, peak_error
+from headoff.images import load_image
+from headoff.wording import counted
+
+MEMORY, LOGITS, BOXES = "memory", "logits", "boxes"
+"""What is compared."""
+
+
+@dataclass(frozen=True, eq=False)
+class FamilyCase:
+    """An image for a model of transformers, and what the float64 oracle computes there.
+
+    Attributes:
+        name: of the image.
+        model: what the detector is loaded from.
+        image: a path.
+    """
+
+    name: str
+    model: ModelChoice
+    image: Path
+
+    @functools.cached_property
+    def detector(self) -> FamilyDetector:
+        """The oracle: float64, eager attention, on the CPU."""
+        return _load(self.model, torch.device("cpu"), torch.float64, "eager")
+
+    @functools.cached_property
+    def features(self) -> FamilyFeatures:
+        with torch.no_grad():
+            pixels, _ = self.detector.preprocess([load_image(self.image)])
+            return self.detector.features(pixels)
+
+    @functools.cached_property
+    def configurations(self) -> tuple[Configuration, ...]:
+        """The cumulative ones, and others that gate single heads, queries, parts of heads and self-attention."""
+        layout = self.detector.head_layout
+        last, query = layout.decoder_layers - 1, layout.queries // 2
+        half = Configuration(clauses=(Clause(layers=(last // 2,), heads=(0,), gate=0.5),))
+        half_self = Configuration(
+            clauses=(Clause("decoder_self", layers=(last // 2,), heads=(1,), gate=0.5),)
+        )
+        return (
+            *cumulative(layout.heads),
+            half.named("half a head off"),
+            heads_off(1, layers=[last]).for_queries(query).named("one head off for one query"),
+            # Not heads that change places where a gate is reversed.
+            heads_off(0, 1, site="decoder_self").named("heads of decoder_self off"),
+            half_self.for_queries(query).named("half a head of decoder_self off for one query"),
+        )
+
+    @functools.cached_property
+    def addresses(self) -> dict[AttentionAddress, bool]:
+        """Every attention call of the model, and whether it is deformable."""
+        found: dict[AttentionAddress, bool] = {}
+
+        def record(call: Call, proceed: Attend) -> Tensor:
+            found[call.address] = isinstance(call, DeformableCall)
+            return proceed(call)
+
+        with torch.no_grad(), self.detector.intercepting(record):
+            self.detector.decode(self.detector.encode_features(self.features))
+        return found
+
+    def sites(self, contract: Contract) -> list[AttentionAddress]:
+        """Where the model calls an attention of the contract."""
+        return [
+            address
+            for address, deformable in self.addresses.items()
+            if deformable == (contract is DEFORMABLE)
+        ]
+
+    @functools.cached_property
+    def expected(self) -> dict[str, Tensor]:
+        """The oracle's memory (n, N, d) with none off and with heads of the encoder off, and its logits and boxes
+        (C, Q, ...) under all configurations.
+        """
+        return _outputs(self.detector, self, self.features)
+
+
+def family_case(name: str, model: ModelChoice, image: Path) -> FamilyCase:
+    """The same object for the same arguments."""
+    return _case(name, model, image)
+
+
+@functools.cache
+def _case(name: str, model: ModelChoice, image: Path) -> FamilyCase:
+    return FamilyCase(name, model, image)
+
+
+@functools.cache
+def _load(model: ModelChoice, device: torch.device, dtype: torch.dtype, attention: str) -> FamilyDetector:
+    detector = model.load(attention=attention, device=device, dtype=dtype)
+    if not isinstance(detector, FamilyDetector):
+        raise SettingError(f"{model.source} is not a model of transformers: the other suites check it")
+    return detector
+
+
+@contextmanager
+def _patched(
+    case: FamilyCase, attention: Any, contract: Contract, device: torch.device, dtype: torch.dtype
+) -> Iterator[FamilyDetector]:
+    """The model on `device`, with the attention called in `dtype` at the sites of its contract."""
+    detector = _load(case.model, device, model_dtype(dtype), "sdpa")
+    before = detector.attention, detector.deformable_attention
+    if contract is DEFORMABLE:
+        detector.deformable_attention = _DeformableInDtype(contract.resolve(attention), dtype)
+    else:
+        detector.attention = InDtype(contract.resolve(attention), dtype)
+    try:
+        yield detector
+    finally:
+        detector.attention, detector.deformable_attention = before
+
+
+class _DeformableInDtype:
+    """A deformable attention called in `dtype` by a model in another."""
+
+    def __init__(self, attention: DeformableAttention, dtype: torch.dtype) -> None:
+        self.attention = attention
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        value: Tensor,
+        spatial_shapes: Shapes,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        *,
+        head_gate: Tensor | None = None,
+    ) -> Tensor:
+        gate = None if head_gate is None else head_gate.to(self.dtype)
+        tensors = (x.to(self.dtype) for x in (sampling_locations, attention_weights))
+        context = self.attention(value.to(self.dtype), spatial_shapes, *tensors, head_gate=gate)
+        return context.to(value.dtype)
+
+
+def _outputs(detector: FamilyDetector, case: FamilyCase, features: FamilyFeatures) -> dict[str, Tensor]:
+    """Memories, logits and boxes of a detector, float64 on the CPU; the decoder starts from the oracle's memory."""
+    memories = []
+    layout = detector.head_layout
+    with torch.no_grad():
+        if layout.encoder_layers:
+            off = heads_off(0, 1, site="encoder_self")
+            gates = stack([off], layout).encoder_self
+            assert gates is not None
+            for gate in (None, gates[0]):
+                memories.append(_tokens(detector.encode_features(features, gate)))
+        memory, _ = case.features.memory
+        output = detector.decode(memory.to(detector.device, detector.dtype), case.configurations)
+    found = {LOGITS: output.logits[:, 0], BOXES: output.boxes[:, 0]}
+    if memories:
+        found[MEMORY] = torch.cat(memories)
+    return {name: x.double().cpu() for name, x in found.items()}
+
+
+def _tokens(memory: FamilyMemory) -> Tensor:
+    return memory.arguments["encoder_hidden_states"]
+
+
+def family_findings(
+    attention: Any,
+    contract: Contract,
+    case: FamilyCase,
+    device: torch.device,
+    dtype: torch.dtype,
+    calls: Counter[str] | None = None,
+) -> list[Finding]:
+    """Where the model with `attention` is wrong: memory, logits or boxes, and sites at which it was not called."""
+    findings: list[Finding] = []
+    counts: Counter[AttentionAddress] = Counter()
+    results: list[dict[str, Tensor]] = []
+
+    def count(call: Call, proceed: Attend) -> Tensor:
+        context = proceed(call)
+        counts[call.address] += 1
+        return context
+
+    with failures_as(findings, "detections", f"detections of {case.name}"):
+        with _patched(case, attention, contract, device, dtype) as detector, detector.intercepting(count):
+            results.append(_outputs(detector, case, case.features.to(device, detector.dtype)))
+    addresses = case.sites(contract)
+    if calls is not None:
+        calls.update({site: sum(counts[a] for a in addresses if a.site == site) for site in SITES})
+    for found in results:
+        missing = [address for address in addresses if not counts[address]]
+        if missing:
+            site, layer = missing[0]
+            message = f"{site}: never called in layer {layer}"
+            findings.append(Finding("calls", message, case=case.name, site=site, layer=layer))
+        findings += _compare(case, found, tolerances(case, contract, device, dtype))
+    return findings
+
+
+def _compare(case: FamilyCase, found: dict[str, Tensor], allowed: dict[str, Tolerance]) -> list[Finding]:
+    findings = []
+    for name, expected in case.expected.items():
+        errors = _errors(found[name], expected)
+        wrong = (errors > allowed[name].allowed).nonzero().flatten().tolist()
+        if not wrong:
+            continue
+        worst = max(wrong, key=lambda index: float(errors[index]))
+        configuration = None if name == MEMORY else case.configurations[worst].name
+        others = f" (and {counted(len(wrong) - 1, 'other configuration')})" if len(wrong) > 1 else ""
+        under = (
+            f"with {'heads of the encoder off' if worst else 'none off'}"
+            if name == MEMORY
+            else f"under '{configuration}'{others}"
+        )
+        findings.append(
+            Finding(
+                "detections",
+                f"{case.name}: {name} {under} off by {float(errors[worst]):.1e} of the largest number (allowed "
+                f"{allowed[name].allowed:.1e})",
+                case=case.name,
+                error=float(errors[worst]),
+                budget=allowed[name].allowed,
+                configuration=configuration,
+            )
+        )
+    return findings
+
+
+def _errors(found: Tensor, expected: Tensor) -> Tensor:
+    """The largest difference in each item, relative to the largest number."""
+    return peak_error(found, expected, tuple(range(1, expected.ndim)))
+
+
+@functools.cache
+def tolerances(
+    case: FamilyCase, contract: Contract, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tolerance]:
+    """By the largest errors of right implementations under any configuration; the floor is one rounding."""
+    implementations: Iterable[Callable[..., Tensor]] = (
+        STANDARD.values() if contract is DEFORMABLE else right_implementations()
+    )
+    largest: dict[str, float] = {name: 0.0 for name in case.expected}
+    for implementation in implementations:
+        with _patched(case, implementation, contract, device, dtype) as detector:
+            found = _outputs(detector, case, case.features.to(device, detector.dtype))
+        for name, expected in case.expected.items():
+            largest[name] = max(largest[name], float(_errors(found[name], expected).max()))
+    unit = torch.finfo(dtype).eps
+    return {name: Tolerance(error, unit) for name, error in largest.items()}
+
+
+def undetected(case: FamilyCase, contract: Contract, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Wrong outputs that the tolerance accepts: those under k heads off as those under k + 1."""
+    logits = case.expected[LOGITS]
+    allowed = tolerances(case, contract, device, dtype)[LOGITS].allowed
+    pairs: Sequence[tuple[int, int]] = [(k, k + 1) for k in range(case.detector.head_layout.heads)]
+    return [
+        f"the logits under '{case.configurations[other].name}' pass as those under '{case.configurations[one].name}'"
+        for one, other in pairs
+        if float(_errors(logits[other : other + 1], logits[one : one + 1])[0]) <= allowed
+    ]
