@@ -131,6 +131,20 @@ def test_the_card_is_about_these_weights(detector):
     assert figures and float(figures[1]) >= 0.78 and float(figures[2]) >= 0.98
 
 
+def test_the_deformable_model_detects_and_has_its_card():
+    detector = headoff.load("scenes-deformable")
+    (precision,) = evaluate(detector, count=50, configurations=[headoff.none_off()])
+    assert precision.ap > 0.75 and precision.ap50 > 0.9, "well below what the card has"
+    folder = WEIGHTS / "scenes-deformable"
+    card, weights = (folder / "README.md").read_text(), (folder / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() in card and len(weights) <= 6_000_000
+    assert f"{sum(p.numel() for p in detector.parameters()):,}" in card
+    assert detector.head_layout.decoder_layers == 6 and detector.head_layout.heads == 8
+    assert detector.class_names == CLASS_NAMES
+    figures = re.search(r"\| none off \| ([\d.]+) \| ([\d.]+) \|", card)
+    assert figures and float(figures[1]) >= 0.8 and float(figures[2]) >= 0.95
+
+
 def test_the_table_is_markdown(precisions):
     lines = table(precisions).splitlines()
     assert len(lines) == 2 + 9 and all(line.count("|") == 6 for line in lines)

@@ -36,9 +36,9 @@ def add_model_options(
         "--model",
         default=default,
         metavar="NAME|FILE|FOLDER",
-        help=f"the bundled `scenes`{' (default)' if default else ''}; `detr-resnet-50`, `detr-resnet-50-dc5`, "
-        "`detr-resnet-101` or `detr-resnet-101-dc5`, downloaded once; a .pth or .safetensors file; a Hugging Face "
-        "folder or repository such as facebook/detr-resnet-50",
+        help=f"the bundled DETR `scenes`{' (default)' if default else ''} or RT-DETR `scenes-deformable`; "
+        "`detr-resnet-50`, `detr-resnet-50-dc5`, `detr-resnet-101` or `detr-resnet-101-dc5`, downloaded once; a .pth "
+        "or .safetensors file; a Hugging Face folder or repository such as facebook/detr-resnet-50",
     )
     group.add_argument(
         "--heads-per-layer",

@@ -52,7 +52,8 @@ def add_parser(commands: Any) -> None:
         "train",
         help="train a bundled model from scratch",
         description="Train a bundled model from scratch. An interrupted run continues where it stopped if it is "
-        "started again with the same folder and recipe. The DETR takes about 85 minutes on 2 CPU cores with AMX.",
+        "started again with the same folder and recipe. The DETR takes about 85 minutes on 2 CPU cores with AMX, "
+        "the RT-DETR as long as --hours says.",
     )
     train.add_argument(
         "--model",

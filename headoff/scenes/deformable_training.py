@@ -87,8 +87,8 @@ class DeformableRecipe(Recipe):
         dense_until: fraction of the run after which the dense loss has a weight of zero.
     """
 
-    hours: float = 1.4
-    phases: tuple[tuple[float, int], ...] = ((0.0, 96), (0.25, 128), (0.5, 192))
+    hours: float = 1.3
+    phases: tuple[tuple[float, int], ...] = ((0.0, 96), (0.25, 128))
     dense_until: float = 0.6
 
     written: ClassVar[str] = "scenes-deformable"

@@ -34,6 +34,9 @@ from headoff.devices import chosen_device, torch_dtype
 from headoff.errors import CheckpointError, SettingError, did_you_mean, error_line
 
 BUNDLED = "scenes"
+_BUNDLED_WEIGHTS = {BUNDLED: "scenes.safetensors", "scenes-deformable": "scenes-deformable/model.safetensors"}
+"""The models that are part of headoff, and their files in `headoff/scenes/weights`."""
+
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
@@ -56,7 +59,7 @@ def load(
     Args:
         source: one of
 
-            - `scenes`: the small model that is part of headoff;
+            - `scenes`, `scenes-deformable`: the small models that are part of headoff, a DETR and an RT-DETR;
             - `detr-resnet-50`, `detr-resnet-50-dc5`, `detr-resnet-101`, `detr-resnet-101-dc5`: the original
               checkpoints (Carion et al., 2020), downloaded once, see `headoff.detr.checkpoints.cache_folder`;
             - a file: `.pth` of the original code, `.bin` or `.safetensors` of Hugging Face, or saved by headoff;
@@ -100,8 +103,8 @@ def load(
     device = chosen_device(str(device))
     names = None if class_names is None else tuple(class_names)
     overrides = Hints(heads=heads, dilated=dilated, class_names=names, short_side=short_side)
-    if source == BUNDLED:
-        bundled = importlib.resources.files("headoff.scenes") / "weights" / "scenes.safetensors"
+    if isinstance(source, str) and source in _BUNDLED_WEIGHTS:
+        bundled = importlib.resources.files("headoff.scenes") / "weights" / _BUNDLED_WEIGHTS[source]
         if not bundled.is_file():
             raise CheckpointError(
                 "the bundled weights are missing from this installation; install headoff again"
@@ -167,7 +170,7 @@ def _no_weights_message(folder: Path) -> str:
 
 
 def _not_found_message(source: str, path: Path) -> str:
-    names = [BUNDLED, *ORIGINALS]
+    names = [*_BUNDLED_WEIGHTS, *ORIGINALS]
     try:
         siblings = [other.name for other in path.parent.iterdir() if other.suffix in SUFFIXES]
     except OSError:
