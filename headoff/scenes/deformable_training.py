@@ -124,7 +124,12 @@ class DeformableTrainer(SceneTrainer):
         self.model.to(memory_format=torch.channels_last)
         self.dense_class = nn.Linear(config.d_model, config.num_labels + 1)
         self.dense_box = RTDetrMLPPredictionHead(config.d_model, config.d_model, 4, num_layers=3)
-        self.side = side
+        self.processor = RTDetrImageProcessor(
+            size={"height": side, "width": side},
+            do_normalize=True,
+            image_mean=list(_PREPROCESSING.mean),
+            image_std=list(_PREPROCESSING.std),
+        )
 
     @property
     def trained(self) -> RTDetrForObjectDetection:
@@ -139,12 +144,7 @@ class DeformableTrainer(SceneTrainer):
             for name, value in self.model.state_dict().items()
         }
         self.model.save_pretrained(path, state_dict=state)
-        RTDetrImageProcessor(
-            size={"height": self.side, "width": self.side},
-            do_normalize=True,
-            image_mean=list(_PREPROCESSING.mean),
-            image_std=list(_PREPROCESSING.std),
-        ).save_pretrained(path)
+        self.processor.save_pretrained(path)
 
     def forward(
         self,
