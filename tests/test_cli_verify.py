@@ -168,7 +168,7 @@ def test_an_import_that_does_not_end_is_ended(folder):
         ),
         (
             ("msda.py:kernel", "--contract", "deformable", "--only", "operator"),
-            "the suite 'operator' is for --contract dense: name one of deformable, deformable_benchmark",
+            "the suite 'operator' is for --contract dense: name one of deformable, family, deformable_benchmark",
         ),
         (("msda.py:kernel",), "msda.py:kernel takes sampling_locations: add --contract deformable"),
         (("--render", "nothing.json", "page.html"), "nothing.json"),

@@ -109,9 +109,9 @@ def run(settings: argparse.Namespace) -> int:
     is_of_family = _is_of_family(settings.model)
     for name in settings.only or ():
         if not is_of_contract(name, contract):
+            other = next(one.name for one in CONTRACTS.values() if name in one.suites)
             raise SettingError(
-                f"the suite {name!r} is for another contract than {contract.name}: "
-                f"name one of {', '.join(contract.suites)}"
+                f"the suite {name!r} is for --contract {other}: name one of {', '.join(contract.suites)}"
             )
         if not suits_model(name, is_of_family):
             suited = [suite for suite in contract.suites if suits_model(suite, is_of_family)]
