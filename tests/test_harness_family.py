@@ -112,3 +112,29 @@ def test_suites_by_contract_and_model():
         assert is_of_contract("family", contract) and is_of_contract("my_own", contract)
     assert not is_of_contract("operator", DEFORMABLE) and not is_of_contract("deformable", DENSE)
     assert ModelChoice(str(folder_of("rt_detr"))).is_of_family() and not ModelChoice("scenes").is_of_family()
+
+
+def test_the_bundled_model_gives_its_golden_files():
+    # What `pytest -k heads_off --model scenes-deformable` compares, for one scene.
+    from headoff.harness.reference.golden import GoldenDetections, detection_rows
+    from headoff.harness.reference.maps import CaseMaps, map_errors
+    from headoff.harness.suite_files import suites_folder
+
+    case = family_case("scene-000", ModelChoice("scenes-deformable"), sample_image(0))
+    assert case.bundled
+    folder = suites_folder() / "golden" / "test_heads_off_family"
+    expected = (folder / "test_oracle[scene-000].json").read_text()
+    found = GoldenDetections.serialize(
+        None,  # type: ignore[arg-type]
+        {
+            "confidence": 0.5,
+            "image_size": list(case.detections["none off"].image_size),
+            "configurations": {name: detection_rows(one) for name, one in case.detections.items()},
+        },
+    )
+    assert GoldenDetections.matches(None, serialized_data=found, snapshot_data=expected)  # type: ignore[arg-type]
+    golden = CaseMaps.from_bytes((folder / "test_relevance[scene-000-first 4 off].npz").read_bytes())
+    (chosen,) = [one for one in case.configurations if one.name == "first 4 off"]
+    assert map_errors(golden.maps, case.maps(chosen).numpy()).max() < 1e-9
+    for contract, attention in ((DENSE, eager), (DEFORMABLE, gather_attention)):
+        assert not family_findings(attention, contract, case, CPU, torch.float32)

@@ -1,25 +1,93 @@
 """In a model of transformers, the attention under test gives the oracle's memory, logits and boxes.
 
 Run where `--model` names such a model, and left out otherwise. The attention is called at the dense sites, or with
-`--contract deformable` at the deformable ones. Queries are those that the oracle has chosen.
+`--contract deformable` at the deformable ones. Queries are those that the oracle has chosen. Golden files are of
+`--model scenes-deformable`.
 """
 
 from __future__ import annotations
 
 import pytest
 
+import headoff
 from headoff.harness.finding import fail_on
-from headoff.harness.model.family import family_case, family_findings, undetected
-from headoff.harness.reference.cases import reference_case
+from headoff.harness.model.family import CONFIDENCE, FamilyCase, family_case, family_findings, undetected
+from headoff.harness.plugin.options import settings_from
+from headoff.harness.reference.cases import case_names, reference_case
+from headoff.harness.reference.golden import (
+    GoldenDetections,
+    GoldenMaps,
+    detection_rows,
+    golden_root,
+    in_folder,
+)
+from headoff.harness.reference.maps import CaseMaps, mismatches
+from headoff.harness.tolerance import Tolerance
+
+EXPLAINED = ("none off", "first 4 off")
+MAPS = Tolerance(0.0, 1e-9)
+"""The sum of float64 roundings of two ways to the same maps, relative to a map's peak."""
+
+
+def pytest_generate_tests(metafunc):
+    if "oracle_scene" in metafunc.fixturenames:
+        metafunc.parametrize("oracle_scene", case_names(settings_from(metafunc.config)))
+
+
+def case_of(settings, scene) -> FamilyCase:
+    where = reference_case(settings, scene)
+    return family_case(where.name, where.model, where.image)
 
 
 @pytest.fixture
 def case(scene, under_test):
-    where = reference_case(under_test.settings, scene)
-    case = family_case(where.name, where.model, where.image)
+    case = case_of(under_test.settings, scene)
     if not case.sites(under_test.settings.of_contract):
         pytest.skip(f"this model has no {under_test.settings.contract} attention")
     return case
+
+
+@pytest.fixture
+def golden_case(oracle_scene, pytestconfig):
+    case = case_of(settings_from(pytestconfig), oracle_scene)
+    if not case.bundled:
+        pytest.skip("there are no golden files for this model and image")
+    return case
+
+
+def test_oracle(snapshot, pytestconfig, golden_case):
+    """The float64 oracle gives the golden file, and writes it under --snapshot-update."""
+    detections = golden_case.detections
+    expected = {
+        "confidence": CONFIDENCE,
+        "image_size": list(detections["none off"].image_size),
+        "configurations": {name: detection_rows(found) for name, found in detections.items()},
+    }
+    golden = snapshot.use_extension(in_folder(golden_root(settings_from(pytestconfig)), GoldenDetections))
+    assert golden == expected, "the golden file is stale: see docs/harness.md"
+
+
+@pytest.mark.parametrize("configuration", EXPLAINED)
+def test_relevance(snapshot, pytestconfig, golden_case, configuration):
+    """`headoff.explain` gives the maps of the golden file, which the dense oracle writes under --snapshot-update."""
+    chosen = next(one for one in golden_case.configurations if one.name == configuration)
+    objects, _ = golden_case.explained()
+
+    def maps(found, by) -> CaseMaps:
+        names = tuple(f"query {one.query} ({one.class_name})" for one in objects)
+        inputs = {**golden_case.inputs, "configuration": chosen.text}
+        return CaseMaps(
+            f"{golden_case.name}, {configuration}", found.double().numpy(), names, inputs, MAPS, by
+        )
+
+    explanation = headoff.explain(golden_case.detector, golden_case.image, [chosen], objects)
+    found = maps(explanation.maps[0], "headoff.explain")
+    if pytestconfig.option.update_snapshots:
+        oracle = maps(golden_case.maps(chosen), "the float64 oracle")
+        assert not mismatches(oracle, found)
+        found = oracle
+    golden = snapshot.use_extension(in_folder(golden_root(settings_from(pytestconfig)), GoldenMaps))
+    assert golden == found, "maps differ from the golden file: see docs/harness.md"
 
 
 def test_heads_off_family(case, under_test):

@@ -34,7 +34,8 @@ from headoff.devices import chosen_device, torch_dtype
 from headoff.errors import CheckpointError, SettingError, did_you_mean, error_line
 
 BUNDLED = "scenes"
-_BUNDLED_WEIGHTS = {BUNDLED: "scenes.safetensors", "scenes-deformable": "scenes-deformable/model.safetensors"}
+BUNDLED_FAMILY = "scenes-deformable"
+_BUNDLED_WEIGHTS = {BUNDLED: "scenes.safetensors", BUNDLED_FAMILY: "scenes-deformable/model.safetensors"}
 """The models that are part of headoff, and their files in `headoff/scenes/weights`."""
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -123,8 +124,8 @@ def is_of_family(source: str | os.PathLike[str]) -> bool:
     """
     from headoff.family.loading import is_of_family as is_of_family_at
 
-    if source == BUNDLED or source in ORIGINALS:
-        return False
+    if source in _BUNDLED_WEIGHTS or source in ORIGINALS:
+        return source == BUNDLED_FAMILY
     path = _locate(source)
     return _is_in_folder(path) and is_of_family_at(path)
 

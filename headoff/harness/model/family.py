@@ -21,9 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headoff.ablation.references import fingerprint_of
 from headoff.deformable import DeformableAttention, Shapes
+from headoff.detections import Detections, detections_from
 from headoff.detector import Attend, AttentionAddress, Call, DeformableCall
 from headoff.detr.checkpoints import ModelChoice
+from headoff.detr.checkpoints.load import BUNDLED_FAMILY
 from headoff.errors import SettingError
 from headoff.family.detector import FamilyDetector, FamilyFeatures, FamilyMemory
 from headoff.gates import SITES, Clause, Configuration, cumulative, heads_off, stack
@@ -32,10 +35,16 @@ from headoff.harness.deformable.implementations import STANDARD
 from headoff.harness.finding import Finding
 from headoff.harness.model.patched import InDtype, failures_as, model_dtype
 from headoff.harness.reference.implementations import right_implementations
+from headoff.harness.reference.oracle import sha256_of
 from headoff.harness.tolerance import Tolerance, peak_error
 from headoff.images import load_image
+from headoff.relevance import Target, class_logit
+from headoff.relevance.oracle import dense_evidence
+from headoff.relevance.rules import chefer
+from headoff.scenes.samples import sample_images
 from headoff.wording import counted
 
+CONFIDENCE = 0.5
 MEMORY, LOGITS, BOXES = "memory", "logits", "boxes"
 """What is compared."""
 
@@ -82,6 +91,45 @@ class FamilyCase:
             heads_off(0, 1, site="decoder_self").named("heads of decoder_self off"),
             half_self.for_queries(query).named("half a head of decoder_self off for one query"),
         )
+
+    @property
+    def bundled(self) -> bool:
+        """Whether there are golden files: of the bundled model on a bundled scene."""
+        return self.model == ModelChoice(BUNDLED_FAMILY) and self.image in sample_images()
+
+    @functools.cached_property
+    def detections(self) -> dict[str, Detections]:
+        """The oracle's under every configuration, by its name."""
+        picture = load_image(self.image)
+        names, scoring = self.detector.class_names, self.detector.scoring
+        outputs = zip(self.configurations, self.expected[LOGITS], self.expected[BOXES], strict=True)
+        return {
+            configuration.name: detections_from(
+                logits, boxes, (picture.height, picture.width), names, CONFIDENCE, scoring
+            )
+            for configuration, logits, boxes in outputs
+        }
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What results depend on: each entry is a text that changes with it."""
+        return {"image": sha256_of(self.image), "weights": fingerprint_of(self.detector)}
+
+    def explained(self, objects: int = 2) -> tuple[Detections, list[Target]]:
+        """The objects with the highest scores with none off, and their class logits."""
+        found = self.detections[self.configurations[0].name]
+        found = found.subset(range(min(objects, len(found))))
+        return found, [class_logit(one.query, one.label) for one in found]
+
+    def maps(self, configuration: Configuration) -> Tensor:
+        """Relevance maps (objects, layers, h, w) of `explained` by the dense oracle, float64."""
+        found, targets = self.explained()
+        gates = stack([configuration], self.detector.head_layout)
+        rows = [
+            chefer(dense_evidence(self.detector, self.features, gates, target)).relevance[:, target.query]
+            for target in targets
+        ]
+        return self.features.to_grid(torch.stack(rows))
 
     @functools.cached_property
     def addresses(self) -> dict[AttentionAddress, bool]:
