@@ -19,7 +19,7 @@ from family_examples import (
 from headoff.choices import SITES
 from headoff.detections import detections_from
 from headoff.family.adapter import find_adapter
-from headoff.gates import Gates, heads_off, single_heads, stack
+from headoff.gates import Gates, heads_off, parse_configuration, single_heads, stack
 
 transformers = pytest.importorskip("transformers")
 
@@ -275,3 +275,21 @@ def test_detections_are_those_of_the_image_processor(kind):
         if detector.scoring.kind == "sigmoid":
             assert len(set(found.queries.tolist())) < len(found)
             assert len(found) <= (detector.scoring.most or QUERIES * CLASSES)
+
+
+def test_configurations_with_the_same_gates_are_computed_once():
+    detector = loaded("rt_detr")
+    pixels, _ = batch()
+    texts = ["none", "first 2", "L1H1", "decoder_self: L0H1"]
+    same = [*texts[:2], "H0-1", *texts[2:], "last 4"]
+    gates = stack(
+        [parse_configuration(text).named(str(i)) for i, text in enumerate(same)], detector.head_layout
+    )
+    plan, alone = detector.plan(gates), detector.plan(gates, share=False)
+    assert (plan.runs, alone.runs) == (5, 6)
+    with torch.no_grad():
+        memory = detector.encode(pixels)
+        shared, separate = detector.decode(memory, plan), detector.decode(memory, alone)
+    torch.testing.assert_close(shared.logits, separate.logits, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(shared.boxes, separate.boxes, rtol=1e-12, atol=1e-14)
+    assert torch.equal(shared.logits[1], shared.logits[2])

@@ -111,10 +111,17 @@ class FamilyFeatures:
 
 @dataclass(frozen=True, eq=False)
 class FamilyPlan:
-    """Gates of G configurations on the detector's device: (G, layers, Q or 1, H) for each decoder site, or None."""
+    """The decoder's runs under C configurations, on the detector's device.
 
-    count: int
+    Attributes:
+        runs: G.
+        gates: (G, layers, Q or 1, H) for each decoder site, or None where everything is on.
+        member: (C,) int64, the run of each configuration; None if configuration c is run c.
+    """
+
+    runs: int
     gates: Mapping[Site, Tensor | None]
+    member: Tensor | None = None
 
 
 class FamilyDetector(Detector):
@@ -259,18 +266,35 @@ class FamilyDetector(Detector):
         arguments = dict(memory.arguments)
         padded = arguments.pop("headoff_padded")
         for name in self.adapter.per_query:
-            arguments[name] = arguments[name].repeat(1, plan.count, *(1,) * (arguments[name].ndim - 2))
-        with self._in_call(plan.gates, plan.count, padded), autocast(self.device, self.autocast_dtype):
+            arguments[name] = arguments[name].repeat(1, plan.runs, *(1,) * (arguments[name].ndim - 2))
+        with self._in_call(plan.gates, plan.runs, padded), autocast(self.device, self.autocast_dtype):
             output = self.model.model.decoder(**arguments)
         logits, boxes = self.adapter.predict(self.model, arguments, output)
-        logits, boxes = (x.unflatten(1, (plan.count, -1)).transpose(0, 1) for x in (logits, boxes))
+        logits, boxes = (x.unflatten(1, (plan.runs, -1)).transpose(0, 1) for x in (logits, boxes))
+        if plan.member is not None:
+            logits, boxes = logits.index_select(0, plan.member), boxes.index_select(0, plan.member)
         return DetectorOutput(logits, boxes)
 
     def plan(self, gates: Gates, *, share: bool = True) -> FamilyPlan:
+        """See `Detector.plan`. Configurations whose gates are the same everywhere are one run."""
         self.check_decoder_gates(gates)
         sites: tuple[Site, ...] = ("decoder_self", "decoder_cross")
+        given = [gate.flatten(1).cpu() for site in sites if (gate := gates.site(site)) is not None]
+        member: Tensor | None = None
+        if share and len(gates) > 1:
+            rows = torch.cat(given, dim=1) if given else torch.zeros(len(gates), 1)
+            distinct, member = torch.unique(rows, dim=0, return_inverse=True)
+            if len(distinct) == len(gates):
+                member = None
+            else:
+                first = [int((member == run).nonzero()[0]) for run in range(len(distinct))]
+                gates = gates[first]
         moved = gates.to(self.device, self.dtype)
-        return FamilyPlan(len(gates), {site: moved.site(site) for site in sites})
+        return FamilyPlan(
+            len(gates),
+            {site: moved.site(site) for site in sites},
+            None if member is None else member.to(self.device),
+        )
 
     @contextmanager
     def _in_call(self, gates: Mapping[Site, Tensor | None], runs: int, padded: bool) -> Iterator[None]:
