@@ -239,6 +239,13 @@ def test_explanations_hold_levels_and_points(kind, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_the_grad_mode_of_the_caller_does_not_matter():
+    detector, picture = on_small_images("rt_detr"), sample_image(0)
+    expected = headoff.explain(detector, picture, ["first 1"], [2]).maps
+    with torch.no_grad():
+        assert torch.equal(headoff.explain(detector, picture, ["first 1"], [2]).maps, expected)
+
+
 def test_with_everything_off_no_evidence_comes_from_the_image():
     detector = on_small_images("rt_detr")
     heads = detector.head_layout.heads

@@ -194,6 +194,7 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path, monkeypatch
     assert signal.getsignal(signal.SIGINT) is before, "Ctrl-C is the interpreter's again"
 
 
+@pytest.mark.slow  # four processes, each of which imports torch
 def test_two_processes_train_together(tmp_path):
     weights = train(tmp_path, RECIPE, TINY, workers=2, progress=False)
     detector = headoff.load(weights)

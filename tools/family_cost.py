@@ -4,7 +4,8 @@
     python tools/family_cost.py --rounds 5 --threads 2 --only rt_detr
 
 Weights are random, as no time depends on them. In each round transformers' own model computes one image, and headoff
-encodes it and decodes 9 configurations (the cumulative sweep) and all 256 subsets of heads; the table has medians.
+encodes it, decodes 9 configurations (the cumulative sweep) and all 256 subsets of heads, and explains 3 objects under
+the 9 configurations; the table has medians.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from headoff.family.adapter import find_adapter
 from headoff.family.detector import FamilyDetector
 from headoff.gates import all_subsets, cumulative, stack
 from headoff.images import Preprocessing
+from headoff.relevance.engines import make_engine
+from headoff.relevance.targets import class_logit
 from headoff.sweeps import decode_all
 
 SIZES = {"rt_detr": (640, 640), "deformable_detr": (800, 1066)}
@@ -47,8 +50,8 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-@torch.inference_mode()
-def measure(model_type: str, rounds: int, subsets: bool) -> None:
+@torch.no_grad()
+def measure(model_type: str, rounds: int, subsets: bool, relevance: bool) -> None:
     """Print the rows of a model."""
     pixels = torch.randn(1, 3, *SIZES[model_type])
     theirs = model_of(model_type)
@@ -69,6 +72,14 @@ def measure(model_type: str, rounds: int, subsets: bool) -> None:
     }
     if subsets:
         calls["headoff, 256 subsets"] = sweep(all_subsets(layout.heads))
+    if relevance:
+        targets = [class_logit(query, 0) for query in range(3)]
+
+        def explain() -> None:
+            engine = make_engine(detector, detector.features(pixels))
+            list(engine.run(stack(cumulative(layout.heads), layout), lambda *_: targets))
+
+        calls["headoff, relevance, 9 x 3"] = explain
     times: dict[str, list[float]] = {name: [] for name in calls}
     calls["one forward of transformers"]()
     calls["headoff, none off"]()
@@ -93,11 +104,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--only", choices=sorted(SIZES), help="one of the models")
     parser.add_argument("--no-subsets", action="store_true", help="without the 256 subsets")
+    parser.add_argument("--no-relevance", action="store_true", help="without relevance")
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
     print("| model | what | median | ratio |\n| --- | --- | --- | --- |")
     for model_type in [settings.only] if settings.only else SIZES:
-        measure(model_type, settings.rounds, not settings.no_subsets)
+        measure(model_type, settings.rounds, not settings.no_subsets, not settings.no_relevance)
 
 
 if __name__ == "__main__":

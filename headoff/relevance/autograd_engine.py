@@ -232,12 +232,11 @@ class AutogradEngine:
             values = torch.stack(
                 [target.value(output.logits[run, 0], output.boxes[run, 0]) for run, target in pairs]
             )
+            total = values.sum()
         gradients: dict[AttentionAddress, Tensor] = {}
         if self.method.needs_gradient:
             # Runs do not depend on each other, so the gradient of the sum is that of each run's value.
-            given = torch.autograd.grad(
-                values.sum(), list(zeros.values()), retain_graph=True, allow_unused=True
-            )
+            given = torch.autograd.grad(total, list(zeros.values()), retain_graph=True, allow_unused=True)
             for (address, zero), gradient in zip(zeros.items(), given, strict=True):
                 gradients[address] = (zero.detach() if gradient is None else gradient).to(self._compute)
         layout = self.detector.head_layout
