@@ -9,9 +9,10 @@ from pathlib import Path
 from headoff.ablation import References
 from headoff.choices import AblationKind
 from headoff.detector import Detector
+from headoff.encoded import EncodedImage
 from headoff.errors import SettingError
 from headoff.gates import Configuration, heads_off, none_off, single_heads
-from headoff.images import ImageSource, load_image
+from headoff.images import ImageSource
 from headoff.importance.result import HeadImportance
 from headoff.relevance.explainer import explain
 from headoff.relevance.explanations import Explanation
@@ -55,12 +56,12 @@ class HeadCards:
                 `resample`, heads contribute their context in the first sampled image.
             importance: its result.
         """
-        picture = load_image(image)
+        encoded = EncodedImage.of(detector, image)
         configurations = _configurations(importance)
         sweeps = {
             kind: sweep(
                 detector,
-                picture,
+                encoded,
                 configurations,
                 confidence=confidence,
                 memory_budget=memory_budget,
@@ -73,7 +74,7 @@ class HeadCards:
         if importance.site == "decoder_cross" and len(importance.objects):
             shown = importance.objects.subset(range(min(MOST_OBJECTS, len(importance.objects))))
             attention = explain(
-                detector, picture, [none_off()], shown, "raw", confidence=confidence, heads=True
+                detector, encoded, [none_off()], shown, "raw", confidence=confidence, heads=True
             )
         return cls(importance.shape, sweeps, attention)
 

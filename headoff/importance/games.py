@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from headoff.ablation import Ablation
 from headoff.choices import Site
 from headoff.detections import detections_from
 from headoff.detector import Attend, AttentionAddress, AttentionCall, Detector, DetectorOutput, Features
+from headoff.encoded import EncodedImage
 from headoff.errors import AttentionError, NonFiniteError, SettingError
 from headoff.gates import Gates
-from headoff.images import ImageSource, load_image
+from headoff.images import ImageSource
 from headoff.importance.store import ValueStore
 from headoff.sweeps import MEMORY_BUDGET, configurations_at_once, decode_all
 from headoff.values import Objects, Value
@@ -39,6 +41,7 @@ class Game:
         memory_budget: limit of decoder activations in bytes.
         progress: called with the number of coalitions that were evaluated since the last call.
         draws, store: see `under`.
+        memory: of the image with everything on in the encoder; None to encode it for each batch of coalitions.
     """
 
     detector: Detector
@@ -50,12 +53,13 @@ class Game:
     progress: Callable[[int], None] | None = None
     draws: Sequence[Ablation] = (Ablation("zero"),)
     store: ValueStore | None = None
+    memory: Any = None
 
     @classmethod
     def of(
         cls,
         detector: Detector,
-        image: ImageSource,
+        image: ImageSource | EncodedImage,
         site: Site,
         values: Sequence[Value],
         confidence: float = 0.5,
@@ -68,15 +72,14 @@ class Game:
             SettingError: `confidence` is not a probability.
             NonFiniteError: a logit or box is not finite.
         """
-        picture = load_image(image)
+        encoded = image if isinstance(image, EncodedImage) else EncodedImage.of(detector, image)
         with torch.inference_mode():
-            pixels, _ = detector.preprocess([picture])
-            features = detector.features(pixels)
-            output = detector.decode(detector.encode_features(features))
+            output = detector.decode(encoded.memory)
         logits, boxes = output.logits[0, 0], output.boxes[0, 0]
-        size = (picture.height, picture.width)
+        size = (encoded.picture.height, encoded.picture.width)
         found = detections_from(logits, boxes, size, detector.class_names, confidence, detector.scoring)
-        return cls(detector, features, site, Objects.of(found, boxes, confidence), values, memory_budget)
+        objects = Objects.of(found, boxes, confidence)
+        return cls(detector, encoded.features, site, objects, values, memory_budget, memory=encoded.memory)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -155,6 +158,7 @@ class Game:
             self.features,
             Gates(tuple(map(str, range(len(gates)))), **{self.site: gates[:, :, None]}),
             memory_budget=self.memory_budget,
+            memory=self.memory,
         )
 
     def gradients(self, gates: Tensor) -> list[Tensor]:
