@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headoff.choices import DTYPES
 from headoff.harness.deformable import (
     PLAIN,
     SIDE_EFFECTS,
@@ -21,7 +22,6 @@ from headoff.harness.deformable.mutations import SELF_TESTS, undetected
 from headoff.harness.finding import fail_on
 from headoff.harness.operator import operator_findings, unsupported_dtype
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 CASES = [case.name for case in deformable_cases()]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headoff.choices import DTYPES
 from headoff.harness.finding import fail_on
 from headoff.harness.operator import (
     SIDE_EFFECTS,
@@ -21,7 +22,6 @@ from headoff.harness.operator import (
 )
 from headoff.harness.operator.mutations import FAULTS, undetected
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 CASES = [case.name for case in operator_cases()]
 
 

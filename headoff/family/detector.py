@@ -42,10 +42,17 @@ from headoff.scoring import Scoring
 
 @dataclass(frozen=True, eq=False)
 class FamilyMemory:
-    """Encoder output of B images: the arguments that transformers' model gives to its decoder."""
+    """Encoder output of B images.
+
+    Attributes:
+        arguments: what transformers' model gives to its decoder.
+        images: B.
+        is_padded: whether an image is padded.
+    """
 
     arguments: Mapping[str, Any]
     images: int
+    is_padded: bool
 
     def __len__(self) -> int:
         return self.images
@@ -173,6 +180,8 @@ class FamilyDetector(Detector):
             encoder_heads=heads["encoder_self"],
             self_heads=heads["decoder_self"],
         )
+        # Whether cross-attention is to all memory tokens, and not to sampling points.
+        self._is_dense = not hasattr(modules["decoder_cross"][0], "sampling_offsets")
         for site in SITES:
             for layer, module in enumerate(modules[site]):
                 intercept(module, Place(self, AttentionAddress(site, layer)))
@@ -211,16 +220,10 @@ class FamilyDetector(Detector):
         width = getattr(config, "d_model", None) or config.hidden_size
         hidden = getattr(config, "decoder_ffn_dim", 4 * width)
         tokens = sum(height * width for height, width in features.shapes)
-        levels = len(features.shapes)
         # Deformable attention stores a value for each sampling point, and dense attention a weight for each token.
-        seen = 4 * width * 4 * levels if levels > 1 or not self.is_dense else layout.heads * tokens
+        seen = layout.heads * tokens if self._is_dense else 4 * width * 4 * len(features.shapes)
         numbers = hidden + 12 * width + layout.heads_at("decoder_self") * layout.queries + seen
         return len(features) * layout.queries * numbers * features.pixel_values.element_size()
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether the decoder's cross-attention is to all memory tokens, and not to sampling points."""
-        return not any("sampling_offsets" in name for name, _ in self.model.model.decoder.named_modules())
 
     def features(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> FamilyFeatures:
         check_pixels(pixel_values, pixel_mask)
@@ -257,17 +260,19 @@ class FamilyDetector(Detector):
             )
         # Some models make float32 queries, whatever their weights.
         arguments = _to(dict(arguments), self.device, self.dtype)
-        return FamilyMemory({**arguments, "headoff_padded": mask is not None}, len(pixel_values))
+        return FamilyMemory(arguments, len(pixel_values), mask is not None)
 
     def decode(self, memory: FamilyMemory, gates: GatesSpec | FamilyPlan | None = None) -> DetectorOutput:
         if gates is not None and not isinstance(gates, Gates | FamilyPlan):
             gates = stack(read_configurations(gates), self.head_layout)
         plan = self.plan(gates) if isinstance(gates, Gates) else gates or FamilyPlan(1, {})
         arguments = dict(memory.arguments)
-        padded = arguments.pop("headoff_padded")
         for name in self.adapter.per_query:
             arguments[name] = arguments[name].repeat(1, plan.runs, *(1,) * (arguments[name].ndim - 2))
-        with self._in_call(plan.gates, plan.runs, padded), autocast(self.device, self.autocast_dtype):
+        with (
+            self._in_call(plan.gates, plan.runs, memory.is_padded),
+            autocast(self.device, self.autocast_dtype),
+        ):
             output = self.model.model.decoder(**arguments)
         logits, boxes = self.adapter.predict(self.model, arguments, output)
         logits, boxes = (x.unflatten(1, (plan.runs, -1)).transpose(0, 1) for x in (logits, boxes))

@@ -240,12 +240,15 @@ class Game:
             if bool((gate == 1).all())
             else gate.float()[:, None, None, None].expand(-1, layers, 1, heads)
         }
-        features = self.features.clone()  # tensors of inference mode cannot be saved for a backward pass
         with torch.enable_grad(), draw.applied_to(self.detector), self.detector.intercepting(capture):
-            encoder_gate = own.get("encoder_self")
-            memory = self.detector.encode_features(
-                features, None if encoder_gate is None else encoder_gate[0]
-            )
+            # Copies, as tensors of inference mode cannot be saved for a backward pass.
+            if is_encoder or self.memory is None:
+                gated = own.get("encoder_self")
+                memory = self.detector.encode_features(
+                    self.features.clone(), None if gated is None else gated[0]
+                )
+            else:
+                memory = self.memory.clone()
             names = tuple(map(str, range(1 if is_encoder else runs)))
             decoder_gates = {site: own[site] for site in ("decoder_self", "decoder_cross") if site in own}
             plan = self.detector.plan(Gates(names, **decoder_gates), share=False)

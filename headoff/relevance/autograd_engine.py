@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,12 +31,14 @@ from headoff.relevance.engine import (
     ConfigurationRelevance,
     PairRelevance,
     TargetsOf,
+    at_targets,
     check_finite_rows,
+    check_one_image,
     head_weights,
     sees_image,
 )
 from headoff.relevance.kernels import Kernels
-from headoff.relevance.memory import default_memory_budget
+from headoff.relevance.memory import chosen_memory_budget
 from headoff.relevance.methods import Method, resolve_method
 from headoff.relevance.records import AttentionRecord, unfold_runs
 from headoff.relevance.rules import ZeroRows
@@ -105,10 +108,7 @@ class AutogradEngine:
         kernels: Kernels = "auto",
         memory_budget: int | None = None,
     ) -> None:
-        if len(features) != 1:
-            raise SettingError(
-                f"relevance is computed for one image at a time: give one, not {len(features)}"
-            )
+        check_one_image(features)
         if backward not in ("auto", "callable"):
             raise SettingError(
                 f"backward cannot be {backward!r} for this detector, whose gradients autograd computes: use auto"
@@ -123,10 +123,7 @@ class AutogradEngine:
         self.zero_rows: ZeroRows = zero_rows
         self._compute = torch.promote_types(detector.dtype, torch.float32)
         self._through_encoder = self.method.encoder is not None and detector.encoder_is_attention
-        budget = default_memory_budget(detector.device) if memory_budget is None else memory_budget
-        if budget <= 0:
-            raise SettingError(f"a memory budget of {budget} bytes is too small; give a positive number")
-        self._budget = budget
+        self._budget = chosen_memory_budget(detector.device, memory_budget)
 
     def run(
         self, gates: Gates, targets: TargetsOf, *, layers: Sequence[int] | None = None, heads: bool = False
@@ -314,15 +311,8 @@ class AutogradEngine:
 
 def _points(cross_attention: Sequence[Vjp], run: int, targets: Sequence[Target | None]) -> Tensor | None:
     """Sampling points at the targets' queries, (targets, M, H, K, 3); zero for a target of None."""
-    queries = torch.tensor([0 if target is None else target.query for target in targets], dtype=torch.long)
-    found = [
-        vjp.points_at(run, queries.to(vjp.device)) for vjp in cross_attention if isinstance(vjp, SampledVjp)
-    ]
-    if not found:
-        return None
-    result = torch.stack(found, dim=1).cpu()
-    result[torch.tensor([target is None for target in targets], dtype=torch.bool)] = 0
-    return result
+    layers = [partial(vjp.points_at, run) for vjp in cross_attention if isinstance(vjp, SampledVjp)]
+    return at_targets(layers, targets, cross_attention[0].device) if layers else None
 
 
 def _check_finite(recorders: Sequence[_Recorder], *results: Tensor) -> None:

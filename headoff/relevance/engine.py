@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
 from headoff.relevance.encoder_cams import EncoderCams, RecomputedCams, StoredCams
 from headoff.relevance.fused_vjp import FusedVjp, Precision
 from headoff.relevance.kernels import Kernels, chosen_kernels
-from headoff.relevance.memory import MemoryPlan, default_memory_budget
+from headoff.relevance.memory import MemoryPlan, chosen_memory_budget
 from headoff.relevance.methods import Method, resolve_method
 from headoff.relevance.records import AttentionRecord
 from headoff.relevance.rules import ZeroRows
@@ -136,16 +137,8 @@ class RelevanceEngine:
         precision: Precision = "ieee",
         memory_budget: int | None = None,
     ) -> None:
-        if len(features) != 1:
-            raise SettingError(
-                f"relevance is computed for one image at a time: give one, not {len(features)}"
-            )
-        if memory_budget is None:
-            memory_budget = default_memory_budget(detector.device)
-        if memory_budget <= 0:
-            raise SettingError(
-                f"a memory budget of {memory_budget} bytes is too small; give a positive number"
-            )
+        check_one_image(features)
+        memory_budget = chosen_memory_budget(detector.device, memory_budget)
         for name, value, known in (
             ("backward", backward, get_args(Backward)),
             ("kernels", kernels, get_args(Kernels)),
@@ -397,6 +390,12 @@ class RelevanceEngine:
         return values.detach(), gradient.to(self._compute)
 
 
+def check_one_image(features: Any) -> None:
+    """Raise SettingError unless the features are of one image."""
+    if len(features) != 1:
+        raise SettingError(f"relevance is computed for one image at a time: give one, not {len(features)}")
+
+
 def check_finite_rows(rows: Tensor, pairs: Sequence[tuple[Target, str]], layers: Sequence[int]) -> None:
     """Raise NonFiniteError unless rows (P, M, N) are finite; `pairs` are targets and names of configurations."""
     bad = (~rows.isfinite()).any(-1)
@@ -422,8 +421,17 @@ def head_weights(
     cross_attention: Sequence[AttentionVjp | SampledVjp], run: int, targets: Sequence[Target | None]
 ) -> Tensor:
     """Cross-attention weights after the gate at the targets' queries: (targets, M, H, N); zero for a target of None."""
+    return at_targets(
+        [partial(vjp.weights_at, run) for vjp in cross_attention], targets, cross_attention[0].device
+    )
+
+
+def at_targets(
+    layers: Sequence[Callable[[Tensor], Tensor]], targets: Sequence[Target | None], device: torch.device
+) -> Tensor:
+    """What each layer gives for the targets' queries (q,), on the CPU: (targets, M, ...); zero for a target of None."""
     queries = [0 if target is None else target.query for target in targets]
-    (query_index,) = copy_to_device([torch.tensor(queries, dtype=torch.long)], cross_attention[0].device)
-    result = torch.stack([vjp.weights_at(run, query_index) for vjp in cross_attention], dim=1).cpu()
+    (query_index,) = copy_to_device([torch.tensor(queries, dtype=torch.long)], device)
+    result = torch.stack([at(query_index) for at in layers], dim=1).cpu()
     result[torch.tensor([target is None for target in targets], dtype=torch.bool)] = 0
     return result

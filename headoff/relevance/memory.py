@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from headoff.detr.detector import Detr, Features
+from headoff.errors import SettingError
 from headoff.relevance.attention_vjp import TEMPORARIES
 from headoff.relevance.kernels import Kernels
 from headoff.relevance.methods import Method
@@ -21,6 +22,15 @@ def default_memory_budget(device: torch.device) -> int:
         return MEMORY_BUDGET
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return (torch.cuda.mem_get_info(device)[0] + reserve) // 2
+
+
+def chosen_memory_budget(device: torch.device, budget: int | None) -> int:
+    """`budget`, or the default for None. Raises SettingError where it is not positive."""
+    if budget is None:
+        return default_memory_budget(device)
+    if budget <= 0:
+        raise SettingError(f"a memory budget of {budget} bytes is too small; give a positive number")
+    return budget
 
 
 class MemoryPlan:

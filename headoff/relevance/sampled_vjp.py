@@ -34,20 +34,22 @@ class SampledVjp:
     """
 
     def __init__(self, call: DeformableCall, runs: int, rule: CamRule, compute: torch.dtype) -> None:
-        tokens, weights = call.corner_weights()
-        self.rule = rule
+        weights = call.weights.detach().to(compute)
+        if call.head_gate is not None:
+            weights = weights * call.head_gate.detach().to(compute).transpose(1, 2)[..., None]
         self.value = call.value[0].detach().to(compute)  # (H, S, D)
+        # The call with its gate in the weights, and without its graph.
+        self._call = call._replace(
+            value=self.value[None],
+            locations=call.locations.detach().to(compute),
+            weights=weights,
+            head_gate=None,
+        )
+        tokens, weights = self._call.corner_weights()
+        self.rule = rule
         # (G, H, T, K); as many numbers as weights, and half the size where they are float64
         self._tokens = _unfold(tokens[0], runs).to(torch.int32)
-        self._weights = _unfold(weights[0].detach().to(compute), runs)
-        if call.head_gate is not None:
-            self._weights = self._weights * _unfold(
-                call.head_gate[0].detach().to(compute).expand(-1, call.rows, -1), runs
-            )
-        gate = call.weights.new_ones(1, 1, 1, 1) if call.head_gate is None else call.head_gate.detach()
-        gated = call.weights.detach() * gate.transpose(1, 2)[..., None]
-        points = torch.cat((call.locations.detach(), gated[..., None]), -1)  # (1, G * T, H, L, P, 3)
-        self._points = points[0].flatten(2, 3).unflatten(0, (runs, -1)).to(compute)
+        self._weights = _unfold(weights[0], runs)
         self._latest: tuple[Tensor, Tensor] | None = None
 
     def __call__(
@@ -91,14 +93,16 @@ class SampledVjp:
 
     def weights_at(self, run: int, queries: Tensor) -> Tensor:
         """Gated weights of a run at some queries (q,): (q, H, S)."""
-        tokens = self._tokens[run].index_select(1, queries).long()
-        weights = self._weights[run].index_select(1, queries)
-        dense = weights.new_zeros(*weights.shape[:2], self.value.shape[1])
-        return dense.scatter_add_(-1, tokens, weights).transpose(0, 1)
+        return self._call.weights_at(self._rows(run, queries))[0].transpose(0, 1).to(self.value)
 
     def points_at(self, run: int, queries: Tensor) -> Tensor:
         """Sampling points of a run at some queries (q,): x, y and gated weight, (q, H, L * P, 3)."""
-        return self._points[run].index_select(0, queries)
+        points = torch.cat((self._call.locations, self._call.weights[..., None]), -1)
+        return points[0].index_select(0, self._rows(run, queries)).flatten(2, 3)
+
+    def _rows(self, run: int, queries: Tensor) -> Tensor:
+        """Queries of a run in the call, where runs are concatenated along the query axis."""
+        return run * self._tokens.shape[2] + queries
 
     def _tokens_of(self, runs: Tensor) -> Tensor:
         return select_runs(self._tokens, runs).expand(len(runs), -1, -1, -1)

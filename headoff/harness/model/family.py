@@ -33,7 +33,7 @@ from headoff.gates import SITES, Clause, Configuration, cumulative, heads_off, s
 from headoff.harness.contracts import DEFORMABLE, Contract
 from headoff.harness.deformable.implementations import STANDARD
 from headoff.harness.finding import Finding
-from headoff.harness.model.patched import InDtype, failures_as, model_dtype
+from headoff.harness.model.patched import InDtype, counting_calls, failures_as, model_dtype
 from headoff.harness.reference.implementations import right_implementations
 from headoff.harness.reference.oracle import sha256_of
 from headoff.harness.tolerance import Tolerance, peak_error
@@ -250,16 +250,15 @@ def family_findings(
 ) -> list[Finding]:
     """Where the model with `attention` is wrong: memory, logits or boxes, and sites at which it was not called."""
     findings: list[Finding] = []
-    counts: Counter[AttentionAddress] = Counter()
     results: list[dict[str, Tensor]] = []
 
-    def count(call: Call, proceed: Attend) -> Tensor:
-        context = proceed(call)
-        counts[call.address] += 1
-        return context
-
+    counts: Counter[AttentionAddress] = Counter()
     with failures_as(findings, "detections", f"detections of {case.name}"):
-        with _patched(case, attention, contract, device, dtype) as detector, detector.intercepting(count):
+        with (
+            _patched(case, attention, contract, device, dtype) as detector,
+            counting_calls(detector, 1, 1) as made,
+        ):
+            counts = made.of
             results.append(_outputs(detector, case, case.features.to(device, detector.dtype)))
     addresses = case.sites(contract)
     if calls is not None:

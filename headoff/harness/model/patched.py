@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention, resolve_attention
-from headoff.detector import Attend, AttentionAddress, AttentionCall
+from headoff.detector import Attend, AttentionAddress, AttentionCall, Detector
 from headoff.detr.checkpoints import ModelChoice
 from headoff.detr.detector import Detr, Features
 from headoff.errors import HeadoffError, NonFiniteError
@@ -82,7 +82,7 @@ class CallCount:
         at_least: whether more calls are right too, as a backward pass may repeat the forward pass.
     """
 
-    def __init__(self, detector: Detr, encodes: int, decodes: int, at_least: bool = False) -> None:
+    def __init__(self, detector: Detector, encodes: int, decodes: int, at_least: bool = False) -> None:
         self.of: Counter[AttentionAddress] = Counter()
         self._layout = detector.head_layout
         self._times = {site: encodes if site == "encoder_self" else decodes for site in SITES}
@@ -123,7 +123,9 @@ class CallCount:
 
 
 @contextmanager
-def counting_calls(detector: Detr, encodes: int, decodes: int, at_least: bool = False) -> Iterator[CallCount]:
+def counting_calls(
+    detector: Detector, encodes: int, decodes: int, at_least: bool = False
+) -> Iterator[CallCount]:
     """Count the calls that the attention answers in this context; a call that raises is not counted."""
     calls = CallCount(detector, encodes, decodes, at_least)
 
