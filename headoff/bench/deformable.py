@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from headoff.bench.workloads import CallWorkload, Direction
+from headoff.bench.workloads import CallWorkload, Direction, mixed
 from headoff.deformable import DeformableAttention, Shapes, gather_attention, grid_sample_attention
 from headoff.harness.finding import Property
 
@@ -129,3 +130,18 @@ class DeformableWorkload(CallWorkload):
         gate = None if self.head_gate is None else self.head_gate.to(dtype)
         changed: dict[str, Any] = {name: getattr(self, name).to(dtype) for name in tensors}
         return replace(self, head_gate=gate, **changed)
+
+    def varied(self, number: int) -> Self:
+        """Other values; locations and weights of other queries, so that points keep away from the lines."""
+        chosen = random.Random(number)
+
+        def of_other_queries(tensor: Tensor) -> Tensor:
+            return tensor.roll(chosen.randrange(tensor.shape[1]), 1)
+
+        return replace(
+            self,
+            value=mixed(self.value, 1, chosen),
+            sampling_locations=of_other_queries(self.sampling_locations),
+            attention_weights=of_other_queries(self.attention_weights),
+            grad_context=mixed(self.grad_context, 1, chosen),
+        )

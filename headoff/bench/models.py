@@ -67,6 +67,11 @@ class BenchmarkModel:
             self._casts[dtype] = replace(self, detector=detector, _casts={})
         return self._casts[dtype]
 
+    def with_image(self, image: Image.Image) -> BenchmarkModel:
+        """The same detector with another image."""
+        casts = {dtype: cast.with_image(image) for dtype, cast in self._casts.items()}
+        return replace(self, image=image, _casts=casts)
+
 
 def benchmark_model(size: Size, device: torch.device, dtype: torch.dtype, seed: int = 0) -> BenchmarkModel:
     """The detector of a size; `r50` and `dc5` have random weights and a random image.

@@ -62,10 +62,14 @@ class ExpectedOutputs:
 
     def findings(self, result: Any, attention: Attention) -> list[Finding]:
         """What is wrong with the result of the timed call of `attention`: the worst row of each wrong output."""
+        return self.findings_of(self.workload.outputs(result), attention)
+
+    def findings_of(self, outputs: Mapping[str, Output], attention: Attention) -> list[Finding]:
+        """The same for the outputs that the timed call of `attention` had."""
         masks = ReluMasks()
         if self.workload.relu_detector is not None:
             masks = outputs_and_masks(self.workload, attention)[1]
-        return self.findings_in(self.workload.outputs(result), masks)
+        return self.findings_in(outputs, masks)
 
     def findings_in(self, outputs: Mapping[str, Output], masks: ReluMasks) -> list[Finding]:
         """What is wrong with the outputs of a run that had these ReLU activation masks."""

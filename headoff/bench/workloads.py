@@ -1,19 +1,23 @@
 """What `headoff bench` and pytest's benchmarks time: an attention call, the decoder, the sweep, relevance.
 
-A workload makes a `TimedCall` for any attention, always with the same inputs, and names the tensors that the call
-returns, so that they can be compared with the float64 oracle's.
+A workload makes a `TimedCall` for any attention, and names the tensors that the call returns, so that they can be
+compared with the float64 oracle's. All attentions get the same inputs. Each call has its own copy of them, which can
+be filled with other contents between two runs (`Workload.varied`).
 """
 
 from __future__ import annotations
 
+import random
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from headoff.attention import Attention, eager
@@ -97,6 +101,14 @@ class Workload(ABC):
     def in_dtype(self, dtype: torch.dtype) -> Self:
         """The same inputs, as rounded to the present dtype, in another."""
 
+    @abstractmethod
+    def varied(self, number: int) -> Self:
+        """The same computation of other inputs, of the same sizes; `number` says which.
+
+        `TimedCall.fill` of a call of this workload takes what this returns. The sizes of all numbers in it are about
+        those of this one, for the tolerance is measured for one number and not for every one.
+        """
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -162,8 +174,17 @@ class CallWorkload(Workload):
 
     def timed_call(self, attention: Any) -> TimedCall:
         wanted = () if self.direction == "forward" else self.gradients
-        leaves = [tensor.detach().requires_grad_(name in wanted) for name, tensor in self.inputs.items()]
+        leaves = [
+            tensor.detach().clone().requires_grad_(name in wanted) for name, tensor in self.inputs.items()
+        ]
         inputs = [tensor for tensor in leaves if tensor.requires_grad]
+        grad_context = self.grad_context.clone()
+
+        def fill(contents: CallWorkload) -> None:
+            with torch.no_grad():
+                grad_context.copy_(contents.grad_context)
+                for leaf, tensor in zip(leaves, contents.inputs.values(), strict=True):
+                    leaf.copy_(tensor)
 
         def forward() -> Tensor:
             return self.attend(attention, *leaves)
@@ -173,15 +194,17 @@ class CallWorkload(Workload):
                 return (forward(),)
 
         def backward(context: Tensor) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(context, inputs, self.grad_context, allow_unused=True)
+            return torch.autograd.grad(context, inputs, grad_context, allow_unused=True)
 
         def both() -> tuple[Tensor | None, ...]:
             context = forward()
             return (context.detach(), *backward(context))
 
         if self.direction == "forward":
-            return TimedCall(without_gradients)
-        return TimedCall(both) if self.direction != "backward" else TimedCall(backward, lambda: (forward(),))
+            return TimedCall(without_gradients, fill=fill)
+        if self.direction == "backward":
+            return TimedCall(backward, lambda: (forward(),), fill)
+        return TimedCall(both, fill=fill)
 
     def outputs(self, result: tuple[Tensor | None, ...]) -> dict[str, Output]:
         of = {name: self.inputs[name] for name in self.gradients}
@@ -252,6 +275,26 @@ class AttentionWorkload(CallWorkload):
         gate = None if self.head_gate is None else self.head_gate.to(dtype)
         return replace(self, head_gate=gate, **{name: getattr(self, name).to(dtype) for name in tensors})
 
+    def varied(self, number: int) -> Self:
+        chosen = random.Random(number)
+        tensors = ("query", "key", "value", "grad_context")
+        changed: dict[str, Any] = {name: mixed(getattr(self, name), 2, chosen) for name in tensors}
+        return replace(self, **changed)
+
+
+def mixed(tensor: Tensor, dim: int, chosen: random.Random) -> Tensor:
+    """Every number mixed with another one along `dim`: independent normal numbers stay that, with the same variance."""
+    angle = torch.tensor(chosen.uniform(0.1, 1.4) + chosen.randrange(4) * torch.pi / 2)
+    other = tensor.roll(chosen.randrange(tensor.shape[dim]), dim)
+    return torch.add(tensor * angle.cos().item(), other, alpha=angle.sin().item())
+
+
+def rolled(image: Image.Image, chosen: random.Random) -> Image.Image:
+    """The image moved across its borders, and darkened a little: as hard to detect in as before."""
+    pixels = np.asarray(image)
+    pixels = np.roll(pixels, [chosen.randrange(size) for size in pixels.shape[:2]], (0, 1))
+    return Image.fromarray((pixels * chosen.uniform(0.9, 1.0)).astype(pixels.dtype))
+
 
 @dataclass(frozen=True, eq=False)
 class ModelWorkload(Workload):
@@ -294,6 +337,18 @@ class ModelWorkload(Workload):
     def in_dtype(self, dtype: torch.dtype) -> Self:
         return replace(self, model=self.model.in_dtype(dtype))
 
+    def varied(self, number: int) -> Self:
+        return replace(self, model=self.model.with_image(rolled(self.model.image, random.Random(number))))
+
+    def image_cell(self) -> tuple[list[Image.Image], Callable[[ModelWorkload], None]]:
+        """A place for the image of a call, and how it is filled."""
+        cell = [self.model.image]
+
+        def fill(contents: ModelWorkload) -> None:
+            cell[0] = contents.model.image
+
+        return cell, fill
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecoderWorkload(ModelWorkload):
@@ -333,20 +388,23 @@ class DecoderWorkload(ModelWorkload):
 
     def timed_call(self, attention: Attention) -> TimedCall:
         detector, gates = with_attention(self.model.detector, attention), self.gates
-        if self.direction == "forward":
-
-            def decode() -> DetectorOutput:
-                with torch.inference_mode():
-                    return detector.decode(self.memory, gates)
-
-            return TimedCall(decode)
-        tokens = self.memory.tokens.detach().requires_grad_()
+        tokens = self.memory.tokens.detach().clone().requires_grad_(self.direction == "backward")
         memory = replace(self.memory, tokens=tokens)
+
+        def fill(contents: DecoderWorkload) -> None:
+            with torch.no_grad():
+                tokens.copy_(contents.memory.tokens)
+
+        def decode() -> DetectorOutput:
+            with torch.inference_mode():
+                return detector.decode(memory, gates)
 
         def gradient(output: DetectorOutput) -> Tensor:
             return torch.autograd.grad((output.logits, output.boxes), tokens, self.output_gradients)[0]
 
-        return TimedCall(gradient, lambda: (detector.decode(memory, gates),))
+        if self.direction == "forward":
+            return TimedCall(decode, fill=fill)
+        return TimedCall(gradient, lambda: (detector.decode(memory, gates),), fill)
 
     def outputs(self, result: Any) -> dict[str, Output]:
         if self.direction == "forward":
@@ -365,6 +423,12 @@ class DecoderWorkload(ModelWorkload):
         gradients = tuple(gradient.to(dtype) for gradient in self.output_gradients)
         return replace(super().in_dtype(dtype), memory=memory, output_gradients=gradients)
 
+    def varied(self, number: int) -> Self:
+        """With the memory's tokens at other places, and a little larger or smaller."""
+        chosen = random.Random(number)
+        tokens = self.memory.tokens.roll(chosen.randrange(self.memory.tokens.shape[1]), 1)
+        return replace(self, memory=replace(self.memory, tokens=tokens * chosen.uniform(0.9, 1.1)))
+
 
 @dataclass(frozen=True, eq=False)
 class SweepWorkload(ModelWorkload):
@@ -376,7 +440,8 @@ class SweepWorkload(ModelWorkload):
 
     def timed_call(self, attention: Attention) -> TimedCall:
         detector = with_attention(self.model.detector, attention)
-        return TimedCall(lambda: sweep(detector, self.model.image, self.configurations))
+        cell, fill = self.image_cell()
+        return TimedCall(lambda: sweep(detector, cell[0], self.configurations), fill=fill)
 
     def outputs(self, result: SweepResult | DetectorOutput) -> dict[str, Output]:
         return detection_outputs(result.logits[self.checked], result.boxes[self.checked])
@@ -427,8 +492,9 @@ class RelevanceWorkload(ModelWorkload):
         return self.outputs(self._explain(without_backbone(self.model, attention), backward="callable")())
 
     def _explain(self, detector: Detr, **options: Any) -> TimedCall:
-        image, configurations, queries = self.model.image, self.configurations, self.queries
-        return TimedCall(lambda: explain(detector, image, configurations, queries, **options))
+        configurations, queries = self.configurations, self.queries
+        cell, fill = self.image_cell()
+        return TimedCall(lambda: explain(detector, cell[0], configurations, queries, **options), fill=fill)
 
     def outputs(self, result: Explanation) -> dict[str, Output]:
         return relevance_outputs(result.logits, result.boxes, result.maps.flatten(0, 2).flatten(1))

@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, loaded_model
-from headoff.bench.outputs import ExpectedOutputs
 from headoff.bench.workloads import Workload
 from headoff.errors import SettingError
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding, WrongAttention, fail_on
+from headoff.harness.originals import Originals
 from headoff.harness.plugin.benchmark_hooks import RECORDS
 from headoff.harness.plugin.patch import Patch
 from headoff.harness.settings import Settings
+from headoff.harness.timed_outputs import TimedOutputs
+from headoff.harness.torch_settings import as_before, watched_settings
 from headoff.scenes.samples import sample_image
-from headoff.timing import SpeedComparison, TimedCall, Turns, Verdict, peak_bytes, torch_threads
+from headoff.timing import SpeedComparison, Turns, Verdict, peak_bytes, torch_threads
 from headoff.timing.clocks import Clock, clock_of, timer_of
 
 SECONDS = {"cpu": 0.1, "cuda": 1.0}
@@ -70,7 +72,7 @@ class BenchmarkRunner:
         item.add_marker(pytest.mark.benchmark(timer=timer_of(self.clock)))
 
     def run(self, benchmark: Any, workload: Workload, *, group: str, heads_off: int | None = None) -> None:
-        """Time both, check the patch's output, record the results, and fail where it is wrong or too slow.
+        """Time both, check the patch's outputs, record the results, and fail where one is wrong or it is too slow.
 
         Args:
             benchmark: pytest-benchmark's fixture. Where it is disabled (`--benchmark-disable`, pytest-xdist), outputs
@@ -81,22 +83,28 @@ class BenchmarkRunner:
         """
         __tracebackhide__ = True
         benchmark.group = group
-        with torch_threads():
-            expected = ExpectedOutputs(workload)
+        comparison: SpeedComparison | None = None
+        record: dict[str, Any] = {}
+        with as_before(ORIGINALS.settings), torch_threads(), watched_settings() as changes:
             baseline, patch = workload.timed_call(self.baseline), workload.timed_call(self.patch.uncounted)
+            timed = TimedOutputs(workload, (baseline, patch), self.patch.device)
+            turns = Turns([baseline, patch], self.clock, timed)
             self.patch.called()
             baseline()
-            comparison: SpeedComparison | None = None
-            record: dict[str, Any] = {}
             try:
                 if benchmark.disabled:
-                    result = benchmark.pedantic(patch.run, setup=lambda: (patch.setup(), {}))
+                    benchmark.pedantic(turns.run, setup=lambda: (turns.before(), {}))
+                    turns.after()
                 else:
-                    result, comparison, record = self._timed(benchmark, patch, baseline)
+                    comparison, record = self._timed(benchmark, turns)
             except Exception as error:
                 message = f"{workload.name}: {self.patch.label} raised {describe_exception(error)}"
                 raise WrongAttention([Finding("crash", message, workload.name)]) from error
-            findings = expected.findings(result, self.patch.uncounted)
+            findings = replaced_findings(workload.name) or timed.findings(self.patch.uncounted)
+        findings += [
+            Finding("state", f"{workload.name}: a call that is timed changes {change}", workload.name)
+            for change in changes
+        ]
         if comparison is not None:
             record |= {"name": workload.name, "group": group, "heads_off": heads_off}
             record["outputs"] = "wrong" if findings else "right"
@@ -110,20 +118,17 @@ class BenchmarkRunner:
                 findings.append(Finding("time", message, workload.name, ratio, settings.max_slowdown))
         fail_on(findings)
 
-    def _timed(
-        self, benchmark: Any, patch: TimedCall, baseline: TimedCall
-    ) -> tuple[Any, SpeedComparison, dict[str, Any]]:
-        """The patch's result, the comparison, and its record."""
-        turns = Turns([baseline, patch], self.clock)
+    def _timed(self, benchmark: Any, turns: Turns) -> tuple[SpeedComparison, dict[str, Any]]:
+        """The comparison, and its record."""
+        baseline, patch = turns.calls
         rounds = turns.warm_up(self.seconds)
-        result = benchmark.pedantic(
-            patch.run, setup=lambda: (turns.before(), {}), teardown=lambda *_: turns.after(), rounds=rounds
+        benchmark.pedantic(
+            turns.run, setup=lambda: (turns.before(), {}), teardown=lambda *_: turns.after(), rounds=rounds
         )
         comparison = SpeedComparison.of(benchmark.stats.stats.data, turns.rounds[0])
         device, settings = self.patch.device, self.patch.settings
         slow = device.type == "cpu" and comparison.baseline_seconds > SLOW_CALL
         return (
-            result,
             comparison,
             {
                 "patch": self.patch.label,
@@ -135,3 +140,17 @@ class BenchmarkRunner:
                 "verdict": str(comparison.verdict(settings.max_slowdown)),
             },
         )
+
+
+def replaced_findings(case: str) -> list[Finding]:
+    """A finding where functions have been replaced that times and verdicts rest on."""
+    names = ORIGINALS.replaced()
+    if not names:
+        return []
+    some = " and ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    message = f"{case}: it has replaced {some}; neither its times nor its results mean anything then"
+    return [Finding("timing", message, case)]
+
+
+ORIGINALS = Originals.now()
+"""Of the moment when this module was imported, which is before the attention under test is."""

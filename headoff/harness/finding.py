@@ -37,6 +37,7 @@ Property = Literal[
     "in-place",  # inputs modified
     "crash",  # an exception
     "calls",  # never called, or something else computed in its place
+    "timing",  # what was timed is not the work: remembered, late, elsewhere, or the clock was changed
     "detections",  # logits, boxes or detections
     "relevance",  # relevance maps
     "gradients",  # end-to-end gradients through the model

@@ -108,6 +108,9 @@ def run_suites(job: Sequence[Any]) -> int:
     from headoff.harness.plugin.preflight import preflight_all
 
     texts, files, pytest_options = job
+    if any("benchmark" in file for file in files):
+        # Before the attention is: what times rest on is written down when this is imported.
+        import headoff.harness.benchmark  # noqa: F401
     try:
         preflight_all(read_settings(texts))
     except HeadoffError as error:

@@ -106,3 +106,17 @@ def watched_settings() -> Iterator[list[str]]:
             if after[name] != value:
                 changes.append(f"torch's {name} from {value} to {after[name]}")
                 WRITERS[name](value)
+
+
+@contextmanager
+def as_before(settings: dict[str, Any]) -> Iterator[None]:
+    """Within this context torch's settings are those that `read_settings` gave earlier."""
+    now = read_settings()
+    changed = [name for name, value in settings.items() if now[name] != value]
+    for name in changed:
+        WRITERS[name](settings[name])
+    try:
+        yield
+    finally:
+        for name in changed:
+            WRITERS[name](now[name])

@@ -11,7 +11,7 @@ from headoff.timing.clocks import THREADS, Clock, TimedCall, clock_of, torch_thr
 from headoff.timing.comparison import MAX_SLOWDOWN, SpeedComparison, Verdict
 from headoff.timing.machine import describe_machine, processor
 from headoff.timing.memory import peak_bytes
-from headoff.timing.turns import Turns, time_in_turns
+from headoff.timing.turns import Turns, Watch, time_in_turns
 
 __all__ = [
     "MAX_SLOWDOWN",
@@ -21,6 +21,7 @@ __all__ = [
     "TimedCall",
     "Turns",
     "Verdict",
+    "Watch",
     "clock_of",
     "describe_machine",
     "peak_bytes",

@@ -11,6 +11,7 @@ may return any object whose difference is in seconds.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import sys
 import time
@@ -22,6 +23,9 @@ from typing import Any, Protocol
 import torch
 
 from headoff.errors import SettingError
+
+# Bound here, so that code under test that replaces `time.perf_counter` later does not set this clock.
+perf_counter = time.perf_counter
 
 THREADS = 1
 """CPU threads while timing. With several, a call takes as long as its slowest thread, and on a machine with other work
@@ -92,8 +96,8 @@ class HostClock:
         )
 
     def now(self) -> HostMoment:
-        before = time.perf_counter()
-        return HostMoment(before, self._wait(), time.perf_counter())
+        before = perf_counter()
+        return HostMoment(before, self._wait(), perf_counter())
 
     def prepare(self) -> None:
         """Nothing."""
@@ -131,16 +135,21 @@ class CudaClock:
     Args:
         device: the GPU.
         cuda: torch's module, or a substitute for tests.
+        driver: NVIDIA's driver library, or a substitute for tests.
     """
 
     name = "CUDA events"
 
-    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+    PERSISTING_L2 = 0x06
+    """The driver's number for the limit on the part of the L2 cache that a kernel can keep."""
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda, driver: Any = None) -> None:
         self._device = device
         self._cuda = cuda
         # Twice the cache: its replacement is not strictly the oldest first.
         size = 2 * int(cuda.get_device_properties(device).L2_cache_size)
         self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self.driver = cuda_driver() if driver is None else driver
 
     def now(self) -> CudaMoment:
         event = self._cuda.Event(enable_timing=True)
@@ -148,11 +157,31 @@ class CudaClock:
         return CudaMoment(event)
 
     def prepare(self) -> None:
-        """Flush the L2 cache."""
+        """Flush the L2 cache, also of what a kernel asked to keep there: filling the buffer would not evict that."""
+        if self.driver is not None:
+            self.driver.cuCtxSetLimit(self.PERSISTING_L2, 0)
+            self.driver.cuCtxResetPersistingL2Cache()
         self._buffer.zero_()
+
+    def persisting_l2(self) -> int:
+        """Bytes of the L2 cache that kernels can keep; 0 where the driver cannot be asked."""
+        size = ctypes.c_size_t()
+        if self.driver is not None:
+            self.driver.cuCtxGetLimit(ctypes.byref(size), self.PERSISTING_L2)
+        return size.value
 
     def finish(self) -> None:
         self._cuda.synchronize(self._device)
+
+
+def cuda_driver() -> Any:
+    """NVIDIA's driver library, or None where there is none or it is too old to know of persisting lines."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    driver.cuCtxSetLimit.argtypes = [ctypes.c_int, ctypes.c_size_t]
+    return driver if hasattr(driver, "cuCtxResetPersistingL2Cache") else None
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -182,10 +211,12 @@ class TimedCall:
         run: the function to time.
         setup: makes its arguments, before each call. The backward pass of a graph, for example, needs a new graph
             each time.
+        fill: gives the inputs of the calls to come other contents, in the same memory.
     """
 
     run: Callable[..., Any]
     setup: Callable[[], tuple[Any, ...]] = tuple
+    fill: Callable[[Any], None] = lambda contents: None
 
     def __call__(self) -> Any:
         """Set up and run once, not timed."""
@@ -195,16 +226,16 @@ class TimedCall:
         """Set up, run once, and return how long the run took."""
         arguments = self.setup()
         clock.prepare()
-        return self.seconds_with(arguments, clock)
+        return self.timed(arguments, clock)[0]
 
-    def seconds_with(self, arguments: tuple[Any, ...], clock: Clock) -> float:
-        """Run once with arguments that `setup` made, and return how long the run took."""
+    def timed(self, arguments: tuple[Any, ...], clock: Clock) -> tuple[float, Any]:
+        """Run once with arguments that `setup` made: how long the run took, and what it returned."""
         run = self.run
         with no_tracing():
             start = clock.now()
-            run(*arguments)
+            result = run(*arguments)
             end = clock.now()
-        return end - start
+        return end - start, result
 
 
 @contextmanager

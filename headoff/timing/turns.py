@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from headoff.timing.clocks import Clock, TimedCall
 from headoff.timing.comparison import FEWEST_VALUES
@@ -31,32 +31,63 @@ WARM_UP_SHARE = 0.25
 """The share of the whole time that warm-up may take, beyond the first `WARM_UP_ROUNDS`."""
 
 
+class Watch(Protocol):
+    """Sees every timed call, by its number, before and after; none of it is part of the time."""
+
+    def before(self, index: int) -> None:
+        """Before its arguments are made."""
+
+    def ready(self, index: int) -> None:
+        """Right before it is called."""
+
+    def after(self, index: int, result: Any) -> None:
+        """Right after it returned `result`."""
+
+
+class Unwatched:
+    """Sees nothing."""
+
+    def before(self, index: int) -> None: ...
+
+    def ready(self, index: int) -> None: ...
+
+    def after(self, index: int, result: Any) -> None: ...
+
+
 class Turns:
     """Rounds in which every call is timed once.
 
-    The last call of a round may be timed by others: it lies between `before` and `after`, which have the form of
+    The last call of a round may be timed by others: `run` lies between `before` and `after`, which have the form of
     pytest-benchmark's setup and teardown. So pytest-benchmark's own times of the patch pair with the baseline's.
 
     Attributes:
         rounds: for each call, its seconds by round.
     """
 
-    def __init__(self, calls: Sequence[TimedCall], clock: Clock) -> None:
+    def __init__(self, calls: Sequence[TimedCall], clock: Clock, watch: Watch | None = None) -> None:
         self.calls = calls
         self.clock = clock
         self.rounds: list[list[float]] = [[] for _ in calls]
+        self._watch = watch or Unwatched()
         self._round = 0
+        self._result: Any = None
 
     def before(self) -> tuple[Any, ...]:
         """To be called before the last call of a round; returns the arguments for it."""
         if self._round % 2 == 0:
             self._time_others()
-        arguments = self.calls[-1].setup()
-        self.clock.prepare()
-        return arguments
+        return self._prepared(len(self.calls) - 1)
+
+    def run(self, *arguments: Any) -> Any:
+        """The last call of a round, to be timed."""
+        self._result = self.calls[-1].run(*arguments)
+        return self._result
 
     def after(self) -> None:
         """To be called after the last call of a round."""
+        result, self._result = self._result, None
+        self._watch.after(len(self.calls) - 1, result)
+        del result
         if self._round % 2 == 1:
             self._time_others()
         self._round += 1
@@ -67,17 +98,27 @@ class Turns:
         done, last = 0, 0.0
         while done < WARM_UP_ROUNDS or time.perf_counter() - started < WARM_UP_SHARE * seconds:
             began = time.perf_counter()
-            for call in self.calls:
-                call.seconds(self.clock)
+            for index in range(len(self.calls)):
+                self.calls[index].timed(self._prepared(index), self.clock)
             self.clock.finish()
             last = time.perf_counter() - began
             done += 1
         return rounds_for(seconds, last, patience)
 
+    def _prepared(self, index: int) -> tuple[Any, ...]:
+        """The arguments of a call that is to be made at once."""
+        self._watch.before(index)
+        arguments = self.calls[index].setup()
+        self.clock.prepare()
+        self._watch.ready(index)
+        return arguments
+
     def _time_others(self) -> None:
-        others = [*zip(self.calls, self.rounds, strict=True)][:-1]
-        for call, rounds in others if self._round % 2 == 0 else reversed(others):
-            rounds.append(call.seconds(self.clock))
+        others = range(len(self.calls) - 1)
+        for index in others if self._round % 2 == 0 else reversed(others):
+            seconds, result = self.calls[index].timed(self._prepared(index), self.clock)
+            self.rounds[index].append(seconds)
+            self._watch.after(index, result)
 
 
 def time_in_turns(
@@ -101,8 +142,9 @@ def time_in_turns(
     fitting = turns.warm_up(seconds, patience)
     for _ in range(fitting if rounds is None else rounds):
         arguments = turns.before()
-        turns.rounds[-1].append(calls[-1].seconds_with(arguments, clock))
-        del arguments
+        seconds_taken, result = calls[-1].timed(arguments, clock)
+        turns.rounds[-1].append(seconds_taken)
+        del arguments, result
         turns.after()
     return turns.rounds
 

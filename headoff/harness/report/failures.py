@@ -39,6 +39,7 @@ PROPERTIES = {
     "detections": "logits, boxes and detections",
     "relevance": "relevance maps",
     "gradients": "end-to-end gradients through the model",
+    "timing": "what was timed",
     "time": "time compared with the baseline",
 }
 """What each property of a finding is about. Properties of later versions are shown by their name alone."""
