@@ -344,3 +344,85 @@ def accumulated_in_float32():
 @right
 def by_an_autograd_function():
     return backward(lambda gradients, shapes: {})
+
+
+@right
+def by_hand():
+    return ByHand.attention
+
+
+class ByHand(torch.autograd.Function):
+    """One level and one of its four cells after the other, and the same way back, as CUDA kernels have it."""
+
+    @classmethod
+    def attention(cls, value, spatial_shapes, sampling_locations, attention_weights, *, head_gate=None):
+        compute = torch.promote_types(value.dtype, torch.float32)
+        batch, queries, heads = sampling_locations.shape[:3]
+        gate = value.new_ones(()) if head_gate is None else head_gate.detach()
+        gate = gate.to(compute).expand(batch, queries, heads, 1)
+        inputs = (value.to(compute), sampling_locations.to(compute), attention_weights.to(compute))
+        return cls.apply(*inputs, gate, spatial_shapes).to(value.dtype)
+
+    @staticmethod
+    def cells(locations: Tensor, height: int, width: int):
+        """For each of the four cells around the points (B, Q, H, P, 2): token, weights along x and y, and their slopes."""
+        x = locations[..., 0] * width - 0.5
+        y = locations[..., 1] * height - 0.5
+        left, top = x.floor(), y.floor()
+        for below in (0, 1):
+            for beside in (0, 1):
+                column, row = left + beside, top + below
+                inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                along_x = x - left if beside else left + 1 - x
+                along_y = y - top if below else top + 1 - y
+                token = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+                yield token.long(), along_x * inside, along_y * inside, 2 * beside - 1, 2 * below - 1
+
+    @staticmethod
+    def read(tokens: Tensor, token: Tensor) -> Tensor:
+        """`tokens` (B, n, H, D) at `token` (B, Q, H, P): (B, Q, H, P, D)."""
+        batch = torch.arange(token.shape[0], device=token.device)[:, None, None, None]
+        head = torch.arange(token.shape[2], device=token.device)[:, None]
+        return tokens[batch, token, head]
+
+    @staticmethod
+    def forward(ctx, value, locations, weights, gate, shapes):
+        ctx.save_for_backward(value, locations, weights, gate)
+        ctx.shapes = shapes
+        batch, queries, heads = locations.shape[:3]
+        context = value.new_zeros(batch, queries, heads, value.shape[3])
+        first = 0
+        for level, (height, width) in enumerate(shapes):
+            tokens = value[:, first : first + height * width]
+            first += height * width
+            for token, along_x, along_y, _, _ in ByHand.cells(locations[:, :, :, level], height, width):
+                factor = along_x * along_y * weights[:, :, :, level]
+                context += (factor[..., None] * ByHand.read(tokens, token)).sum(3)
+        return context * gate
+
+    @staticmethod
+    def backward(ctx, grad):
+        value, locations, weights, gate = ctx.saved_tensors
+        gradient = grad * gate
+        dvalue, dlocations, dweights = (torch.zeros_like(x) for x in (value, locations, weights))
+        first = 0
+        for level, (height, width) in enumerate(ctx.shapes):
+            tokens = value[:, first : first + height * width]
+            dtokens = dvalue[:, first : first + height * width]
+            first += height * width
+            given = weights[:, :, :, level]
+            for token, along_x, along_y, slope_x, slope_y in ByHand.cells(
+                locations[:, :, :, level], height, width
+            ):
+                dots = (ByHand.read(tokens, token) * gradient[:, :, :, None]).sum(-1)
+                dweights[:, :, :, level] += along_x * along_y * dots
+                inside = (along_x != 0) | (along_y != 0)
+                dx, dy = along_y * slope_x * width, along_x * slope_y * height
+                dlocations[:, :, :, level, :, 0] += given * dots * dx * inside
+                dlocations[:, :, :, level, :, 1] += given * dots * dy * inside
+                factor = (along_x * along_y * given)[..., None] * gradient[:, :, :, None]
+                index = token[..., None].expand(factor.shape).transpose(1, 2).flatten(2, 3)
+                by_head = torch.zeros_like(dtokens.transpose(1, 2))
+                by_head.scatter_add_(2, index, factor.transpose(1, 2).flatten(2, 3))
+                dtokens += by_head.transpose(1, 2)
+        return dvalue, dlocations, dweights, None, None

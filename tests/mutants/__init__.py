@@ -6,6 +6,7 @@ Both are dicts by name (`mutants.registry`); `make()` returns a new attention ca
 
 from mutants import (
     right,
+    right_kernels,
     wrong_backward,
     wrong_gates,
     wrong_masks,
@@ -25,6 +26,7 @@ __all__ = [
     "Right",
     "Wrong",
     "right",
+    "right_kernels",
     "wrong_backward",
     "wrong_state",
     "wrong_gates",
