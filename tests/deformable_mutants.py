@@ -365,7 +365,7 @@ class ByHand(torch.autograd.Function):
 
     @staticmethod
     def cells(locations: Tensor, height: int, width: int):
-        """For each of the four cells around the points (B, Q, H, P, 2): token, weights along x and y, and their slopes."""
+        """For each of the four cells around points (B, Q, H, P, 2): token, weights along x and y, their slopes."""
         x = locations[..., 0] * width - 0.5
         y = locations[..., 1] * height - 0.5
         left, top = x.floor(), y.floor()

@@ -4,14 +4,16 @@
 
 runs every suite on every attention of tests/mutants, and diagnoses the wrong ones. Results are kept line by line in
 `--results`, so that a run that was cut short goes on. Writes the tables of docs/harness.md and docs/mutation_score.md.
+
+    python tools/mutation_score.py drawn --seed 2
+
+scores mutants that are made mechanically from right implementations and drawn by a seed (`mutation.score`).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import multiprocessing
 import os
 import random
 import sys
@@ -24,6 +26,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from mutation.runs import rows_in, run  # noqa: E402
+from mutation.score import main as score_drawn  # noqa: E402
+
 RIGHT_SCENES = 3
 BEGIN, END = "<!-- mutation score: begin -->", "<!-- mutation score: end -->"
 SUITES = ("operator", "calls", "detections", "relevance", "gradients")
@@ -238,6 +244,9 @@ def write(path: Path, text: str) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["drawn"]:
+        score_drawn(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--seeds", type=int, default=1, help="of random inputs, for right attentions (default 1)"
@@ -260,26 +269,16 @@ def main() -> None:
     if chosen.sample:
         names = random.Random(chosen.seed).sample(sorted({name for _, name, _ in todo}), chosen.sample)
         todo = [task for task in todo if task[1] in names]
-    chosen.results.parent.mkdir(parents=True, exist_ok=True)
-    rows = (
-        [json.loads(line) for line in chosen.results.read_text().splitlines()]
-        if chosen.results.exists()
-        else []
-    )
+    rows = rows_in(chosen.results)
     done = {(row["kind"], row["name"], row["seed"]) for row in rows}
     left = [] if chosen.report else [task for task in todo if task not in done]
     reviewed = tomllib.loads(REVIEWED.read_text())
-    started = time.perf_counter()
-    with (
-        multiprocessing.get_context("spawn").Pool(chosen.processes, maxtasksperchild=60) as pool,
-        chosen.results.open("a") as file,
-    ):
-        for number, row in enumerate(pool.imap_unordered(judge, left, chunksize=1), 1):
-            rows.append(row)
-            print(json.dumps(row), file=file, flush=True)
-            said = verdict_on(row, reviewed) if row["kind"] == "diagnosis" else ", ".join(row["caught"])
-            print(f"{number} of {len(left)}, {time.perf_counter() - started:.0f} s: {row['kind']} {row['name']}: {said}"
-                  f" {row.get('sentence', '')}", flush=True)  # fmt: skip
+
+    def describe(row: dict[str, Any]) -> str:
+        said = verdict_on(row, reviewed) if row["kind"] == "diagnosis" else ", ".join(row["caught"])
+        return f"{row['kind']} {row['name']}: {said} {row.get('sentence', '')}"
+
+    rows += run(judge, left, chosen.results, chosen.processes, describe)
     by_task = {(row["kind"], row["name"], row["seed"]): row for row in rows}
     rows = [by_task[task] for task in todo if task in by_task]
     command = "python tools/mutation_score.py" + (f" --seeds {chosen.seeds}" if chosen.seeds != 1 else "")

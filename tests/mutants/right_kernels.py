@@ -14,7 +14,10 @@ from torch import Tensor
 from mutants.registry import right
 
 
-@right("kernel", "tiles of queries and keys in powers of 2, the last ones filled up; one backward pass by key tile")
+@right(
+    "kernel",
+    "tiles of queries and keys in powers of 2, the last ones filled up; one backward pass by key tile",
+)
 def tiled():
     return Tiled.attention
 
@@ -179,7 +182,10 @@ class HeadByHead(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-@right("kernel", "tokens with all heads side by side in memory, as a projection leaves them; bmm with its derivatives")
+@right(
+    "kernel",
+    "tokens with all heads side by side in memory, as a projection leaves them; bmm with its derivatives",
+)
 def packed():
     return Packed.attention
 

@@ -109,6 +109,25 @@ def faulty_layers(
     return findings + [_finding(case, chosen, site, some) for site, some in wrong.items() if some]
 
 
+def largest_excess(
+    attention: Attention,
+    case: ReferenceCase,
+    configurations: Sequence[Configuration],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """The largest error of any of the model's calls, in multiples of what is allowed; infinite where one raises."""
+    attention, chosen = resolve_attention(attention), tuple(configurations)
+    largest = 0.0
+    for call, allowed in zip(calls_of(case, chosen), _allowed(case, chosen, device, dtype), strict=True):
+        try:
+            errors = _errors(attend(attention, _tensors(call, device, dtype)[0]), call, dtype)
+        except Exception:
+            return math.inf
+        largest = max(largest, *(float(error.max()) / allowed[name] for name, error in errors.items()))
+    return largest
+
+
 @functools.lru_cache(maxsize=8)
 def calls_of(case: ReferenceCase, configurations: tuple[Configuration, ...]) -> tuple[ModelCall, ...]:
     """Every attention call of the model under all `configurations`, as the oracle makes it, in the order of the model.

@@ -1,0 +1,191 @@
+"""A mutant through everything: whether it runs and differs, how much in DETR, what suites and diagnosis say."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import torch
+from mutants.judging import CPU, Judge
+
+from headoff.attention import resolve_attention
+from headoff.deformable import conform
+from headoff.harness import deformable
+from headoff.harness.finding import Finding
+from headoff.harness.model.attention_calls import largest_excess
+from headoff.harness.operator.call import call, tensors_of
+from headoff.harness.operator.compare import comparisons, operator_findings
+from headoff.harness.torch_settings import watched_settings
+from mutation.differences import crashes_at_once, difference
+from mutation.sources import Mutant, Source
+
+SECONDS, SECONDS_OF_SUITES = 60, 600
+"""For all of a mutant's calls that say whether it differs, what takes longer hangs; and for the suites."""
+
+EXPLAINED = 24
+"""Failing cases that a diagnosis gets."""
+
+SITES = ("rt-detr-decoder", "deformable-detr-encoder", "grounding-dino-decoder")
+"""Deformable cases of detectors' calls; tried with a seed of their own."""
+
+SITE_SEED = 90_001
+
+
+class Hangs(BaseException):
+    """Raised where a mutant has taken too long; no `except Exception` of a suite may take it."""
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise Hangs
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def judged(mutant: Mutant, seed: int = 0) -> dict[str, Any]:
+    """One line of results. `status` is one of crashes, hangs, equivalent, unsupported, differs."""
+    started = time.perf_counter()
+    row: dict[str, Any] = {"mutant": mutant.name, "operator": mutant.mutation.operator, "diff": mutant.diff}
+    try:
+        with watched_settings():
+            with time_limit(SECONDS):
+                row |= _compared(mutant)
+            if row["status"] == "differs":
+                with time_limit(SECONDS_OF_SUITES):
+                    excess = min(excess_in_detr(mutant), 1e300)
+                    dtype = getattr(torch, row["dtype"])
+                    row |= {"excess": excess, "caught": caught(mutant.source, mutant.make, dtype, seed)}
+    except Hangs:
+        row["status"] = "hangs"
+    return {**row, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _compared(mutant: Mutant) -> dict[str, Any]:
+    source = mutant.source
+    if raised := crashes_at_once(mutant.make, source.contract):
+        return {"status": "crashes", "how": raised}
+    unsupported: list[str] = []
+    differs = difference(mutant.make, source.make, source.contract, unsupported)
+    if differs is None:
+        return {"status": "unsupported", "how": unsupported[0]} if unsupported else {"status": "equivalent"}
+    dtype, how = differs
+    return {"status": "differs", "how": how, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def excess_in_detr(mutant: Mutant) -> float:
+    """The largest error of a DETR's calls in float32, in multiples of the tolerance."""
+    if mutant.source.contract == "dense":
+        case = Judge().cases()[0]
+        chosen = [case.cumulative[0], case.cumulative[3]]
+        return largest_excess(mutant.make(), case, chosen, CPU, torch.float32)
+    largest = 0.0
+    for name in SITES:
+        site = deformable.case_named(name, torch.float32, 0)
+        assert site is not None
+        site = replace(site, seed=SITE_SEED)
+        try:
+            results = call(mutant.make(), tensors_of(site))
+            largest = max(largest, *(one.excess for one in comparisons(results, site, CPU)))
+        except Exception:
+            return float("inf")
+    return largest
+
+
+def caught(
+    source: Source, make: Callable[[], Any], dtype: torch.dtype, seed: int, *, every_suite: bool = False
+) -> dict[str, str]:
+    """The first suite that finds something wrong, and what; of `every_suite` if asked for."""
+    found = {}
+    for name, check in suites(source, dtype, seed).items():
+        with watched_settings():
+            first = next(check(make()), None)
+        if first is not None:
+            found[name] = f"{first.property}: {first.message}"
+            if not every_suite:
+                break
+    return found
+
+
+def suites(source: Source, dtype: torch.dtype, seed: int) -> dict[str, Callable[[Any], Iterator[Finding]]]:
+    """The suites that judge a source's contract, numbers of single calls first, because they are the quickest."""
+    if source.contract == "deformable":
+        return {
+            "deformable": lambda attention: _deformable_numbers(attention, dtype, seed),
+            "side effects": lambda attention: _deformable_side_effects(attention, dtype, seed),
+        }
+    judge = Judge(seed, dtype=dtype)
+    checks = judge.suites()
+    del checks["operator"]
+    own = {"operator": judge.numbers, "side effects": judge.side_effects}
+    return {name: _resolved(check) for name, check in (own | checks).items()}
+
+
+def _resolved(check: Callable[[Any], Iterator[Finding]]) -> Callable[[Any], Iterator[Finding]]:
+    return lambda attention: check(resolve_attention(attention))
+
+
+@functools.cache
+def _cheapest_first(dtype: torch.dtype, seed: int) -> tuple[deformable.DeformableCase, ...]:
+    return tuple(sorted(deformable.deformable_cases(dtype, seed), key=lambda case: case.weights))
+
+
+def _deformable_numbers(attention: Any, dtype: torch.dtype, seed: int) -> Iterator[Finding]:
+    attention = conform(attention, "mutant")
+    for case in _cheapest_first(dtype, seed):
+        yield from operator_findings(attention, case, CPU)
+
+
+def _deformable_side_effects(attention: Any, dtype: torch.dtype, seed: int) -> Iterator[Finding]:
+    attention = conform(attention, "mutant")
+    for check in deformable.SIDE_EFFECTS:
+        yield from deformable.side_effect_findings(attention, check, dtype, CPU, seed)
+
+
+def false_alarms(source: Source, seed: int) -> dict[str, str]:
+    """What the suites of single calls say against a right implementation with other random inputs."""
+    own = dict(list(suites(source, torch.float32, seed).items())[:2])
+    found = {}
+    for name, check in own.items():
+        with watched_settings():
+            if (first := next(check(source.make()), None)) is not None:
+                found[name] = f"{first.property}: {first.message}"
+    return found
+
+
+def explanation(mutant: Mutant, dtype: torch.dtype, seed: int = 0) -> str:
+    """What a run would say first of a mutant: side effects, then the diagnosis of failing cases, then all else."""
+    from headoff.harness.contracts import CONTRACTS
+    from headoff.harness.plugin.diagnosis import NUMBERS, causes_of
+    from headoff.harness.settings import Settings
+
+    source = mutant.source
+    found: list[Finding] = []
+    with watched_settings():
+        for name, check in suites(source, dtype, seed).items():
+            if name not in ("operator", "deformable", "side effects") and found:
+                break
+            for finding in check(mutant.make()):
+                found.append(finding)
+                if sum(f.property in NUMBERS for f in found) > EXPLAINED or name not in (
+                    "operator",
+                    "deformable",
+                ):
+                    break
+        attention = CONTRACTS[source.contract].resolve(mutant.make())
+        settings = Settings(seed=seed, contract=source.contract)
+        causes = causes_of(attention, found, settings) or found
+    first = causes[0]
+    return f"{first.property}: {first.message.split('; ')[0]}"
