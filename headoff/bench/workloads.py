@@ -277,7 +277,7 @@ class AttentionWorkload(CallWorkload):
 
     def varied(self, number: int) -> Self:
         chosen = random.Random(number)
-        tensors = ("query", "key", "value", "grad_context")
+        tensors = ("query", "key", "value", "grad_context")[: 3 if self.direction == "forward" else 4]
         changed: dict[str, Any] = {name: mixed(getattr(self, name), 2, chosen) for name in tensors}
         return replace(self, **changed)
 
