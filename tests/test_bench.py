@@ -168,6 +168,27 @@ def test_right_outputs_pass_and_wrong_ones_do_not(workloads, kind):
         assert all("timed call is wrong" in one.message and one.error > one.budget for one in found)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_can_be_filled_with_other_inputs(workloads, kind):
+    """In the same memory; the workload itself stays as it is."""
+    workload = workloads[kind]
+    call, other = workload.timed_call(sdpa), workload.varied(7)
+
+    def rows(result):
+        return {name: one.rows.clone() for name, one in workload.outputs(result).items()}
+
+    before, expected = rows(call()), rows(other.timed_call(sdpa)())
+    call.fill(other)
+    filled = rows(call())
+    call.fill(workload)
+    for name in before:
+        near = 1e-4 * before[name].abs().amax()  # between runs, other kernels may round otherwise
+        assert (filled[name] - expected[name]).abs().amax() < near, name
+        assert (filled[name] - before[name]).abs().amax() > near, name
+        assert (rows(call())[name] - before[name]).abs().amax() < near, name
+    assert ExpectedOutputs(other).findings(other.timed_call(sdpa)(), sdpa) == []
+
+
 @pytest.mark.parametrize("kind", ["context", "gradients"])
 def test_zeros_nan_and_other_shapes_are_wrong(workloads, kind):
     workload = workloads[kind]

@@ -327,6 +327,57 @@ def test_the_cuda_clock_flushes_more_than_the_cache():
     assert clock._buffer.numel() > 4096 and not clock._buffer.any()
 
 
+def test_the_cuda_clock_takes_back_what_kernels_keep_in_the_cache():
+    class Driver:
+        def __init__(self):
+            self.calls = []
+
+        def cuCtxSetLimit(self, limit, size):
+            self.calls.append((limit, size))
+
+        def cuCtxResetPersistingL2Cache(self):
+            self.calls.append("reset")
+
+        def cuCtxGetLimit(self, size, limit):
+            size._obj.value = 5
+
+    driver = Driver()
+    clock = CudaClock(CPU, FakeCuda(), driver)
+    clock.prepare()
+    assert driver.calls == [(CudaClock.PERSISTING_L2, 0), "reset"] and clock.persisting_l2() == 5
+
+
+def test_a_watch_sees_every_timed_call_from_outside_its_time():
+    clock, seen = SimulatedClock(), []
+
+    class Watch:
+        def before(self, index):
+            seen.append(("before", index))
+            clock.time += 1.0
+
+        def ready(self, index):
+            seen.append(("ready", index))
+
+        def after(self, index, result):
+            seen.append(("after", index, result))
+            clock.time += 1.0
+
+    turns = Turns([TimedCall(lambda: "baseline"), clock.call("patch", 0.5)], clock, Watch())
+    turns.warm_up(0)
+    assert seen == [(what, index) for _ in range(2) for index in (0, 1) for what in ("before", "ready")]
+    seen.clear()
+    for _ in range(2):
+        turns.run(*turns.before())
+        turns.after()
+    assert [entry[1:] for entry in seen if entry[0] == "after"] == [
+        (0, "baseline"),
+        (1, None),
+        (1, None),
+        (0, "baseline"),
+    ]
+    assert turns.rounds[0] == [0.0, 0.0]
+
+
 def test_a_comparison_on_the_cuda_clock():
     cuda = FakeCuda()
 
