@@ -79,8 +79,15 @@ def restored(monkeypatch):
     torch.set_float32_matmul_precision(precision)
 
 
+def like_compiled(query, key, value, attn_mask=None, *, head_gate=None):
+    """Its result has a note of torch.compile."""
+    context = sdpa(query, key, value, attn_mask, head_gate=head_gate)
+    context._dynamo_dynamic_indices = {2}
+    return context
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("attention", [sdpa, eager], ids=["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [sdpa, eager, like_compiled])
 def test_honest_ones_pass(attention, direction):
     assert findings(attention, direction) == []
 
@@ -96,7 +103,7 @@ ONLY_TIMED = "its timed result is wrong, and right for the same inputs when it i
         "by_size": SAME_AGAIN,
         "by_coarse_fingerprint": SAME_AGAIN,
         "late_by_thread": "returns before its result is written",
-        "lazy": "returned a Lazy and a tensor with attributes of its own instead of a plain tensor",
+        "lazy": "returned a Lazy and a tensor with methods of its own instead of a plain tensor",
         "from_other_tensors": "the output of the timed call is wrong",
         "from_freed_memory": "the output of the timed call is wrong",
         "after_the_warm_up": "the output of the timed call is wrong",

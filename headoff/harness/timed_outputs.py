@@ -179,4 +179,6 @@ def unusual_kinds(result: Any) -> set[str]:
     """Descriptions of returned tensors that may compute later: of a subclass, or with methods of their own."""
     tensors = [one for one in result if isinstance(one, torch.Tensor)] if isinstance(result, tuple) else []
     found = {f"a {type(one).__name__}" for one in tensors if type(one) is not torch.Tensor}
-    return found | {"a tensor with attributes of its own" for one in tensors if vars(one)}
+    # torch.compile leaves notes on its tensors; what is called in the place of a method is something else.
+    own = {"a tensor with methods of its own" for one in tensors if any(map(callable, vars(one).values()))}
+    return found | own
