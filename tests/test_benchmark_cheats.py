@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import secrets
 import statistics
 import subprocess
 import sys
@@ -135,6 +137,8 @@ REPLACEMENTS = {
     "headoff.timing.comparison.SpeedComparison.of": lambda patch: patch.setattr(
         SpeedComparison, "of", lambda *_: SpeedComparison(0.01, 0.01, 0.01, (1.0,), (1.0,))
     ),
+    "secrets.randbits": lambda patch: patch.setattr(secrets, "randbits", lambda bits: 7),
+    "random.Random.randrange": lambda patch: patch.setattr(random.Random, "randrange", lambda *_: 0),
     "statistics.median": lambda patch: patch.setattr(statistics, "median", min),
     "torch.nn.functional.scaled_dot_product_attention": lambda patch: patch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", eager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import random
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ import torch
 
 from headoff.harness.torch_settings import read_settings
 
-MODULES = ("time", "statistics", "torch", "torch.autograd", "torch.cuda", "torch.nn.functional")
+MODULES = (
+    *("gc", "random", "secrets", "statistics", "threading", "time"),
+    *("torch", "torch.autograd", "torch.cuda", "torch.nn.functional"),
+)
 """Modules whose functions and classes are watched; of torch itself, functions and tensors alone."""
 
 PACKAGES = ("headoff", "pytest_benchmark")
@@ -111,7 +115,7 @@ def _functions() -> Iterator[tuple[Key, Any]]:
             if callable(value) and attribute not in REPLACED_BY_TORCH:
                 yield (f"{module.__name__}.{attribute}", module, attribute), value
     # What they inherit as well: they can be given a method in the place of their base's.
-    for kind in (torch.Tensor, torch.cuda.Event, torch.cuda.Stream):
+    for kind in (random.Random, torch.Tensor, torch.cuda.Event, torch.cuda.Stream):
         yield from _methods(kind, dir(kind))
 
 
