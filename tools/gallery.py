@@ -40,6 +40,9 @@ VERIFY = [sys.executable, "-c", "import sys, headoff.cli; sys.exit(headoff.cli.m
 SECONDS = 1.0
 """About the time of all rounds of one benchmark."""
 
+LONGEST = 120
+"""Characters of a cause in the table."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -48,7 +51,7 @@ class Entry:
     Attributes:
         name: of its file in docs/gallery.
         package: the distribution that the code is from.
-        options: of `headoff verify`.
+        options: of `headoff verify`; those that it does not have are left out.
         gpu: whether it runs on a GPU alone.
         note: what a person found out, for the page.
     """
@@ -73,8 +76,15 @@ class Entry:
 
     @property
     def all_options(self) -> list[str]:
+        from headoff.harness.settings import OPTIONS
+
+        known = {f"--{option.name}" for option in OPTIONS}
         contract = ["--contract", "deformable"] if self.is_deformable else []
-        return [*contract, *self.options, *(["--device", "cuda"] if self.gpu else [])]
+        return [
+            *contract,
+            *(option for option in self.options if option in known),
+            *(["--device", "cuda"] if self.gpu else []),
+        ]
 
     @property
     def command(self) -> str:
@@ -294,6 +304,12 @@ def cause(entry: Entry, result: dict[str, Any]) -> str:
     return said + where
 
 
+def short(said: str) -> str:
+    """What fits into a table, without places in files."""
+    said = re.sub(r" ?\([^()]*(line \d+|cases?( tried)?)\)| when called as.*|, for example in.*", "", said)
+    return said.replace("|", "\\|") if len(said) <= LONGEST else f"{said[:LONGEST].rsplit(' ', 1)[0]} ..."
+
+
 def page() -> str:
     """docs/gallery.md."""
     rows, sections, dates = [], [], set()
@@ -316,7 +332,7 @@ def page() -> str:
         if verdict == "right":
             said = "" if "but its" not in said else said
         rows.append(
-            f"| [{entry.name}](#{entry.name}) | {origin} | {strong} | {ratio(result, 'forward')} | "
+            f"| [{entry.name}](#{entry.name}) | {origin} | {strong} | {short(said)} | {ratio(result, 'forward')} | "
             f"{ratio(result, 'backward')} |"
         )
         sections.append(section(entry, result, said))
@@ -326,8 +342,8 @@ def page() -> str:
         + "\n\n"
         + "\n".join(
             [
-                "| adapter | code of | verdict | time, forward | time, backward |",
-                "| --- | --- | --- | --- | --- |",
+                "| adapter | code of | verdict | cause | time, forward | time, backward |",
+                "| --- | --- | --- | --- | --- | --- |",
                 *rows,
             ]
         )
