@@ -9,7 +9,14 @@ from typing import Any
 
 from headoff.cli.options import positive
 from headoff.errors import SettingError
-from headoff.harness.contracts import CONTRACTS, contract_named, is_of_contract, suits_model
+from headoff.harness.contracts import (
+    BACKWARD,
+    CHECKS_SUITE,
+    CONTRACTS,
+    contract_named,
+    is_of_contract,
+    suits_model,
+)
 from headoff.harness.settings import OPTIONS, Option, default_value
 from headoff.harness.suite_files import suite_file, suite_names
 
@@ -33,6 +40,8 @@ exit codes:
 examples:
   headoff verify my_kernel.py:attention
   headoff verify my_kernel.py:attention --device cuda --dtype bfloat16 --report report.html
+  headoff verify my_kernel.py:attention --forward-only
+  headoff verify my_kernel.py:attention --check compile,opcheck
   headoff verify my_kernel.py:attention --benchmark --baseline sdpa --max-slowdown 1.05
   headoff verify my_kernel.py:attention --model detr-resnet-50 --image street.jpg
   headoff verify my_msda.py:kernel --contract deformable --benchmark
@@ -62,7 +71,7 @@ def add_parser(commands: Any) -> None:
             )
     groups["input"].add_argument(
         "--only", action="append", metavar="SUITE", help="run only this suite; can be repeated: operator, calls, "
-        "detections, relevance, gradients, importance or benchmark; deformable or deformable_benchmark"
+        "detections, relevance, gradients, importance, checks or benchmark; deformable or deformable_benchmark"
     )  # fmt: skip
     groups["speed"].add_argument(
         "--benchmark", action="store_true", help="compare its time with the baseline's"
@@ -107,6 +116,8 @@ def run(settings: argparse.Namespace) -> int:
 
     contract = contract_named(settings.contract or "dense")
     is_of_family = _is_of_family(settings.model)
+    if CHECKS_SUITE in (settings.only or ()) and not settings.check:
+        raise SettingError("the suite 'checks' runs what --check names: add --check compile, or another one")
     for name in settings.only or ():
         if not is_of_contract(name, contract):
             other = next(one.name for one in CONTRACTS.values() if name in one.suites)
@@ -121,8 +132,13 @@ def run(settings: argparse.Namespace) -> int:
     names = settings.only or [
         name
         for name in suite_names()
-        if is_of_contract(name, contract) and suits_model(name, is_of_family) and name != contract.benchmark
+        if is_of_contract(name, contract)
+        and suits_model(name, is_of_family)
+        and name not in (contract.benchmark, CHECKS_SUITE)
+        and not (name in BACKWARD and settings.forward_only)
     ]
+    if settings.check:
+        names = [*names, CHECKS_SUITE]
     if settings.benchmark and not suits_model(contract.benchmark, is_of_family):
         raise SettingError("attention is timed in headoff's own DETR: leave out --model, or --benchmark")
     if settings.benchmark:
@@ -141,6 +157,8 @@ def _is_of_family(model: str | None) -> bool:
 
 
 def _kind(option: Option) -> dict[str, Any]:
+    if option.flag:
+        return {"action": "store_const", "const": "yes"}
     if option.switch:
         return {"action": argparse.BooleanOptionalAction}
     return {"metavar": option.metavar, "action": "append" if option.several else "store"}

@@ -54,9 +54,19 @@ class Contract:
 DENSE = Contract(
     "dense",
     "sdpa",
-    ("operator", "calls", "detections", "relevance", "gradients", "importance", "family", "benchmark"),
+    (
+        "operator",
+        "calls",
+        "detections",
+        "relevance",
+        "gradients",
+        "importance",
+        "family",
+        "checks",
+        "benchmark",
+    ),
 )
-DEFORMABLE = Contract("deformable", "grid_sample", ("deformable", "family", "deformable_benchmark"))
+DEFORMABLE = Contract("deformable", "grid_sample", ("deformable", "family", "checks", "deformable_benchmark"))
 CONTRACTS = {contract.name: contract for contract in (DENSE, DEFORMABLE)}
 
 
@@ -68,6 +78,12 @@ def contract_named(name: str) -> Contract:
         )
     return CONTRACTS[name]
 
+
+CHECKS_SUITE = "checks"
+"""The suite that runs only what was asked for by name."""
+
+BACKWARD = ("gradients",)
+"""Suites of the backward pass alone."""
 
 OWN_MODEL = ("detections", "relevance", "gradients", "importance", "benchmark")
 """Suites that need headoff's own DETR as the model."""

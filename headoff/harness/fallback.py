@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -54,7 +55,7 @@ def model_calls(attention: Attention, device: torch.device, dtype: torch.dtype, 
 
     calls = {site: calling(site, padded=False) for site in SHAPES}
     masked = ("encoder_self", "decoder_cross")
-    return calls | {f"{site} with a mask": calling(site, padded=True) for site in masked}
+    return calls | {f"{site}{MASKED}": calling(site, padded=True) for site in masked}
 
 
 class SdpaCount(TorchFunctionMode):
@@ -70,12 +71,39 @@ class SdpaCount(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class Fallback:
+    """What gives a fallback away.
+
+    Attributes:
+        kinds: of `headoff.harness.settings.FALLBACKS`: it is as declared where all of one of these sets are.
+    """
+
+    finding: Finding
+    kinds: tuple[frozenset[str], ...]
+
+    def is_declared(self, allowed: Iterable[str], device: torch.device) -> bool:
+        """Whether it is intended, by the kinds that are allowed."""
+        declared = {*allowed}
+        on_cpu = device.type == "cpu" and "cpu" in declared
+        return on_cpu or any(kinds <= declared for kinds in self.kinds)
+
+
+MASKED = " with a mask"
+"""Ends the names of calls that have one."""
+
+
 def fallback_findings(attention: Attention, calls: dict[str, Call]) -> list[Finding]:
-    """What gives a fallback away, a finding each.
+    """The findings of `fallbacks`."""
+    return [fallback.finding for fallback in fallbacks(attention, calls)]
+
+
+def fallbacks(attention: Attention, calls: dict[str, Call]) -> list[Fallback]:
+    """What gives a fallback away, each.
 
     `calls`: by the name of a site, or another name, a function that calls `attention` as is done there.
     """
-    findings = []
+    found = []
     by_sdpa = {}
     for site, call in calls.items():
         call()  # what is set up once is set up here
@@ -84,26 +112,21 @@ def fallback_findings(attention: Attention, calls: dict[str, Call]) -> list[Find
         by_sdpa[site] = count.calls
         caught = exceptions_caught(attention, call)
         if caught:
-            findings.append(
-                Finding(
-                    property="calls",
-                    message=f"called as in {site}, it raised and caught {caught[0]}, and answered all the same: "
-                    "what it falls back to was tested in its place",
-                    case=site,
-                )
-            )
+            message = f"called as in {site}, it raised and caught {caught[0]}, and answered all the same: "
+            message += "what it falls back to was tested in its place"
+            kinds = ("exception", "masked") if site.endswith(MASKED) else ("exception",)
+            either = tuple(frozenset({kind}) for kind in kinds)
+            found.append(Fallback(Finding("calls", message, site), either))
     with_sdpa = [site for site, count in by_sdpa.items() if count]
     if with_sdpa and len(with_sdpa) < len(by_sdpa):
         without = [site for site in by_sdpa if site not in with_sdpa]
-        findings.append(
-            Finding(
-                property="calls",
-                message="it falls back to torch's scaled_dot_product_attention as called in "
-                f"{' and '.join(with_sdpa)}, but not in {' and '.join(without)}",
-                case=with_sdpa[0],
-            )
-        )
-    return findings
+        message = "it falls back to torch's scaled_dot_product_attention as called in "
+        message += f"{' and '.join(with_sdpa)}, but not in {' and '.join(without)}"
+        plain = {site for site in with_sdpa if not site.endswith(MASKED)}
+        of_mask = [site for site in with_sdpa if site not in plain and site.removesuffix(MASKED) not in plain]
+        all_of = frozenset([*(["sizes"] if plain else []), *(["masked"] if of_mask else [])])
+        found.append(Fallback(Finding("calls", message, with_sdpa[0]), (all_of,)))
+    return found
 
 
 def exceptions_caught(attention: Attention, call: Call) -> list[str]:

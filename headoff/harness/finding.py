@@ -38,6 +38,15 @@ Property = Literal[
     "crash",  # an exception
     "calls",  # never called, or something else computed in its place
     "timing",  # what was timed is not the work: remembered, late, elsewhere, or the clock was changed
+    "compile",  # under torch.compile
+    "opcheck",  # its registration as a custom operator
+    "export",  # under torch.export
+    "autocast",  # under torch.autocast
+    "threads",  # called from several threads at once
+    "streams",  # on several CUDA streams at once
+    "graph",  # replayed from a CUDA graph
+    "sanitizer",  # memory accesses out of bounds
+    "vmap",  # under torch.func.vmap
     "detections",  # logits, boxes or detections
     "relevance",  # relevance maps
     "gradients",  # end-to-end gradients through the model

@@ -47,7 +47,7 @@ def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequen
     names = ("attention", "baseline", "model", "seed")
     contract = values.get("contract", Settings.contract)
     chosen = {name: str(values.get(name, default_value(name, contract))) for name in names}
-    run_about = about_contract(chosen, contract)
+    run_about = about_contract(chosen, contract, values.get("forward-only", False))
     run = Run({**run_about, "command": command_line()})
     errors: list[str] = []
 
@@ -131,8 +131,9 @@ def _run_pytest(texts: Mapping[str, Any], files: Sequence[str], pytest_options: 
     # What --lf and --benchmark-save write goes to the cache, not to the current folder.
     cached = ["-o", f"cache_dir={cache_folder() / 'pytest'}"]
     cached.append(f"--benchmark-storage=file://{cache_folder() / 'benchmarks'}")
+    flags = {option.name for option in OPTIONS if option.flag}
     own = [
-        f"--headoff-{name}={text}"
+        f"--headoff-{name}" if name in flags else f"--headoff-{name}={text}"
         for name, given in texts.items()
         if given is not None
         for text in (given if isinstance(given, list) else [given])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from headoff.choices import DTYPES
 from headoff.errors import SettingError, did_you_mean
+from headoff.harness.checks.names import CHECKS, CLAIMED
 from headoff.harness.contracts import Contract, contract_named
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from headoff.detr.checkpoints import ModelChoice
 
 ALL = "all"
-"""The dtype that stands for all of them."""
+"""The dtype, or the check, that stands for all of them."""
+
+FALLBACKS = ("masked", "sizes", "exception", "cpu")
+"""Kinds of fallbacks that `headoff.harness.fallback` tells apart: with a mask alone, at some sites' sizes, after an
+exception that was caught, and any of them on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Option:
         several: whether it can be repeated.
         short: whether pytest has it as `--NAME` too, not as `--headoff-NAME` alone.
         switch: whether `headoff verify` has it as `--NAME` and `--no-NAME`; as text it is yes or no.
+        flag: whether it is given without a text, as `--NAME`; in pytest's configuration file it is yes or no.
+        listed: whether a text may have several values with commas between them.
         group: of the help of `headoff verify`: input, speed or output.
     """
 
@@ -48,6 +55,8 @@ class Option:
     several: bool = False
     short: bool = True
     switch: bool = False
+    flag: bool = False
+    listed: bool = False
     group: str = "input"
 
     @property
@@ -92,6 +101,21 @@ def _yes_or_no(text: str) -> bool:
 
 def _contract(text: str) -> str:
     return contract_named(text).name
+
+
+def _check(text: str) -> str:
+    if text not in (*CHECKS, ALL):
+        names = f"{', '.join(CHECKS)} or {ALL}"
+        raise SettingError(f"there is no check {text!r}{did_you_mean(text, CHECKS)}: name {names}")
+    return text
+
+
+def _fallback(text: str) -> str:
+    if text not in FALLBACKS:
+        raise SettingError(
+            f"there is no kind of fallback {text!r}{did_you_mean(text, FALLBACKS)}: name {' or '.join(FALLBACKS)}"
+        )
+    return text
 
 
 def _device(text: str) -> str:
@@ -176,6 +200,30 @@ class Settings:
         _dtype,
         several=True,
     )
+    forward_only: bool = _option(
+        False,
+        "yes|no",
+        "test its forward pass alone, for kernels without a backward pass; relevance maps have the formula's gradients",
+        _yes_or_no,
+        flag=True,
+    )
+    check: tuple[str, ...] = _option(
+        (),
+        "NAME[,NAME]",
+        f"try this as well (suite checks); can be repeated: {', '.join(CHECKS)} or {ALL} "
+        f"(all but {' and '.join(CLAIMED)})",
+        _check,
+        several=True,
+        listed=True,
+    )
+    allow_fallback: tuple[str, ...] = _option(
+        (),
+        "KIND[,KIND]",
+        f"a fallback that is intended, which is a note then; can be repeated: {', '.join(FALLBACKS)}",
+        _fallback,
+        several=True,
+        listed=True,
+    )
     golden_dir: Path | None = _option(None, "FOLDER", "a folder with golden files of your own", Path)
     seed: int = _option(0, "N", "seed of the random inputs (default 0)", _number(int, 0), short=False)
     timeout: float = _option(
@@ -245,6 +293,12 @@ class Settings:
         return ModelChoice(self.model, self.heads_per_layer, self.dc5, names, self.short_side)
 
     @property
+    def checks(self) -> tuple[str, ...]:
+        """Names of the checks that were asked for, in the order of the list of them."""
+        of_all = [name for name in CHECKS if name not in CLAIMED] if ALL in self.check else []
+        return tuple(name for name in CHECKS if name in self.check or name in of_all)
+
+    @property
     def of_contract(self) -> Contract:
         return contract_named(self.contract)
 
@@ -284,7 +338,8 @@ def read_settings(texts: Mapping[str, str | Iterable[str] | None]) -> list[Setti
     for option in OPTIONS:
         given = texts.get(option.name)
         if option.several and given:
-            values[option.field] = tuple(option.value(text) for text in given)
+            texts_of = [one for text in given for one in (text.split(",") if option.listed else [text])]
+            values[option.field] = tuple(option.value(text) for text in texts_of)
         elif given:
             values[option.field] = option.value(str(given))
     values.setdefault("device", str(chosen_device(None)))

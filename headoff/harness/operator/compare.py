@@ -22,6 +22,7 @@ from headoff.attention.contract import Attention
 from headoff.attention.eager import eager
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding
+from headoff.harness.forward_only import is_forward_only
 from headoff.harness.operator.call import Results, Tensors, call, context_alone, tensors_of
 from headoff.harness.operator.cases import Case, OperatorCase
 from headoff.harness.operator.masks import unusual_mask
@@ -94,7 +95,8 @@ def operator_findings(
 ) -> list[Finding]:
     """What is wrong with `attention` on `case`: nothing where it is right.
 
-    It is called with gradients and without, because these are often two kernels. A wrong context is the only finding,
+    It is called with gradients and without, because these are often two kernels; one whose forward pass alone is under
+    test is called in inference mode and under `torch.no_grad`. A wrong context is the only finding,
     because gradients follow from it; so is an input that was written into.
 
     Args:
@@ -136,12 +138,27 @@ def _findings_with_and_without_gradients(attention: Any, case: Case, device: tor
             return results, []
         return results, findings_of(results, case, device)
 
-    results, findings = attempt(lambda: call(attention, tensors, case.wanted))
+    # Gradients of one whose forward pass alone is under test would be the formula's.
+    forward_only = is_forward_only(attention)
+    results, findings = attempt(
+        lambda: (
+            {"context": _in_inference_mode(attention, tensors)}
+            if forward_only
+            else call(attention, tensors, case.wanted)
+        )
+    )
     if findings:
         return findings
     right = results["context"].detach()
     _, findings = attempt(lambda: {"context": context_alone(attention, tensors)}, right)
     return [replace(finding, message=WITHOUT_GRADIENTS + finding.message) for finding in findings]
+
+
+def _in_inference_mode(attention: Any, tensors: Tensors) -> Tensor:
+    """The context, as a tensor that can be used outside of inference mode."""
+    with torch.inference_mode():
+        context = tensors.attend(attention, tensors.inputs)
+    return context.clone() if isinstance(context, Tensor) else context
 
 
 def _equal(found: object, right: Tensor) -> bool:

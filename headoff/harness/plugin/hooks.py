@@ -15,7 +15,7 @@ import pytest
 
 from headoff.errors import HeadoffError
 from headoff.files import clear_marked_folder
-from headoff.harness.contracts import is_of_contract, suits_model
+from headoff.harness.contracts import BACKWARD, CHECKS_SUITE, is_of_contract, suits_model
 from headoff.harness.plugin.benchmark_hooks import (
     pytest_benchmark_compare_machine_info,
     pytest_benchmark_update_json,
@@ -29,6 +29,7 @@ from headoff.harness.settings import OPTIONS
 
 if TYPE_CHECKING:
     from headoff.harness.plugin.patch import Patch
+    from headoff.harness.settings import Settings
 
 __all__ = [  # hooks that are written elsewhere
     "pytest_benchmark_compare_machine_info",
@@ -84,8 +85,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the suites of the other contract, which would call the attention with what it does not take, and
-    those of other models.
+    """Leave out the suites of the other contract, which would call the attention with what it does not take, those
+    of other models or of a backward pass that is not under test, and checks that were not asked for.
     """
     suites = {item: suite_of(item.nodeid) for item in items if is_suite(item.path)}
     if not suites:
@@ -97,10 +98,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item
         for item, suite in suites.items()
         if not (is_of_contract(suite, settings.of_contract) and suits_model(suite, is_of_family))
+        or (suite in BACKWARD and settings.forward_only)
+        or (suite == CHECKS_SUITE and not _is_asked_for(item, settings))
     }
     if others:
         config.hook.pytest_deselected(items=list(others))
         items[:] = [item for item in items if item not in others]
+
+
+def _is_asked_for(item: pytest.Item, settings: Settings) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("check") in settings.checks
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -49,6 +49,11 @@ def _is_free(parser: pytest.Parser, name: str) -> bool:
 
 def _add(parser: pytest.Parser, name: str, option: Option) -> None:
     group = parser.getgroup("headoff", "headoff: is this attention right, and what does it cost?")
+    if option.flag:
+        group.addoption(
+            name, dest=option.key, default=None, action="store_const", const="yes", help=option.help
+        )
+        return
     group.addoption(
         name,
         dest=option.key,

@@ -15,6 +15,7 @@ from headoff.choices import DTYPES
 from headoff.deformable import AdaptedDeformableAttention
 from headoff.errors import AttentionError
 from headoff.harness.finding import Finding
+from headoff.harness.forward_only import ForwardOnlyAttention
 from headoff.harness.settings import Settings
 
 Result = TypeVar("Result")
@@ -58,6 +59,7 @@ NOTHING_NOTED: dict[str, Any] = {
     "unsupported": {},
     "observed": [],
     "cannot_tell": [],
+    "remarks": [],
     "findings": [],
     "message": "",
 }
@@ -68,9 +70,11 @@ class Patch:
     """What tests get as `under_test`: the attention, and what to test it on and with.
 
     Attributes:
-        attention: the callable of the contract that was asked for; each call is counted.
+        attention: the callable of the contract that was asked for; each call is counted. With `--forward-only` its
+            gradients are the formula's.
         uncounted: the same without the counter, for timing: a wrapper costs time, and CUDA graphs are captured only
-            for headoff's own callables. Say `called` where it is used.
+            for headoff's own callables. Say `called` where it is used. Always the user's own, which may have no
+            backward pass.
         label: the attention as it was asked for.
         device: to test it on.
         dtype: to test it in.
@@ -90,6 +94,8 @@ class Patch:
         self.other_dtypes = tuple(name for name in DTYPES if name not in settings.dtypes)
         self.seed = settings.seed
         self.uncounted = attention
+        if settings.forward_only:
+            attention = ForwardOnlyAttention(attention, self.label, settings.of_contract)
         self.attention: Any = CountedAttention(attention, self.label, self)
         self.calls: Counter[str] = Counter()
         self.calls_made = 0
@@ -154,6 +160,10 @@ class Patch:
         The verdict names these in its first lines.
         """
         self._notes["cannot_tell"].append(what)
+
+    def remark(self, what: str) -> None:
+        """Note what is worth knowing and no failure, a sentence."""
+        self._notes["remarks"].append(what)
 
     def take_notes(self) -> dict[str, Any]:
         """What was noted since this was asked last; see `NOTHING_NOTED`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,23 +30,38 @@ SHAPES = {"encoder_self": (144, 144), "decoder_self": (100, 100), "decoder_cross
 def preflight_all(several: Iterable[Settings]) -> None:
     """`preflight` of the attention of these settings, which differ in their dtype. Raises AttentionError."""
     for settings in several:
-        preflight(settings.attention, settings.device, settings.dtype, settings.timeout, settings.contract)
+        preflight(
+            settings.attention,
+            settings.device,
+            settings.dtype,
+            settings.timeout,
+            settings.contract,
+            settings.forward_only,
+        )
 
 
 @functools.cache
-def preflight(attention: str, device: str, dtype: str, limit: float, contract: str = "dense") -> None:
+def preflight(
+    attention: str,
+    device: str,
+    dtype: str,
+    limit: float,
+    contract: str = "dense",
+    forward_only: bool = False,
+) -> None:
     """Raise AttentionError, one sentence, where the attention cannot be tested at all.
 
     Args:
         limit: seconds that its import may take, and its first calls.
+        forward_only: whether it needs no backward pass.
     """
     if attention in contract_named(contract).registered() or is_watched():
-        try_patch(attention, device, dtype, contract)  # headoff's own do no harm
+        try_patch(attention, device, dtype, contract, forward_only)  # headoff's own do no harm
         return
     errors: list[str] = []
     ended = run_in_process(
         f"{__name__}:answer",
-        [attention, device, dtype, contract],
+        [attention, device, dtype, contract, forward_only],
         lambda event: errors.append(event["error"]),
         limit=limit,
         quiet=True,
@@ -56,16 +72,16 @@ def preflight(attention: str, device: str, dtype: str, limit: float, contract: s
         raise AttentionError(errors[0] if errors else f"{attention} {ended.how}")
 
 
-def try_patch(spec: str, device: str, dtype: str, contract: str) -> None:
+def try_patch(spec: str, device: str, dtype: str, contract: str, forward_only: bool) -> None:
     """Import an attention and call it. Raises AttentionError, one sentence."""
     deformable = contract == DEFORMABLE.name
     with limited("its import"):
         attention = contract_named(contract).resolve(spec)
     if not deformable and takes_locations(attention):
         raise AttentionError(f"{spec} takes sampling_locations: add --contract deformable")
-    try_it = first_deformable_calls if deformable else first_calls
+    try_it: Any = first_deformable_calls if deformable else first_calls
     with limited("its first calls"):
-        try_it(attention, spec, torch.device(device), torch_dtype(dtype))
+        try_it(attention, spec, torch.device(device), torch_dtype(dtype), forward_only)
 
 
 def takes_locations(attention: Attention) -> bool:
@@ -75,7 +91,7 @@ def takes_locations(attention: Attention) -> bool:
     return signature is not None and "sampling_locations" in signature.parameters
 
 
-def answer(arguments: list[str]) -> int:
+def answer(arguments: list[Any]) -> int:
     """What the other process does."""
     try:
         try_patch(*arguments)
@@ -85,15 +101,19 @@ def answer(arguments: list[str]) -> int:
     return 0
 
 
-def first_calls(attention: Attention, label: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Call it at each site's shape, forward and backward. Raises AttentionError, one sentence."""
+def first_calls(
+    attention: Attention, label: str, device: torch.device, dtype: torch.dtype, forward_only: bool = False
+) -> None:
+    """Call it at each site's shape, forward and mostly backward. Raises AttentionError, one sentence."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     for site, (queries, keys) in SHAPES.items():
-        query, key, value = (random(1, 8, length, 32).requires_grad_() for length in (queries, keys, keys))
+        query, key, value = (
+            random(1, 8, length, 32).requires_grad_(not forward_only) for length in (queries, keys, keys)
+        )
         mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=device)
         mask[..., -1] = False
         gate = torch.ones(8, 1, 1, device=device, dtype=dtype)
@@ -104,9 +124,20 @@ def first_calls(attention: Attention, label: str, device: torch.device, dtype: t
             (" with a mask", mask, None),
         ):
             where = f"called as in {site} ({queries} queries, {keys} keys{words}, {str(dtype)[6:]}, {device.type})"
-            attend = functools.partial(attention, query, key, value, attn_mask, head_gate=head_gate)
+            attend = functools.partial(_attend, attention, attn_mask, head_gate)
             expected = ("the query's shape", query.shape)
             _try(attend, (query, key, value), expected, label, where)
+
+
+def _attend(
+    attention: Attention,
+    attn_mask: Tensor | None,
+    head_gate: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    return attention(query, key, value, attn_mask, head_gate=head_gate)
 
 
 LEVELS = ((20, 20), (10, 10), (5, 5))
@@ -114,14 +145,18 @@ LEVELS = ((20, 20), (10, 10), (5, 5))
 
 
 def first_deformable_calls(
-    attention: DeformableAttention, label: str, device: torch.device, dtype: torch.dtype
+    attention: DeformableAttention,
+    label: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    forward_only: bool = False,
 ) -> None:
-    """Call it as RT-DETR's decoder does, forward and backward. Raises AttentionError, one sentence."""
+    """Call it as RT-DETR's decoder does, forward and mostly backward. Raises AttentionError, one sentence."""
     generator = torch.Generator().manual_seed(0)
     tokens = sum(height * width for height, width in LEVELS)
 
     def random(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).to(device, dtype).requires_grad_()
+        return torch.rand(*shape, generator=generator).to(device, dtype).requires_grad_(not forward_only)
 
     value, locations = random(1, tokens, 8, 32), random(1, 300, 8, len(LEVELS), 4, 2)
     weights = random(1, 300, 8, len(LEVELS), 4)
@@ -129,40 +164,65 @@ def first_deformable_calls(
     gate[:, :, 0] = 0
     for words, head_gate in (("", None), (" with a head gate", gate)):
         where = f"called with 300 queries and 3 levels of 4 points{words} ({str(dtype)[6:]}, {device.type})"
-        attend = functools.partial(attention, value, LEVELS, locations, weights, head_gate=head_gate)
+        attend = functools.partial(_attend_levels, attention, head_gate)
         expected = ("(batch, queries, heads, channels)", torch.Size((1, 300, 8, 32)))
         _try(attend, (value, locations, weights), expected, label, where)
 
 
+def _attend_levels(
+    attention: DeformableAttention, head_gate: Tensor | None, value: Tensor, *points: Tensor
+) -> Tensor:
+    return attention(value, LEVELS, *points, head_gate=head_gate)
+
+
 def _try(
-    attend: Callable[[], Tensor],
+    attend: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     expected: tuple[str, torch.Size],
     label: str,
     where: str,
 ) -> None:
-    """One call, forward and backward. `expected` is the context's shape, in words and numbers."""
-    device = inputs[0].device
+    """One call, and back if the `inputs` require gradients. `expected` is the context's shape, in words and numbers."""
+    device, backward = inputs[0].device, inputs[0].requires_grad
     try:
-        context = attend()
+        with torch.set_grad_enabled(backward):
+            context = attend(*inputs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except HeadoffError:
         raise
     except (Exception, SystemExit) as error:
-        raise AttentionError(f"{label} raised {describe_exception(error)} when {where}") from error
-    _check(context, expected, label, where)
+        message = f"{label} raised {describe_exception(error)} when {where}"
+        if backward and _answers_without_gradients(attend, inputs):
+            message += f" with inputs that require gradients, and not with others: {REMEDY}"
+        raise AttentionError(message) from error
+    _check(context, expected, label, where, backward)
+    if not backward:
+        return
     try:
         torch.autograd.grad(context.sum(), inputs, allow_unused=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except (Exception, SystemExit) as error:
         raise AttentionError(
-            f"{label} has no backward pass that works: it raised {describe_exception(error)} when {where}"
+            f"{label} has no backward pass that works: it raised {describe_exception(error)} when {where}; "
+            f"{REMEDY}"
         ) from error
 
 
-def _check(context: object, expected: tuple[str, torch.Size], label: str, where: str) -> None:
+def _answers_without_gradients(attend: Callable[..., Tensor], inputs: Sequence[Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            attend(*(tensor.detach() for tensor in inputs))
+    except (Exception, SystemExit):
+        return False
+    return True
+
+
+REMEDY = "add --forward-only to have its forward pass tested alone"
+
+
+def _check(context: object, expected: tuple[str, torch.Size], label: str, where: str, backward: bool) -> None:
     if not isinstance(context, Tensor):
         raise AttentionError(
             f"{label} returned a {type(context).__name__} when {where}: return the context, one tensor"
@@ -173,8 +233,8 @@ def _check(context: object, expected: tuple[str, torch.Size], label: str, where:
             f"{label} returned a context of shape {tuple(context.shape)} when {where}: {words}, "
             f"{tuple(shape)}, was expected"
         )
-    if not context.requires_grad:
+    if backward and not context.requires_grad:
         raise AttentionError(
             f"{label} returned a context without a gradient when {where}: relevance is made of gradients; compute the "
-            "context from the inputs, or give an autograd.Function a backward pass"
+            f"context from the inputs, or give an autograd.Function a backward pass, or {REMEDY}"
         )

@@ -14,7 +14,7 @@ from headoff.harness.contracts import DEFORMABLE
 from headoff.harness.finding import Finding, WrongAttention
 from headoff.harness.plugin.benchmark_hooks import RECORDS
 from headoff.harness.plugin.options import all_settings, text_of, value_of
-from headoff.harness.plugin.run import Run
+from headoff.harness.plugin.run import PASSES, Run
 from headoff.harness.process import emit, is_watched, limited
 from headoff.harness.settings import Settings
 
@@ -37,7 +37,7 @@ class Reporter:
         self.worker = worker
         self.patches: dict[str, Patch] = {}
         chosen = {name: str(value_of(config, name)) for name in ("attention", "baseline", "model", "seed")}
-        about = about_contract(chosen, value_of(config, "contract"))
+        about = about_contract(chosen, value_of(config, "contract"), value_of(config, "forward-only"))
         self.run = Run({**about, "command": command_line()})
         self.document: dict[str, Any] | None = None
 
@@ -174,7 +174,20 @@ class Reporter:
             detector = oracle_of(settings[0].model_choice)
             about["heads"] = detector.head_layout.heads_text
             notes = [f"{settings[0].model}: {assumption}" for assumption in detector.assumptions]
+        if settings[0].forward_only:
+            notes.append(self._about_backward(settings[0]))
         self.tell(about=about, machine=machine, benchmarks=benchmarks, notes=notes, finished=True)
+
+    def _about_backward(self, settings: Settings) -> str:
+        """What a verdict on the forward pass leaves out."""
+        from headoff.harness.forward_only import has_backward
+        from headoff.harness.plugin.patch import Patch
+
+        patch = Patch.of(settings)
+        with limited("a look for its backward pass"):
+            has_one = has_backward(patch.uncounted, settings.of_contract, patch.device, patch.dtype)
+        only = "its forward pass alone was tested; gradients, where maps need them, are those of the formula"
+        return f"{only}: it has a backward pass, which was not tested" if has_one else only
 
     def _diagnose(self) -> None:
         from headoff.harness.plugin.diagnosis import diagnose_run
@@ -206,11 +219,16 @@ class Reporter:
         return result
 
 
-def about_contract(chosen: Mapping[str, str], contract: str) -> dict[str, str]:
+def about_contract(chosen: Mapping[str, str], contract: str, forward_only: bool) -> dict[str, str]:
     """What was `chosen`, with the contract in the place of the model where no model is run."""
+    passes = {PASSES: "forward only"} if forward_only else {}
     if contract == Settings.contract:
-        return dict(chosen)
-    return {**{name: text for name, text in chosen.items() if name != "model"}, "contract": contract}
+        return {**chosen, **passes}
+    return {
+        **{name: text for name, text in chosen.items() if name != "model"},
+        "contract": contract,
+        **passes,
+    }
 
 
 def command_line() -> str:

@@ -23,6 +23,9 @@ from headoff.wording import counted
 PICTURES = 8
 """That a document keeps of one property."""
 
+PASSES = "passes"
+"""The entry of what a run is about that says that only the forward pass is under test."""
+
 SUITE_ORDER = tuple(suite for contract in CONTRACTS.values() for suite in contract.suites)
 
 
@@ -103,7 +106,8 @@ class Run:
 
     @property
     def label(self) -> str:
-        return str(self.about["attention"])
+        """The attention, and that only its forward pass is under test where that is so."""
+        return f"{self.about['attention']}{' (forward pass only)' if PASSES in self.about else ''}"
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Take in one event: what `Reporter` reports, in the order in which it happens."""
@@ -157,6 +161,7 @@ class Run:
         self.unsupported.update(noted.get("unsupported", {}))
         self.calls.update(noted.get("calls", {}))
         self.cannot_tell += [what for what in noted.get("cannot_tell", ()) if what not in self.cannot_tell]
+        self.notes += [what for what in noted.get("remarks", ()) if what not in self.notes]
         for where, finding in noted.get("observed", ()):
             self.observed.setdefault(where, Counter())[f"{finding['property']}: {finding['message']}"] += 1
 

@@ -1,0 +1,159 @@
+"""Checks of calls at the same time: from two threads, and on two CUDA streams."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from headoff.harness.checks.subject import NotApplicable, Outcome, Subject, check, raised
+from headoff.harness.finding import Finding
+from headoff.harness.operator.call import Results
+from headoff.harness.operator.cases import Case
+from headoff.harness.operator.side_effects import same
+
+ROUNDS = 60
+SECONDS = 2.0
+"""Calls at once of each kind, and for how long there may be more of them: the first ones of an unlucky pair collide."""
+
+SWITCH = 1e-5
+"""Seconds after which Python lets the other thread run."""
+
+
+def _cases(subject: Subject) -> Iterator[list[Case]]:
+    """Two cases that differ in their numbers alone: what is kept by size is shared then. Large enough to overlap."""
+    for fields in subject.arguments:
+        large = {**fields, "batch": 4, "heads": 8, "queries": 150}
+        yield [subject.case(**large, seed=subject.seed + number) for number in range(2)]
+
+
+@check("threads")
+def threads(subject: Subject) -> Outcome:
+    """Two threads that call at once get the bits that each of them gets alone."""
+    outcome = Outcome()
+    rounds = 0
+    for cases in _cases(subject):
+        calls = [_caller(subject, case) for case in cases]
+        # In threads as well, one after the other: a thread may have its own number of OpenMP's threads.
+        alone = [_in_threads([call])[0] for call in calls]
+        again = [_in_threads([call])[0] for call in calls]
+        for result in (*alone, *again):
+            if isinstance(result, BaseException):
+                outcome.findings = [raised("threads", "called from a thread,", result, cases[0])]
+                return outcome
+        names = [
+            name
+            for name in alone[0]
+            if all(same(one[name], two[name]) for one, two in zip(alone, again, strict=True))
+        ]
+        if "context" not in names:
+            raise NotApplicable("calls with the same inputs differ in their bits")
+        end = time.monotonic() + SECONDS
+        with _frequent_switches():
+            for _ in range(ROUNDS):
+                rounds += 1
+                for case, expected, found in zip(cases, alone, _in_threads(calls), strict=True):
+                    if wrong := _difference(case, expected, found, names):
+                        outcome.findings = [wrong]
+                        return outcome
+                if time.monotonic() > end:
+                    break
+    outcome.remarks.append(
+        f"threads: {rounds} pairs of calls from two threads at once had the bits of single calls"
+    )
+    return outcome
+
+
+def _caller(subject: Subject, case: Case) -> Callable[[], Results]:
+    tensors = subject.tensors(case)
+    return lambda: {name: one.detach() for name, one in subject.call(subject.attention, tensors).items()}
+
+
+def _difference(case: Case, expected: Results, found: Any, names: list[str]) -> Finding | None:
+    when = "called from two threads at once,"
+    if isinstance(found, BaseException):
+        return raised("threads", when, found, case)
+    wrong = [name for name in names if not same(expected[name], found[name])]
+    if not wrong:
+        return None
+    error = (expected[wrong[0]] - found[wrong[0]]).abs().max().item()
+    message = f"{when} {' and '.join(wrong)} differ from those of a single call, by up to {error:.2g}"
+    return Finding("threads", f"{message}: something is shared between calls", str(case))
+
+
+def _in_threads(calls: list[Callable[[], Results]]) -> list[Any]:
+    """The results of calls that begin at once, each in its thread, or what it raised."""
+    results: list[Any] = [None] * len(calls)
+    barrier = threading.Barrier(len(calls))
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            results[number] = calls[number]()
+        except BaseException as error:
+            results[number] = error
+
+    workers = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(calls))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return results
+
+
+@contextmanager
+def _frequent_switches() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@check("streams")
+def streams(subject: Subject) -> Outcome:
+    """Calls on two streams that run at once have the bits of single calls."""
+    if subject.device.type != "cuda":
+        raise NotApplicable("streams are CUDA's: use --device cuda")
+    device = subject.device
+    outcome = Outcome()
+    for cases in _cases(subject):
+        calls = [_caller(subject, case) for case in cases]
+        alone, again = ([call() for call in calls] for _ in range(2))
+        torch.cuda.synchronize(device)
+        names = [
+            name
+            for name in alone[0]
+            if all(same(one[name], two[name]) for one, two in zip(alone, again, strict=True))
+        ]
+        if "context" not in names:
+            raise NotApplicable("calls with the same inputs differ in their bits")
+        both = [torch.cuda.Stream(device) for _ in calls]
+        end = time.monotonic() + SECONDS
+        for _ in range(ROUNDS):
+            for stream in both:
+                stream.wait_stream(torch.cuda.current_stream(device))
+            results = []
+            for stream, call in zip(both, calls, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(call())
+            torch.cuda.synchronize(device)
+            for case, expected, found in zip(cases, alone, results, strict=True):
+                wrong = [name for name in names if not same(expected[name], found[name])]
+                if wrong:
+                    message = (
+                        f"called on two CUDA streams at once, {' and '.join(wrong)} differ from single calls'"
+                    )
+                    outcome.findings = [
+                        Finding("streams", f"{message}: work is on another stream", str(case))
+                    ]
+                    return outcome
+            if time.monotonic() > end:
+                break
+    return outcome

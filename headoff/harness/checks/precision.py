@@ -1,0 +1,77 @@
+"""The check of autocast: what an attention does to inputs in float32 where lower precision was asked for."""
+
+from __future__ import annotations
+
+import torch
+
+from headoff.harness.checks.subject import (
+    NotApplicable,
+    Outcome,
+    Subject,
+    about,
+    check,
+    leaves,
+    raised,
+    with_tensors,
+)
+from headoff.harness.finding import Finding
+from headoff.harness.operator.call import Tensors, gradients
+from headoff.harness.operator.cases import Case
+from headoff.harness.operator.compare import unsupported_dtype
+
+LOW = torch.bfloat16
+
+
+@check("autocast")
+def autocast(subject: Subject) -> Outcome:
+    """Float32 inputs under autocast to bfloat16: as right as the same numbers in bfloat16 without autocast are.
+
+    The context may be of bfloat16 or of float32; gradients are of float32, like the inputs. An attention that computes
+    in float32 all the same is more exact than was asked for, which is right. The inputs are numbers that bfloat16 has,
+    so that both calls have one truth.
+    """
+    outcome = Outcome()
+    for fields in subject.arguments:
+        case = subject.case(**{**fields, "dtype": LOW})
+        single = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in subject.tensors(case).named().items()
+        }
+        tensors = with_tensors(subject.tensors(case), single)
+        when = f"under torch.autocast({subject.device.type!r}, torch.bfloat16) with inputs in float32"
+        try:
+            results = _results(subject, tensors)
+        except Exception as error:
+            if unsupported_dtype(subject.attention, LOW, subject.device, case):
+                raise NotApplicable("it does not take bfloat16, with autocast or without") from error
+            outcome.findings = [raised("autocast", when, error, case)]
+            return outcome
+        context = results["context"]
+        if context.dtype not in (LOW, torch.float32):
+            message = f"{when}, the context is of {context.dtype}"
+            outcome.findings = [_finding(message, case)]
+            return outcome
+        for name, gradient in results.items():
+            if name != "context" and gradient.dtype != torch.float32:
+                outcome.findings = [_finding(f"{when}, the gradient {name} is of {gradient.dtype}", case)]
+                return outcome
+        found = subject.wrong(case, {**results, "context": context.to(LOW)})
+        outcome.findings = about("autocast", when, found)
+        if outcome.findings:
+            return outcome
+        outcome.remarks = [f"autocast: the context is of {str(context.dtype).removeprefix('torch.')}"]
+    return outcome
+
+
+def _finding(message: str, case: Case) -> Finding:
+    return Finding("autocast", message, str(case))
+
+
+def _results(subject: Subject, tensors: Tensors) -> dict[str, torch.Tensor]:
+    inputs = leaves(tensors)
+    with torch.autocast(subject.device.type, LOW), torch.set_grad_enabled(not subject.forward_only):
+        context = tensors.attend(subject.attention, inputs.values())
+    if subject.forward_only:
+        return {"context": context}
+    plain = with_tensors(tensors, {"grad_context": tensors.grad_context.to(context.dtype)})
+    return {"context": context, **gradients(context, inputs, plain)}

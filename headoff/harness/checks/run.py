@@ -1,0 +1,48 @@
+"""One check of the attention under test, made as a test makes it."""
+
+from __future__ import annotations
+
+import pytest
+
+from headoff.harness.checks import (  # they register their checks  # noqa: F401
+    batches,
+    compiled,
+    concurrent_calls,
+    cuda,
+    custom_ops,
+    precision,
+)
+from headoff.harness.checks.subject import CHECKS, NotApplicable, Outcome, Subject
+from headoff.harness.finding import fail_on
+from headoff.harness.plugin.patch import Patch
+from headoff.harness.torch_settings import watched_settings
+
+
+def outcome_of(name: str, subject: Subject) -> Outcome:
+    """What the check found. Raises NotApplicable."""
+    with watched_settings():
+        return CHECKS[name](subject)
+
+
+def run_check(name: str, patch: Patch) -> None:
+    """Fail, skip or pass the running test. What is not applicable is a note of the verdict, and not a check passed."""
+    __tracebackhide__ = True
+    settings = patch.settings
+    subject = Subject(
+        patch.uncounted,
+        settings.of_contract,
+        patch.dtype,
+        patch.device,
+        patch.seed,
+        settings.forward_only,
+        settings.attention,
+    )
+    try:
+        outcome = outcome_of(name, subject)
+    except NotApplicable as reason:
+        patch.remark(f"the check {name} is not applicable: {reason}")
+        pytest.skip(f"not applicable: {reason}")
+    patch.called()
+    for remark in outcome.remarks:
+        patch.remark(remark)
+    fail_on(outcome.findings)
