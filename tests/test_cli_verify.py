@@ -30,6 +30,11 @@ def falls_back(query, key, value, attn_mask=None):
 def crashing(query, key, value, attn_mask=None):
     raise ValueError("out of luck")
 
+def inference(query, key, value, attn_mask=None):
+    if query.requires_grad:
+        raise RuntimeError("inference only")
+    return falls_back(query, key, value, attn_mask)
+
 calls = 0
 
 def ends_its_process(query, key, value, attn_mask=None):
@@ -168,9 +173,13 @@ def test_an_import_that_does_not_end_is_ended(folder):
         ),
         (
             ("msda.py:kernel", "--contract", "deformable", "--only", "operator"),
-            "the suite 'operator' is for --contract dense: name one of deformable, family, deformable_benchmark",
+            "the suite 'operator' is for --contract dense: name one of deformable, family, "
+            "checks, deformable_benchmark",
         ),
         (("msda.py:kernel",), "msda.py:kernel takes sampling_locations: add --contract deformable"),
+        (("kernel.py:inference",), "add --forward-only to have its forward pass tested alone"),
+        (("kernel.py:attention", "--only", "checks"), "runs what --check names: add --check compile"),
+        (("kernel.py:attention", "--check", "compil"), "no check 'compil' (did you mean 'compile'?)"),
         (("--render", "nothing.json", "page.html"), "nothing.json"),
     ],
 )
@@ -214,3 +223,16 @@ def test_the_example_of_the_readme_is_right(tmp_path):
         assert not operator_findings(attention, case, "cpu")
     for check in SIDE_EFFECTS:
         assert not side_effect_findings(attention, check, torch.float32, "cpu")
+
+
+def test_a_forward_pass_with_a_fallback_that_is_declared_and_checks(folder):
+    options = ("--forward-only", "--only", "calls", "--check", "opcheck,autocast", "--report", "out.json")
+    ended = verify(folder, "kernel.py:inference", *options, "--allow-fallback", "exception")
+    assert ended.returncode == 0, ended.stderr
+    assert "kernel.py:inference (forward pass only) is right: 2 checks passed" in ended.stdout
+    document = json.loads((folder / "out.json").read_text())
+    assert document["about"]["passes"] == "forward only"
+    notes = "\n".join(document["notes"])
+    assert "a fallback that is intended (--allow-fallback): called as in encoder_self, it raised" in notes
+    assert "the check opcheck is not applicable: it calls no custom operator" in notes
+    assert [test["outcome"] for test in document["tests"]].count("skipped") == 1

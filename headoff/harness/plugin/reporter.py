@@ -187,7 +187,7 @@ class Reporter:
         with limited("a look for its backward pass"):
             has_one = has_backward(patch.uncounted, settings.of_contract, patch.device, patch.dtype)
         only = "its forward pass alone was tested; gradients, where maps need them, are those of the formula"
-        return f"{only}: it has a backward pass, which was not tested" if has_one else only
+        return f"{only}; it has a backward pass, which was not tested" if has_one else only
 
     def _diagnose(self) -> None:
         from headoff.harness.plugin.diagnosis import diagnose_run
