@@ -17,7 +17,6 @@ from headoff.harness.checks.subject import (
 from headoff.harness.finding import Finding
 from headoff.harness.operator.call import Tensors, gradients
 from headoff.harness.operator.cases import Case
-from headoff.harness.operator.compare import unsupported_dtype
 
 LOW = torch.bfloat16
 
@@ -42,7 +41,7 @@ def autocast(subject: Subject) -> Outcome:
         try:
             results = _results(subject, tensors)
         except Exception as error:
-            if unsupported_dtype(subject.attention, LOW, subject.device, case):
+            if _is_raised(subject, case):
                 raise NotApplicable("it does not take bfloat16, with autocast or without") from error
             outcome.findings = [raised("autocast", when, error, case)]
             return outcome
@@ -67,11 +66,21 @@ def _finding(message: str, case: Case) -> Finding:
     return Finding("autocast", message, str(case))
 
 
+def _is_raised(subject: Subject, case: Case) -> bool:
+    """Whether it raises on inputs in bfloat16 without autocast as well."""
+    try:
+        subject.call(subject.attention, subject.tensors(case))
+    except Exception:
+        return True
+    return False
+
+
 def _results(subject: Subject, tensors: Tensors) -> dict[str, torch.Tensor]:
-    inputs = leaves(tensors)
-    with torch.autocast(subject.device.type, LOW), torch.set_grad_enabled(not subject.forward_only):
-        context = tensors.attend(subject.attention, inputs.values())
     if subject.forward_only:
-        return {"context": context}
+        with torch.autocast(subject.device.type, LOW), torch.no_grad():
+            return {"context": tensors.attend(subject.attention, tensors.inputs)}
+    inputs = leaves(tensors)
+    with torch.autocast(subject.device.type, LOW):
+        context = tensors.attend(subject.attention, inputs.values())
     plain = with_tensors(tensors, {"grad_context": tensors.grad_context.to(context.dtype)})
     return {"context": context, **gradients(context, inputs, plain)}
