@@ -54,8 +54,8 @@ OPERATORS = (
 )
 """Operators of torch that baselines are made of; `torch.library` can replace their kernels."""
 
-REPLACED_BY_TORCH = ("manual_seed",)
-"""What torch.compile replaces itself when it is first used."""
+REPLACED_BY_OTHERS = ("manual_seed", "excepthook")
+"""What torch.compile replaces when it is first used, and what pytest replaces in every run (`threading.excepthook`)."""
 
 Key = tuple[str, Any, str]
 """A name for people, the module or class, and the attribute."""
@@ -112,7 +112,7 @@ def _functions() -> Iterator[tuple[Key, Any]]:
         for attribute, value in sorted(vars(module).items()):
             if isinstance(value, type) and value.__module__ == module.__name__ and module in own:
                 yield from _methods(value, vars(value))
-            if callable(value) and attribute not in REPLACED_BY_TORCH:
+            if callable(value) and attribute not in REPLACED_BY_OTHERS:
                 yield (f"{module.__name__}.{attribute}", module, attribute), value
     # What they inherit as well: they can be given a method in the place of their base's.
     for kind in (random.Random, torch.Tensor, torch.cuda.Event, torch.cuda.Stream):
