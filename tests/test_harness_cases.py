@@ -17,7 +17,7 @@ from headoff.detr.checkpoints import save_native
 from headoff.errors import HeadoffError, SettingError
 from headoff.gates import first_off, none_off, stack
 from headoff.harness.finding import WrongAttention
-from headoff.harness.model.attention_calls import faulty_layers
+from headoff.harness.model.attention_calls import faulty_layers, largest_excess
 from headoff.harness.model.detections import detection_findings
 from headoff.harness.model.gradients import expected_gradients, gradient_findings, sum_of_targets, target_of
 from headoff.harness.model.patched import InDtype, counting_calls
@@ -164,6 +164,8 @@ def test_a_head_is_blamed_from_the_configuration_on_where_it_is_off(own):
     mine = reference_case(own, "street")
     (found,) = faulty_layers(second_head_stays_on, mine, mine.cumulative, CPU, torch.float32)
     assert (found.site, found.head, found.configuration) == ("decoder_cross", 1, "first 2 off")
+    assert largest_excess(second_head_stays_on, mine, mine.cumulative, CPU, torch.float32) > 16
+    assert largest_excess(eager, mine, mine.cumulative, CPU, torch.float32) <= 1
 
 
 def test_calls_are_counted_site_by_site():
