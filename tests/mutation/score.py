@@ -129,7 +129,10 @@ def main(arguments: list[str]) -> None:
         "--right", type=int, metavar="SEEDS", help="false alarms over right implementations instead"
     )
     parser.add_argument(
-        "--explain", type=int, metavar="N", help="what runs would say of N that differ, to be read"
+        "--explain",
+        type=int,
+        metavar="N",
+        help="what runs would say of the first N that are rejected, to be read",
     )
     parser.add_argument(
         "--report", action="store_true", help="run nothing, and print what the results so far give"
@@ -154,17 +157,12 @@ def main(arguments: list[str]) -> None:
             (row["mutant"], row["dtype"]) for row in rows if row["status"] == "differs" and row["caught"]
         ]
         said = {row["mutant"]: row for row in rows_in(chosen.results) if "explanation" in row}
-        sample = _spread(differ, chosen.explain)
+        sample = differ[: chosen.explain]  # the order is that of the draw, which is random
         todo = [task for task in sample if task[0] not in said]
         for row in run(_explained, todo, chosen.results, chosen.processes, lambda row: row["explanation"]):
             said[row["mutant"]] = row
         for name, _ in sample:
             print(f"\n{said[name]['mutant']} {said[name]['diff']}\n    {said[name]['explanation']}")
-
-
-def _spread(differ: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
-    """`count` of them, evenly spaced: the order is that of the draw, which is random."""
-    return [differ[place * len(differ) // count] for place in range(count)] if len(differ) > count else differ
 
 
 def _right(chosen: Any) -> None:
