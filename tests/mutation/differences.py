@@ -21,8 +21,14 @@ from headoff.harness.operator.masks import unusual_mask
 
 Contract = Literal["dense", "deformable"]
 
-CALLS: dict[Contract, int] = {"dense": 30, "deformable": 20}
+CALLS: dict[Contract, int] = {"dense": 32, "deformable": 20}
 """Random calls in each dtype."""
+
+PADDED: dict[int, tuple[str, tuple[int, int, int, int]]] = {
+    30: ("bool", (3, 2, 11, 45)),
+    31: ("rows", (2, 5, 3, 70)),
+}
+"""Numbers of calls with padding as models have it, the second with an item of nothing else; and (B, H, Q, S)."""
 
 SEED = 77_003
 
@@ -107,6 +113,8 @@ def dense_call(number: int, dtype: torch.dtype) -> Call:
     elif number % 5 == 0:  # equal sizes
         batch = heads = queries = keys = draw.randint(2, 6)
         channels = choose((batch, 8))
+    if number in PADDED:
+        batch, heads, queries, keys = PADDED[number][1]
     query = normal(batch, heads, queries, channels) * choose((1, 1, 3, 10))
     key, value = normal(batch, heads, keys, channels), normal(batch, heads, keys, channels) * choose((1, 20))
     if draw.random() < 0.3:
@@ -114,6 +122,8 @@ def dense_call(number: int, dtype: torch.dtype) -> Call:
     shape = tuple(n if draw.random() < 0.6 else 1 for n in (batch, heads, queries)) + (keys,)
     shape = shape[draw.choice((0, 0, 0, 1, 2)) :]
     kind = "none" if number == 0 else choose(("none", "none", "bool", "rows", "float", "bias", "both"))
+    if number in PADDED:
+        shape, kind = (batch, 1, 1, keys), PADDED[number][0]
     mask: Tensor | None = None
     if kind in ("bool", "rows", "float"):
         seen = torch.rand(shape, generator=generator) < choose((0.3, 0.8))
@@ -121,7 +131,9 @@ def dense_call(number: int, dtype: torch.dtype) -> Call:
             seen[..., draw.randrange(keys)] = True
         elif draw.random() < 0.5:
             seen = seen & (torch.arange(keys) > keys // 2)
-        if kind == "rows" and seen.dim() > 1:
+        if kind == "rows" and number in PADDED:
+            seen[0] = False
+        elif kind == "rows" and seen.dim() > 1:
             seen[..., : (seen.shape[-2] + 1) // 2, :] = False
         mask = seen
         if kind == "float":
