@@ -372,9 +372,9 @@ HEAD = """\
 Made by `pip install headoff[gallery]` and `python tools/gallery.py`, which runs `headoff verify` on every adapter in
 [docs/gallery](gallery), float32 on a CPU, and times single calls. An adapter calls a package's public code with
 headoff's contract; no code of a package is copied. A verdict is about that code under that contract: *wrong* means that
-for a call that torch's SDPA answers it gives other numbers than SDPA in float64, or raises, and a few lines by hand show
-it without headoff. It does not mean that the package's own models are wrong: most never make such a call, or throw its
-result away (that of a query that may attend to no key, for example, which is zero by SDPA).
+for a call that torch's SDPA answers it gives other numbers than SDPA in float64, or raises, and a few lines by hand
+show it without headoff. It does not mean that the package's own models are wrong: most never make such a call, or throw
+its result away (that of a query that may attend to no key, for example, which is zero by SDPA).
 
 *No verdict* means that the code cannot be tested so: the sentence says why. What needs a GPU is listed and was not
 run. Times are relative to torch's SDPA, for deformable attention to `grid_sample_attention`: the geometric mean of the

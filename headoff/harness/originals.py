@@ -22,7 +22,7 @@ import torch
 from headoff.harness.torch_settings import read_settings
 
 MODULES = (
-    *("gc", "random", "secrets", "statistics", "threading", "time"),
+    *("gc", "random", "secrets", "statistics", "time"),
     *("torch", "torch.autograd", "torch.cuda", "torch.nn.functional"),
 )
 """Modules whose functions and classes are watched; of torch itself, functions and tensors alone."""
