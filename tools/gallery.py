@@ -51,7 +51,8 @@ class Entry:
     Attributes:
         name: of its file in docs/gallery.
         package: the distribution that the code is from.
-        options: of `headoff verify`; those that it does not have are left out.
+        options: of `headoff verify`.
+        suites: to get the verdict from; all by default.
         gpu: whether it runs on a GPU alone.
         note: what a person found out, for the page.
     """
@@ -59,6 +60,7 @@ class Entry:
     name: str
     package: str = "torch"
     options: tuple[str, ...] = ()
+    suites: tuple[str, ...] = ()
     gpu: bool = False
     note: str = ""
 
@@ -76,19 +78,16 @@ class Entry:
 
     @property
     def all_options(self) -> list[str]:
-        from headoff.harness.settings import OPTIONS
-
-        known = {f"--{option.name}" for option in OPTIONS}
         contract = ["--contract", "deformable"] if self.is_deformable else []
-        return [
-            *contract,
-            *(option for option in self.options if option in known),
-            *(["--device", "cuda"] if self.gpu else []),
-        ]
+        return [*contract, *self.options, *(["--device", "cuda"] if self.gpu else [])]
 
     @property
     def command(self) -> str:
-        return " ".join(["headoff verify", self.callable, *self.all_options])
+        return " ".join(["headoff verify", self.callable, *self.all_options, *self.only])
+
+    @property
+    def only(self) -> list[str]:
+        return [word for suite in self.suites for word in ("--only", suite)]
 
     @property
     def title(self) -> str:
@@ -109,6 +108,11 @@ class Entry:
 
 
 FORWARD = ("--forward-only",)
+IN_THE_MODEL = ("calls", "detections")
+COMPILED = (
+    "Tried as the model calls it, and not in the hundreds of sizes of the suite `operator`, which take many minutes: "
+    "this code is compiled, or traced, for each"
+)
 MEMORY_EFFICIENT = "memory-efficient-attention-pytorch"
 TWO_DIMENSIONS = (
     "The adapter expands every mask to four dimensions. A mask of two dimensions is one of keys to this code, (batch, "
@@ -121,13 +125,13 @@ ENTRIES = (
     Entry("sdpa_efficient", gpu=True),
     Entry("sdpa_cudnn", gpu=True),
     Entry("sdpa_compiled"),
-    Entry("flex_eager", options=FORWARD),
-    Entry("flex_compiled", options=FORWARD),
+    Entry("flex_eager", options=FORWARD, suites=IN_THE_MODEL, note=COMPILED),
+    Entry("flex_compiled", options=FORWARD, suites=IN_THE_MODEL, note=COMPILED),
     Entry("multi_head_attention_forward"),
     Entry("multihead_attention_fast_path", options=FORWARD),
     Entry("transformers_eager", "transformers"),
     Entry("transformers_sdpa", "transformers"),
-    Entry("transformers_flex", "transformers", FORWARD),
+    Entry("transformers_flex", "transformers", FORWARD, IN_THE_MODEL, note=COMPILED),
     Entry("timm_attention", "timm"),
     Entry("memory_efficient_attention_pytorch_plain", MEMORY_EFFICIENT),
     Entry("memory_efficient_attention_pytorch_flash", MEMORY_EFFICIENT, note=TWO_DIMENSIONS),
@@ -216,7 +220,7 @@ def run(entry: Entry) -> dict[str, Any]:
         return {**result, "verdict": "not run", "headline": f"{entry.package} is not installed"}
     if entry.gpu and not torch.cuda.is_available():
         return {**result, "verdict": "not run", "headline": "needs a GPU, not run"}
-    result |= verify(entry)
+    result |= verify(entry, *entry.only)
     if result["verdict"] in ("right", "wrong"):
         only = "deformable_benchmark" if entry.is_deformable else "benchmark"
         timed = verify(
