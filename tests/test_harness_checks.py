@@ -38,7 +38,7 @@ def messages(name, attention, contract=DENSE):
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
-    monkeypatch.setattr(concurrent_calls, "SECONDS", 0.5)
+    monkeypatch.setattr(concurrent_calls, "SECONDS", 1.0)
 
 
 @pytest.fixture
@@ -50,39 +50,63 @@ def no_inductor(monkeypatch):
 # A custom operator, right and wrong in what is registered with it
 
 
-def operator(name, shape):
+def operator(name, *, fake=torch.empty_like, register=True):
+    """Attention by two operators, its forward and its backward pass; `register`: else in an autograd.Function."""
+
     @torch.library.custom_op(f"headoff_checks::{name}", mutates_args=())
     def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return eager(query, key, value)
 
-    @forward.register_fake
-    def _(query, key, value):
-        return query.new_empty(shape(query))
+    @torch.library.custom_op(f"headoff_checks::{name}_backward", mutates_args=())
+    def backward(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor
+    ) -> list[torch.Tensor]:
+        scale = query.shape[-1] ** 0.5
+        weights = (query @ key.mT / scale).softmax(-1)
+        of_weights = gradient @ value.mT
+        of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) / scale
+        return [of_scores @ key, of_scores.mT @ query, weights.mT @ gradient]
 
-    def grads(ctx, gradient):
-        with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-            return torch.autograd.grad(eager(*leaves), leaves, gradient)
+    forward.register_fake(lambda query, key, value: fake(query))
+    backward.register_fake(lambda *inputs: [torch.empty_like(tensor) for tensor in inputs[:3]])
 
-    forward.register_autograd(grads, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return tuple(backward(*ctx.saved_tensors, gradient.contiguous()))
+
+    if register:
+        forward.register_autograd(
+            lambda ctx, gradient: tuple(backward(*ctx.saved_tensors, gradient.contiguous())),
+            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        )
 
     def attention(query, key, value, attn_mask=None, *, head_gate=None):
         if attn_mask is not None:
             return eager(query, key, value, attn_mask, head_gate=head_gate)
-        context = forward(query, key, value)
+        context = forward(query, key, value) if register else Function.apply(query, key, value)
         return context if head_gate is None else context * head_gate
 
     return attention
 
 
 OPERATORS = {
-    "right": operator("right", lambda query: query.shape),
-    "fake": operator("fake", lambda query: query.mT.shape),
+    "right": operator("right"),
+    "function": operator("function", register=False),
+    "fake": operator("fake", fake=lambda query: query.new_empty(query.mT.shape)),
 }
 
 
 def test_custom_operators():
-    assert "opcheck: right for headoff_checks::right" in checked("opcheck", OPERATORS["right"]).remarks
+    for name in ("right", "function"):
+        outcome = checked("opcheck", OPERATORS[name])
+        names = f"headoff_checks::{name}, headoff_checks::{name}_backward"
+        assert not outcome.findings and outcome.remarks == [f"opcheck: right for {names}"]
     assert "rejects its fake implementation" in messages("opcheck", OPERATORS["fake"])
     with pytest.raises(NotApplicable, match="no custom operator"):
         checked("opcheck", eager)
@@ -277,3 +301,12 @@ def test_threads_end_with_the_check():
     before = threading.active_count()
     checked("threads", eager)
     assert threading.active_count() == before
+
+
+def test_an_attention_that_raises_is_told_from_a_check_that_fails():
+    def raising(query, key, value, attn_mask=None, *, head_gate=None):
+        raise ValueError("out of luck")
+
+    (found,) = Subject(raising, DENSE, torch.float32, CPU).raised_alone()
+    assert found.property == "crash" and "ValueError: out of luck" in found.message
+    assert not Subject(eager, DENSE, torch.float32, CPU).raised_alone()

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
 from headoff.harness.checks.subject import NotApplicable, Outcome, Subject, check, raised
+from headoff.harness.contracts import DEFORMABLE
 from headoff.harness.finding import Finding
 from headoff.harness.operator.call import Results
 from headoff.harness.operator.cases import Case
 from headoff.harness.operator.side_effects import same
 
-ROUNDS = 60
+ROUNDS = 100
 SECONDS = 2.0
 """Calls at once of each kind, and for how long there may be more of them: the first ones of an unlucky pair collide."""
+
+PAUSE = 4e-4
+"""The longest pause before a line, in seconds."""
 
 SWITCH = 1e-5
 """Seconds after which Python lets the other thread run."""
 
 
 def _cases(subject: Subject) -> Iterator[list[Case]]:
-    """Two cases that differ in their numbers alone: what is kept by size is shared then. Large enough to overlap."""
+    """Two cases that differ in their numbers alone: what is kept by size is shared then.
+
+    Large enough to overlap, small enough for many calls.
+    """
     for fields in subject.arguments:
-        large = {**fields, "batch": 4, "heads": 8, "queries": 150}
-        yield [subject.case(**large, seed=subject.seed + number) for number in range(2)]
+        large = (
+            {"batch": 2, "queries": 40} if subject.contract is DEFORMABLE else {"batch": 4, "queries": 150}
+        )
+        yield [subject.case(**fields, **large, heads=8, seed=subject.seed + number) for number in range(2)]
 
 
 @check("threads")
@@ -55,9 +67,10 @@ def threads(subject: Subject) -> Outcome:
             raise NotApplicable("calls with the same inputs differ in their bits")
         end = time.monotonic() + SECONDS
         with _frequent_switches():
-            for _ in range(ROUNDS):
+            for number in range(ROUNDS):
                 rounds += 1
-                for case, expected, found in zip(cases, alone, _in_threads(calls), strict=True):
+                together = _in_threads(calls, pauses=number % 2 == 0)
+                for case, expected, found in zip(cases, alone, together, strict=True):
                     if wrong := _difference(case, expected, found, names):
                         outcome.findings = [wrong]
                         return outcome
@@ -86,13 +99,20 @@ def _difference(case: Case, expected: Results, found: Any, names: list[str]) -> 
     return Finding("threads", f"{message}: something is shared between calls", str(case))
 
 
-def _in_threads(calls: list[Callable[[], Results]]) -> list[Any]:
-    """The results of calls that begin at once, each in its thread, or what it raised."""
+def _in_threads(calls: list[Callable[[], Results]], *, pauses: bool = False) -> list[Any]:
+    """The results of calls that begin at once, each in its thread, or what it raised.
+
+    Args:
+        pauses: whether threads wait a moment, at random, before lines of Python outside of torch: calls meet between
+            any two of them then, also where all processors are busy.
+    """
     results: list[Any] = [None] * len(calls)
     barrier = threading.Barrier(len(calls))
 
     def run(number: int) -> None:
         barrier.wait()
+        if pauses:
+            sys.settrace(_pause)  # of this thread, which ends with the call
         try:
             results[number] = calls[number]()
         except BaseException as error:
@@ -104,6 +124,16 @@ def _in_threads(calls: list[Callable[[], Results]]) -> list[Any]:
     for worker in workers:
         worker.join()
     return results
+
+
+def _pause(frame: FrameType, event: str, argument: Any) -> Any:
+    if event == "line" and _RANDOM.random() < 0.5:
+        time.sleep(PAUSE * _RANDOM.random())
+    return None if frame.f_code.co_filename.startswith(_TORCH) else _pause
+
+
+_RANDOM = random.Random(0)
+_TORCH = f"{Path(torch.__file__).parent}/"
 
 
 @contextmanager

@@ -40,12 +40,15 @@ class _Seen(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_own(function):
-            self.calls.setdefault(function, _copy((args, kwargs or {})))
+            self.calls.setdefault(function, _copy((args, kwargs or {}), differentiable=False))
         return function(*args, **(kwargs or {}))
 
 
 class _Differentiated(TorchFunctionMode):
-    """Custom operators that are called where autograd would record them, with what requires a gradient."""
+    """Custom operators that are called where autograd records them, with what requires a gradient.
+
+    One within an `autograd.Function` needs no formula of its own, and one of a backward pass mostly has none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +58,7 @@ class _Differentiated(TorchFunctionMode):
         if torch.is_grad_enabled() and isinstance(
             function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
         ):
-            self.calls.setdefault(_name(function), _copy((args, kwargs or {})))
+            self.calls.setdefault(_name(function), _copy((args, kwargs or {}), differentiable=True))
         return function(*args, **(kwargs or {}))
 
 
@@ -65,15 +68,15 @@ def _name(operator: Any) -> str:
     return str(packet._qualified_op_name)
 
 
-def _copy(call: Call) -> Call:
-    """With tensors of their own, of the same strides, that require a gradient where those did."""
+def _copy(call: Call, *, differentiable: bool) -> Call:
+    """With tensors of their own, of the same strides, that require a gradient where those did if `differentiable`."""
 
     def copied(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         with torch.no_grad():
             copy = value.detach().clone(memory_format=torch.preserve_format)
-        return copy.requires_grad_(value.requires_grad)
+        return copy.requires_grad_(differentiable and value.requires_grad)
 
     return tree_map(copied, call)
 

@@ -37,12 +37,16 @@ def run_check(name: str, patch: Patch) -> None:
         settings.forward_only,
         settings.attention,
     )
+    patch.called()
     try:
         outcome = outcome_of(name, subject)
     except NotApplicable as reason:
         patch.remark(f"the check {name} is not applicable: {reason}")
         pytest.skip(f"not applicable: {reason}")
-    patch.called()
+    except Exception:
+        # Where plain calls work, it is the check that failed, which is no word about the attention.
+        fail_on(subject.raised_alone())
+        raise
     for remark in outcome.remarks:
         patch.remark(remark)
     fail_on(outcome.findings)

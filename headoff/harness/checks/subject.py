@@ -95,6 +95,16 @@ class Subject:
                 return found
         return []
 
+    def raised_alone(self) -> list[Finding]:
+        """What plain calls raise."""
+        for fields in self.arguments:
+            case = self.case(**fields)
+            try:
+                self.call(self.attention, self.tensors(case))
+            except Exception as error:
+                return [raised("crash", "in a plain call", error, case)]
+        return []
+
 
 Check = Callable[[Subject], Outcome]
 
