@@ -155,3 +155,15 @@ def test_the_summary_counts_and_names_survivors():
 def test_wilson_interval():
     low, high = score.wilson(498, 500)
     assert (round(low, 4), round(high, 4)) == (0.9855, 0.9989)
+
+
+def test_results_are_reported_without_a_run(tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    name = drawn(5, 1)[0].name
+    results.write_text(f'{{"mutant": "{name}", "operator": "constant", "status": "equivalent"}}\n')
+    score.main(["--seed", "5", "--count", "3", "--report", "--results", str(results)])
+    text = capsys.readouterr().out
+    assert "Of 1 mutants 0 raise at once, 1 are as right" in text and "0 of 0" in text
+    results.write_text('{"right": "eager", "seed": 0, "caught": {}}\n')
+    score.main(["--right", "1", "--report", "--results", str(results)])
+    assert "1 right implementations, 1 runs of single calls, 0 false alarms" in capsys.readouterr().out
