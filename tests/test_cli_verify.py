@@ -118,6 +118,7 @@ def test_wrong_and_options_of_pytest(folder):
         line for line in done.stdout.splitlines() if line.startswith("kernel.py:falls_back is wrong: calls: ")
     ]
     assert said and "RuntimeError: no kernel for this shape (line 10)" in said[0]
+    assert "\nheadoff: the first check that fails says: calls: " in done.stderr
     assert "FAILURES" in done.stdout
 
 
@@ -125,6 +126,7 @@ def test_deformable_attention(folder):
     some = ("--", "-k", "flat or tall or first-0")
     done = verify(folder, "msda.py:kernel", "--contract", "deformable", *some)
     assert done.returncode == 0 and "msda.py:kernel is right: 3 checks passed" in done.stdout, done.stderr
+    assert "the first check that fails" not in done.stderr
     done = verify(folder, "msda.py:swapped", "--contract", "deformable", "--report", "out.html", *some)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "swapped is wrong: sampling: x and y of the sampling locations are swapped" in done.stdout

@@ -51,9 +51,19 @@ def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequen
     run = Run({**run_about, "command": command_line()})
     errors: list[str] = []
 
+    def notice(sentence: str) -> None:
+        print(f"\nheadoff: {sentence}", file=sys.stderr, flush=True)  # below pytest's dots
+
     def take(event: Event) -> None:
         errors.extend(event.pop("error", ()))
+        known = bool(run.findings)
         run.take(event)
+        if not known and run.findings:
+            first = run.findings[0]
+            notice(
+                f"the first check that fails says: {first.property}: {first.message.split('; ')[0]}; the others "
+                "go on, to say where and why"
+            )
 
     interactive = any(option in ("--pdb", "--trace") for option in pytest_options)
     ended = run_in_process(
@@ -61,7 +71,7 @@ def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequen
         [dict(texts), [*files], [*pytest_options]],
         take,
         limit=values.get("timeout", Settings.timeout),
-        notice=lambda sentence: print(f"headoff: {sentence}", file=sys.stderr, flush=True),
+        notice=notice,
         interactive=interactive,
     )
     if errors:
