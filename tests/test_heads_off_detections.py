@@ -62,6 +62,7 @@ def findings_of(under_test, case):
     )
 
 
+@pytest.mark.oracle
 def test_oracle(snapshot, pytestconfig, oracle_scene):
     """The float64 oracle gives the golden file, and writes it under --snapshot-update."""
     case = reference_case(settings_from(pytestconfig), oracle_scene)

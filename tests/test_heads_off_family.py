@@ -55,6 +55,7 @@ def golden_case(oracle_scene, pytestconfig):
     return case
 
 
+@pytest.mark.oracle
 def test_oracle(snapshot, pytestconfig, golden_case):
     """The float64 oracle gives the golden file, and writes it under --snapshot-update."""
     detections = golden_case.detections
@@ -68,6 +69,7 @@ def test_oracle(snapshot, pytestconfig, golden_case):
 
 
 @pytest.mark.parametrize("configuration", EXPLAINED)
+@pytest.mark.oracle
 def test_relevance(snapshot, pytestconfig, golden_case, configuration):
     """`headoff.explain` gives the maps of the golden file, which the dense oracle writes under --snapshot-update."""
     chosen = next(one for one in golden_case.configurations if one.name == configuration)

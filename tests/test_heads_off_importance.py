@@ -35,6 +35,7 @@ def case(some_scene, under_test):
     return reference_case(under_test.settings, some_scene)
 
 
+@pytest.mark.oracle
 def test_oracle(snapshot, pytestconfig, oracle_scene):
     """The float64 oracle gives the golden file, and writes it under --snapshot-update."""
     case = reference_case(settings_from(pytestconfig), oracle_scene)

@@ -86,6 +86,7 @@ def findings_of(under_test, case):
 
 
 @every_configuration
+@pytest.mark.oracle
 def test_heads_off_truth(snapshot, pytestconfig, oracle_scene, configuration):
     """The dense float64 oracle gives the golden file, and writes it under --snapshot-update.
 

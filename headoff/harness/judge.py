@@ -5,6 +5,7 @@ The patch is never imported here. A crash, an exit, a hang or a report that is n
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,9 @@ from headoff.harness.settings import OPTIONS, Settings, default_value, read_sett
 from headoff.harness.suite_files import suites_folder
 
 INTERRUPTED = 130
+PLUGINS = ("headoff.harness.plugin.hooks", "syrupy", "pytest_benchmark.plugin", "xdist.plugin")
+"""Of pytest, those that the suites need; xdist where it is installed."""
+
 EXIT_CODES = {"right": 0, "wrong": 1, "slower": 1, "incomplete": NO_VERDICT}
 
 
@@ -134,8 +138,9 @@ def _run_pytest(texts: Mapping[str, Any], files: Sequence[str], pytest_options: 
 
     from headoff.detr.checkpoints import cache_folder
 
-    # pytest's options of somebody's own project are not meant for these suites.
+    # pytest's options and plugins of somebody's own project are not meant for these suites.
     os.environ.pop("PYTEST_ADDOPTS", None)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     folder = suites_folder()
     isolated = ["-c", os.devnull, f"--rootdir={folder}", f"--confcutdir={folder / 'tests'}"]
     # What --lf and --benchmark-save write goes to the cache, not to the current folder.
@@ -148,5 +153,8 @@ def _run_pytest(texts: Mapping[str, Any], files: Sequence[str], pytest_options: 
         if given is not None
         for text in (given if isinstance(given, list) else [given])
     ]
-    plugin = ["-p", "headoff.harness.plugin.hooks"]
-    return int(pytest.main([*plugin, *isolated, *cached, *own, *pytest_options, *files]))
+    plugins = [
+        part for name in PLUGINS if importlib.util.find_spec(name.partition(".")[0]) for part in ("-p", name)
+    ]
+    of_patch = ["-m", "not oracle"]
+    return int(pytest.main([*plugins, *isolated, *cached, *own, *of_patch, *pytest_options, *files]))

@@ -53,6 +53,7 @@ def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "oracle: of the harness's own oracle; it never calls the attention")
     with one_clear_error():
         report = value_of(config, "report")
         if report and not is_worker(config) and not is_watched():
