@@ -134,6 +134,16 @@ def test_deformable_attention(folder):
     assert about["contract"] == "deformable" and about["baseline"] == "grid_sample" and "model" not in about
 
 
+def test_leaves_out_what_says_nothing_of_the_attention(folder):
+    listed = verify(folder, "kernel.py:attention", "--", "--collect-only", "--trace-config").stdout
+    assert "test_expected_importance" in listed and "test_oracle" not in listed
+    assert "syrupy" in listed and "hypothesis" not in listed
+    every = verify(folder, "kernel.py:attention", "--", "--collect-only", "-m", "oracle").stdout
+    assert (
+        "test_oracle[scene-000]" in every and "test_heads_off_truth" in every and "test_expected" not in every
+    )
+
+
 @pytest.mark.parametrize("options", [(), ("-n", "1")])
 def test_an_attention_that_ends_its_process_has_no_verdict(folder, options):
     done = verify(folder, "kernel.py:ends_its_process", "--only", "calls", "--report", "out.json", *options)

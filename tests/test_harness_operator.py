@@ -21,11 +21,20 @@ from headoff.harness.operator import (
 )
 from headoff.harness.operator.call import call, leaves_of, tensors_of
 from headoff.harness.operator.cases import DRAWN, SHARED, WANTED
-from headoff.harness.operator.compare import normalised
+from headoff.harness.operator.compare import (
+    FLOOR_LARGEST,
+    FLOOR_MEAN,
+    allowances_of,
+    comparisons,
+    errors_of,
+    normalised,
+)
 from headoff.harness.operator.gates import GATE_KINDS, GATES_BY_SHAPE, gate_values
 from headoff.harness.operator.inputs import GRAD_CONTEXT_LAYOUTS, INPUT_KINDS, LAYOUTS
 from headoff.harness.operator.masks import MASK_KINDS, MASKS_BY_SHAPE, mask_values
 from headoff.harness.operator.reference import truth_of
+from headoff.harness.reference.implementations import STANDARD
+from headoff.harness.tolerance import allowed_error
 from headoff.harness.torch_settings import READERS, WRITERS, read_settings, watched_settings
 
 SMALL = OperatorCase(
@@ -472,3 +481,27 @@ def test_plain_formulations_raise_no_false_alarm(attention, dtype):
         for case in operator_cases(dtype, seed):
             if case.name in names:
                 assert not operator_findings(attention, case, "cpu")
+
+
+def test_formulations_are_measured_as_far_as_a_result_needs():
+    case, device = replace(SMALL, name="allowances"), torch.device("cpu")
+    truth, allowances = truth_of(case), allowances_of(case, device)
+    right = call(eager, tensors_of(case), case.wanted)
+    assert all(one.is_right for one in comparisons(right, case, device))
+    assert len(allowances.known) == 1  # rounding is within the floor
+
+    wrong = {**right, "dq": right["dq"] * 1.01}
+    found = {one.name: one for one in comparisons(wrong, case, device)}
+    assert [name for name, one in found.items() if not one.is_right] == ["dq"]
+    assert len(allowances.known) == 1 + len(STANDARD)
+    for name, true in truth.values.items():  # the rule, written out
+        errors = [
+            errors_of(
+                normalised(
+                    call(one, tensors_of(case), case.wanted)[name], true, truth.scales[name], case.dtype
+                )
+            )
+            for one in STANDARD.values()
+        ]
+        assert found[name].allowed.largest == allowed_error(max(one.largest for one in errors), FLOOR_LARGEST)
+        assert found[name].allowed.mean == allowed_error(max(one.mean for one in errors), FLOOR_MEAN)

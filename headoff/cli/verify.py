@@ -182,5 +182,6 @@ def _pytest_options(settings: argparse.Namespace) -> list[str]:
         options.append(f"--junitxml={settings.junitxml}")
     if settings.workers:
         # A worker that the attention has ended is not started again: there is no verdict without its checks.
-        options += ["-n", str(settings.workers), "--max-worker-restart=0"]
+        # Neighbouring checks share results, so each worker gets a run of them.
+        options += ["-n", str(settings.workers), "--max-worker-restart=0", "--dist=worksteal"]
     return [*options, *settings.pytest_options]
