@@ -18,10 +18,9 @@ import argparse
 import ast
 import hashlib
 import json
-import math
 import os
-import platform
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -218,8 +217,10 @@ def run(entry: Entry) -> dict[str, Any]:
     """Verify it and time it."""
     import torch
 
+    from headoff.timing.machine import cpu_model
+
     result: dict[str, Any] = {"fingerprint": fingerprint(entry), "version": entry.installed, "benchmarks": []}
-    result |= {"by_hand": "", "machine": machine(), "torch": torch.__version__}
+    result |= {"by_hand": "", "machine": cpu_model(), "torch": torch.__version__}
     if entry.installed is None:
         return {**result, "verdict": "not run", "headline": f"{entry.package} is not installed"}
     if entry.gpu and not torch.cuda.is_available():
@@ -279,20 +280,12 @@ def verify(entry: Entry, *options: str) -> dict[str, Any]:
     return found | {"notes": document["notes"]}
 
 
-def machine() -> str:
-    """The processor, for the page."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def ratio(result: dict[str, Any], direction: str) -> str:
     """The geometric mean of the ratios of single calls, and their range; nothing where none was timed."""
     ratios = [one["ratio"] for one in result["benchmarks"] if one["group"].endswith(direction)]
     if not ratios:
         return ""
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    mean = statistics.geometric_mean(ratios)
     return f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 

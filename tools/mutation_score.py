@@ -48,9 +48,6 @@ SHOWN_BY: dict[str, set[str]] = {
 
 def judge(task: tuple[str, str, int]) -> dict[str, Any]:
     """One line of results: what the suites find of one attention, or what the diagnosis says of it."""
-    import torch
-
-    torch.set_num_threads(1)
     kind, name, seed = task
     row: dict[str, Any] = {"kind": kind, "name": name, "seed": seed}
     return {**row, **(diagnosis(name, seed) if kind == "diagnosis" else {"caught": caught(kind, name, seed)})}

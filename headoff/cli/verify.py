@@ -10,11 +10,11 @@ from typing import Any
 from headoff.cli.options import positive
 from headoff.errors import SettingError
 from headoff.harness.contracts import (
-    BACKWARD,
     CHECKS_SUITE,
     CONTRACTS,
     contract_named,
     is_of_contract,
+    is_under_test,
     suits_model,
 )
 from headoff.harness.settings import OPTIONS, Option, default_value
@@ -132,10 +132,8 @@ def run(settings: argparse.Namespace) -> int:
     names = settings.only or [
         name
         for name in suite_names()
-        if is_of_contract(name, contract)
-        and suits_model(name, is_of_family)
+        if is_under_test(name, contract, is_of_family, bool(settings.forward_only))
         and name not in (contract.benchmark, CHECKS_SUITE)
-        and not (name in BACKWARD and settings.forward_only)
     ]
     if settings.check:
         names = [*names, CHECKS_SUITE]

@@ -97,6 +97,12 @@ def is_of_contract(suite: str, contract: Contract) -> bool:
     return suite in contract.suites or not any(suite in other.suites for other in CONTRACTS.values())
 
 
+def is_under_test(suite: str, contract: Contract, is_of_family: bool, forward_only: bool) -> bool:
+    """Whether a suite tests attention of this contract, in such a model, and of its forward pass if that is all."""
+    of_pass = not (forward_only and suite in BACKWARD)
+    return is_of_contract(suite, contract) and suits_model(suite, is_of_family) and of_pass
+
+
 def suits_model(suite: str, is_of_family: bool) -> bool:
     """Whether a suite can test the attention in such a model: one of transformers, or headoff's own DETR."""
     return suite not in (OWN_MODEL if is_of_family else FAMILY_MODEL)

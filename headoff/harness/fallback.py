@@ -38,7 +38,7 @@ MONITORING_TOOLS = (4, 3)
 def model_calls(attention: Attention, device: torch.device, dtype: torch.dtype, seed: int) -> dict[str, Call]:
     """Calls as the bundled model makes them at each site, with none off, of one image and of a padded batch.
 
-    For `fallback_findings`. Other channels, other dtypes and calls without a gate are left out: an attention that
+    For `fallbacks`. Other channels, other dtypes and calls without a gate are left out: an attention that
     passes on what it was not made for, or what torch does as well, hides nothing.
     """
 
@@ -91,11 +91,6 @@ class Fallback:
 
 MASKED = " with a mask"
 """Ends the names of calls that have one."""
-
-
-def fallback_findings(attention: Attention, calls: dict[str, Call]) -> list[Finding]:
-    """The findings of `fallbacks`."""
-    return [fallback.finding for fallback in fallbacks(attention, calls)]
 
 
 def fallbacks(attention: Attention, calls: dict[str, Call]) -> list[Fallback]:

@@ -22,10 +22,10 @@ from headoff.harness.settings import OPTIONS, Settings, default_value, read_sett
 from headoff.harness.suite_files import suites_folder
 
 INTERRUPTED = 130
+EXIT_CODES = {"right": 0, "wrong": 1, "slower": 1, "incomplete": NO_VERDICT}
+
 PLUGINS = ("headoff.harness.plugin.hooks", "syrupy", "pytest_benchmark.plugin", "xdist.plugin")
 """Of pytest, those that the suites need; xdist where it is installed."""
-
-EXIT_CODES = {"right": 0, "wrong": 1, "slower": 1, "incomplete": NO_VERDICT}
 
 
 def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequence[str]) -> int:
@@ -60,9 +60,10 @@ def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequen
 
     def take(event: Event) -> None:
         errors.extend(event.pop("error", ()))
-        known = bool(run.findings)
+        found = event.get("test", {}).get("noted", {}).get("findings")
+        nothing_yet = bool(found) and not run.findings
         run.take(event)
-        if not known and run.findings:
+        if nothing_yet and run.findings:
             first = run.findings[0]
             notice(
                 f"the first check that fails says: {first.property}: {first.message.split('; ')[0]}; the others "

@@ -27,7 +27,7 @@ import torch
 from headoff.bench.outputs import ExpectedOutputs
 from headoff.bench.workloads import Output, Workload
 from headoff.harness.finding import Finding
-from headoff.timing import TimedCall
+from headoff.timing import TimedCall, Watch
 
 BASELINE, PATCH = 0, 1
 """Places of the calls in a round."""
@@ -52,7 +52,7 @@ class Timed:
     outputs: Outputs
 
 
-class TimedOutputs:
+class TimedOutputs(Watch):
     """Watches the calls of `headoff.timing.Turns`: first the baseline, last the patch.
 
     Args:

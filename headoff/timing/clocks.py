@@ -222,12 +222,6 @@ class TimedCall:
         """Set up and run once, not timed."""
         return self.run(*self.setup())
 
-    def seconds(self, clock: Clock) -> float:
-        """Set up, run once, and return how long the run took."""
-        arguments = self.setup()
-        clock.prepare()
-        return self.timed(arguments, clock)[0]
-
     def timed(self, arguments: tuple[Any, ...], clock: Clock) -> tuple[float, Any]:
         """Run once with arguments that `setup` made: how long the run took, and what it returned."""
         run = self.run

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from headoff.timing.clocks import Clock, TimedCall
 from headoff.timing.comparison import FEWEST_VALUES
@@ -31,8 +31,8 @@ WARM_UP_SHARE = 0.25
 """The share of the whole time that warm-up may take, beyond the first `WARM_UP_ROUNDS`."""
 
 
-class Watch(Protocol):
-    """Sees every timed call, by its number, before and after; none of it is part of the time."""
+class Watch:
+    """Sees every timed call, by its number, before and after; none of it is part of the time. Does nothing itself."""
 
     def before(self, index: int) -> None:
         """Before its arguments are made."""
@@ -42,16 +42,6 @@ class Watch(Protocol):
 
     def after(self, index: int, result: Any) -> None:
         """Right after it returned `result`."""
-
-
-class Unwatched:
-    """Sees nothing."""
-
-    def before(self, index: int) -> None: ...
-
-    def ready(self, index: int) -> None: ...
-
-    def after(self, index: int, result: Any) -> None: ...
 
 
 class Turns:
@@ -68,7 +58,7 @@ class Turns:
         self.calls = calls
         self.clock = clock
         self.rounds: list[list[float]] = [[] for _ in calls]
-        self._watch = watch or Unwatched()
+        self._watch = watch or Watch()
         self._round = 0
         self._result: Any = None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from headoff.attention import Attention
-from headoff.harness.fallback import fallback_findings, model_calls
+from headoff.harness.fallback import fallbacks, model_calls
 from headoff.harness.finding import Finding
 from headoff.harness.model.detections import detection_findings
 from headoff.harness.model.gradients import gradient_findings
@@ -62,7 +62,8 @@ class Judge:
 
     def calls(self, attention: Attention) -> Iterator[Finding]:
         with watched_settings():
-            yield from fallback_findings(attention, model_calls(attention, CPU, self.dtype, self.seed))
+            calls = model_calls(attention, CPU, self.dtype, self.seed)
+            yield from (fallback.finding for fallback in fallbacks(attention, calls))
 
     def cases(self) -> list[ReferenceCase]:
         settings = Settings(seed=self.seed)

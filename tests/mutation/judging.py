@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -104,19 +105,20 @@ def excess_in_detr(mutant: Mutant) -> float:
     return largest
 
 
-def caught(
-    source: Source, make: Callable[[], Any], dtype: torch.dtype, seed: int, *, every_suite: bool = False
-) -> dict[str, str]:
-    """The first suite that finds something wrong, and what; of `every_suite` if asked for."""
-    found = {}
-    for name, check in suites(source, dtype, seed).items():
+def caught(source: Source, make: Callable[[], Any], dtype: torch.dtype, seed: int) -> dict[str, str]:
+    """The first suite that finds something wrong, and what."""
+    return dict(itertools.islice(_rejections(suites(source, dtype, seed), make), 1))
+
+
+def _rejections(
+    checks: Mapping[str, Callable[[Any], Iterator[Finding]]], make: Callable[[], Any]
+) -> Iterator[tuple[str, str]]:
+    """Each suite that finds something wrong, and what it finds first."""
+    for name, check in checks.items():
         with watched_settings():
             first = next(check(make()), None)
         if first is not None:
-            found[name] = f"{first.property}: {first.message}"
-            if not every_suite:
-                break
-    return found
+            yield name, f"{first.property}: {first.message}"
 
 
 def suites(source: Source, dtype: torch.dtype, seed: int) -> dict[str, Callable[[Any], Iterator[Finding]]]:
@@ -156,13 +158,8 @@ def _deformable_side_effects(attention: Any, dtype: torch.dtype, seed: int) -> I
 
 def false_alarms(source: Source, seed: int) -> dict[str, str]:
     """What the suites of single calls say against a right implementation with other random inputs."""
-    own = dict(list(suites(source, torch.float32, seed).items())[:2])
-    found = {}
-    for name, check in own.items():
-        with watched_settings():
-            if (first := next(check(source.make()), None)) is not None:
-                found[name] = f"{first.property}: {first.message}"
-    return found
+    single_calls = dict(itertools.islice(suites(source, torch.float32, seed).items(), 2))
+    return dict(_rejections(single_calls, source.make))
 
 
 def explanation(mutant: Mutant, dtype: torch.dtype, seed: int = 0) -> str:

@@ -23,6 +23,13 @@ def rows_in(path: Path) -> list[Row]:
     return rows
 
 
+def _one_thread() -> None:
+    """The processes share the cores; threads of several would wait for one another."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def run(
     task: Callable[[Any], Row],
     todo: Iterable[Any],
@@ -38,7 +45,7 @@ def run(
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with (
-        multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=300) as pool,
+        multiprocessing.get_context("spawn").Pool(processes, _one_thread, maxtasksperchild=300) as pool,
         path.open("a") as file,
     ):
         for number, row in enumerate(pool.imap_unordered(task, todo, chunksize=1), 1):

@@ -24,20 +24,14 @@ def mutant_named(name: str) -> Mutant:
 
 
 def _judged(name: str) -> Row:
-    import torch
-
     from mutation.judging import judged
 
-    torch.set_num_threads(1)
     return judged(mutant_named(name))
 
 
 def _checked(task: tuple[str, int]) -> Row:
-    import torch
-
     from mutation.judging import false_alarms
 
-    torch.set_num_threads(1)
     name, seed = task
     return {"right": name, "seed": seed, "caught": false_alarms(BY_NAME[name], seed)}
 
@@ -47,7 +41,6 @@ def _explained(task: tuple[str, str]) -> Row:
 
     from mutation.judging import explanation
 
-    torch.set_num_threads(1)
     name, dtype = task
     mutant = mutant_named(name)
     return {"mutant": name, "diff": mutant.diff, "explanation": explanation(mutant, getattr(torch, dtype))}

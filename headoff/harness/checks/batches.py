@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from headoff.harness.checks.subject import (
     check,
     copied,
     raised,
-    with_tensors,
 )
 from headoff.harness.operator.side_effects import same
 
@@ -40,7 +40,7 @@ def batch_invariance(subject: Subject) -> Outcome:
                 for name, tensor in tensors.named().items()
                 if tensor.dim() >= 4 and tensor.shape[0] == BATCH
             }
-            alone = subject.call(subject.attention, with_tensors(tensors, rows))
+            alone = subject.call(subject.attention, replace(tensors, **rows))
             for name, one in alone.items():
                 other = of_batch[name][item : item + 1]
                 if not same(one.detach(), other.detach()):

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -187,7 +187,7 @@ def _exported(subject: Subject, cases: list[Case], dynamic: bool) -> list[Findin
             return [raised("export", when, error, cases[0])]
         for number, case in enumerate(cases):
             # Numbers that the program was not made with.
-            case = subject.case(**_fields(case, seed=subject.seed + number + 1))
+            case = replace(case, seed=subject.seed + number + 1)
             try:
                 context = program(copied(subject.tensors(case)))
             except Exception as error:
@@ -195,10 +195,6 @@ def _exported(subject: Subject, cases: list[Case], dynamic: bool) -> list[Findin
             if found := subject.wrong(case, {"context": context}):
                 return about("export", when, found)
     return []
-
-
-def _fields(case: Case, **changed: Any) -> dict[str, Any]:
-    return {**vars(case), **changed}
 
 
 def _dynamic_dimensions(subject: Subject, cases: list[Case]) -> Any:

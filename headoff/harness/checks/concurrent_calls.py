@@ -58,13 +58,7 @@ def threads(subject: Subject) -> Outcome:
             if isinstance(result, BaseException):
                 outcome.findings = [raised("threads", "called from a thread,", result, cases[0])]
                 return outcome
-        names = [
-            name
-            for name in alone[0]
-            if all(same(one[name], two[name]) for one, two in zip(alone, again, strict=True))
-        ]
-        if "context" not in names:
-            raise NotApplicable("calls with the same inputs differ in their bits")
+        names = _steady(alone, again)
         end = time.monotonic() + SECONDS
         with _frequent_switches():
             for number in range(ROUNDS):
@@ -87,11 +81,24 @@ def _caller(subject: Subject, case: Case) -> Callable[[], Results]:
     return lambda: {name: one.detach() for name, one in subject.call(subject.attention, tensors).items()}
 
 
+def _steady(alone: list[Results], again: list[Results]) -> list[str]:
+    """The results that single calls give to the bit. Raises NotApplicable where the context is not one of them."""
+    both = list(zip(alone, again, strict=True))
+    names = [name for name in alone[0] if all(same(one[name], two[name]) for one, two in both)]
+    if "context" not in names:
+        raise NotApplicable("calls with the same inputs differ in their bits")
+    return names
+
+
+def _differing(names: list[str], expected: Results, found: Results) -> list[str]:
+    return [name for name in names if not same(expected[name], found[name])]
+
+
 def _difference(case: Case, expected: Results, found: Any, names: list[str]) -> Finding | None:
     when = "called from two threads at once,"
     if isinstance(found, BaseException):
         return raised("threads", when, found, case)
-    wrong = [name for name in names if not same(expected[name], found[name])]
+    wrong = _differing(names, expected, found)
     if not wrong:
         return None
     error = (expected[wrong[0]] - found[wrong[0]]).abs().max().item()
@@ -157,13 +164,7 @@ def streams(subject: Subject) -> Outcome:
         calls = [_caller(subject, case) for case in cases]
         alone, again = ([call() for call in calls] for _ in range(2))
         torch.cuda.synchronize(device)
-        names = [
-            name
-            for name in alone[0]
-            if all(same(one[name], two[name]) for one, two in zip(alone, again, strict=True))
-        ]
-        if "context" not in names:
-            raise NotApplicable("calls with the same inputs differ in their bits")
+        names = _steady(alone, again)
         both = [torch.cuda.Stream(device) for _ in calls]
         end = time.monotonic() + SECONDS
         for _ in range(ROUNDS):
@@ -175,8 +176,7 @@ def streams(subject: Subject) -> Outcome:
                     results.append(call())
             torch.cuda.synchronize(device)
             for case, expected, found in zip(cases, alone, results, strict=True):
-                wrong = [name for name in names if not same(expected[name], found[name])]
-                if wrong:
+                if wrong := _differing(names, expected, found):
                     message = (
                         f"called on two CUDA streams at once, {' and '.join(wrong)} differ from single calls'"
                     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from headoff.harness.checks.subject import (
@@ -10,12 +13,10 @@ from headoff.harness.checks.subject import (
     Subject,
     about,
     check,
-    leaves,
     raised,
-    with_tensors,
 )
 from headoff.harness.finding import Finding
-from headoff.harness.operator.call import Tensors, gradients
+from headoff.harness.operator.call import gradients, leaves_of
 from headoff.harness.operator.cases import Case
 
 LOW = torch.bfloat16
@@ -36,7 +37,7 @@ def autocast(subject: Subject) -> Outcome:
             name: tensor.float() if tensor.is_floating_point() else tensor
             for name, tensor in subject.tensors(case).named().items()
         }
-        tensors = with_tensors(subject.tensors(case), single)
+        tensors = replace(subject.tensors(case), **single)
         when = f"under torch.autocast({subject.device.type!r}, torch.bfloat16) with inputs in float32"
         try:
             results = _results(subject, tensors)
@@ -75,12 +76,12 @@ def _is_raised(subject: Subject, case: Case) -> bool:
     return False
 
 
-def _results(subject: Subject, tensors: Tensors) -> dict[str, torch.Tensor]:
+def _results(subject: Subject, tensors: Any) -> dict[str, torch.Tensor]:
     if subject.forward_only:
         with torch.autocast(subject.device.type, LOW), torch.no_grad():
             return {"context": tensors.attend(subject.attention, tensors.inputs)}
-    inputs = leaves(tensors)
+    inputs = leaves_of(tensors, "all")
     with torch.autocast(subject.device.type, LOW):
         context = tensors.attend(subject.attention, inputs.values())
-    plain = with_tensors(tensors, {"grad_context": tensors.grad_context.to(context.dtype)})
+    plain = replace(tensors, grad_context=tensors.grad_context.to(context.dtype))
     return {"context": context, **gradients(context, inputs, plain)}

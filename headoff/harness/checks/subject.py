@@ -13,7 +13,7 @@ from torch import Tensor
 from headoff.harness.contracts import DEFORMABLE, Contract
 from headoff.harness.exceptions import describe_exception
 from headoff.harness.finding import Finding, Property
-from headoff.harness.operator.call import Results, Tensors, call, context_alone, leaves_of
+from headoff.harness.operator.call import Results, Tensors, call, context_alone
 from headoff.harness.operator.cases import Case, Fields
 from headoff.harness.operator.compare import findings_of
 from headoff.harness.operator.side_effects import Trial
@@ -136,15 +136,7 @@ def copied(tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.named().items() if name != "grad_context"}
 
 
-def with_tensors(tensors: Any, changed: dict[str, Tensor]) -> Any:
-    return replace(tensors, **changed)
-
-
 def attend(attention: Any, tensors: Any, changed: dict[str, Tensor]) -> Tensor:
     """The context of `tensors` with some of them `changed`."""
-    other = with_tensors(tensors, changed)
+    other = replace(tensors, **changed)
     return other.attend(attention, other.inputs)
-
-
-def leaves(tensors: Tensors) -> dict[str, Tensor]:
-    return leaves_of(tensors, "all")

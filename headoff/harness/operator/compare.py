@@ -260,7 +260,7 @@ def comparisons(
             case.by_head(results[name]),
             case.by_head(true),
             case.by_head(truth.scales[name]),
-            next(iter(allowances))[name],
+            allowances.known[0][name],
             case.dtype,
         )
         for name, true in truth.values.items()

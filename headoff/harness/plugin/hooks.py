@@ -15,7 +15,7 @@ import pytest
 
 from headoff.errors import HeadoffError
 from headoff.files import clear_marked_folder
-from headoff.harness.contracts import BACKWARD, CHECKS_SUITE, is_of_contract, suits_model
+from headoff.harness.contracts import CHECKS_SUITE, is_under_test
 from headoff.harness.plugin.benchmark_hooks import (
     pytest_benchmark_compare_machine_info,
     pytest_benchmark_update_json,
@@ -98,8 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = {
         item
         for item, suite in suites.items()
-        if not (is_of_contract(suite, settings.of_contract) and suits_model(suite, is_of_family))
-        or (suite in BACKWARD and settings.forward_only)
+        if not is_under_test(suite, settings.of_contract, is_of_family, settings.forward_only)
         or (suite == CHECKS_SUITE and not _is_asked_for(item, settings))
     }
     if others:
