@@ -11,7 +11,7 @@ from headoff.detr import BackboneConfig, Detr, DetrConfig
 from headoff.detr.detector import Features
 from headoff.gates import Gates
 from headoff.images import Preprocessing
-from headoff.relevance import Method, PairRelevance, RelevanceEngine, resolve_method
+from headoff.relevance import Method, PairRelevance, RelevanceEngine, resolve_cam_method
 from headoff.relevance.oracle import dense_evidence
 from headoff.relevance.rules import DenseRelevance
 from headoff.relevance.targets import Target, make_target
@@ -108,13 +108,13 @@ def oracle_result(
     zero_rows="identity",
 ) -> DenseRelevance:
     """The oracle's answer for one configuration."""
-    method = resolve_method(method)
+    method = resolve_cam_method(method)
     return method.dense(dense_evidence(detector, features, gates, target), **method.options(zero_rows))
 
 
 def assert_matches_oracle(detector, features, gates, specs=TARGETS, tolerance=1e-10, **options) -> int:
     """Every pair of the engine against the oracle; how many maps were not zero."""
-    method = resolve_method(options.get("method", "chefer"))
+    method = resolve_cam_method(options.get("method", "chefer"))
     evident = 0
     logits_of: dict[int, Tensor] = {}
 

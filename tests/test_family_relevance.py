@@ -22,7 +22,7 @@ from headoff.gates import Gates, parse_configuration, stack
 from headoff.relevance.autograd_engine import AutogradEngine
 from headoff.relevance.engine import RelevanceEngine
 from headoff.relevance.explanations import load_explanation
-from headoff.relevance.methods import method_names, resolve_method
+from headoff.relevance.methods import cam_method_names, resolve_cam_method
 from headoff.relevance.oracle import dense_evidence
 from headoff.relevance.targets import box_coordinate, class_logit
 from headoff.scenes.samples import sample_image
@@ -59,8 +59,8 @@ def test_every_method_equals_the_dense_oracle(kind):
         [dense_evidence(detector, image, gates[index], target) for target in targets]
         for index in range(len(gates))
     ]
-    for name in method_names():
-        method = resolve_method(name)
+    for name in cam_method_names():
+        method = resolve_cam_method(name)
         for found in AutogradEngine(detector, image, method=name).run(gates, lambda *_: targets):
             for target, pair, dense in zip(targets, found.pairs, evidence[found.index], strict=True):
                 expected = method.dense(dense, **method.options("identity"))
@@ -89,7 +89,7 @@ def test_all_configurations_together_are_those_alone(kind):
 def test_the_engine_by_autograd_is_that_of_headoffs_own_detr():
     detector = tiny_detector()
     image, gates = features_of(detector, padded=True), random_gates(detector, 3)
-    for method in method_names():
+    for method in cam_method_names():
         engines = [kind(detector, image, method=method) for kind in (RelevanceEngine, AutogradEngine)]
         results = [
             sorted(
@@ -119,7 +119,9 @@ def test_a_wrong_weight_of_one_corner_is_seen(monkeypatch):
 
     target = class_logit(2, 1)
     gates = some_gates(detector)[0]
-    expected = resolve_method("chefer").dense(dense_evidence(detector, image, gates, target)).relevance[:, 2]
+    expected = (
+        resolve_cam_method("chefer").dense(dense_evidence(detector, image, gates, target)).relevance[:, 2]
+    )
     monkeypatch.setattr("headoff.detector.corners", wrong)
     (found,) = AutogradEngine(detector, image).run(gates, lambda *_: [target])
     assert (found.pairs[0].rows - expected).abs().max() > 1e-6 * expected.abs().max()

@@ -38,12 +38,12 @@ from headoff.attention import eager, sdpa
 from headoff.detr.detector import Features
 from headoff.errors import SettingError
 from headoff.gates import first_off, none_off, stack
-from headoff.relevance import MEMORY_BUDGET, RelevanceEngine, class_logit, fused_vjp, method_names
+from headoff.relevance import MEMORY_BUDGET, RelevanceEngine, cam_method_names, class_logit, fused_vjp
 from headoff.relevance import kernels as kernels_module
 from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
 from headoff.relevance.engine import _Pair
 from headoff.relevance.memory import default_memory_budget
-from headoff.relevance.methods import resolve_method
+from headoff.relevance.methods import resolve_cam_method
 from headoff.relevance.records import AttentionRecord
 from headoff.relevance.trace import DecoderTrace
 
@@ -140,7 +140,7 @@ def test_all_pairs_at_once_is_one_by_one(rule, runs, runs_of_keys, masked):
 
 
 @pytest.mark.parametrize("memory_budget", [1, 2**30])
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", cam_method_names())
 def test_every_method_agrees_with_the_oracle(name, memory_budget):
     detector = tiny_detector(1, decoder_layers=2)
     features = features_of(detector, padded=True)
@@ -243,8 +243,8 @@ def test_triton_has_to_be_asked_for(monkeypatch, kernels):
     monkeypatch.setattr(kernels_module, "unsupported", lambda *_: None)
     detector = SimpleNamespace(device=torch.device("cuda", 0), config=tiny_detector(0).config)
     chosen = partial(kernels_module.chosen_kernels, detector=detector, compute=torch.float32)
-    assert chosen(kernels, method=resolve_method("chefer")) == "torch"
-    assert chosen("triton", method=resolve_method("chefer")) == "triton"
+    assert chosen(kernels, method=resolve_cam_method("chefer")) == "torch"
+    assert chosen("triton", method=resolve_cam_method("chefer")) == "triton"
 
 
 @needs_triton

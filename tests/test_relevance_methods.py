@@ -22,13 +22,15 @@ from headoff.errors import GateError, OutputError, SettingError
 from headoff.gates import cumulative, first_off, heads_off, none_off, stack
 from headoff.images import load_image
 from headoff.relevance import (
+    EngineMethod,
     Explanation,
+    RelevanceEngine,
+    cam_method_names,
     class_logit,
     explain,
     load_explanation,
     make_target,
-    method_names,
-    resolve_method,
+    resolve_cam_method,
 )
 from headoff.relevance.attention_vjp import AttentionVjp
 from headoff.relevance.oracle import dense_evidence
@@ -55,7 +57,7 @@ def explanation(detector, picture) -> Explanation:
 
 
 @pytest.mark.parametrize("memory_budget", [1, 2**30])
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", cam_method_names())
 def test_every_method_agrees_with_the_oracle(name, memory_budget):
     detector = tiny_detector(1, decoder_layers=2)
     features = features_of(detector, padded=True)
@@ -66,8 +68,29 @@ def test_every_method_agrees_with_the_oracle(name, memory_budget):
 
 
 def test_the_default_comes_first():
-    assert method_names()[0] == "chefer" and resolve_method("chefer").needs_gradient
-    assert not resolve_method("raw").needs_gradient
+    assert cam_method_names()[0] == "chefer" and resolve_cam_method("chefer").needs_gradient
+    assert not resolve_cam_method("raw").needs_gradient
+
+
+def test_a_method_can_have_an_engine_of_its_own(detector, picture):
+    class Twice(RelevanceEngine):
+        def __init__(self, detector, features, *, method, picture, memory_budget):
+            super().__init__(detector, features, memory_budget=memory_budget)
+            self.factor = 2 if picture.size == (100, 70) and method.signed else 1
+
+        def run(self, *arguments, **options):
+            for found in super().run(*arguments, **options):
+                yield replace(
+                    found, pairs=[replace(pair, rows=pair.rows * self.factor) for pair in found.pairs]
+                )
+
+    method = EngineMethod("twice", "", Twice, signed=True)
+    once = explain(detector, picture, queries=[3])
+    assert torch.equal(explain(detector, picture, queries=[3], method=method).maps, once.maps * 2)
+    with pytest.raises(SettingError, match="zero_rows cannot be 'reference' for twice"):
+        explain(detector, picture, queries=[3], method=method, zero_rows="reference")
+    with pytest.raises(SettingError, match="'twice' computes no cams"):
+        RelevanceEngine(detector, features_of(detector), method=method)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -150,7 +173,7 @@ def test_an_explanation_is_what_the_oracle_says(detector, picture, explanation):
                 label,
             )
             target = class_logit(query, label)
-            expected = resolve_method("chefer").dense(
+            expected = resolve_cam_method("chefer").dense(
                 dense_evidence(detector, features, gates[index], target)
             )
             torch.testing.assert_close(

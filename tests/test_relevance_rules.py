@@ -13,7 +13,7 @@ from relevance_examples import CONFIG, assert_matches_oracle, features_of, oracl
 from headoff.detr import Detr
 from headoff.detr.detector import Features
 from headoff.gates import Configuration, first_off, stack
-from headoff.relevance import class_logit, resolve_method
+from headoff.relevance import class_logit, resolve_cam_method
 from headoff.relevance.oracle import dense_evidence
 from headoff.relevance.rules import (
     AttentionEvidence,
@@ -171,7 +171,7 @@ def test_oracle_agrees_with_the_published_implementation(method):
         torch.testing.assert_close(
             ours, published, rtol=1e-9, atol=1e-13 * float(published.max()), msg=str(case)
         )
-        if resolve_method(method).takes_zero_rows:
+        if resolve_cam_method(method).takes_zero_rows:
             identity = oracle_result(detector, features, gates, target, method).relevance[:, case["query"]]
             rows_replaced = int(found.decoder_identity_rows.sum()) + found.encoder_identity_rows
             evident = case["heads_off"] < detector.config.heads

@@ -11,11 +11,22 @@ from headoff.relevance.engine import (
 from headoff.relevance.explainer import explain
 from headoff.relevance.explanations import Explanation, ExplanationStatus, load_explanation
 from headoff.relevance.memory import MEMORY_BUDGET
-from headoff.relevance.methods import Method, method_names, register_method, resolve_method
+from headoff.relevance.methods import (
+    CamMethod,
+    EngineMethod,
+    Method,
+    cam_method_names,
+    method_names,
+    register_method,
+    resolve_cam_method,
+    resolve_method,
+)
 from headoff.relevance.targets import BOX_COORDINATES, Target, box_coordinate, class_logit, make_target
 
 __all__ = [
     "BOX_COORDINATES",
+    "CamMethod",
+    "EngineMethod",
     "MEMORY_BUDGET",
     "ConfigurationRelevance",
     "Explanation",
@@ -25,11 +36,13 @@ __all__ = [
     "RelevanceEngine",
     "Target",
     "box_coordinate",
+    "cam_method_names",
     "class_logit",
     "explain",
     "load_explanation",
     "make_target",
     "method_names",
     "register_method",
+    "resolve_cam_method",
     "resolve_method",
 ]

@@ -39,7 +39,7 @@ from headoff.relevance.engine import (
 )
 from headoff.relevance.kernels import Kernels
 from headoff.relevance.memory import chosen_memory_budget
-from headoff.relevance.methods import Method, resolve_method
+from headoff.relevance.methods import Method, resolve_cam_method
 from headoff.relevance.records import AttentionRecord, unfold_runs
 from headoff.relevance.rules import ZeroRows
 from headoff.relevance.sampled_vjp import SampledVjp
@@ -119,7 +119,7 @@ class AutogradEngine:
             )
         self.detector = detector
         self.features = features.clone()  # tensors of inference mode cannot be saved for a backward pass
-        self.method = resolve_method(method)
+        self.method = resolve_cam_method(method)
         self.zero_rows: ZeroRows = zero_rows
         self._compute = torch.promote_types(detector.dtype, torch.float32)
         self._through_encoder = self.method.encoder is not None and detector.encoder_is_attention

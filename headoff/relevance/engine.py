@@ -34,7 +34,7 @@ from headoff.relevance.encoder_cams import EncoderCams, RecomputedCams, StoredCa
 from headoff.relevance.fused_vjp import FusedVjp, Precision
 from headoff.relevance.kernels import Kernels, chosen_kernels
 from headoff.relevance.memory import MemoryPlan, chosen_memory_budget
-from headoff.relevance.methods import Method, resolve_method
+from headoff.relevance.methods import Method, resolve_cam_method
 from headoff.relevance.records import AttentionRecord
 from headoff.relevance.rules import ZeroRows
 from headoff.relevance.sampled_vjp import SampledVjp
@@ -149,7 +149,7 @@ class RelevanceEngine:
                 raise SettingError(f"{name} cannot be {value!r}: use one of {', '.join(known)}")
         self.detector = detector
         self.features = features
-        self.method = resolve_method(method)
+        self.method = resolve_cam_method(method)
         self.zero_rows: ZeroRows = zero_rows
         self.analytic = backward == "analytic" or (
             backward == "auto" and not detector.is_intercepted and is_builtin(detector.attention)

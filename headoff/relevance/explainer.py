@@ -109,6 +109,7 @@ def explain(
         backward=backward,
         kernels=kernels,
         memory_budget=memory_budget,
+        picture=picture,
     )
     (baseline,) = engine.run(stack((none_off(),), layout), lambda *_: ())
     if any(configuration.names_objects for configuration in chosen):

@@ -9,7 +9,7 @@ import torch
 from headoff.detr.detector import Detr
 from headoff.errors import SettingError
 from headoff.relevance.fused_vjp import unsupported
-from headoff.relevance.methods import Method
+from headoff.relevance.methods import CamMethod
 
 Kernels = Literal["auto", "tiles", "torch", "triton"]
 """How the backward pass of an attention is computed.
@@ -21,7 +21,7 @@ Kernels = Literal["auto", "tiles", "torch", "triton"]
 """
 
 
-def chosen_kernels(kernels: Kernels, detector: Detr, compute: torch.dtype, method: Method) -> Kernels:
+def chosen_kernels(kernels: Kernels, detector: Detr, compute: torch.dtype, method: CamMethod) -> Kernels:
     """The implementation that `kernels` names.
 
     Raises:

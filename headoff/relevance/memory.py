@@ -8,7 +8,7 @@ from headoff.detr.detector import Detr, Features
 from headoff.errors import SettingError
 from headoff.relevance.attention_vjp import TEMPORARIES
 from headoff.relevance.kernels import Kernels
-from headoff.relevance.methods import Method
+from headoff.relevance.methods import CamMethod
 
 MEMORY_BUDGET = 2**30
 """Bytes that the engine may use in addition to the model, on devices that do not report free memory."""
@@ -46,7 +46,7 @@ class MemoryPlan:
     """
 
     def __init__(
-        self, detector: Detr, features: Features, method: Method, kernels: Kernels, budget: int
+        self, detector: Detr, features: Features, method: CamMethod, kernels: Kernels, budget: int
     ) -> None:
         config = detector.config
         size = torch.promote_types(detector.dtype, torch.float32).itemsize

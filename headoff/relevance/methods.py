@@ -1,7 +1,7 @@
-"""Relevance methods by name: how cams are computed from attention, and maps from cams.
+"""Relevance methods by name.
 
-A method has two implementations: `dense`, with whole matrices and for one pair (`headoff.relevance.rules`), which is
-the oracle; and `rule`, `decoder` and `encoder` for the engine (`headoff.relevance.aggregation`).
+A `CamMethod` computes cams from attention, and maps from cams. It has two implementations: `dense`, with whole matrices
+and for one pair (`headoff.relevance.rules`), which is the oracle; and `rule`, `decoder` and `encoder` for engines. An `EngineMethod` computes maps in another way, by an engine of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from headoff.errors import SettingError, did_you_mean
 from headoff.relevance import aggregation, rules
@@ -19,10 +19,21 @@ from headoff.relevance.rules import DenseRelevance
 
 @dataclass(frozen=True)
 class Method:
-    """A method that computes maps from attention.
+    """A method that computes relevance maps.
 
     Attributes:
         name, summary: for people.
+    """
+
+    name: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class CamMethod(Method):
+    """A method that computes maps from attention.
+
+    Attributes:
         rule: how the cam of one attention call is computed.
         decoder: `DecoderCams` to `Rows`.
         encoder: (`Rows`, `EncoderCams`, tokens) to `Rows`; None if the encoder plays no part, which makes the
@@ -31,8 +42,6 @@ class Method:
         takes_zero_rows: whether these three functions take `zero_rows`.
     """
 
-    name: str
-    summary: str
     rule: CamRule
     decoder: Callable[..., aggregation.Rows]
     encoder: Callable[..., aggregation.Rows] | None
@@ -49,10 +58,26 @@ class Method:
         return {"zero_rows": zero_rows} if self.takes_zero_rows else {}
 
 
+@dataclass(frozen=True)
+class EngineMethod(Method):
+    """A method with an engine of its own.
+
+    Attributes:
+        engine: called as `engine(detector, features, method=..., picture=..., memory_budget=...)`, with the features of
+            one image (`Detector.features`), the image (`PIL.Image`, or None where it is not known) and a limit in bytes
+            (or None). Returns an object whose `run` is that of `RelevanceEngine`.
+        signed: whether relevance can be negative: evidence against the target.
+    """
+
+    engine: Callable[..., Any]
+    signed: bool = False
+
+
 _methods: dict[str, Method] = {}
+_AnyMethod = TypeVar("_AnyMethod", bound=Method)
 
 
-def register_method(method: Method) -> Method:
+def register_method(method: _AnyMethod) -> _AnyMethod:
     """Register a method under its name, for `resolve_method`; it replaces an earlier method of that name."""
     _methods[method.name] = method
     return method
@@ -61,6 +86,26 @@ def register_method(method: Method) -> Method:
 def method_names() -> tuple[str, ...]:
     """The registered names, the default first."""
     return tuple(_methods)
+
+
+def cam_method_names() -> tuple[str, ...]:
+    """The registered names of instances of `CamMethod`."""
+    return tuple(name for name, method in _methods.items() if isinstance(method, CamMethod))
+
+
+def resolve_cam_method(method: Method | str) -> CamMethod:
+    """The method of that name.
+
+    Raises:
+        SettingError: there is no such method, or it computes no cams.
+    """
+    found = resolve_method(method)
+    if not isinstance(found, CamMethod):
+        raise SettingError(
+            f"the relevance method {found.name!r} computes no cams of attention: use one of "
+            f"{', '.join(cam_method_names())}"
+        )
+    return found
 
 
 def resolve_method(method: Method | str) -> Method:
@@ -80,7 +125,7 @@ def resolve_method(method: Method | str) -> Method:
 
 
 register_method(
-    Method(
+    CamMethod(
         "chefer",
         "equations 5 to 11: gradient-weighted attention, aggregated over all layers and normalised",
         "gradient",
@@ -91,7 +136,7 @@ register_method(
     )
 )
 register_method(
-    Method(
+    CamMethod(
         "chefer_no_normalisation",
         "without equations 8 and 9 (ablation)",
         "gradient",
@@ -101,7 +146,7 @@ register_method(
     )
 )
 register_method(
-    Method(
+    CamMethod(
         "chefer_no_self_attention",
         "without self-attention in equation 10: cross-attention cams only, mixed between queries (ablation)",
         "gradient",
@@ -111,7 +156,7 @@ register_method(
     )
 )
 register_method(
-    Method(
+    CamMethod(
         "chefer_no_aggregation",
         "every layer's update replaces the relevance instead of being added to it (ablation)",
         "gradient",
@@ -121,7 +166,7 @@ register_method(
     )
 )
 register_method(
-    Method(
+    CamMethod(
         "chefer_centred",
         "as chefer, with the gradient of the scores before softmax in equation 5: attention that has no effect gets no "
         "relevance",
@@ -133,7 +178,7 @@ register_method(
     )
 )
 register_method(
-    Method(
+    CamMethod(
         "raw",
         "cross-attention weights of each decoder layer, mean over heads",
         "attention",
@@ -143,7 +188,7 @@ register_method(
     )
 )
 register_method(
-    Method(
+    CamMethod(
         "rollout",
         "attention rollout of encoder and decoder around the cross-attention of each decoder layer",
         "attention",
@@ -153,7 +198,7 @@ register_method(
     )
 )
 register_method(
-    Method(
+    CamMethod(
         "attention_gradcam",
         "Grad-CAM of each decoder layer's cross-attention: heads weighted by their mean gradient",
         "gradcam",

@@ -13,7 +13,7 @@ from headoff.detector import Attend, AttentionCall, DetectorOutput
 from headoff.detr.detector import Detr, Features
 from headoff.gates import Configuration, Gates, stack
 from headoff.images import ImageSource, load_image
-from headoff.relevance import Method, Target, resolve_method
+from headoff.relevance import Method, Target, resolve_cam_method
 from headoff.relevance.oracle import dense_evidence
 from headoff.relevance.rules import AttentionEvidence, Evidence
 
@@ -93,7 +93,7 @@ def dense_maps(
     One forward and one backward pass per target, eager attention, nothing shared or skipped. The attention runs on the
     detector's device; the rules, which are no part of what may be patched, on the CPU.
     """
-    method = resolve_method(method)
+    method = resolve_cam_method(method)
     gates = stack([configuration], detector.head_layout)
     maps = []
     for target in targets:
