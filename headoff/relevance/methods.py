@@ -1,7 +1,8 @@
 """Relevance methods by name.
 
-A `CamMethod` computes cams from attention, and maps from cams. It has two implementations: `dense`, with whole matrices
-and for one pair (`headoff.relevance.rules`), which is the oracle; and `rule`, `decoder` and `encoder` for engines. An `EngineMethod` computes maps in another way, by an engine of its own.
+A `CamMethod` computes cams from attention, and maps from cams. It has two implementations: `dense`, with whole
+matrices and for one pair (`headoff.relevance.rules`), which is the oracle; and `rule`, `decoder` and `encoder` for the
+engines. An `EngineMethod` computes maps in another way, by an engine of its own.
 """
 
 from __future__ import annotations
