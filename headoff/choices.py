@@ -39,6 +39,22 @@ METHODS = (
 )
 """The built-in relevance methods, the default first; `register_method` adds others."""
 
+FAITHFULNESS_MEASURES = (
+    "tokens_removed",
+    "tokens_zero",
+    "tokens_mean",
+    "pixels_grey",
+    "pixels_blur",
+    "pixels_surroundings",
+)
+"""The built-in measures of `headoff.faithfulness`."""
+
+DEFAULT_FAITHFULNESS = ("tokens_removed",)
+"""Those of them that are computed unless others are asked for."""
+
+CONTROLS = ("random", "box", "edges")
+"""Maps that no method made, which relevance methods are compared with; see `headoff.faithfulness`."""
+
 BOX_COORDINATES = ("cx", "cy", "w", "h")
 """The columns of `DetectorOutput.boxes`."""
 

@@ -21,6 +21,7 @@ from headoff.errors import SettingError, error_line
 from headoff.files import atomic_write, output_errors
 from headoff.gates import Configuration, parse_configuration
 from headoff.relevance.rules import ZeroRows
+from headoff.relevance.token_grid import TokenGrid
 from headoff.scoring import Scoring
 from headoff.wording import counted
 
@@ -114,6 +115,11 @@ class Explanation:
         return self.maps.shape[-2], self.maps.shape[-1]
 
     @property
+    def token_grid(self) -> TokenGrid:
+        """Where the cells of the maps are in the image."""
+        return TokenGrid(self.grid, self.stride, self.resized, self.image_size)
+
+    @property
     def levels(self) -> tuple[Tensor, ...]:
         """The maps of each level of the memory, (C, O, M, h, w) each, the finest first."""
         if self.tokens is None:
@@ -181,7 +187,7 @@ class Explanation:
         The box is that of the baseline under every configuration. A token that it covers partly counts partly.
         """
         cover = torch.stack(
-            [self._cover(box) for box in self.objects.boxes.double()] or [torch.zeros(self.grid)]
+            [self.token_grid.cover(box) for box in self.objects.boxes.double()] or [torch.zeros(self.grid)]
         )
         inside = (self.maps.double() * cover[: len(self.objects), None]).sum((-2, -1))
         return inside / self.masses.masked_fill(self.masses == 0, torch.nan)
@@ -190,8 +196,7 @@ class Explanation:
     def peaks(self) -> Tensor:
         """(C, O, M, 2) float64: (x, y) in pixels of the original image, the centre of the token with the greatest
         relevance; NaN if the mass is zero."""
-        edges_y, edges_x = self._edges()
-        middles_y, middles_x = (edges_y[1:] + edges_y[:-1]) / 2, (edges_x[1:] + edges_x[:-1]) / 2
+        middles_y, middles_x = self.token_grid.middles
         flat = self.maps.flatten(-2)
         index = flat.argmax(-1)
         columns = self.grid[1]
@@ -347,22 +352,6 @@ class Explanation:
             else:
                 file.write(safetensors.torch.save(tensors, {"headoff": metadata}))
         return path
-
-    def _edges(self) -> tuple[Tensor, Tensor]:
-        """Edges of token rows (h + 1,) and columns (w + 1,) in pixels of the original image, cut at its border."""
-        edges = []
-        for count, side, original in zip(self.grid, self.resized, self.image_size, strict=True):
-            edges.append((torch.arange(count + 1).double() * self.stride).clamp(max=side) * (original / side))
-        return edges[0], edges[1]
-
-    def _cover(self, box: Tensor) -> Tensor:
-        """The share of each token that `box` (left, top, right, bottom) covers: (h, w), 0..1."""
-        shares = []
-        for edges, low, high in zip(self._edges(), (box[1], box[0]), (box[3], box[2]), strict=True):
-            inside = edges.clamp(float(low), float(high)).diff()
-            width = edges.diff()
-            shares.append(torch.where(width > 0, inside / width.clamp(min=1e-12), 0))
-        return shares[0][:, None] * shares[1]
 
 
 _TENSORS = (

@@ -1,0 +1,323 @@
+"""`faithfulness`: measures of relevance methods over many images, in one or several processes, and resumable."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headoff.ablation.references import hash_of_image
+from headoff.choices import DEFAULT_FAITHFULNESS
+from headoff.detector import Detector
+from headoff.errors import ImageError, SettingError, did_you_mean
+from headoff.faithfulness.controls import CONTROLS, check_methods, known_methods
+from headoff.faithfulness.explained import MEMORY_BUDGET, ExplainedImage
+from headoff.faithfulness.measures import Measure, Scores, resolve_measure
+from headoff.faithfulness.result import Faithfulness
+from headoff.faithfulness.sources import Source, sources_of
+from headoff.faithfulness.store import ImageRecord, RecordStore, context_of
+from headoff.gates import Configuration, read_configurations
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is the same for all images; see `faithfulness`."""
+
+    measures: tuple[Measure, ...]
+    configuration: Configuration
+    confidence: float
+    seed: int
+    store: Path | None
+    memory_budget: int
+
+
+Job = tuple[Source, list[tuple[str, str]]]
+"""An image, and the methods and measures to compute for it, by their names."""
+
+
+def faithfulness(
+    detector: Detector,
+    images: Iterable[Any] | Any,
+    methods: str | Sequence[str] | None = None,
+    measures: str | Measure | Sequence[str | Measure] | None = None,
+    *,
+    off: Configuration | str = "none",
+    most: Mapping[str, int] | None = None,
+    annotations: str | Path | None = None,
+    confidence: float = 0.5,
+    seed: int = 0,
+    store: str | Path | None = None,
+    workers: int = 1,
+    load: Callable[[], Detector] | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Callable[[int, int], None] | None = None,
+) -> Faithfulness:
+    """Measure whether relevance maps say what the detector looks at.
+
+    Args:
+        detector: see `headoff.load`.
+        images: one or several: paths, pictures or arrays; `"scenes:100"` for held-out scenes of the bundled data set,
+            whose objects are known to the pixel (`"scenes:100:5000"`: from seed 5000 on).
+        methods: relevance methods (`headoff.relevance.method_names()`) and controls (`random`, `box`, `edges`); all of
+            them by default.
+        measures: see `headoff.faithfulness.measure_names()`; by default
+            `headoff.choices.DEFAULT_FAITHFULNESS`, as far as true objects are known.
+        off: the configuration that is explained: objects, maps and curves are those with these heads off.
+        most: for methods and measures that are dear, how many of the images they get, the first ones:
+            `{"d_rise": 100, "pixels_grey": 50}`.
+        annotations: true objects of image files, a JSON file in COCO's `instances` format.
+        confidence: a query counts as a detection if its score exceeds this. Detections are the objects.
+        seed: of all random numbers, which depend on nothing else but the image.
+        store: a folder of results of images, one file each. What it has is not computed again.
+        workers: processes, each with one thread of torch if there are several.
+        load: loads the detector in another process; by default the detector is sent there.
+        memory_budget: limit of the activations of a batch of changed images, in bytes. It changes results by rounding
+            at most.
+        progress: called with (number of finished images, number of images).
+
+    Returns:
+        A `Faithfulness`. Images that cannot be read are left out, see `Faithfulness.failures`.
+
+    Raises:
+        SettingError: a method, measure or another argument is invalid, a measure needs true objects that are not known,
+            or nothing is detected in any image.
+        GateError: the configuration does not fit the detector.
+        ImageError: no image can be read.
+        OutputError: the store cannot be written.
+
+    Example:
+        >>> found = faithfulness(load("scenes"), "scenes:20", ["chefer", "raw", "random"], "tokens_removed")
+        >>> print(found.table())
+    """
+    chosen = _methods(methods)
+    sources = sources_of(images, detector, annotations)
+    resolved = _measures(measures, sources)
+    (configuration,) = read_configurations(off)
+    configuration.check(detector.head_layout)
+    if workers < 1:
+        raise SettingError(f"{workers} workers can measure nothing: give at least 1")
+    limits = dict(most or {})
+    for name, limit in limits.items():
+        known = [*known_methods(), *(measure.name for measure in resolved)]
+        if name not in known:
+            raise SettingError(
+                f"most is of methods and measures, and {name!r}{did_you_mean(name, known)} is none of them"
+            )
+        if limit < 1:
+            raise SettingError(f"{name} cannot get {limit} images: give at least 1")
+    setup = Setup(
+        tuple(resolved),
+        configuration,
+        confidence,
+        seed,
+        None if store is None else Path(store),
+        memory_budget,
+    )
+    jobs: list[Job] = []
+    for index, source in enumerate(sources):
+        pairs = [
+            (method, measure.name)
+            for measure in resolved
+            for method in chosen
+            if index < min(limits.get(method, len(sources)), limits.get(measure.name, len(sources)))
+        ]
+        jobs.append((source, pairs))
+    records: list[ImageRecord] = []
+    failures: dict[str, str] = {}
+    with _mapping(detector, setup, workers, load) as run:
+        for done, found in enumerate(run(jobs), start=1):
+            if isinstance(found, ImageRecord):
+                records.append(found)
+            else:
+                failures[found[0]] = found[1]
+            if progress is not None:
+                progress(done, len(jobs))
+    if not records:
+        raise ImageError(next(iter(failures.values())))
+    return Faithfulness(tuple(records), chosen, tuple(resolved), failures, configuration, seed)
+
+
+def measure_image(
+    detector: Detector, context: Mapping[str, str], setup: Setup, job: Job
+) -> ImageRecord | tuple[str, str]:
+    """The record of one image, of which the store gives what it has; or its name and why it cannot be read."""
+    source, pairs = job
+    try:
+        picture, truth = source.load()
+    except ImageError as error:
+        return source.name, str(error)
+    stored: RecordStore | None = None
+    if setup.store is not None:
+        about = {
+            **context,
+            "image": hash_of_image(picture),
+            "truth": None if truth is None else truth.digest,
+            "configuration": setup.configuration.text,
+            "confidence": setup.confidence,
+            "seed": setup.seed,
+        }
+        stored = RecordStore(setup.store, about)
+    known: dict[tuple[str, str], Scores] = {}
+    if stored is not None and stored.objects is not None:
+        by_name = {measure.name: measure for measure in setup.measures}
+        for method, name in pairs:
+            scores = stored.find(method, by_name[name])
+            if scores is not None:
+                known[method, name] = scores
+        if len(known) == len(pairs):
+            return ImageRecord(source.name, stored.objects, known)
+    image = ExplainedImage.of(
+        detector,
+        picture,
+        setup.configuration,
+        truth=truth,
+        confidence=setup.confidence,
+        seed=setup.seed,
+        memory_budget=setup.memory_budget,
+    )
+    for measure in setup.measures:
+        missing = [method for method, of in pairs if of == measure.name and (method, of) not in known]
+        if not missing:
+            continue
+        found = scores_of(measure, image, missing)
+        for method, scores in found.items():
+            known[method, measure.name] = scores
+            if stored is not None:
+                stored.add(method, measure, scores)
+    objects = [
+        {
+            "query": detection.query,
+            "label": detection.label,
+            "class": detection.class_name,
+            "score": detection.score,
+            "box": list(detection.box),
+            "truth": int(image.matched[index]),
+        }
+        for index, detection in enumerate(image.objects.detections)
+    ]
+    if stored is not None:
+        stored.objects = objects
+        stored.write()
+    return ImageRecord(source.name, objects, {pair: known[pair] for pair in pairs})
+
+
+def scores_of(measure: Measure, image: ExplainedImage, methods: Sequence[str]) -> dict[str, Scores]:
+    """The scores of a measure, all NaN where the true objects that it needs are not known.
+
+    Raises:
+        SettingError: the measure returned something else than scores of all methods and objects.
+    """
+    shape = len(image), len(measure.quantities)
+    lacks = measure.needs and (
+        image.truth is None or (measure.needs == "masks" and image.truth.masks is None)
+    )
+    if not len(image) or lacks:
+        empty = torch.full(shape, torch.nan, dtype=torch.float64)
+        points = measure.points
+        curves = None if points is None else torch.full((*shape, len(points)), torch.nan, dtype=torch.float64)
+        return {method: Scores(empty.clone(), curves) for method in methods}
+    found = measure.scores(image, methods)
+    for method in methods:
+        if method not in found or tuple(found[method].values.shape) != shape:
+            raise SettingError(
+                f"the measure {measure.name!r} gave no scores of shape {shape} for the method {method!r}: return one "
+                "row for each object and one column for each quantity"
+            )
+    return found
+
+
+def _methods(methods: str | Sequence[str] | None) -> tuple[str, ...]:
+    if methods is None:
+        return known_methods()
+    chosen = (methods,) if isinstance(methods, str) else tuple(methods)
+    if not chosen:
+        raise SettingError("there are no methods to measure: give at least one")
+    check_methods(chosen)
+    # Controls come last in all tables.
+    return tuple(sorted(chosen, key=lambda name: name in CONTROLS))
+
+
+def _measures(
+    measures: str | Measure | Sequence[str | Measure] | None, sources: Sequence[Source]
+) -> list[Measure]:
+    """The measures; by default those for which enough is known of the true objects."""
+    known = max((_KNOWN.index(source.knows) for source in sources), default=0)
+    if measures is None:
+        found = [resolve_measure(name) for name in DEFAULT_FAITHFULNESS]
+        return [measure for measure in found if _KNOWN.index(measure.needs) <= known]
+    several = [measures] if isinstance(measures, str | Measure) else list(measures)
+    resolved = [resolve_measure(spec) for spec in several]
+    if not resolved:
+        raise SettingError("there are no measures: give at least one")
+    names = [measure.name for measure in resolved]
+    if len(set(names)) < len(names):
+        raise SettingError(f"the measures {', '.join(names)} are not all different: name each only once")
+    for measure in resolved:
+        if _KNOWN.index(measure.needs) > known:
+            raise SettingError(
+                f"the measure {measure.name} needs true {measure.needs}, which are not known of these images: give "
+                "annotations that have them, or scenes:N"
+            )
+    return resolved
+
+
+_KNOWN = ("", "boxes", "masks")
+
+
+Run = Callable[[Sequence[Job]], Iterable[ImageRecord | tuple[str, str]]]
+
+
+@contextmanager
+def _mapping(
+    detector: Detector, setup: Setup, workers: int, load: Callable[[], Detector] | None
+) -> Iterator[Run]:
+    """What maps jobs to records, in the order of the jobs."""
+    context = context_of(detector)
+    if workers == 1:
+        yield partial(map, partial(measure_image, detector, context, setup))
+        return
+    processes = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, processes, _begin, (load or _Same(detector), context, setup))
+    try:
+        yield partial(pool.map, _measure_in_worker)
+    except BrokenProcessPool as error:
+        raise SettingError(
+            "a worker ended before it was done, perhaps for want of memory: use fewer workers, or 1 to see why"
+        ) from error
+    finally:
+        # After Ctrl-C the images that are being measured are finished and stored.
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Same:
+    """Gives the detector that was sent to the process."""
+
+    detector: Detector
+
+    def __call__(self) -> Detector:
+        return self.detector
+
+
+_worker: tuple[Detector, Mapping[str, str], Setup]
+
+
+def _begin(load: Callable[[], Detector], context: Mapping[str, str], setup: Setup) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process
+    torch.set_num_threads(1)
+    _worker = load(), context, setup
+
+
+def _measure_in_worker(job: Job) -> ImageRecord | tuple[str, str]:
+    detector, context, setup = _worker
+    return measure_image(detector, context, setup, job)
