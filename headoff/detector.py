@@ -23,7 +23,7 @@ from headoff.deformable import (
     DeformableAttention,
     Shapes,
     corners,
-    grid_sample_attention,
+    plain_deformable_attention,
     resolve_deformable_attention,
 )
 from headoff.errors import CheckpointError, GateError, ImageError, SettingError
@@ -206,7 +206,7 @@ class Detector(nn.Module):
     encoder_is_attention: bool = True
     autocast_dtype: torch.dtype | None = None
     _attention: Attention
-    _deformable_attention: DeformableAttention = staticmethod(grid_sample_attention)
+    _deformable_attention: DeformableAttention = staticmethod(plain_deformable_attention)
     _interceptors: tuple[Interceptor, ...] = ()
     _replacement: Replacement | None = None
 

@@ -9,6 +9,7 @@ import torch
 
 from headoff.deformable import (
     conform,
+    embedding_bag_attention,
     gather_attention,
     grid_sample_attention,
     host_shapes,
@@ -20,7 +21,7 @@ from headoff.deformable import (
 from headoff.errors import AttentionError
 
 SHAPES = ((4, 3), (2, 5), (1, 1))
-REFERENCES = [grid_sample_attention, gather_attention]
+REFERENCES = [grid_sample_attention, gather_attention, embedding_bag_attention]
 
 
 def inputs(batch=2, queries=5, heads=3, points=2, channels=4, dtype=torch.float64, seed=0):

@@ -193,7 +193,9 @@ def test_nan_is_traced_to_its_attention():
         detector.deformable_attention = "grid_sample"
 
 
-@pytest.mark.parametrize("options", ({"backward": "analytic"}, {"kernels": "triton"}, {"memory_budget": 0}))
+@pytest.mark.parametrize(
+    "options", ({"backward": "analytic"}, {"kernels": "triton"}, {"zero_rows": "nan"}, {"memory_budget": 0})
+)
 def test_options_that_this_engine_has_not(options):
     detector = loaded("rt_detr")
     with pytest.raises(SettingError, match="cannot be|too small"):

@@ -84,7 +84,7 @@ def test_right_implementations_do_not_differ_from_themselves(source):
         # The weights of a fully masked row are set to 0 whatever its scores were.
         ("eager", "0.0", "1.0", False),
         ("eager", "scores.masked_fill(~attn_mask, -math.inf)", "scores", True),
-        ("gather", "sampling_locations * sizes - 0.5", "sampling_locations * sizes + 0.5", True),
+        ("gather", "locations * size - 0.5", "locations * size + 0.5", True),
     ],
 )
 def test_equivalent_mutants_are_sorted_out(source, before, after, is_different):
@@ -107,7 +107,7 @@ def test_a_difference_in_float64_alone_is_one_of_float64():
 
 def test_a_mutant_is_judged_and_explained(monkeypatch):
     monkeypatch.setattr(judging, "EXPLAINED", 3)
-    mutant = mutant_of("gather", "sampling_locations * sizes - 0.5", "sampling_locations * sizes + 0.5")
+    mutant = mutant_of("gather", "locations * size - 0.5", "locations * size + 0.5")
     row = judged(mutant)
     assert row["status"] == "differs" and row["dtype"] == "float32" and row["excess"] > score.MUCH
     assert "deformable" in row["caught"]

@@ -37,7 +37,7 @@ from headoff.bench.workloads import (
     relevance_outputs,
     site_shape,
 )
-from headoff.deformable import gather_attention, grid_sample_attention
+from headoff.deformable import embedding_bag_attention, gather_attention, grid_sample_attention
 from headoff.detector import DetectorOutput
 from headoff.detr.graphs import DecodeGraphs
 from headoff.errors import AttentionError
@@ -68,7 +68,11 @@ PACKAGE = {name: OWN_ATTENTIONS[name] for name in (OWN, TRITON)}
 PLAIN, ALWAYS_SKIPPING = "torch SDPA", "always skipping"
 SKIPPING: dict[str, Attention] = {PLAIN: SdpaTimesGate(), ALWAYS_SKIPPING: skipping_attention, OWN: sdpa}
 
-DEFORMABLE: dict[str, Any] = {"grid_sample": grid_sample_attention, "gather": gather_attention}
+DEFORMABLE: dict[str, Any] = {
+    "grid_sample": grid_sample_attention,
+    "gather": gather_attention,
+    "embedding_bag": embedding_bag_attention,
+}
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward + backward")
 

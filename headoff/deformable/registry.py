@@ -1,19 +1,38 @@
-"""Deformable attentions by name: the two references, and those in a module or a file (`headoff.callables`)."""
+"""Deformable attentions by name: those in plain PyTorch, and those in a module or a file (`headoff.callables`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from headoff.callables import import_named, source_label
-from headoff.deformable.contract import AdaptedDeformableAttention, DeformableAttention, conform
+from headoff.deformable.contract import AdaptedDeformableAttention, DeformableAttention, Shapes, conform
+from headoff.deformable.embedding_bag import embedding_bag_attention
 from headoff.deformable.gather import gather_attention
 from headoff.deformable.grid_sample import grid_sample_attention
 from headoff.errors import AttentionError
 
+
+def plain_deformable_attention(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    head_gate: Tensor | None = None,
+) -> Tensor:
+    """What detectors use by default: `embedding_bag` on a CPU; elsewhere, where it was never timed, `grid_sample`."""
+    chosen = embedding_bag_attention if value.device.type == "cpu" else grid_sample_attention
+    return chosen(value, spatial_shapes, sampling_locations, attention_weights, head_gate=head_gate)
+
+
 _registered: dict[str, DeformableAttention] = {
+    "plain": plain_deformable_attention,
     "grid_sample": grid_sample_attention,
     "gather": gather_attention,
+    "embedding_bag": embedding_bag_attention,
 }
 
 
@@ -47,7 +66,7 @@ def resolve_deformable_attention(spec: str | Callable[..., Any]) -> DeformableAt
     """The deformable attention that `spec` names, adapted to the contract where necessary.
 
     Args:
-        spec: a callable, a registered name (`grid_sample`, `gather`), `"package.module:name"` or
+        spec: a callable, a registered name (`grid_sample`, `gather`, `embedding_bag`), `"package.module:name"` or
             `"path/to/file.py:name"`.
 
     Raises:

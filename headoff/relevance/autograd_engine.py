@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from headoff.relevance.engine import (
     PairRelevance,
     TargetsOf,
     at_targets,
+    check_choice,
     check_finite_rows,
     check_one_image,
     head_weights,
@@ -109,6 +110,7 @@ class AutogradEngine:
         memory_budget: int | None = None,
     ) -> None:
         check_one_image(features)
+        check_choice("zero_rows", zero_rows, get_args(ZeroRows))
         if backward not in ("auto", "callable"):
             raise SettingError(
                 f"backward cannot be {backward!r} for this detector, whose gradients autograd computes: use auto"

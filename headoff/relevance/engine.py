@@ -145,8 +145,7 @@ class RelevanceEngine:
             ("precision", precision, get_args(Precision)),
             ("zero_rows", zero_rows, get_args(ZeroRows)),
         ):
-            if value not in known:
-                raise SettingError(f"{name} cannot be {value!r}: use one of {', '.join(known)}")
+            check_choice(name, value, known)
         self.detector = detector
         self.features = features
         self.method = resolve_cam_method(method)
@@ -394,6 +393,12 @@ def check_one_image(features: Any) -> None:
     """Raise SettingError unless the features are of one image."""
     if len(features) != 1:
         raise SettingError(f"relevance is computed for one image at a time: give one, not {len(features)}")
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise SettingError unless the option `name` can have that value."""
+    if value not in known:
+        raise SettingError(f"{name} cannot be {value!r}: use one of {', '.join(known)}")
 
 
 def check_finite_rows(rows: Tensor, pairs: Sequence[tuple[Target, str]], layers: Sequence[int]) -> None:
