@@ -71,11 +71,12 @@ _locked: set[Path] = set()
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Keep other processes of this user and machine from writing to a folder, which need not exist, in the meantime.
 
-    A process may lock a folder several times. The lock file is with the system's temporary files, and not in the
-    folder; the system releases the lock of a process that ends, in whatever way.
+    With `shared`, only those whose lock is not shared. A process may lock a folder several times. The lock file is
+    with the system's temporary files, and not in the folder; the system releases the lock of a process that ends, in
+    whatever way.
 
     Raises:
         OutputError: another process has the lock; the message names it.
@@ -88,7 +89,7 @@ def lock(folder: Path) -> Iterator[None]:
     path = Path(tempfile.gettempdir()) / f"headoff-{os.getuid()}-{name}.lock"
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise OutputError(

@@ -52,10 +52,10 @@ _UPRIGHT = {
 _DRAWINGS = {"EPS", "WMF"}
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, *, upright: bool = True) -> Image.Image:
     """Load any still picture as an upright 8-bit RGB image.
 
-    - EXIF orientation is applied.
+    - EXIF orientation is applied, unless `upright` is false.
     - Of an animation or a file with several pages, the first frame is used.
     - Transparent pictures are drawn on white.
     - 16-bit greyscale is scaled to 8 bits (65535 becomes 255), not clipped. Modes without a defined range are scaled
@@ -67,16 +67,17 @@ def load_image(source: ImageSource) -> Image.Image:
     Args:
         source: a path, a `PIL.Image` (which is not modified), or a numpy array (H, W), (H, W, 1), (H, W, 3) or
             (H, W, 4) of bool, uint8, uint16 or floats in 0..1.
+        upright: whether EXIF orientation is applied.
 
     Raises:
         ImageError: the picture cannot be read, or has more than `MAX_PIXELS` pixels.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, _name_of(source))
+        return _to_rgb(source, _name_of(source), upright=upright)
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source), "the array")
     if isinstance(source, str | os.PathLike):
-        return _from_file(os.fsdecode(source))
+        return _from_file(os.fsdecode(source), upright)
     kind = type(source).__name__
     raise ImageError(f"cannot make an image of a {kind}: give a path, a PIL image or a numpy array")
 
@@ -262,20 +263,48 @@ def preprocess(
     if not pictures:
         raise ImageError("there is no image to preprocess: give at least one")
 
+    pixels, sizes = resize(pictures, preprocessing)
+    pixel_values, pixel_mask = normalise(pixels, sizes, preprocessing, dtype)
+    return _put(pixel_values, device), _put(pixel_mask, device)
+
+
+def resize(
+    pictures: Sequence[Image.Image], preprocessing: Preprocessing
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """The first half of `preprocess`: RGB pictures, resized.
+
+    Returns:
+        uint8 (B, H, W, 3), padded with anything at the bottom and the right, and B (height, width) without the padding.
+    """
     sizes = [preprocessing.resized_size(picture.height, picture.width) for picture in pictures]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    working = torch.promote_types(dtype, torch.float32)
-    mean = torch.tensor(preprocessing.mean, dtype=working)[:, None, None]
-    std = torch.tensor(preprocessing.std, dtype=working)[:, None, None]
-
-    pixel_values = torch.zeros(len(pictures), 3, height, width, dtype=working)
-    pixel_mask = torch.zeros(len(pictures), height, width, dtype=torch.bool)
+    pixels = torch.zeros(len(pictures), height, width, 3, dtype=torch.uint8)
     for i, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
         resized = picture.resize((w, h), RESAMPLING[preprocessing.resample])
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-        pixel_values[i, :, :h, :w].copy_(pixels).div_(255).sub_(mean).div_(std)
-        pixel_mask[i, :h, :w] = True
-    return _put(pixel_values.to(dtype), device), _put(pixel_mask, device)
+        pixels[i, :h, :w] = torch.from_numpy(np.array(resized))
+    return pixels, sizes
+
+
+def normalise(
+    pixels: torch.Tensor,
+    sizes: Sequence[tuple[int, int]],
+    preprocessing: Preprocessing,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second half of `preprocess`, of what `resize` returns, on the device of `pixels`."""
+    working = torch.promote_types(dtype, torch.float32)
+    mean, std = (
+        torch.tensor(values, dtype=working).to(pixels.device, non_blocking=True)[:, None, None]
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    pixel_values = pixels.permute(0, 3, 1, 2).to(working, memory_format=torch.contiguous_format)
+    pixel_values.div_(255).sub_(mean).div_(std)
+    pixel_mask = torch.ones(pixels.shape[:3], dtype=torch.bool, device=pixels.device)
+    for i, (h, w) in enumerate(sizes):
+        for padding in (slice(h, None), slice(None)), (slice(None), slice(w, None)):
+            pixel_mask[i][padding] = False
+            pixel_values[i][:, *padding] = 0
+    return pixel_values.to(dtype), pixel_mask
 
 
 def _put(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
@@ -291,7 +320,7 @@ def _name_of(image: Image.Image) -> str:
     return repr(os.fsdecode(filename)) if filename else "the image"
 
 
-def _from_file(path: str) -> Image.Image:
+def _from_file(path: str, upright: bool) -> Image.Image:
     name = repr(path)
     if not path:
         raise ImageError("the path of the image is empty: give the path of an image file")
@@ -318,10 +347,10 @@ def _from_file(path: str) -> Image.Image:
         raise ImageError(f"{name} cannot be opened ({error_line(error)}): check the path") from error
 
     with file:
-        return _decoded(file, name, MAX_PIXELS)
+        return _decoded(file, name, MAX_PIXELS, upright)
 
 
-def _decoded(file: IO[bytes], name: str, most_pixels: int) -> Image.Image:
+def _decoded(file: IO[bytes], name: str, most_pixels: int, upright: bool = True) -> Image.Image:
     # Pillow's warnings (its size limit, unusual metadata, unusual palettes) do not matter here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -337,7 +366,7 @@ def _decoded(file: IO[bytes], name: str, most_pixels: int) -> Image.Image:
             raise _corrupt_error(name, error) from error
         if image.format in _DRAWINGS:
             raise ImageError(f"{name} is a drawing ({image.format}), not pixels: convert it to PNG")
-        return _to_rgb(image, name, most_pixels)
+        return _to_rgb(image, name, most_pixels, upright)
 
 
 def _corrupt_error(name: str, error: Exception) -> ImageError:
@@ -346,7 +375,9 @@ def _corrupt_error(name: str, error: Exception) -> ImageError:
     )
 
 
-def _to_rgb(image: Image.Image, name: str, most_pixels: int | None = None) -> Image.Image:
+def _to_rgb(
+    image: Image.Image, name: str, most_pixels: int | None = None, upright: bool = True
+) -> Image.Image:
     width, height = image.size
     most_pixels = MAX_PIXELS if most_pixels is None else most_pixels
     if width < 1 or height < 1:
@@ -360,7 +391,7 @@ def _to_rgb(image: Image.Image, name: str, most_pixels: int | None = None) -> Im
         # Decoders raise various errors: OSError, SyntaxError, struct.error and others.
         try:
             image.load()
-            turn = _UPRIGHT.get(_orientation(image))
+            turn = _UPRIGHT.get(_orientation(image)) if upright else None
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 image = _to_8_bit(image, name)
             elif image.has_transparency_data:

@@ -81,7 +81,7 @@ def ablation_draws(
         return (Ablation("zero"),)
     if kind == "uniform":
         return (Ablation("uniform", attend_uniformly),)
-    found = _references(kind, detector, references)
+    found = references_for(kind, detector, references)
     if kind == "mean":
         return (Ablation("mean", ConstantReplacement(found.mean, detector)),)
     judged = None if image is None else hash_of_image(image)
@@ -152,7 +152,14 @@ class ConstantReplacement:
         return context.repeat(1, rows // context.shape[1], 1)[None]
 
 
-def _references(kind: str, detector: Detector, references: References | str | Path | None) -> References:
+def references_for(
+    kind: AblationKind | str, detector: Detector, references: References | str | Path | None = None
+) -> References:
+    """The reference set that a kind of `NEEDS_REFERENCES` takes; for the bundled model there is a bundled one.
+
+    Raises:
+        SettingError: there is none, or it was made with another model.
+    """
     if isinstance(references, References):
         found = references
     elif references is not None:

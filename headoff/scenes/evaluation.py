@@ -16,11 +16,11 @@ from torch import Tensor
 from headoff.boxes import corners_of
 from headoff.detector import Detector
 from headoff.errors import SettingError
+from headoff.evaluation.candidates import candidates
 from headoff.gates import Configuration, cumulative, stack
 from headoff.images import load_image
 from headoff.scenes.dataset import CLASS_NAMES, SceneDataset
 from headoff.scenes.samples import coco_annotations
-from headoff.scoring import Scoring
 from headoff.sweeps import decode_all
 
 
@@ -79,7 +79,7 @@ def evaluate(
         with torch.inference_mode():
             pixel_values, _ = detector.preprocess([load_image(scene.image) for scene in drawn])
             output = decode_all(detector, detector.features(pixel_values), gates)
-            scores, labels, boxes = candidates(
+            scores, labels, boxes, _ = candidates(
                 detector.scoring, output.logits.double(), output.boxes.double()
             )
             corners = (corners_of(boxes) * side).clamp(0, side)
@@ -101,25 +101,6 @@ def evaluate(
         ap, ap50, ap75 = (max(0.0, float(value)) for value in judge.stats[:3])
         precisions.append(Precision(configuration.name, ap, ap50, ap75, number / count))
     return tuple(precisions)
-
-
-def candidates(scoring: Scoring, logits: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The detections of images before any threshold.
-
-    Args:
-        logits: (..., Q, columns). boxes: (..., Q, 4).
-
-    Returns:
-        Scores (..., n), labels (..., n) and boxes (..., n, 4).
-    """
-    probabilities = scoring.probabilities(logits)
-    if scoring.kind == "softmax":
-        scores, labels = probabilities.max(-1)
-        return scores, labels, boxes
-    queries, classes = probabilities.shape[-2:]
-    scores, pairs = probabilities.flatten(-2).topk(min(scoring.most or queries, queries * classes), dim=-1)
-    query = (pairs // classes)[..., None].expand(*pairs.shape, 4)
-    return scores, pairs % classes, boxes.gather(-2, query)
 
 
 def _rows(first_image: int, scores: Tensor, labels: Tensor, boxes: Tensor) -> list[dict]:

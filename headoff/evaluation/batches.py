@@ -1,0 +1,53 @@
+"""Which images are computed together."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+from headoff.errors import SettingError
+from headoff.images import Preprocessing
+
+
+def make_batches(sizes: np.ndarray, preprocessing: Preprocessing, batch: int) -> tuple[tuple[int, ...], ...]:
+    """Batches of images whose sizes after resizing are alike, so that little is padded.
+
+    They depend on the arguments only: padding changes the detections of an image by rounding, so that an image has the
+    same detections in every run if it is always in the same company. The order is random, so that the first batches
+    stand for all of them: in their time, and in what they find.
+
+    Args:
+        sizes: (n, 2), (height, width) of the images.
+        preprocessing: how they are resized.
+        batch: most images of a batch.
+
+    Returns:
+        Indices of the images of each batch, ascending.
+
+    Raises:
+        SettingError: `batch` is below 1.
+    """
+    if batch < 1:
+        raise SettingError(f"a batch of {batch} images cannot be computed: give 1 or more")
+    resized = [preprocessing.resized_size(height, width) for height, width in sizes.tolist()]
+    order = sorted(range(len(resized)), key=lambda index: (resized[index], index))
+    batches = [tuple(sorted(order[start : start + batch])) for start in range(0, len(order), batch)]
+    random.Random(0).shuffle(batches)
+    return tuple(batches)
+
+
+def shard_of(batches: int, shard: tuple[int, int] | None) -> range:
+    """The batches that shard i of n computes, `shard` being (i, n) counted from 1; all for None.
+
+    Raises:
+        SettingError: there is no such shard.
+    """
+    if shard is None:
+        return range(batches)
+    index, count = shard
+    if not 1 <= index <= count:
+        raise SettingError(
+            f"there is no shard {index}/{count}: shards are counted from 1/{count} to {count}/{count}"
+        )
+    return range(index - 1, batches, count)
