@@ -36,6 +36,10 @@ METHODS = (
     "raw",
     "rollout",
     "attention_gradcam",
+    "d_rise",
+    "gradient_input",
+    "integrated_gradients",
+    "gradcam_backbone",
 )
 """The built-in relevance methods, the default first; `register_method` adds others."""
 

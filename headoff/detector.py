@@ -299,6 +299,13 @@ class Detector(nn.Module):
             GateError: as `plan` does, or a configuration cannot be read or does not fit the detector.
         """
 
+    def decode_layers(self, memory: Any, gates: Any = None) -> tuple[DetectorOutput, ...]:
+        """What class and box heads give after each decoder layer, the last of which is `decode(memory, gates)`.
+
+        A detector whose heads are only ever applied to the last layer gives that output for every layer.
+        """
+        return (self.decode(memory, gates),) * self.head_layout.decoder_layers
+
     @abstractmethod
     def plan(self, gates: Gates, *, share: bool = True) -> Any:
         """What `decode` needs to know of `gates`, on the detector's device.

@@ -131,7 +131,7 @@ def test_raw_is_the_mean_of_the_heads(detector, picture):
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("chefr", "chefer"), ("roll_out", "rollout"), ("gradcam", "attention_gradcam")]
+    ("name", "near"), [("chefr", "chefer"), ("roll_out", "rollout"), ("gradcam", "gradcam_backbone")]
 )
 def test_a_misspelt_method_is_answered_with_the_nearest(name, near, detector, picture):
     with pytest.raises(SettingError, match=f"there is no relevance method '{name}'.*did you mean '{near}'"):

@@ -188,6 +188,19 @@ class Detr(Detector):
         Raises:
             GateError: as `plan` does, or a configuration cannot be read or does not fit the detector.
         """
+        states, plan = self._states(memory, gates, every_layer=False)
+        return self.heads(states[-1], plan)
+
+    def decode_layers(
+        self, memory: Memory, gates: GatesSpec | SharingPlan | None = None
+    ) -> tuple[DetectorOutput, ...]:
+        states, plan = self._states(memory, gates, every_layer=True)
+        return tuple(self.heads(layer, plan) for layer in states)
+
+    def _states(
+        self, memory: Memory, gates: GatesSpec | SharingPlan | None, every_layer: bool
+    ) -> tuple[Tensor, SharingPlan | None]:
+        """The decoder's states (layers or 1, B, runs, Q, d), and the plan of the runs."""
         if gates is not None and not isinstance(gates, Gates | SharingPlan):
             gates = stack(read_configurations(gates), self.head_layout)
         plan = self.plan(gates) if isinstance(gates, Gates) else gates
@@ -200,9 +213,9 @@ class Detr(Detector):
             self.context_of,
             memory.attn_mask,
             plan,
-            every_layer=False,
+            every_layer=every_layer,
         )
-        return self.heads(states[-1], plan)
+        return states, plan
 
     def plan(self, gates: Gates, *, share: bool = True) -> SharingPlan:
         """The decoder's runs under `gates`, and where they split, on this detector's device; see `Detector.plan`."""

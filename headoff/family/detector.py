@@ -94,6 +94,29 @@ class FamilyFeatures:
     def to_grid(self, x: Tensor) -> Tensor:
         return on_finest_grid(x, self.shapes)
 
+    @property
+    def last_map(self) -> tuple[Tensor, Tensor]:
+        """The last feature map of the backbone's output, (B, channels, h, w), and its mask (B, h, w), True = image."""
+        leaves, index = self._last_map()
+        return leaves[index], leaves[index + 1].bool()
+
+    def with_last_map(self, feature_map: Tensor) -> Self:
+        """The same with another last feature map, from which the encoder runs again."""
+        leaves, index = self._last_map()
+        _, structure = pytree.tree_flatten(self.backbone)
+        leaves[index] = feature_map
+        memory, _ = self.memory
+        return replace(self, backbone=pytree.tree_unflatten(leaves, structure), memory=(memory, (None, None)))
+
+    def _last_map(self) -> tuple[list[Any], int]:
+        """The tensors of the backbone's output, and the index of its last feature map, which its mask follows."""
+        leaves, _ = pytree.tree_flatten(self.backbone)
+        return leaves, max(
+            index
+            for index in range(len(leaves) - 1)
+            if leaves[index].ndim == 4 and leaves[index + 1].ndim == 3
+        )
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """The same on a device, floating point numbers in `dtype`; the encoder runs again where it is asked to."""
         memory, _ = self.memory

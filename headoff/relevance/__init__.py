@@ -3,6 +3,7 @@
 `explain` is the entry point, and `RelevanceEngine` computes the maps. `rules` and `oracle` are the dense reference.
 """
 
+from headoff.relevance.d_rise import d_rise
 from headoff.relevance.engine import (
     ConfigurationRelevance,
     PairRelevance,
@@ -10,6 +11,7 @@ from headoff.relevance.engine import (
 )
 from headoff.relevance.explainer import explain
 from headoff.relevance.explanations import Explanation, ExplanationStatus, load_explanation
+from headoff.relevance.gradient_engine import integrated_gradients
 from headoff.relevance.memory import MEMORY_BUDGET
 from headoff.relevance.methods import (
     CamMethod,
@@ -38,7 +40,9 @@ __all__ = [
     "box_coordinate",
     "cam_method_names",
     "class_logit",
+    "d_rise",
     "explain",
+    "integrated_gradients",
     "load_explanation",
     "make_target",
     "method_names",

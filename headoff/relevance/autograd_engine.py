@@ -24,7 +24,7 @@ from headoff.detector import Attend, AttentionAddress, Call, DeformableCall, Det
 from headoff.errors import AttentionError, NonFiniteError, SettingError
 from headoff.gates import Gates, Site
 from headoff.relevance.aggregation import DecoderCams, Rows
-from headoff.relevance.attention_vjp import AttentionVjp
+from headoff.relevance.attention_vjp import AttentionVjp, CamRule
 from headoff.relevance.encoder_cams import RecomputedCams
 from headoff.relevance.engine import (
     Backward,
@@ -54,7 +54,7 @@ Vjp = AttentionVjp | SampledVjp
 
 
 @dataclass
-class _Recorder:
+class Recorder:
     """Records attention calls, and adds zeros to their contexts, whose gradients are those of the contexts."""
 
     sites: tuple[Site, ...] = ()
@@ -80,7 +80,7 @@ class _Encoded:
     """A memory, and what relevance through its encoder needs."""
 
     memory: Any
-    recorder: _Recorder
+    recorder: Recorder
     vjps: dict[AttentionAddress, Vjp]
 
 
@@ -144,8 +144,8 @@ class AutogradEngine:
         """Encode the image; the graph is kept if relevance goes through the encoder."""
         if not self._through_encoder:
             with torch.no_grad():
-                return _Encoded(self.detector.encode_features(self.features, gate), _Recorder(), {})
-        recorder = _Recorder(("encoder_self",))
+                return _Encoded(self.detector.encode_features(self.features, gate), Recorder(), {})
+        recorder = Recorder(("encoder_self",))
         with torch.enable_grad(), self.detector.intercepting(recorder):
             memory = self.detector.encode_features(self.features, gate)
         return _Encoded(memory, recorder, self._vjps(recorder, 1))
@@ -161,12 +161,12 @@ class AutogradEngine:
     ) -> list[ConfigurationRelevance]:
         """The results of configurations that are decoded together."""
         runs = len(gates)
-        recorder = _Recorder(("decoder_self", "decoder_cross"))
+        recorder = Recorder(("decoder_self", "decoder_cross"))
         decoder_gates = Gates(gates.names, None, gates.decoder_self, gates.decoder_cross)
         with torch.enable_grad(), self.detector.intercepting(recorder):
             output = self.detector.decode(encoder.memory, self.detector.plan(decoder_gates, share=False))
         logits, boxes = (x[:, 0].detach().cpu() for x in (output.logits, output.boxes))
-        _check_finite((encoder.recorder, recorder), logits, boxes)
+        check_finite((encoder.recorder, recorder), logits, boxes)
         zeros = {**encoder.recorder.zeros, **recorder.zeros}
         vjps = {**encoder.vjps, **self._vjps(recorder, runs)}
         targets_of_runs = [targets(index, logits[run], boxes[run]) for run, index in enumerate(indices)]
@@ -189,33 +189,17 @@ class AutogradEngine:
                 boxes[run],
                 found[run],
                 head_weights(cross, run, targets_of_runs[run]) if heads else None,
-                _points(cross, run, targets_of_runs[run]) if heads else None,
+                points_at_targets(cross, run, targets_of_runs[run]) if heads else None,
             )
             for run, index in enumerate(indices)
         ]
 
     @torch.no_grad()
-    def _vjps(self, recorder: _Recorder, runs: int) -> dict[AttentionAddress, Vjp]:
+    def _vjps(self, recorder: Recorder, runs: int) -> dict[AttentionAddress, Vjp]:
         return {
-            address: self._vjp(call, context, runs) for address, (call, context) in recorder.calls.items()
+            address: make_vjp(call, context, runs, self.method.rule, self._compute)
+            for address, (call, context) in recorder.calls.items()
         }
-
-    def _vjp(self, call: Call, context: Tensor, runs: int) -> Vjp:
-        rule, compute = self.method.rule, self._compute
-        if isinstance(call, DeformableCall):
-            return SampledVjp(call, runs, rule, compute)
-        record = AttentionRecord(
-            call.address,
-            call.query.detach().to(compute),
-            call.key.detach().to(compute),
-            call.value.detach().to(compute),
-            None if call.head_gate is None else call.head_gate.detach().to(compute),
-            None if call.attn_mask is None else call.attn_mask.flatten(),
-            context.to(compute),
-        )
-        return AttentionVjp(
-            unfold_runs(record, runs) if call.address.site == "decoder_cross" else record, rule
-        )
 
     def _pairs(
         self,
@@ -311,13 +295,31 @@ class AutogradEngine:
         return rows, differs | (rows.encoder_identity_rows > 0)[:, None]
 
 
-def _points(cross_attention: Sequence[Vjp], run: int, targets: Sequence[Target | None]) -> Tensor | None:
+def make_vjp(call: Call, context: Tensor, runs: int, rule: CamRule, compute: torch.dtype) -> Vjp:
+    """What computes the cams of one attention call of `runs` runs, and what it returned, in `compute`."""
+    if isinstance(call, DeformableCall):
+        return SampledVjp(call, runs, rule, compute)
+    record = AttentionRecord(
+        call.address,
+        call.query.detach().to(compute),
+        call.key.detach().to(compute),
+        call.value.detach().to(compute),
+        None if call.head_gate is None else call.head_gate.detach().to(compute),
+        None if call.attn_mask is None else call.attn_mask.flatten(),
+        context.to(compute),
+    )
+    return AttentionVjp(unfold_runs(record, runs) if call.address.site == "decoder_cross" else record, rule)
+
+
+def points_at_targets(
+    cross_attention: Sequence[Vjp], run: int, targets: Sequence[Target | None]
+) -> Tensor | None:
     """Sampling points at the targets' queries, (targets, M, H, K, 3); zero for a target of None."""
     layers = [partial(vjp.points_at, run) for vjp in cross_attention if isinstance(vjp, SampledVjp)]
     return at_targets(layers, targets, cross_attention[0].device) if layers else None
 
 
-def _check_finite(recorders: Sequence[_Recorder], *results: Tensor) -> None:
+def check_finite(recorders: Sequence[Recorder], *results: Tensor) -> None:
     """Raise NonFiniteError, which says where NaN or infinity appeared first, unless all results are finite."""
     if all(bool(result.isfinite().all()) for result in results):
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,8 +132,12 @@ def explain(
             if query_and_label is not None:
                 picked_queries[index, slot], picked_labels[index, slot] = query_and_label
         return [
-            None if query_and_label is None else make_target(spec, *query_and_label)
-            for query_and_label, spec in zip(picked, specs, strict=True)
+            None
+            if query_and_label is None
+            else replace(make_target(spec, *query_and_label), object_query=object_query)
+            for query_and_label, spec, object_query in zip(
+                picked, specs, objects.queries.tolist(), strict=True
+            )
         ]
 
     count = len(chosen), len(objects), len(chosen_layers)

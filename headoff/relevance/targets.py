@@ -26,11 +26,15 @@ class Target:
         query: the row of R_qi that is the map.
         name: for people.
         function: computes the scalar from logits (Q, K + 1) and boxes (Q, 4).
+        label: the class whose logit the scalar is; None for any other scalar.
+        object_query: the query at which the baseline detects the object; None if that is `query`.
     """
 
     query: int
     name: str
     function: Scalar
+    label: int | None = None
+    object_query: int | None = None
 
     def value(self, logits: Tensor, boxes: Tensor) -> Tensor:
         """The scalar, a tensor without dimensions.
@@ -49,7 +53,7 @@ class Target:
 
 def class_logit(query: int, label: int) -> Target:
     """The logit of class `label` at `query`."""
-    return Target(query, f"class {label}", lambda logits, _: logits[query, label])
+    return Target(query, f"class {label}", lambda logits, _: logits[query, label], label)
 
 
 def box_coordinate(query: int, name: str) -> Target:
