@@ -205,7 +205,7 @@ class Patch(Detector):
         self.seen: list[int] = []
 
     head_layout = HeadLayout(encoder_layers=0, decoder_layers=2, heads=2, queries=2)
-    preprocessing = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1), size=(64, 96))
+    preprocessing = Preprocessing(mean=(0, 0, 0), std=(1, 1, 1), size=(64, 64))
     device, dtype = torch.device("cpu"), torch.float64
 
     def stride(self, features) -> int:
@@ -352,10 +352,10 @@ def test_gradcam_of_models_of_transformers(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_baselines_of_all_models_of_transformers(kind, picture):
     detector = loaded(kind, torch.float32)
-    small = replace(detector.preprocessing, size=(64, 96))  # the smallest with several cells
+    small = replace(detector.preprocessing, size=(96, 96))
     detector._preprocessing, before = small, detector._preprocessing
     try:
-        for method in ("gradcam_backbone", d_rise(3)):
+        for method in ("gradcam_backbone", d_rise(3, probability=0.9)):
             found = explain(detector, picture, ["none", "H0+1"], [0, 1], method=method)
             assert found.maps.isfinite().all() and found.maps.ge(0).all() and found.maps.any()
             assert not torch.equal(found.maps[0], found.maps[1])
