@@ -22,6 +22,7 @@ from headoff.gates import (
     only_heads_on,
     parse_configuration,
     single_heads,
+    sweeps_among,
 )
 
 
@@ -148,3 +149,24 @@ def test_subsets():
 )
 def test_not_subsets(configurations):
     assert kind_of(configurations) is None
+
+
+def test_several_sweeps_at_once():
+    distinct = {one.text: one for one in (*cumulative(4), *single_heads(3, 4), *all_subsets(4))}
+    configurations = tuple(distinct.values())
+    found = sweeps_among(configurations)
+    assert [type(kind) for kind, _ in found] == [CumulativeSweep, SingleHeadSweep, SubsetSweep]
+    for kind, indices in found:
+        assert kind_of([configurations[index] for index in indices]) == kind
+        assert indices[0] == 0
+    assert [len(indices) for _, indices in found] == [5, 13, 16]
+
+
+def test_subsets_have_a_cumulative_sweep_and_other_configurations_none():
+    found = dict(reversed([(type(kind), indices) for kind, indices in sweeps_among(all_subsets(3))]))
+    assert [all_subsets(3)[index].text for index in found[CumulativeSweep]] == ["none", "H0", "H0-1", "H0-2"]
+    assert sweeps_among((none_off(), heads_off(1), heads_off(2).for_queries(3))) == []
+    reverse = cumulative(3, [2, 1, 0])
+    assert [indices for kind, indices in sweeps_among(reverse)] == [(0, 1, 2, 3)]
+    self_attention = (none_off(), *single_heads(2, 2), *single_heads(2, 2, site="decoder_self"))
+    assert [kind.site for kind, _ in sweeps_among(self_attention)] == ["decoder_self", "decoder_cross"]

@@ -186,11 +186,12 @@ class Resamples:
 
     @classmethod
     def of(cls, objects: TrueObjects, count: int, seed: int = 0) -> Resamples:
-        """`count` samples, each of as many images as there are."""
+        """`count` samples, each of as many images as there are. The same image ids have the same samples."""
         evaluated = np.flatnonzero(objects.evaluated)
+        evaluated = evaluated[np.argsort(objects.turn[evaluated])]
         weights = np.zeros((objects.images, count), np.int64)
         if len(evaluated):
-            generator = np.random.default_rng(seed)  # the same images have the same samples
+            generator = np.random.default_rng(seed)
             drawn = generator.multinomial(
                 len(evaluated), np.full(len(evaluated), 1 / len(evaluated)), size=count
             )

@@ -34,7 +34,14 @@ from headoff.gates.configurations import (
     only_heads_on,
     single_heads,
 )
-from headoff.gates.kinds import CumulativeSweep, SingleHeadSweep, SubsetSweep, SweepKind, kind_of
+from headoff.gates.kinds import (
+    CumulativeSweep,
+    SingleHeadSweep,
+    SubsetSweep,
+    SweepKind,
+    kind_of,
+    sweeps_among,
+)
 from headoff.gates.orders import Order, check_order, order_by_score, random_order
 from headoff.gates.parse import OrderResolver, parse_configuration, parse_order, read_configurations
 
@@ -73,4 +80,5 @@ __all__ = [
     "read_configurations",
     "single_heads",
     "stack",
+    "sweeps_among",
 ]

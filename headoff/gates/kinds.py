@@ -70,6 +70,48 @@ def kind_of(configurations: Sequence[Configuration]) -> SweepKind | None:
     return _cumulative(configurations) or _single_heads(configurations) or _subsets(configurations)
 
 
+def sweeps_among(configurations: Sequence[Configuration]) -> list[tuple[SweepKind, tuple[int, ...]]]:
+    """The sweeps that are among `configurations`, which may be several at once, for all queries.
+
+    Returns:
+        Each kind with the indices of its configurations, the baseline first where there is one. The kind's own indices
+        count these.
+    """
+    found: list[tuple[SweepKind, tuple[int, ...]]] = []
+    offs = {index: _off(one) for index, one in enumerate(configurations)}
+    baseline = [index for index, one in enumerate(configurations) if not one.clauses][:1]
+    for site in SITES:
+        here = {
+            index: off
+            for index, off in offs.items()
+            if off is not None and off.site == site and off.queries == (None, None)
+        }
+        columns = {off.heads: index for index, off in here.items() if off.layers is None}
+        steps = {
+            named[1]: index
+            for index, one in enumerate(configurations)
+            if (named := _first_off_name(one.name)) and named[0] == site
+        }
+        if not steps:
+            heads = len({head for one in columns for head in one})
+            steps = {k: columns[tuple(range(k))] for k in range(1, heads + 1) if tuple(range(k)) in columns}
+        single = [
+            index
+            for index, off in here.items()
+            if off.layers is not None and len(off.layers) == len(off.heads) == 1
+        ]
+        for finder, indices in (
+            (_cumulative, [steps[k] for k in sorted(steps)]),
+            (_single_heads, single),
+            (_subsets, [*columns.values()]),
+        ):
+            indices = baseline + indices
+            kind = finder([configurations[index] for index in indices])
+            if kind is not None:
+                found.append((kind, tuple(indices)))
+    return found
+
+
 def _cumulative(configurations: Sequence[Configuration]) -> CumulativeSweep | None:
     """By name (`first k off`), whatever the order of heads in each layer, or by clauses."""
     if len(configurations) < 2 or configurations[0].clauses:
