@@ -40,6 +40,10 @@ METHODS = (
     "gradient_input",
     "integrated_gradients",
     "gradcam_backbone",
+    "chefer_lrp",
+    "transformer_attribution",
+    "partial_lrp",
+    "attn_lrp",
 )
 """The built-in relevance methods, the default first; `register_method` adds others."""
 

@@ -38,10 +38,18 @@ from headoff.attention import eager, sdpa
 from headoff.detr.detector import Features
 from headoff.errors import SettingError
 from headoff.gates import first_off, none_off, stack
-from headoff.relevance import MEMORY_BUDGET, RelevanceEngine, cam_method_names, class_logit, fused_vjp
+from headoff.relevance import (
+    MEMORY_BUDGET,
+    EngineMethod,
+    RelevanceEngine,
+    cam_method_names,
+    class_logit,
+    fused_vjp,
+    resolve_method,
+)
 from headoff.relevance import kernels as kernels_module
 from headoff.relevance.attention_vjp import AttentionVjp, is_builtin
-from headoff.relevance.engine import _Pair
+from headoff.relevance.engine import TargetGradients, _Pair
 from headoff.relevance.memory import default_memory_budget
 from headoff.relevance.methods import resolve_cam_method
 from headoff.relevance.records import AttentionRecord
@@ -161,25 +169,30 @@ def test_a_small_budget_divides_the_work_and_keeps_nothing():
     assert small.tile < large.tile < 2**30 / 8
 
 
+LRP = ("chefer_lrp", "transformer_attribution", "partial_lrp", "attn_lrp")
+
+
 def test_nothing_is_read_between_gradient_and_map():
     """With tensors without values, reading a value and mixing devices are errors."""
     fake = pytest.importorskip("torch._subclasses.fake_tensor")
     detector = tiny_detector(0, decoder_layers=2, encoder_layers=1)
     features, gates = features_of(detector, padded=True), random_gates(detector, 3)
-    for method in ("chefer", "chefer_centred", "rollout", "attention_gradcam"):
+    for name in ("chefer", "chefer_centred", "rollout", "attention_gradcam", *LRP):
+        method = resolve_method(name)
         for keep in (False, True):
-            engine = RelevanceEngine(detector, features, method=method, kernels="torch")
+            make = method.engine if isinstance(method, EngineMethod) else RelevanceEngine
+            engine = make(detector, features, method=method, kernels="torch")
             engine.memory.keep_cams = engine.memory.keep_weights = keep
             encoder = engine.encode()
-            decoder = DecoderTrace.run(detector, encoder.memory, gates, engine._make_vjp)
+            decoder = engine._run_decoder(encoder, gates)
             with fake.FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 on_gpu = elsewhere((encoder, decoder, features), mode, torch.device("cuda", 0))
                 engine.features = on_gpu[2]
                 seed = torch.empty(4, QUERIES, detector.config.width, dtype=torch.float64, device="cuda:0")
                 some = torch.empty(4, dtype=torch.long, device="cuda:0")
-                rows, differs = engine._backward(
-                    on_gpu[0], on_gpu[1], seed if engine.method.needs_gradient else None, some, some, some[:2]
-                )
+                gradients = TargetGradients(seed, seed, seed)
+                engine._of_states = lambda *_, seed=seed: seed  # the heads are not on the GPU
+                rows, differs = engine._backward(on_gpu[0], on_gpu[1], gradients, some, some, some[:2])
                 assert rows.rows.shape == (4, 2, 15) and differs.device.type == "cuda"
 
 

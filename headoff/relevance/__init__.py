@@ -12,6 +12,7 @@ from headoff.relevance.engine import (
 from headoff.relevance.explainer import explain
 from headoff.relevance.explanations import Explanation, ExplanationStatus, load_explanation
 from headoff.relevance.gradient_engine import integrated_gradients
+from headoff.relevance.lrp import LrpMethod
 from headoff.relevance.memory import MEMORY_BUDGET
 from headoff.relevance.methods import (
     CamMethod,
@@ -33,6 +34,7 @@ __all__ = [
     "ConfigurationRelevance",
     "Explanation",
     "ExplanationStatus",
+    "LrpMethod",
     "Method",
     "PairRelevance",
     "RelevanceEngine",

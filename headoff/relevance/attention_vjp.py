@@ -8,8 +8,12 @@ dO' = gate * dO: A * dA = P * (dO' V^T). With O the gated context and W = P * (d
     scores    dS = W - P * rowsum(dO * O)
     inputs    dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D),  dV = P^T dO'
     cam       mean over heads of relu(W)        (`gradient`, equation 5)
+              mean over heads of W              (`signed`)
               mean over heads of relu(dS)       (`centred`)
               relu of the mean of P * gate * c  (`attention` with c = 1, `gradcam` with c the mean of dA per head)
+
+With a `contribution` S (P, H, T, D), the cam of rule `gradient` is the mean over heads of relu(W * (S V^T)): LRP gives
+A * (S V^T) the place of the weights in equation 5 (`headoff.relevance.lrp`).
 
 A tile has a few rows of a few heads of one or more pairs, so that no T x S matrix of all heads is allocated.
 
@@ -31,7 +35,7 @@ from headoff.relevance.callable_vjp import gradients_by_callable
 from headoff.relevance.records import AttentionRecord, select_runs
 from headoff.relevance.rules import CENTRED_RESOLUTION
 
-CamRule = Literal["gradient", "centred", "attention", "gradcam"]
+CamRule = Literal["gradient", "centred", "attention", "gradcam", "signed"]
 InputGradients = tuple[Tensor, Tensor, Tensor]
 """Gradients of query (P, H, T, D), key and value (P, H, S, D)."""
 
@@ -78,7 +82,13 @@ class AttentionVjp:
         self._largest_value = record.value.norm(dim=-1, keepdim=True).amax(2, keepdim=True)
 
     def __call__(
-        self, grad_context: Tensor | None, runs: Tensor, *, cam: bool = True, inputs: bool = True
+        self,
+        grad_context: Tensor | None,
+        runs: Tensor,
+        *,
+        cam: bool = True,
+        inputs: bool = True,
+        contribution: Tensor | None = None,
     ) -> tuple[Tensor | None, InputGradients | None]:
         """The backward pass of the call.
 
@@ -86,6 +96,7 @@ class AttentionVjp:
             grad_context: (P, H, T, D), gradient of the gated context; None if the cam does not depend on it.
             runs: (P,) int64, the run of each pair.
             cam, inputs: whether to compute cams, and gradients of the inputs.
+            contribution: (P, H, T, D), see above; None for attention weights as they are.
 
         Returns:
             Cams (P, T, S), and the gradients of the inputs; None for what is not requested.
@@ -99,20 +110,32 @@ class AttentionVjp:
             inputs = False
         if not (cam or inputs):
             return None, input_gradients
-        cams, analytic = self._analytic(grad_context, runs, cam, inputs)
+        cams, analytic = self._analytic(grad_context, runs, cam, inputs, contribution)
         return cams, input_gradients or analytic
 
-    def right(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
+    def right(
+        self,
+        grad_context: Tensor | None,
+        runs: Tensor,
+        vectors: Tensor,
+        contribution: Tensor | None = None,
+    ) -> Tensor:
         """Cams times vectors (P, S): (P, T). The cams are not stored."""
         result = vectors.new_empty(len(runs), self.record.query.shape[2])
-        for pairs, rows, tile in self._tiles(grad_context, runs, None):
+        for pairs, rows, tile in self._tiles(grad_context, runs, None, contribution):
             result[pairs, rows] = (tile @ vectors[pairs, :, None])[:, :, 0]
         return result
 
-    def left(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
+    def left(
+        self,
+        grad_context: Tensor | None,
+        runs: Tensor,
+        vectors: Tensor,
+        contribution: Tensor | None = None,
+    ) -> Tensor:
         """Row vectors (P, M, T) times cams: (P, M, S). The cams are not stored."""
         result = vectors.new_zeros(*vectors.shape[:2], self.record.key.shape[2])
-        for pairs, rows, tile in self._tiles(grad_context, runs, None):
+        for pairs, rows, tile in self._tiles(grad_context, runs, None, contribution):
             result[pairs].baddbmm_(vectors[pairs, :, rows], tile)
         return result
 
@@ -134,7 +157,12 @@ class AttentionVjp:
         return weights.transpose(0, 1)
 
     def _analytic(
-        self, grad_context: Tensor | None, runs: Tensor, cam: bool, inputs: bool
+        self,
+        grad_context: Tensor | None,
+        runs: Tensor,
+        cam: bool,
+        inputs: bool,
+        contribution: Tensor | None,
     ) -> tuple[Tensor | None, InputGradients | None]:
         """Cams, and gradients of the inputs, by the formulas above."""
         query, key = self.record.query, self.record.key
@@ -149,13 +177,17 @@ class AttentionVjp:
                 query.new_zeros(pairs, heads, keys, channels),
                 query.new_zeros(pairs, heads, keys, channels),
             )
-        for tile_pairs, rows, tile in self._tiles(grad_context, runs, input_gradients):
+        for tile_pairs, rows, tile in self._tiles(grad_context, runs, input_gradients, contribution):
             if cams is not None:
                 cams[tile_pairs, rows] = tile
         return cams, input_gradients
 
     def _tiles(
-        self, grad_context: Tensor | None, runs: Tensor, input_gradients: InputGradients | None
+        self,
+        grad_context: Tensor | None,
+        runs: Tensor,
+        input_gradients: InputGradients | None,
+        contribution: Tensor | None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Slices of pairs and rows with their cams (pairs, rows, S); also adds to `input_gradients`."""
         record, heads = self.record, self.record.query.shape[1]
@@ -183,13 +215,21 @@ class AttentionVjp:
                     if gated is None or centre is None:
                         continue
                     gated_here, centre_here = gated[pairs, some_heads, rows], centre[pairs, some_heads, rows]
-                    scores = gated_here @ select_runs(self._value[:, some_heads], runs_here)
+                    value = select_runs(self._value[:, some_heads], runs_here)
+                    scores = gated_here @ value
                     if self.rule == "centred":
                         largest = select_runs(self._largest_value[:, some_heads], runs_here)
                         cam = _add_heads(cam, centred(scores, centre_here, gated_here, largest).mul_(weights))
                     scores.mul_(weights)
-                    if self.rule == "gradient":
-                        cam = _add_heads(cam, scores.clamp_min(0))
+                    if self.rule == "signed":
+                        cam = _add_heads(cam, scores)
+                    elif self.rule == "gradient":
+                        cam = _add_heads(
+                            cam,
+                            scores.clamp_min(0)
+                            if contribution is None
+                            else (contribution[pairs, some_heads, rows] @ value).mul_(scores).clamp_min_(0),
+                        )
                     if input_gradients is None:
                         continue
                     scores.addcmul_(weights, centre_here, value=-1)
@@ -198,8 +238,8 @@ class AttentionVjp:
                         record.scaled_key[:, some_heads], runs_here
                     )
                     query = select_runs(record.scaled_query[:, some_heads, rows], runs_here)
-                    _add_product(grad_key[pairs, some_heads], scores.mT, query)
-                    _add_product(grad_value[pairs, some_heads], weights.mT, gated_here)
+                    add_product(grad_key[pairs, some_heads], scores.mT, query)
+                    add_product(grad_value[pairs, some_heads], weights.mT, gated_here)
                 if cam is None:
                     shape = pairs.stop - pairs.start, rows.stop - rows.start, record.key.shape[2]
                     cam = record.query.new_zeros(shape)
@@ -207,13 +247,7 @@ class AttentionVjp:
                 yield pairs, rows, cam.clamp_min_(0) if self.rule == "gradcam" else cam
 
     def _slices(self, pairs: int) -> tuple[list[slice], list[slice], list[slice]]:
-        """Slices of pairs, rows and heads: heads are divided first, then pairs, and rows last."""
-        _, heads, queries, _ = self.record.query.shape
-        keys = self.record.key.shape[2]
-        rows_at_once = max(1, min(queries, self._tile // keys))
-        pairs_at_once = max(1, min(pairs, self._tile // (keys * rows_at_once))) if self._batched else 1
-        heads_at_once = max(1, min(heads, self._tile // (keys * rows_at_once * pairs_at_once)))
-        return _cut(pairs, pairs_at_once), _cut(queries, rows_at_once), _cut(heads, heads_at_once)
+        return tiles_of(self.record, pairs, self._tile, self._batched)
 
     def _gated(self, grad_context: Tensor | None, runs: Tensor) -> tuple[Tensor, Tensor]:
         """dO' (P, H, T, D), and rowsum(dO * O) (P, H, T, 1)."""
@@ -275,6 +309,18 @@ def centred_threshold(gated: Tensor, largest_value: Tensor) -> Tensor:
     return CENTRED_RESOLUTION * torch.finfo(scale.dtype).eps * scale
 
 
+def tiles_of(
+    record: AttentionRecord, pairs: int, tile: int, batched: bool
+) -> tuple[list[slice], list[slice], list[slice]]:
+    """Slices of pairs, rows and heads, of `tile` numbers: heads are divided first, then pairs, and rows last."""
+    _, heads, queries, _ = record.query.shape
+    keys = record.key.shape[2]
+    rows_at_once = max(1, min(queries, tile // keys))
+    pairs_at_once = max(1, min(pairs, tile // (keys * rows_at_once))) if batched else 1
+    heads_at_once = max(1, min(heads, tile // (keys * rows_at_once * pairs_at_once)))
+    return _cut(pairs, pairs_at_once), _cut(queries, rows_at_once), _cut(heads, heads_at_once)
+
+
 def _cut(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -285,7 +331,7 @@ def _add_heads(cam: Tensor | None, tile: Tensor) -> Tensor:
     return total if cam is None else cam.add_(total)
 
 
-def _add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(result: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left (P or 1, H, S, rows) times right (P or 1, H, rows, D) to the result (P, H, S, D)."""
     if len(result) == len(left) == len(right) == 1:
         result[0].baddbmm_(left[0], right[0])

@@ -46,24 +46,33 @@ class StoredCams:
 
 
 class RecomputedCams:
-    """Encoder cams that are recomputed tile by tile for each product, from the gradients of the contexts."""
+    """Encoder cams that are recomputed tile by tile for each product, from the gradients of the contexts, and from
+    `contributions` if there are any (see `AttentionVjp`).
+    """
 
     def __init__(
-        self, attention: Sequence[AttentionVjp | SampledVjp], grad_contexts: Sequence[Tensor] | None
+        self,
+        attention: Sequence[AttentionVjp | SampledVjp],
+        grad_contexts: Sequence[Tensor] | None,
+        contributions: Sequence[Tensor] | None = None,
     ) -> None:
         self._attention = attention
         self._grad_contexts = grad_contexts
+        self._contributions = contributions
 
     def __len__(self) -> int:
         return len(self._attention)
 
     def right(self, layer: int, vectors: Tensor) -> Tensor:
-        return self._attention[layer].right(*self._arguments(layer, vectors), vectors)
+        return self._attention[layer].right(*self._arguments(layer, vectors), vectors, **self._options(layer))
 
     def left(self, layer: int, rows: Tensor) -> Tensor:
-        return self._attention[layer].left(*self._arguments(layer, rows), rows)
+        return self._attention[layer].left(*self._arguments(layer, rows), rows, **self._options(layer))
 
     def _arguments(self, layer: int, like: Tensor) -> tuple[Tensor | None, Tensor]:
         """The gradient of the layer's context, and the run of each pair, which is 0 in the encoder."""
         grad_context = None if self._grad_contexts is None else self._grad_contexts[layer]
         return grad_context, torch.zeros(len(like), dtype=torch.long, device=like.device)
+
+    def _options(self, layer: int) -> dict[str, Tensor]:
+        return {} if self._contributions is None else {"contribution": self._contributions[layer]}

@@ -102,6 +102,24 @@ class _Pair:
     target: Target
 
 
+@dataclass(frozen=True)
+class TargetGradients:
+    """The gradients of P targets.
+
+    Attributes:
+        states: (P, Q, d), with respect to the decoder's normalised states.
+        logits, boxes: (P, Q, K + 1) and (P, Q, 4), with respect to the detector's outputs.
+    """
+
+    states: Tensor
+    logits: Tensor
+    boxes: Tensor
+
+    def select(self, pairs: Tensor) -> TargetGradients:
+        """Those of some pairs."""
+        return TargetGradients(*(x.index_select(0, pairs) for x in (self.states, self.logits, self.boxes)))
+
+
 class RelevanceEngine:
     """Relevance of one image for any number of configurations and targets.
 
@@ -179,7 +197,7 @@ class RelevanceEngine:
             if cached is gate or (cached is not None and gate is not None and torch.equal(cached, gate)):
                 return trace
         self._encoded = None
-        trace = EncoderTrace.run(self.detector, self.features, gate, self._make_vjp)
+        trace = self._run_encoder(gate)
         if self.memory.keep_weights:
             for layer in trace.layers:
                 layer.attention.vjp.record.keep_weights()
@@ -209,6 +227,12 @@ class RelevanceEngine:
             for batch in members.split(self.memory.configurations_at_once):
                 yield from self._batch(encoder, gates[batch], batch.tolist(), targets, chosen, heads)
 
+    def _run_encoder(self, gate: Tensor | None) -> EncoderTrace:
+        return EncoderTrace.run(self.detector, self.features, gate, self._make_vjp)
+
+    def _run_decoder(self, encoder: EncoderTrace, gates: Gates) -> DecoderTrace:
+        return DecoderTrace.run(self.detector, encoder.memory, gates, self._make_vjp)
+
     def _make_vjp(self, record: AttentionRecord) -> AttentionVjp:
         attend = None if self.analytic else self.detector.attend
         arguments = record, self.method.rule, attend, self.detector.dtype
@@ -227,7 +251,7 @@ class RelevanceEngine:
         layers: list[int],
         heads: bool,
     ) -> Iterator[ConfigurationRelevance]:
-        decoder = DecoderTrace.run(self.detector, encoder.memory, gates, self._make_vjp)
+        decoder = self._run_decoder(encoder, gates)
         if self.kernels != "triton":
             for layer in decoder.layers:
                 layer.self_attention.vjp.record.keep_weights()
@@ -266,7 +290,7 @@ class RelevanceEngine:
         pairs: list[_Pair],
         layers: list[int],
     ) -> list[PairRelevance]:
-        values, gradient = self._target_gradients(decoder, pairs)
+        values, gradients = self._target_gradients(decoder, pairs)
         shape = len(pairs), len(layers)
         rows = torch.zeros(*shape, self.features.tokens.shape[1], dtype=self._compute)
         decoder_zeros = torch.zeros(shape, dtype=torch.long)
@@ -285,9 +309,10 @@ class RelevanceEngine:
                     layers,
                 )
             ]
-            live_index, runs, queries, layer_index = copy_to_device(numbers, gradient.device)
-            grad_states = gradient.index_select(0, live_index) if self.method.needs_gradient else None
-            found, differing = self._backward(encoder, decoder, grad_states, runs, queries, layer_index)
+            live_index, runs, queries, layer_index = copy_to_device(numbers, gradients.states.device)
+            found, differing = self._backward(
+                encoder, decoder, gradients.select(live_index), runs, queries, layer_index
+            )
             rows[live], decoder_zeros[live] = found.rows.cpu(), found.decoder_identity_rows.cpu()
             encoder_zeros[live], differs[live] = found.encoder_identity_rows.cpu(), differing.cpu()
         check_finite_rows(rows, [(pair.target, gates.names[pair.run]) for pair in pairs], layers)
@@ -302,20 +327,18 @@ class RelevanceEngine:
         self,
         encoder: EncoderTrace,
         decoder: DecoderTrace,
-        grad_states: Tensor | None,
+        gradients: TargetGradients,
         runs: Tensor,
         queries: Tensor,
         layers: Tensor,
     ) -> tuple[Rows, Tensor]:
-        """Rows after `layers`, and `reference_differs` (P, M), from gradients of the decoder's states (P, Q, d).
+        """Rows after `layers`, and `reference_differs` (P, M).
 
         All tensors stay on the detector's device. On accelerators the host reads no tensor's values.
         """
-        gradients = decoder.backward(
-            grad_states, runs, memory=self.method.encoder is not None and self.method.needs_gradient
-        )
+        self_cams, cross_cams, of_memory = self._through_decoder(decoder, gradients, runs)
         options = self.method.options(self.zero_rows)
-        cams = DecoderCams(gradients.self_cams, gradients.cross_cams, queries)
+        cams = DecoderCams(self_cams, cross_cams, queries)
         in_decoder = self.method.decoder(cams, **options)
         # A contribution dropped at a layer is missing from the maps after all later layers.
         differs = (in_decoder.decoder_identity_rows.cumsum(1) > 0).index_select(1, layers)
@@ -324,13 +347,12 @@ class RelevanceEngine:
             in_decoder.decoder_identity_rows.index_select(1, layers),
             in_decoder.encoder_identity_rows,
         )
-        grad_memory = gradients.memory
-        del gradients, cams  # frees memory for the encoder
+        del self_cams, cross_cams, cams  # frees memory for the encoder
         parts = []
         for start in range(0, len(runs), self.memory.encoder_pairs_at_once):
             batch = slice(start, start + self.memory.encoder_pairs_at_once)
-            gradient = None if grad_memory is None else grad_memory[batch]
-            parts.append(self._through_encoder(encoder, in_decoder.select(batch), gradient, options))
+            of_pairs = tuple(tensor[batch] for tensor in of_memory)
+            parts.append(self._through_encoder(encoder, in_decoder.select(batch), of_pairs, options))
         rows = Rows(
             torch.cat([part.rows for part in parts]),
             torch.cat([part.decoder_identity_rows for part in parts]),
@@ -338,10 +360,24 @@ class RelevanceEngine:
         )
         return rows, differs | (rows.encoder_identity_rows > 0)[:, None]
 
+    def _through_decoder(
+        self, decoder: DecoderTrace, gradients: TargetGradients, runs: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], tuple[Tensor, ...]]:
+        """The decoder's cams, and what `_encoder_cams` needs: the gradient of the memory (P, N, d), if anything."""
+        needed = self.method.needs_gradient
+        found = decoder.backward(
+            gradients.states if needed else None, runs, memory=needed and self.method.encoder is not None
+        )
+        return found.self_cams, found.cross_cams, () if found.memory is None else (found.memory,)
+
     def _through_encoder(
-        self, encoder: EncoderTrace, rows: Rows, grad_memory: Tensor | None, options: dict[str, object]
+        self,
+        encoder: EncoderTrace,
+        rows: Rows,
+        of_memory: tuple[Tensor, ...],
+        options: dict[str, object],
     ) -> Rows:
-        """The decoder's rows times the encoder's factor; `grad_memory` (P, N, d)."""
+        """The decoder's rows times the encoder's factor."""
         if self.method.encoder is None:
             return rows
         has_evidence = rows.rows.flatten(1).any(1)
@@ -350,30 +386,30 @@ class RelevanceEngine:
             return rows
         mask = self.features.attn_mask
         tokens = None if mask is None else mask.flatten()
-        result = self.method.encoder(rows, self._encoder_cams(encoder, grad_memory), tokens, **options)
+        result = self.method.encoder(rows, self._encoder_cams(encoder, of_memory), tokens, **options)
         # Without evidence from the decoder, nothing was normalised.
         return replace(result, encoder_identity_rows=result.encoder_identity_rows * has_evidence)
 
-    def _encoder_cams(self, encoder: EncoderTrace, grad_memory: Tensor | None) -> EncoderCams:
-        """The encoder's cams of the pairs of `grad_memory` (P, N, d); if that is None, cams are the same for all
+    def _encoder_cams(self, encoder: EncoderTrace, of_memory: tuple[Tensor, ...]) -> EncoderCams:
+        """The encoder's cams of pairs, from the gradient of the memory (P, N, d); without it, cams are the same for all
         pairs.
         """
         attention = [layer.attention.vjp for layer in encoder.layers]
         keep = self.memory.keep_cams
-        if grad_memory is None:
+        if not of_memory:
             if not keep:
                 return RecomputedCams(attention, None)
             run = torch.zeros(1, dtype=torch.long, device=self.features.tokens.device)
             kept = [vjp(None, run, inputs=False)[0] for vjp in attention]
         else:
-            layers = encoder.backward(grad_memory, keep)
+            layers = encoder.backward(of_memory[0], keep)
             if not keep:
                 return RecomputedCams(attention, [grad_context for _, grad_context in layers])
             kept = [cams for cams, _ in layers]
         return StoredCams([cams for cams in kept if cams is not None])
 
-    def _target_gradients(self, decoder: DecoderTrace, pairs: list[_Pair]) -> tuple[Tensor, Tensor]:
-        """The targets' values (P,), and their gradients with respect to the decoder's states (P, Q, d)."""
+    def _target_gradients(self, decoder: DecoderTrace, pairs: list[_Pair]) -> tuple[Tensor, TargetGradients]:
+        """The targets' values (P,), and their gradients."""
         (runs,) = copy_to_device([torch.tensor([pair.run for pair in pairs])], decoder.states.device)
         with torch.enable_grad():
             # By autograd, as class and box heads are small and contain no attention.
@@ -385,8 +421,10 @@ class RelevanceEngine:
                     for index, pair in enumerate(pairs)
                 ]
             )
-            (gradient,) = torch.autograd.grad(values.sum(), states)
-        return values.detach(), gradient.to(self._compute)
+            inputs = states, output.logits, output.boxes
+            gradients = torch.autograd.grad(values.sum(), inputs, allow_unused=True, materialize_grads=True)
+        of_states, of_logits, of_boxes = (gradient.to(self._compute) for gradient in gradients)
+        return values.detach(), TargetGradients(of_states, of_logits[:, 0], of_boxes[:, 0])
 
 
 def check_one_image(features: Any) -> None:

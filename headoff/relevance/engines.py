@@ -37,12 +37,15 @@ def make_engine(
     """
     method = resolve_method(method)
     if isinstance(method, EngineMethod):
+        taken = {name: options.pop(name) for name in method.takes if name in options}
         for name, value in options.items():
             if value != _OF_CAMS.get(name):
                 raise SettingError(
                     f"{name} cannot be {value!r} for {method.name}, which has no such choice: leave it out"
                 )
-        return method.engine(detector, features, method=method, picture=picture, memory_budget=memory_budget)
+        return method.engine(
+            detector, features, method=method, picture=picture, memory_budget=memory_budget, **taken
+        )
     options.update(method=method, memory_budget=memory_budget)
     if isinstance(detector, Detr):
         return RelevanceEngine(detector, features, **options)

@@ -88,7 +88,15 @@ class FusedVjp(AttentionVjp):
         self._tiling = tiling(record.query.shape[3])
         self._mask = None if record.keys is None else record.keys.contiguous()
 
-    def right(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
+    def right(
+        self,
+        grad_context: Tensor | None,
+        runs: Tensor,
+        vectors: Tensor,
+        contribution: Tensor | None = None,
+    ) -> Tensor:
+        if contribution is not None:  # there is no kernel for it
+            return super().right(grad_context, runs, vectors, contribution)
         all_inputs, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
         result = vectors.new_empty(len(runs), self.record.query.shape[2])
         for batch in self._launches(len(runs), key_blocks * result.shape[1]):
@@ -105,7 +113,15 @@ class FusedVjp(AttentionVjp):
             torch.sum(partial, 0, out=result[batch])
         return result
 
-    def left(self, grad_context: Tensor | None, runs: Tensor, vectors: Tensor) -> Tensor:
+    def left(
+        self,
+        grad_context: Tensor | None,
+        runs: Tensor,
+        vectors: Tensor,
+        contribution: Tensor | None = None,
+    ) -> Tensor:
+        if contribution is not None:
+            return super().left(grad_context, runs, vectors, contribution)
         all_inputs, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
         pairs, layers, queries = vectors.shape
         # As few shares as give enough programs, as every share is a partial result.
@@ -130,8 +146,15 @@ class FusedVjp(AttentionVjp):
         return result
 
     def _analytic(
-        self, grad_context: Tensor | None, runs: Tensor, cam: bool, inputs: bool
+        self,
+        grad_context: Tensor | None,
+        runs: Tensor,
+        cam: bool,
+        inputs: bool,
+        contribution: Tensor | None,
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+        if contribution is not None:
+            return super()._analytic(grad_context, runs, cam, inputs, contribution)
         all_inputs, (key_blocks, row_blocks) = self._inputs(grad_context, runs), self._blocks()
         query, key = self.record.query, self.record.key
         _, heads, queries, channels = query.shape

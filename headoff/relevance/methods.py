@@ -68,10 +68,12 @@ class EngineMethod(Method):
             one image (`Detector.features`), the image (`PIL.Image`, or None where it is not known) and a limit in bytes
             (or None). Returns an object whose `run` is that of `RelevanceEngine`.
         signed: whether relevance can be negative: evidence against the target.
+        takes: names of `RelevanceEngine`'s other options that the engine takes as well.
     """
 
     engine: Callable[..., Any]
     signed: bool = False
+    takes: tuple[str, ...] = ()
 
 
 _methods: dict[str, Method] = {}

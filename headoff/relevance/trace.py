@@ -9,7 +9,7 @@ belongs to one of the G runs; T tokens or queries, N image tokens, Q object quer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +142,13 @@ class _AttentionTrace:
         return grad_sum, self.projections.grad_context(grad_sum)
 
     def self_attention_backward(
-        self, gradient: Tensor, runs: Tensor, *, cam: bool, inputs: bool
+        self,
+        gradient: Tensor,
+        runs: Tensor,
+        *,
+        cam: bool,
+        inputs: bool,
+        contribution: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """The backward pass of a self-attention block, from the gradient of its output (P, T, d).
 
@@ -151,7 +157,7 @@ class _AttentionTrace:
             input (P, T, d), None unless `inputs`.
         """
         grad_sum, grad_context = self.grad_context(gradient, runs)
-        cams, grads = self.vjp(grad_context, runs, cam=cam, inputs=inputs)
+        cams, grads = self.vjp(grad_context, runs, cam=cam, inputs=inputs, contribution=contribution)
         if grads is None:
             return cams, grad_context, None
         grad_block = self.projections.merge(*grads) @ self.projections.query_key_value
@@ -194,13 +200,20 @@ class EncoderTrace:
     final: NormVjp | None
 
     @classmethod
-    def run(cls, detector: Detr, features: Features, gate: Tensor | None, make_vjp: MakeVjp) -> EncoderTrace:
-        """Encode the features of one image under `gate` (layers, N or 1, H).
+    def run(
+        cls,
+        detector: Detr,
+        features: Features,
+        gate: Tensor | None,
+        make_vjp: MakeVjp,
+        recorder: Recorder | None = None,
+    ) -> EncoderTrace:
+        """Encode the features of one image under `gate` (layers, N or 1, H); `recorder` keeps what it records.
 
         Raises:
             NonFiniteError: the memory is not finite.
         """
-        recorder = Recorder(detector)
+        recorder = recorder or Recorder(detector)
         gate = None if gate is None else gate.to(features.tokens)
         with recorder.recording():
             tokens = detector.encoder(
@@ -226,8 +239,14 @@ class EncoderTrace:
         memory = Memory(tokens, features.positions, features.attn_mask, features.grid)
         return cls(memory, layers, final)
 
-    def backward(self, gradient: Tensor, keep_cams: bool) -> list[tuple[Tensor | None, Tensor]]:
+    def backward(
+        self, gradient: Tensor, keep_cams: bool, contributions: Sequence[Tensor] | None = None
+    ) -> list[tuple[Tensor | None, Tensor]]:
         """Send the gradient of the memory (P, N, d) back.
+
+        Args:
+            keep_cams: whether to compute cams.
+            contributions: (P, H, N, D) per layer, see `AttentionVjp`.
 
         Returns:
             For each layer its cams (P, N, N), None unless `keep_cams`, and the gradient of its context (P, H, N, D).
@@ -241,7 +260,11 @@ class EncoderTrace:
             gradient = layer.feedforward(gradient, runs)
             # No gradient is needed before the first layer's attention.
             cams, grad_context, grad_input = layer.attention.self_attention_backward(
-                gradient, runs, cam=keep_cams, inputs=index > 0
+                gradient,
+                runs,
+                cam=keep_cams,
+                inputs=index > 0,
+                contribution=None if contributions is None else contributions[index],
             )
             results.append((cams, grad_context))
             if grad_input is not None:
@@ -273,6 +296,18 @@ class DecoderGradients:
     memory: Tensor | None
 
 
+@dataclass(frozen=True)
+class DecoderContributions:
+    """What a second backward pass, by other rules, found at the decoder's attention.
+
+    Attributes:
+        self_attention, cross_attention: (P, H, Q, D) per layer; see `contribution` of `AttentionVjp`.
+    """
+
+    self_attention: list[Tensor]
+    cross_attention: list[Tensor]
+
+
 @dataclass
 class DecoderTrace:
     """The recorded decoder pass of G configurations, every one in a separate run.
@@ -290,13 +325,20 @@ class DecoderTrace:
     final: NormVjp
 
     @classmethod
-    def run(cls, detector: Detr, memory: Memory, gates: Gates, make_vjp: MakeVjp) -> DecoderTrace:
-        """Decode the memory of one image under G configurations.
+    def run(
+        cls,
+        detector: Detr,
+        memory: Memory,
+        gates: Gates,
+        make_vjp: MakeVjp,
+        recorder: Recorder | None = None,
+    ) -> DecoderTrace:
+        """Decode the memory of one image under G configurations; `recorder` keeps what it records.
 
         Raises:
             NonFiniteError: a logit or box is not finite.
         """
-        recorder = Recorder(detector)
+        recorder = recorder or Recorder(detector)
         positions = detector.query_embedding.weight
         with recorder.recording():
             states = detector.decoder(
@@ -334,13 +376,21 @@ class DecoderTrace:
         final = NormVjp.from_input(norm, recorder.norms[norm][-1, 0], recorder.compute)
         return cls(states[0], output, layers, final)
 
-    def backward(self, gradient: Tensor | None, runs: Tensor, *, memory: bool) -> DecoderGradients:
+    def backward(
+        self,
+        gradient: Tensor | None,
+        runs: Tensor,
+        *,
+        memory: bool,
+        contributions: DecoderContributions | None = None,
+    ) -> DecoderGradients:
         """Send the gradient of the states (P, Q, d) back.
 
         Args:
             gradient: None for methods that need no gradients; only cams are computed then.
             runs: (P,) int64, the run of each pair.
             memory: whether to compute the gradient of the memory.
+            contributions: what cams are weighted with.
         """
         self_cams: list[Tensor] = []
         cross_cams: list[Tensor] = []
@@ -357,7 +407,11 @@ class DecoderTrace:
 
             cross = layer.cross_attention
             grad_sum, grad_context = cross.grad_context(gradient, runs)
-            cams, grads = cross.vjp(grad_context, runs)
+            cams, grads = cross.vjp(
+                grad_context,
+                runs,
+                contribution=None if contributions is None else contributions.cross_attention[index],
+            )
             assert cams is not None and grads is not None
             cross_cams.append(cams)
             grad_query, grad_key, grad_value = grads
@@ -369,7 +423,11 @@ class DecoderTrace:
 
             # No gradient is needed before the first layer's self-attention.
             cams, _, grad_input = layer.self_attention.self_attention_backward(
-                gradient, runs, cam=True, inputs=index > 0
+                gradient,
+                runs,
+                cam=True,
+                inputs=index > 0,
+                contribution=None if contributions is None else contributions.self_attention[index],
             )
             assert cams is not None
             self_cams.append(cams)
