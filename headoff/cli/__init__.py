@@ -14,7 +14,19 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from headoff import __version__
-from headoff.cli import bench, detect, explain, heads, live, references, roles, scenes, sweep, verify
+from headoff.cli import (
+    bench,
+    detect,
+    explain,
+    faithfulness,
+    heads,
+    live,
+    references,
+    roles,
+    scenes,
+    sweep,
+    verify,
+)
 from headoff.errors import HeadoffError, error_line, is_out_of_memory
 
 EPILOG = """\
@@ -40,7 +52,19 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"headoff {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sweep, explain, heads, live, detect, roles, references, verify, bench, scenes):
+    for command in (
+        sweep,
+        explain,
+        faithfulness,
+        heads,
+        live,
+        detect,
+        roles,
+        references,
+        verify,
+        bench,
+        scenes,
+    ):
         command.add_parser(commands)
     return top
 

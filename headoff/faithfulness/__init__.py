@@ -3,6 +3,10 @@
 `faithfulness` is the entry point. A `Measure` computes quantities for the objects of an `ExplainedImage`.
 """
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from headoff.faithfulness import perturbation as perturbation  # registers its measures
 from headoff.faithfulness.controls import CONTROLS, known_methods
 from headoff.faithfulness.explained import ExplainedImage
@@ -37,3 +41,13 @@ __all__ = [
     "register_measure",
     "resolve_measure",
 ]
+
+
+class _Module(ModuleType):
+    """`headoff.faithfulness` is this package, once something has imported it, and must be the function, too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Faithfulness:
+        return faithfulness(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Module

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -245,14 +245,14 @@ def blurred(pixels: Tensor, deviation: float) -> Tensor:
 
 
 TOKEN_FILLS = {
-    "removed": "image tokens that nobody attends to any more",
-    "zero": "zeros in the place of image tokens",
-    "mean": "the mean of the image's tokens in their place",
+    "removed": "nothing, removed from attention",
+    "zero": "zeros",
+    "mean": "the mean of the image's tokens",
 }
 PIXEL_FILLS = {
-    "grey": "the data set's mean colour in the place of pixels",
-    "blur": "the blurred image in the place of pixels",
-    "surroundings": "the mean colour of what is left around in the place of pixels",
+    "grey": "grey, the mean that images are normalised with",
+    "blur": "the blurred image",
+    "surroundings": "the mean colour of what is left around",
 }
 
 
@@ -267,9 +267,11 @@ class Perturbation(Measure):
         place: `tokens` or `pixels`.
         fill: one of `TOKEN_FILLS` or `PIXEL_FILLS`.
         steps: of the curves.
+        spacing: of the points: `quadratic`, (k / steps)^2, or `even`, k / steps. A detector often loses an object with
+            the first few tokens. With even steps all curves that fall so soon have the area of the first trapezoid.
 
     Raises:
-        SettingError: there is no such fill, or too few steps.
+        SettingError: there is no such fill or spacing, or there are too few steps.
     """
 
     axis = "share of the image that is taken away (deletion) or given back (insertion)"
@@ -280,32 +282,42 @@ class Perturbation(Measure):
         Quantity("insertion_found", "area under the insertion curve, found", "higher", "probability x IoU"),
     )
 
-    def __init__(self, place: str, fill: str, steps: int = STEPS) -> None:
+    def __init__(
+        self, place: str, fill: str, steps: int = STEPS, spacing: Literal["quadratic", "even"] = "quadratic"
+    ) -> None:
         fills = {"tokens": TOKEN_FILLS, "pixels": PIXEL_FILLS}.get(place, {})
         if fill not in fills:
             raise SettingError(f"{place!r} cannot be filled with {fill!r}: use one of {', '.join(fills)}")
         if steps < 2:
             raise SettingError(f"{steps} steps make no curve: give at least 2")
+        if spacing not in ("quadratic", "even"):
+            raise SettingError(f"the spacing of steps cannot be {spacing!r}: use quadratic or even")
         self.name = f"{place}_{fill}"
-        self.place, self.fill, self.steps = place, fill, steps
-        self.summary = f"deletion and insertion of {place}, with {fills[fill]}"
+        self.place, self.fill, self.steps, self.spacing = place, fill, steps, spacing
+        what = "image tokens" if place == "tokens" else "pixels"
+        self.summary = f"deletion and insertion of {what}, filled with {fills[fill]}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"steps": self.steps}
+        return {"steps": self.steps, "spacing": self.spacing}
 
     @property
     def points(self) -> Tensor:
-        return torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
+        even = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
+        return even**2 if self.spacing == "quadratic" else even
 
     def scores(self, image: ExplainedImage, methods: Sequence[str]) -> dict[str, Scores]:
         perturber = (TokenPerturber if self.place == "tokens" else PixelPerturber)(image, self.fill)
         maps = torch.stack([image.maps(method) for method in methods]).flatten(-2)  # (methods, O, N)
-        kept = kept_cells(order_of_cells(maps, image.generator("ties")), self.steps)
+        counts = counts_of_cells(self.points, maps.shape[-1])
+        kept = kept_cells(order_of_cells(maps, image.generator("ties")), counts)
         found = perturber(kept.flatten(0, -2)).unflatten(0, kept.shape[:-1])
         # (methods, O, 2, P, O, values): of the objects only the one whose map ordered the cells.
         curves = found.diagonal(dim1=1, dim2=4).permute(0, 4, 3, 1, 2).flatten(2, 3)
-        areas = torch.trapezoid(curves, self.points, dim=-1)
+        shares = counts.double() / maps.shape[-1]
+        areas = torch.trapezoid(curves, shares, dim=-1)
+        # Shares are whole cells. Curves of images with different grids can be averaged at the same points.
+        curves = curves @ _interpolation(shares, self.points)
         return {name: Scores(areas[at], curves[at]) for at, name in enumerate(methods)}
 
 
@@ -315,15 +327,29 @@ def order_of_cells(maps: Tensor, generator: torch.Generator) -> Tensor:
     return shuffled[maps[..., shuffled].argsort(dim=-1, descending=True, stable=True)]
 
 
-def kept_cells(order: Tensor, steps: int) -> Tensor:
-    """(..., 2, steps + 1, N) bool, the cells that are kept at each step of deletion, and of insertion.
+def counts_of_cells(points: Tensor, cells: int) -> Tensor:
+    """(P,) int64: how many of the cells have changed at each point, the nearest number to that share of them, and with
+    every point one more than before as long as there are enough.
+    """
+    nearest = (points * cells).round().long()
+    return torch.maximum(nearest, torch.arange(len(points)).clamp(max=cells))
+
+
+def _interpolation(shares: Tensor, points: Tensor) -> Tensor:
+    """(P, P) weights of the values at `shares` in the piecewise linear function at `points`."""
+    values = torch.eye(len(shares), dtype=torch.float64).numpy()
+    keep = np.concatenate(([True], np.diff(shares.numpy()) > 0))  # fewer cells than points
+    columns = [np.interp(points.numpy(), shares.numpy()[keep], row[keep]) for row in values]
+    return torch.from_numpy(np.stack(columns))
+
+
+def kept_cells(order: Tensor, counts: Tensor) -> Tensor:
+    """(..., 2, P, N) bool, the cells that are kept at each point of deletion, and of insertion.
 
     Args:
         order: (..., N), the cells by falling relevance.
-        steps: after k of them round(k N / steps) cells have changed.
+        counts: (P,) how many cells have changed at each point.
     """
-    cells = order.shape[-1]
-    counts = (torch.arange(steps + 1) * cells + steps // 2) // steps
     rank = order.argsort(-1)[..., None, :]  # the place of each cell in the order
     given = rank < counts[:, None]
     return torch.stack((~given, given), dim=-3)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ from headoff.faithfulness.result import Faithfulness
 from headoff.faithfulness.sources import Source, sources_of
 from headoff.faithfulness.store import ImageRecord, RecordStore, context_of
 from headoff.gates import Configuration, read_configurations
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,19 @@ def faithfulness(
         jobs.append((source, pairs))
     records: list[ImageRecord] = []
     failures: dict[str, str] = {}
-    with _mapping(detector, setup, workers, load) as run:
-        for done, found in enumerate(run(jobs), start=1):
-            if isinstance(found, ImageRecord):
-                records.append(found)
-            else:
-                failures[found[0]] = found[1]
-            if progress is not None:
-                progress(done, len(jobs))
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(jobs))
+
+    for found in _run(detector, setup, jobs, workers, load, advance):
+        if isinstance(found, ImageRecord):
+            records.append(found)
+        else:
+            failures[found[0]] = found[1]
     if not records:
         raise ImageError(next(iter(failures.values())))
     return Faithfulness(tuple(records), chosen, tuple(resolved), failures, configuration, seed)
@@ -184,11 +191,16 @@ def measure_image(
         seed=setup.seed,
         memory_budget=setup.memory_budget,
     )
+    seconds: dict[str, float] = {}
     for measure in setup.measures:
         missing = [method for method, of in pairs if of == measure.name and (method, of) not in known]
         if not missing:
             continue
-        found = scores_of(measure, image, missing)
+        for method in missing:
+            if method not in seconds and len(image):
+                seconds[method] = _timed(partial(image.maps, method))[1]
+        found, taken = _timed(partial(scores_of, measure, image, missing))
+        seconds[measure.name] = taken / len(missing)
         for method, scores in found.items():
             known[method, measure.name] = scores
             if stored is not None:
@@ -207,7 +219,7 @@ def measure_image(
     if stored is not None:
         stored.objects = objects
         stored.write()
-    return ImageRecord(source.name, objects, {pair: known[pair] for pair in pairs})
+    return ImageRecord(source.name, objects, {pair: known[pair] for pair in pairs}, seconds)
 
 
 def scores_of(measure: Measure, image: ExplainedImage, methods: Sequence[str]) -> dict[str, Scores]:
@@ -233,6 +245,13 @@ def scores_of(measure: Measure, image: ExplainedImage, methods: Sequence[str]) -
                 "row for each object and one column for each quantity"
             )
     return found
+
+
+def _timed(compute: Callable[[], T]) -> tuple[T, float]:
+    """The result, and the seconds that it took."""
+    start = time.perf_counter()
+    result = compute()
+    return result, time.perf_counter() - start
 
 
 def _methods(methods: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -273,22 +292,30 @@ def _measures(
 _KNOWN = ("", "boxes", "masks")
 
 
-Run = Callable[[Sequence[Job]], Iterable[ImageRecord | tuple[str, str]]]
-
-
-@contextmanager
-def _mapping(
-    detector: Detector, setup: Setup, workers: int, load: Callable[[], Detector] | None
-) -> Iterator[Run]:
-    """What maps jobs to records, in the order of the jobs."""
+def _run(
+    detector: Detector,
+    setup: Setup,
+    jobs: Sequence[Job],
+    workers: int,
+    load: Callable[[], Detector] | None,
+    advance: Callable[[], None],
+) -> list[ImageRecord | tuple[str, str]]:
+    """`measure_image` of each job; `advance` is called when one is done."""
     context = context_of(detector)
+    found = []
     if workers == 1:
-        yield partial(map, partial(measure_image, detector, context, setup))
-        return
+        for job in jobs:
+            found.append(measure_image(detector, context, setup, job))
+            advance()
+        return found
     processes = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, processes, _begin, (load or _Same(detector), context, setup))
     try:
-        yield partial(pool.map, _measure_in_worker)
+        futures = [pool.submit(_measure_in_worker, job) for job in jobs]
+        for future in as_completed(futures):
+            future.result()
+            advance()
+        return [future.result() for future in futures]
     except BrokenProcessPool as error:
         raise SettingError(
             "a worker ended before it was done, perhaps for want of memory: use fewer workers, or 1 to see why"

@@ -143,28 +143,36 @@ def compare(measure: Measure, by_method: dict[str, dict[int, Scores]], quantity:
 def sign_flip_p(gaps: np.ndarray) -> np.ndarray:
     """Two-sided p of each row of (pairs, images) differences, whose signs are random if there is no difference.
 
-    With few images all choices of signs are tried; otherwise `FLIPS` random ones, the same for all rows.
+    NaN is an image that the pair does not have. Of few images all choices of signs are tried, otherwise `FLIPS` random
+    ones, the same for all pairs with the same images. NaN for fewer than two images.
     """
-    there = np.isfinite(gaps)
-    filled = np.where(there, gaps, 0.0)
-    pairs, images = gaps.shape
-    observed = np.abs(filled.sum(1))
+    p = np.full(len(gaps), np.nan)
+    patterns, group = np.unique(np.isfinite(gaps), axis=0, return_inverse=True)
+    for index, there in enumerate(patterns):
+        rows = np.flatnonzero(group.reshape(-1) == index)
+        if there.sum() >= 2:
+            p[rows] = _sign_flip_p(gaps[np.ix_(rows, np.flatnonzero(there))])
+    return p
+
+
+def _sign_flip_p(gaps: np.ndarray) -> np.ndarray:
+    """The same of finite differences."""
+    images = gaps.shape[1]
+    # What is equal but for rounding counts as large.
+    observed = np.abs(gaps.sum(1)) - 1e-12 * np.abs(gaps).sum(1)
     exact = images < 63 and 2**images <= FLIPS
     generator = np.random.default_rng(0)
     flips = 2**images if exact else FLIPS
-    at_once = max(1, _AT_ONCE // max(images, 1))
-    larger = np.zeros(pairs)
+    at_once = max(1, _AT_ONCE // images)
+    larger = np.zeros(len(gaps))
     for start in range(0, flips, at_once):
         stop = min(start + at_once, flips)
         if exact:
             bits = (np.arange(start, stop)[:, None] >> np.arange(images)) & 1
         else:
             bits = generator.integers(0, 2, size=(stop - start, images), dtype=np.int8)
-        sums = np.abs((2.0 * bits - 1) @ filled.T)
-        # What is equal but for rounding counts.
-        larger += (sums >= observed - 1e-12 * np.abs(filled).sum(1)).sum(0)
-    p = larger / flips if exact else (larger + 1) / (flips + 1)
-    return np.where(there.sum(1) >= 2, p, np.nan)
+        larger += (np.abs((2.0 * bits - 1) @ gaps.T) >= observed).sum(0)
+    return larger / flips if exact else (larger + 1) / (flips + 1)
 
 
 def _z_test_p(gap: float, drawn: np.ndarray) -> float:

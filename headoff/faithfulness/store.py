@@ -31,11 +31,13 @@ class ImageRecord:
         objects: for each object `query`, `label`, `class`, `score`, `box` (left, top, right, bottom; pixels), and
             `truth`, the number of the true object or -1.
         scores: by method and measure.
+        seconds: what was computed in this run took: for a method its maps, for a measure the mean of its methods.
     """
 
     name: str
     objects: list[dict[str, Any]]
     scores: dict[tuple[str, str], Scores] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def digest_of(about: Mapping[str, Any]) -> str:

@@ -27,10 +27,12 @@ The plotting functions take and return matplotlib axes. Without axes they create
     importance_comparisons.py  compare_measures, plot_ablations
     head_card.py  head_card: the card of one head
     importance_sheets.py  all figures of what heads contribute
+    faithfulness.py  plot_faithfulness, plot_faithfulness_curves, plot_methods: relevance methods compared
     notebook.py   results as notebooks show them
 """
 
 from headoff.figures.colouring import MapStyle
+from headoff.figures.faithfulness import plot_faithfulness, plot_faithfulness_curves, plot_methods
 from headoff.figures.head_card import head_card
 from headoff.figures.importance import (
     importance_by_object,
@@ -64,10 +66,13 @@ __all__ = [
     "plot_columns",
     "plot_curves",
     "plot_detections",
+    "plot_faithfulness",
+    "plot_faithfulness_curves",
     "plot_head_attention",
     "plot_importance",
     "plot_interactions",
     "plot_map",
+    "plot_methods",
     "plot_outcomes",
     "plot_relevance_grid",
     "plot_sampling_points",
