@@ -7,6 +7,7 @@ from . import detector as detector
 from . import detr as detr
 from . import effects as effects
 from . import errors as errors
+from . import evaluation as evaluation
 from . import figures as figures
 from . import gates as gates
 from . import images as images
@@ -47,6 +48,7 @@ from .errors import ImageError as ImageError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import OutputError as OutputError
 from .errors import SettingError as SettingError
+from .evaluation.run import evaluate as evaluate
 from .faithfulness import Faithfulness as Faithfulness
 from .faithfulness import faithfulness as faithfulness
 from .figures import MapStyle as MapStyle

@@ -61,6 +61,11 @@ def source_label(named: Any) -> str:
     return f"{_paths.get(module, module)}:{named.__qualname__}".removeprefix(":")
 
 
+def is_from_file(module: ModuleType) -> bool:
+    """Whether `import_named` made a module from a file that was named by its path."""
+    return module.__name__ in _paths
+
+
 def _find_member(module: ModuleType, dotted: str, source: str) -> Any:
     found: Any = module
     for name in dotted.split("."):

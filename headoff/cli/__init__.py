@@ -17,6 +17,7 @@ from headoff import __version__
 from headoff.cli import (
     bench,
     detect,
+    evaluate,
     explain,
     faithfulness,
     heads,
@@ -30,8 +31,8 @@ from headoff.cli import (
 from headoff.errors import HeadoffError, error_line, is_out_of_memory
 
 EPILOG = """\
-Exit codes: 0 success; 1 `verify` found a wrong attention; 2 an option or a file is invalid, see the message;
-130 interrupted.
+Exit codes: 0 success; 1 `verify` found a wrong attention, or `evaluate` left images out; 2 an option or a file is
+invalid, see the message; 130 interrupted.
 """
 
 
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         live,
         detect,
         roles,
+        evaluate,
         references,
         verify,
         bench,
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(
             f"headoff: error: out of memory ({error_line(error)}); give fewer or smaller images, a smaller "
-            "--short-side, or fewer configurations",
+            "--short-side or --batch, or fewer configurations",
             file=sys.stderr,
         )
         return 2

@@ -134,6 +134,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def threads_of(folder: Path) -> int | None:
+    """The CPU threads of the run whose results are in the folder; None where there is none, or it was on a GPU."""
+    return read_manifest(folder)["identity"].get("threads") if (folder / MANIFEST).exists() else None
+
+
 def read_truth(folder: Path) -> GroundTruth:
     """The ground truth in a folder of results. Raises SettingError where it cannot be read."""
     path = folder / TRUTH

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from headoff.callables import is_from_file
 from headoff.detector import Detector
 from headoff.errors import HeadoffError, SettingError, error_line
 from headoff.evaluation.shards import Shard
@@ -198,6 +200,11 @@ def _pickled(detector: Detector) -> bytes:
     """The detector on the CPU, as any process can load it. Raises SettingError."""
     from ray import cloudpickle
 
+    for attention in (detector.attention, detector.deformable_attention):
+        # Other processes cannot import what was loaded from a file by its path.
+        module = sys.modules.get(getattr(getattr(attention, "call", attention), "__module__", ""))
+        if module is not None and is_from_file(module):
+            cloudpickle.register_pickle_by_value(module)
     try:
         return cloudpickle.dumps(copy.deepcopy(detector).cpu())
     except (TypeError, AttributeError, pickle.PicklingError) as error:

@@ -123,6 +123,7 @@ def evaluate(
     limit: int | None = None,
     shard: tuple[int, int] | None = None,
     strict: bool = False,
+    threads: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
     progress: Callable[[int, int], object] | None = None,
     provenance: Mapping[str, str] | None = None,
@@ -147,6 +148,8 @@ def evaluate(
         shard: (i, n) for every n-th batch from the i-th, counted from 1: n runs, on machines that share the folder,
             compute all of it.
         strict: whether an image that cannot be read is an error.
+        threads: of torch on the CPU, which change detections by rounding. By default those of the run that is
+            continued, or as many as torch has.
         memory_budget: see `headoff.sweep`.
         progress: called with (finished images, images) of this run's share, at the beginning and after each batch.
         provenance: what reports say of the run.
@@ -183,7 +186,7 @@ def evaluate(
         configurations=chosen,
         ablation=ablation,
         references=references_for(ablation, detector, references) if ablation in NEEDS_REFERENCES else None,
-        threads=torch.get_num_threads(),
+        threads=threads or manifest.threads_of(folder) or torch.get_num_threads(),
         memory_budget=memory_budget,
         strict=strict,
     )

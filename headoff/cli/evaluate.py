@@ -1,0 +1,283 @@
+"""`headoff evaluate`: what heads off cost over a data set."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headoff.choices import DEFAULT_SITE, SITES
+from headoff.cli.options import (
+    CONFIGURATION_SETS,
+    NOTATION,
+    add_ablation_options,
+    add_detector_options,
+    named_path,
+    positive,
+    whole,
+)
+from headoff.errors import SettingError
+
+if TYPE_CHECKING:
+    from headoff.detector import Detector
+    from headoff.evaluation.engines import Engine
+    from headoff.evaluation.results import Results
+    from headoff.gates import Configuration
+
+ENGINES = ("local", "ray")
+MOST_NAMED = 20
+"""Images left out that the terminal names; summary.json has them all."""
+
+EPILOG = f"""\
+what to switch off:
+  Default: the cumulative sweep. --set and --off can be repeated and combined; nothing off is always the first, and
+  what is asked for twice is computed once.
+{NOTATION}
+how it runs:
+  Images are read by processes of their own while the model computes, in batches of like sizes; an image is encoded
+  once for all configurations. Detections go to OUT/detections batch by batch. After Ctrl-C, a crash or a full disk the
+  same command goes on from there; another command in the same folder is refused. An image that cannot be read is left
+  out and named at the end, unless --strict, and tried again by the next run.
+  Machines that share a folder: one command each, with --shard 1/4 to --shard 4/4; afterwards once without --shard.
+  On a Ray cluster: --engine ray --address auto. Both engines find the same, bit for bit, on the same kind of device
+  with the same --threads and --batch.
+
+exit codes:
+  0 all images were evaluated; 1 some were left out, see the names; 2 an option or a file is invalid; 130 interrupted
+
+examples:
+  headoff evaluate scenes:1000                                  held-out scenes, which need no files
+  headoff evaluate scenes:1000 --set cumulative --set single --set subsets --out results
+  headoff evaluate instances_val2017.json val2017/ --model detr-resnet-50 --set cumulative --set single
+  headoff evaluate instances_val2017.json val2017/ --model detr-resnet-50 --limit 500
+  headoff evaluate boxes.json photos/ --model mine.pth --classes names.txt --off 'only L5H2 on' --ablate uniform
+  headoff evaluate instances_train2017.json train2017/ --model detr-resnet-50 --engine ray --address auto
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="what heads off cost over a data set: average precision and outcomes, on this machine or a cluster",
+        description="Detect the objects of a data set under every configuration, and report average precision with "
+        "intervals, differences to nothing off, and what became of the objects.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "annotations",
+        metavar="ANNOTATIONS",
+        help="a file in COCO's `instances` format; or scenes:N or scenes:N:FIRST, N held-out scenes from seed FIRST",
+    )
+    parser.add_argument(
+        "images", nargs="?", type=named_path, metavar="IMAGES", help="folder of the images; none for scenes"
+    )
+    parser.add_argument(
+        "--out", type=named_path, default=Path("headoff-evaluate"), help="folder (default headoff-evaluate)"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="the first N images only")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at an image that cannot be read, instead of leaving it out",
+    )
+    group = parser.add_argument_group("what to switch off")
+    group.add_argument(
+        "--off", action="append", metavar="CONFIGURATION", help="a configuration, see below; can be repeated"
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        choices=CONFIGURATION_SETS,
+        help="the cumulative sweep, every single head of every layer, or all subsets of heads; can be repeated "
+        "(default: cumulative, without --off)",
+    )
+    group.add_argument(
+        "--order",
+        metavar="ORDER",
+        help="order of heads in the cumulative sweep: `7,6,5,4,3,2,1,0`, `reverse` or `random:SEED`",
+    )
+    group.add_argument(
+        "--site",
+        action="append",
+        choices=SITES,
+        help=f"the attention that --set gates; can be repeated (default {DEFAULT_SITE})",
+    )
+    add_ablation_options(group)
+    run = parser.add_argument_group("how to run")
+    run.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="this process (default), or Ray Data (headoff[ray])",
+    )
+    run.add_argument(
+        "--address",
+        help="of a Ray cluster, `auto` for the one of this machine (default: a Ray that ends with the command)",
+    )
+    run.add_argument(
+        "--batch", type=positive, default=8, metavar="N", help="images that are computed together (default 8)"
+    )
+    run.add_argument(
+        "--workers",
+        type=whole,
+        metavar="N",
+        help="local: processes that read images (default: as many as suit the device); ray: actors that hold the model "
+        "(default: one on each GPU, or on --threads CPUs)",
+    )
+    run.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="every N-th batch from the I-th, counted from 1, and no summary",
+    )
+    add_detector_options(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(settings: argparse.Namespace) -> int:
+    """Run the command."""
+    from headoff.cli.configurations import describe_ablation
+    from headoff.cli.detectors import load_detector, provenance
+    from headoff.evaluation.run import evaluate, open_data_set
+    from headoff.evaluation.shards import pyarrow_parquet
+    from headoff.wording import counted
+
+    pyarrow_parquet()
+    engine = _engine(settings)
+    choices = _choices(settings)
+    # Actors put the model where it is computed.
+    here = (
+        settings if settings.engine == "local" else argparse.Namespace(**{**vars(settings), "device": "cpu"})
+    )
+    detector = load_detector(here)
+    data = open_data_set(settings.annotations, settings.images, detector, settings.limit)
+    for note in data.notes:
+        print(f"headoff: note: {note}", file=sys.stderr)
+    made_with = {
+        **provenance(settings, detector),
+        "annotations": str(settings.annotations),
+        "images": str(settings.images or ""),
+        "engine": settings.engine,
+        **describe_ablation(settings),
+    }
+    try:
+        with _progress() as update:
+            results = evaluate(
+                detector,
+                data,
+                configurations=[one for choice in choices for one in choice(detector)],
+                out=settings.out,
+                ablation=settings.ablate,
+                references=settings.references,
+                engine=engine,
+                batch=settings.batch,
+                shard=settings.shard,
+                strict=settings.strict,
+                threads=settings.threads,
+                progress=update,
+                provenance=made_with,
+            )
+    except KeyboardInterrupt:
+        print(
+            f"\nheadoff: interrupted; what is finished is in {settings.out}, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        return 130
+    print(
+        f"{len(results.done):,} of {counted(len(results.truth), 'image')} under "
+        f"{counted(len(results.configurations), 'configuration')}: {settings.out / 'detections'}"
+    )
+    if not results.is_complete:
+        print("When all shards are done, the same command without --shard makes the summary.")
+    return _left_out(results)
+
+
+def _left_out(results: Results) -> int:
+    """Name the images that were left out; the exit code."""
+    from headoff.wording import counted
+
+    skipped = list(results.skipped.values())
+    if not skipped:
+        return 0
+    print(f"headoff: {counted(len(skipped), 'image')} left out:", file=sys.stderr)
+    for reason in skipped[:MOST_NAMED]:
+        print(f"  {reason}", file=sys.stderr)
+    if len(skipped) > MOST_NAMED:
+        print(f"  and {len(skipped) - MOST_NAMED:,} more", file=sys.stderr)
+    return 1
+
+
+def _engine(settings: argparse.Namespace) -> Engine:
+    """The engine that the options ask for. Raises SettingError where they contradict each other."""
+    if settings.engine == "ray":
+        from headoff.evaluation.ray_engine import RayEngine
+
+        device = None if settings.device is None else settings.device.partition(":")[0]
+        return RayEngine(settings.address, settings.workers or None, device)
+    from headoff.evaluation.engines import LocalEngine
+
+    if settings.address:
+        raise SettingError("--address is that of a Ray cluster: give --engine ray as well")
+    return LocalEngine(settings.workers)
+
+
+def _choices(settings: argparse.Namespace) -> list[Callable[[Detector], tuple[Configuration, ...]]]:
+    """What makes the configurations, once the detector is known.
+
+    Raises:
+        GateError: a configuration or an order cannot be read.
+        SettingError: options contradict each other.
+    """
+    from headoff.cli.configurations import ConfigurationChoice
+    from headoff.gates import parse_configuration, parse_order
+
+    off = tuple(parse_configuration(text) for text in settings.off or ())
+    sets = settings.set or ([] if off else ["cumulative"])
+    if settings.order and settings.order.startswith("importance"):
+        raise SettingError(
+            "--order importance differs from image to image: give an order for all, such as the one that `headoff "
+            "heads` finds over images, as --order 3,1,2,..."
+        )
+    if settings.order and "cumulative" not in sets:
+        raise SettingError("--order is that of the cumulative sweep: give --set cumulative as well")
+    if settings.site and not sets:
+        raise SettingError("--site says where --set switches heads off: give --set as well")
+    order = parse_order(settings.order) if settings.order else None
+    chosen = [
+        ConfigurationChoice(name, site, (), order if name == "cumulative" else None)
+        for site in settings.site or [DEFAULT_SITE]
+        for name in sets
+    ]
+    return [one.configurations for one in (*chosen, ConfigurationChoice(None, DEFAULT_SITE, off, None))]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar with images a second and the time that is left, which starts at what an earlier run has done."""
+    from tqdm import tqdm
+
+    with tqdm(desc="evaluating", unit="image", leave=False, smoothing=0.1) as bar:
+
+        def update(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.reset(total)
+                bar.initial = bar.n = done
+                bar.refresh()
+            else:
+                bar.update(done - bar.n)
+
+        yield update
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """An argument such as 2/8."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard; give one such as 1/8, up to 8/8")
+    return int(found[1]), int(found[2])
