@@ -27,7 +27,7 @@ from headoff.evaluation.sources import Files, Scenes, Source
 from headoff.evaluation.tables import GroundTruth
 from headoff.evaluation.work import Work
 from headoff.files import lock, output_errors
-from headoff.gates import Configuration, cumulative, none_off, read_configurations
+from headoff.gates import Configuration, cumulative, none_off, read_configurations, stack
 from headoff.sweeps import MEMORY_BUDGET
 from headoff.wording import counted
 
@@ -219,14 +219,13 @@ def chosen_configurations(
     """Nothing off, and these configurations, none of them twice; by default the cumulative sweep.
 
     Raises:
-        GateError: one cannot be read, or does not fit the detector.
+        GateError: one cannot be read, does not fit the detector, or names objects.
     """
     layout = detector.head_layout
     given = cumulative(layout.heads) if configurations is None else read_configurations(configurations)
     # Equal ones have the name of the first.
     chosen = tuple(dict.fromkeys((none_off(), *given)))
-    for one in chosen:
-        one.check(layout)
+    stack(chosen, layout)  # raises what would otherwise be raised after the folder has been written to
     return chosen
 
 
@@ -293,7 +292,11 @@ def _missing_batches(folder: Path, work: Work, share: Sequence[int]) -> tuple[li
                 f"image {work.names[index]!r} is another one than the one that was evaluated in {str(folder)!r}: name "
                 "the same images, or another folder for the results"
             )
-    again = {number for number, found in done.items() if any(work.can_read(index) for index in found.skipped)}
+    again = {
+        number
+        for number, found in done.items()
+        if found.skipped and (work.strict or any(map(work.can_read, found.skipped)))
+    }
     missing = [number for number in share if number not in done or number in again]
     absent = set(missing)
     return missing, sum(len(work.batches[number]) for number in share if number not in absent)
