@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 import headoff
 from headoff.cli import main
 from headoff.errors import ImageError, SettingError
