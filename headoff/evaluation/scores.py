@@ -7,6 +7,7 @@ the same bootstrap samples of images, so differences between them are paired.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -282,8 +283,10 @@ def score(
         progress: is called with 1 after each configuration.
 
     Raises:
-        SettingError: no image is done, or an argument is invalid.
+        SettingError: no image is done, an argument is invalid, or scipy is not installed.
     """
+    if importlib.util.find_spec("scipy") is None:
+        raise SettingError("average precision needs scipy: pip install 'headoff[evaluate]'")
     chosen = source.done if images is None else np.asarray(images)
     indices = range(len(source.configurations)) if configurations is None else configurations
     if not len(chosen):

@@ -53,7 +53,11 @@ PAGE = "index.html"
 THUMBNAIL = "thumbnail.webp"
 INDEX = "headoff-index.json"
 """In a folder with the index of several reports."""
-_LAST = (FINISHED, HEADS_FINISHED, INDEX)
+SUMMARY = "summary.json"
+"""The last file of the summary of a data set."""
+COMPARISON = "comparison.json"
+"""The last file of the comparison of two data sets' results."""
+_LAST = (FINISHED, HEADS_FINISHED, INDEX, SUMMARY, COMPARISON)
 """Where one of these is, its report is complete; it lists the report's files."""
 _UNFINISHED = ".unfinished.json"
 """The files of both reports while one replaces the other, for the next run if this one is killed meanwhile."""

@@ -1,0 +1,76 @@
+"""The summary of a results folder: scores of all configurations, written as tables, figures and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headoff.choices import FigureFormat, Figures
+from headoff.evaluation.outcomes import CONFIDENCE
+from headoff.evaluation.results import Results
+from headoff.evaluation.scores import RESAMPLES, score
+
+if TYPE_CHECKING:
+    from headoff.report.evaluation import Pictures
+
+
+def summarise(
+    folder: str | Path,
+    *,
+    pictures: Pictures | None = None,
+    out: str | Path | None = None,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    processes: int | None = None,
+    figures: Figures = "page",
+    format: FigureFormat = "png",
+    progress: Callable[[int], object] | None = None,
+) -> Path:
+    """Score all configurations of a results folder, and write what comes out; see docs/evaluate.md.
+
+    There are index.html, summary.json (the last file, which is there when all are), configurations.csv, metrics.csv,
+    classes.csv, outcomes.csv, rates.csv, heads.csv and contributions.parquet. One configuration's detections are in
+    memory at a time.
+
+    Args:
+        folder: of `headoff evaluate`.
+        pictures: the images, for thumbnails: the `source` of a `headoff.evaluation.run.DataSet`.
+        out: where to write; by default in `folder`.
+        resamples: samples of the bootstrap over images; 0 for no intervals.
+        confidence: above which detections have outcomes.
+        processes: that score configurations; by default as many as there are cores, if that is worth their start.
+        figures, format: see `headoff.write_report`.
+        progress: called with 1 after each configuration.
+
+    Returns:
+        The path of the page, or of summary.json without one.
+
+    Raises:
+        SettingError: there are no results, or an argument is invalid.
+        OutputError: a file cannot be written.
+    """
+    # Here, as a process that scores needs no matplotlib.
+    from headoff.report.drawing import Drawing
+    from headoff.report.evaluation import sweep_command, write_summary
+
+    drawing = Drawing(figures, format)
+    source = Results(folder)
+    scores = score(source, resamples=resamples, confidence=confidence, processes=processes, progress=progress)
+    provenance = {str(name): str(value) for name, value in source.manifest["provenance"].items()}
+
+    def command(image: int, configuration: int) -> str:
+        name, text = source.truth.names[image], source.configurations[configuration].text
+        return sweep_command(pictures, image, name, provenance.get("model", ""), text)
+
+    return write_summary(
+        Path(out or folder),
+        source,
+        scores,
+        provenance=provenance,
+        skipped=source.skipped,
+        ablation=source.manifest["identity"].get("ablation", "zero"),
+        pictures=pictures,
+        command=command,
+        drawing=drawing,
+    )

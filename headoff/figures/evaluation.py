@@ -1,0 +1,370 @@
+"""What heads off cost over a data set, as pictures: AP, outcomes, classes, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from headoff.errors import SettingError
+from headoff.evaluation.importance import HeadScores, head_scores
+from headoff.evaluation.outcomes import STATUSES
+from headoff.evaluation.scores import REFERENCES, Scores
+from headoff.figures.canvas import figure_of
+from headoff.figures.captions import shorten
+from headoff.figures.chart_axes import (
+    LABEL_POINTS,
+    clean,
+    legend_above,
+    new_axes,
+    number_heads_off,
+    plain_text,
+)
+from headoff.figures.importance import draw_scores
+from headoff.figures.matrix import colour_bar, hue_handles
+from headoff.figures.palette import INK, MUTED, OBJECT_COLOURS, STATUS_STYLES, ink_on
+from headoff.gates import CumulativeSweep, SubsetSweep, sweeps_among
+from headoff.wording import counted
+
+BLUE = "#1B6CA8"
+LINES = {"AP": BLUE, "AP50": "#DDAA33", "AP75": "#009988"}
+UNMATCHED = "#8A8F99"
+MOST_NAMED = 60
+"""Most configurations that are named in a chart."""
+MOST_COLUMNS = 12
+"""Most configurations that are columns of the matrix of classes."""
+_BAND = "95% interval (bootstrap over images)"
+
+
+def cumulative_in(scores: Scores) -> tuple[int, ...]:
+    """Indices of the cumulative sweep among the configurations, with no heads off first; empty if there is none."""
+    return _sweep_in(scores, CumulativeSweep)[1]
+
+
+def _sweep_in(scores: Scores, wanted: type) -> tuple[Any, tuple[int, ...]]:
+    for kind, indices in sweeps_among([one.configuration for one in scores.configurations]):
+        if isinstance(kind, wanted):
+            return kind, indices
+    return None, ()
+
+
+def plot_precision(scores: Scores, ax: Axes | None = None) -> Axes:
+    """AP, AP50 and AP75 over the number of heads off, with 95% intervals as bands.
+
+    Without a cumulative sweep: AP of up to 60 configurations as points with bars, or, of more, in falling order.
+
+    Returns:
+        `ax`, or the axes of a new figure.
+    """
+    chosen = cumulative_in(scores)
+    if not chosen:
+        return _precision_by_name(scores, ax)
+    ax = new_axes(7.2, 3.8) if ax is None else ax
+    clean(ax, grid="y")
+    places = np.arange(len(chosen))
+    for metric, hue in LINES.items():
+        values = [scores.configurations[index][metric] for index in chosen]
+        low, high = np.array([scores.configurations[index].interval(metric) for index in chosen]).T
+        ax.fill_between(places, low, high, color=hue, alpha=0.22, linewidth=0)
+        ax.plot(places, values, marker="o", color=hue, markersize=4.5, linewidth=1.6)
+    ax.set_ylim(0, 1.02)
+    ax.set_ylabel("average precision")
+    number_heads_off(ax, len(chosen) - 1)
+    handles = [Line2D([], [], color=hue, marker="o", label=metric) for metric, hue in LINES.items()]
+    _legend(ax, [*handles, *_band(scores)], scores, entry=1.3)
+    return ax
+
+
+def _precision_by_name(scores: Scores, ax: Axes | None) -> Axes:
+    named = len(scores) <= MOST_NAMED
+    if ax is None:
+        ax = new_axes(7.2, 1.5 + 0.17 * len(scores) if named else 3.8)
+    clean(ax, grid="x" if named else "y")
+    places = np.arange(len(scores))
+    values = np.array([one["AP"] for one in scores.configurations])
+    low, high = np.array([one.interval("AP") for one in scores.configurations]).T
+    if named:
+        ax.hlines(places, low, high, color=BLUE, alpha=0.4, linewidth=4)
+        ax.plot(values, places, "o", color=BLUE, markersize=5, markeredgecolor="white")
+        names = [shorten(one.configuration.name, 40) for one in scores.configurations]
+        ax.set_yticks(places, names, fontsize=LABEL_POINTS)
+        plain_text(ax.yaxis)
+        ax.set_ylim(len(scores) - 0.4, -0.6)
+        ax.set_xlim(0, 1.02)
+        ax.set_xlabel("average precision (AP)")
+    else:
+        order = np.argsort(-values, kind="stable")
+        ax.fill_between(places, low[order], high[order], color=BLUE, alpha=0.22, linewidth=0)
+        ax.plot(places, values[order], color=BLUE, linewidth=1.6)
+        ax.set_ylim(0, 1.02)
+        ax.set_ylabel("average precision (AP)")
+        ax.set_xlabel(f"{counted(len(scores), 'configuration')}, from the highest to the lowest AP")
+    _legend(ax, [Line2D([], [], color=BLUE, marker="o", label="AP"), *_band(scores)], scores, entry=1.5)
+    return ax
+
+
+def plot_subset_precision(scores: Scores, ax: Axes | None = None) -> Axes:
+    """AP of every subset of heads, over the number of heads off; the best and the worst of each number are named.
+
+    Raises:
+        SettingError: the configurations do not have all subsets of heads.
+    """
+    kind, indices = _sweep_in(scores, SubsetSweep)
+    if kind is None:
+        raise SettingError("there is no sweep over all subsets of heads to draw: use --set subsets")
+    count = len(kind.heads)
+    ax = new_axes(max(6.4, 1.1 + 0.75 * (count + 1)), 4.2) if ax is None else ax
+    clean(ax, grid="y")
+    precision = np.array([scores.configurations[index]["AP"] for index in indices])
+    sizes = np.array([len(off) for off in kind.off])
+    names = []
+    for size in range(count + 1):
+        members = np.flatnonzero(sizes == size)
+        members = members[np.argsort(precision[members], kind="stable")]
+        # Points of one number of heads are spread in a fixed order, so that they do not hide each other.
+        spread = (np.arange(len(members)) * 0.618 % 1 - 0.5) * 0.5 if len(members) > 1 else np.zeros(1)
+        ax.scatter(size + spread, precision[members], s=14, color=MUTED, alpha=0.55, linewidth=0, zorder=2)
+        middle = float(np.median(precision[members]))
+        ax.plot([size - 0.36, size + 0.36], [middle, middle], color=INK, linewidth=1.8, zorder=3)
+        for member, look, hue in (
+            (members[-1], "^", OBJECT_COLOURS[4]),
+            (members[0], "v", OBJECT_COLOURS[1]),
+        ):
+            ax.plot(size, precision[member], look, color=hue, markersize=6, markeredgecolor="white", zorder=4)
+        best, worst = (_heads_text(kind.off[member]) for member in (members[-1], members[0]))
+        names.append(f"{size}\n{best}\n{worst}" if 0 < size < count else f"{size}\n\n")
+    ax.set_xticks(range(count + 1), names, fontsize=7)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_xlabel("number of heads off; below it the heads of the best and of the worst subset")
+    ax.set_ylabel("average precision (AP)")
+    handles = [
+        Line2D([], [], ls="none", marker="o", color=MUTED, alpha=0.6, label="a subset of heads off"),
+        Line2D([], [], color=INK, linewidth=1.8, label="median"),
+        Line2D([], [], ls="none", marker="^", color=OBJECT_COLOURS[4], label="best"),
+        Line2D([], [], ls="none", marker="v", color=OBJECT_COLOURS[1], label="worst"),
+    ]
+    _legend(ax, handles, scores, entry=1.6)
+    return ax
+
+
+def _heads_text(heads: Sequence[int]) -> str:
+    """In lines of four heads."""
+    rows = [heads[start : start + 4] for start in range(0, len(heads), 4)]
+    return " ".join("".join(map(str, row)) if max(heads) < 10 else ",".join(map(str, row)) for row in rows)
+
+
+def plot_heads_precision(found: HeadScores, ax: Axes | None = None) -> Axes:
+    """What heads contribute to AP: cells of layers x heads, or a bar with its interval for each head in all layers.
+
+    Cells are hatched, and bars are grey, where the 95% interval has both signs.
+    """
+    uncertain = ~((found.low > 0) | (found.high < 0))
+    rows, columns = found.scores.shape
+    if found.layers:
+        ax = new_axes(max(5.4, 1.9 + 0.66 * min(columns, 32)), 1.6 + 0.42 * rows) if ax is None else ax
+        clean(ax)
+        limit = float(np.abs(found.scores).max()) or 1.0
+        draw_scores(ax, found.scores, limit, uncertain, decimals=3)
+        for axis, numbers in ((ax.xaxis, found.heads), (ax.yaxis, found.layers)):
+            axis.set_ticks(range(len(numbers)), [str(number) for number in numbers])
+        colour_bar(ax, limit, "AP lost without the head")
+        handles: list[Any] = hue_handles("AP rises without it", "AP falls without it")
+        if uncertain.any():
+            handles.append(
+                Patch(facecolor="none", edgecolor=MUTED, hatch="////", linewidth=0, label="interval spans 0")
+            )
+        legend_above(ax, handles, entry=1.7, title=f"AP lost without a single head of {found.site}")
+        return ax
+    ax = new_axes(max(5.4, 1.2 + 0.62 * columns), 3.4) if ax is None else ax
+    clean(ax, grid="y")
+    places = np.arange(columns)
+    values, low, high = found.scores[0], found.low[0], found.high[0]
+    shades = [MUTED if unsure else BLUE for unsure in uncertain[0]]
+    ax.bar(places, values, width=0.62, color=shades, alpha=0.75, zorder=2)
+    ax.vlines(places, low, high, color=INK, linewidth=1.4, zorder=3)
+    top = float(np.nanmax([*high, *values, 0]))
+    for place, value, end in zip(places, values, high, strict=True):
+        above = max(float(np.nan_to_num(end, nan=value)), 0)
+        ax.annotate(
+            f"{value:.3f}".replace("-", "−"),
+            (place, above),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=LABEL_POINTS,
+            color=INK,
+        )
+    ax.axhline(0, color=MUTED, linewidth=0.8)
+    ax.set_ylim(top=1.12 * top if top > 0 else None)
+    ax.set_xticks(places, [str(head) for head in found.heads])
+    ax.set_xlabel("head, in all layers")
+    ax.set_ylabel("Shapley value (AP)")
+    sums = "" if found.off is None else f", {found.on - found.off:.3f} together"
+    handles = [
+        Patch(facecolor=BLUE, alpha=0.75, label="Shapley value"),
+        Line2D([], [], color=INK, label=_BAND),
+    ]
+    legend_above(ax, handles, entry=2.4, title=f"Heads of {found.site}{sums}")
+    return ax
+
+
+def plot_class_losses(
+    scores: Scores, ax: Axes | None = None, configurations: Sequence[int] | None = None
+) -> Axes:
+    """AP lost of each class (rows, the most lost first) under configurations (columns).
+
+    Args:
+        scores: of a data set.
+        ax: axes to draw in; by default those of a new figure.
+        configurations: their indices; by default those of the cumulative sweep, or up to 12 with the most AP lost.
+    """
+    chosen = list(cumulative_in(scores)[1:]) if configurations is None else list(configurations)
+    numbered = configurations is None and bool(chosen)
+    if not chosen:
+        losses = [scores.loss(index)[0] for index in range(len(scores))]
+        chosen = sorted(range(1, len(scores)), key=lambda index: -losses[index])[:MOST_COLUMNS]
+    lost = np.stack([scores.baseline.by_class - scores.configurations[i].by_class for i in chosen], 1)
+    shown = np.flatnonzero(~np.isnan(lost).any(1))
+    shown = shown[np.argsort(-lost[shown].mean(1), kind="stable")]
+    uncertain = np.stack(
+        [
+            ~((scores.configurations[i].class_loss_low > 0) | (scores.configurations[i].class_loss_high < 0))
+            for i in chosen
+        ],
+        1,
+    )[shown]
+    values = lost[shown]
+    names = [shorten(scores.truth.class_names[label], 24) for label in shown]
+    if ax is None:
+        width = 2.4 + 0.06 * max(map(len, names), default=0) + 0.55 * len(chosen)
+        ax = new_axes(max(5.4, width), 1.7 + (0.3 if len(shown) <= 24 else 0.19) * max(len(shown), 2))
+    clean(ax)
+    limit = float(np.abs(values).max(initial=0)) or 1.0
+    draw_scores(ax, values if len(values) else np.zeros((1, len(chosen))), limit, uncertain, decimals=2)
+    ax.set_yticks(range(len(names)), names, fontsize=LABEL_POINTS if len(names) <= 24 else 6.5)
+    plain_text(ax.yaxis)
+    ax.set_ylabel("")
+    if numbered:
+        ax.set_xticks(range(len(chosen)), [str(k) for k in range(1, len(chosen) + 1)])
+        ax.set_xlabel("number of heads off")
+    else:
+        titles = [shorten(scores.configurations[i].configuration.name, 20) for i in chosen]
+        ax.set_xticks(range(len(chosen)), titles, rotation=90, fontsize=7)
+        plain_text(ax.xaxis)
+        ax.set_xlabel("")
+    colour_bar(ax, limit, "AP lost")
+    handles: list[Any] = hue_handles("AP rises", "AP falls")
+    if uncertain.any():
+        handles.append(
+            Patch(facecolor="none", edgecolor=MUTED, hatch="////", linewidth=0, label="interval spans 0")
+        )
+    legend_above(ax, handles, entry=1.5, title="AP lost of each class, most lost first")
+    return ax
+
+
+def plot_outcome_rates(scores: Scores, ax: Axes | None = None, *, reference: str = REFERENCES[0]) -> Axes:
+    """What becomes of objects: a stacked bar for each configuration of the cumulative sweep, else for up to 60.
+
+    Unmatched detections, which belong to no object, are a line, in numbers for one object.
+
+    Args:
+        scores: of a data set.
+        ax: axes to draw in; by default those of a new figure.
+        reference: `none off`: objects are the detections with nothing off; `truth`: the true objects.
+
+    Raises:
+        SettingError: there is no such reference.
+    """
+    if reference not in REFERENCES:
+        raise SettingError(
+            f"objects cannot be those of {reference!r}: use {' or '.join(map(repr, REFERENCES))}"
+        )
+    chosen = list(cumulative_in(scores)) or list(range(min(len(scores), MOST_NAMED)))
+    numbered = bool(cumulative_in(scores))
+    ax = new_axes(7.2 if numbered else max(7.2, 1.5 + 0.17 * len(chosen)), 3.8) if ax is None else ax
+    clean(ax, grid="y")
+    rates = np.stack([scores.configurations[index].outcomes[reference].rates for index in chosen])
+    places, bottom = np.arange(len(chosen)), np.zeros(len(chosen))
+    for column, status in enumerate(STATUSES):
+        ax.bar(
+            places,
+            rates[:, column],
+            bottom=bottom,
+            width=0.72,
+            color=STATUS_STYLES[status].fill,
+            edgecolor="white",
+            linewidth=0.4,
+            zorder=2,
+        )
+        for place, (value, under) in enumerate(zip(rates[:, column], bottom, strict=True)):
+            if numbered and value >= 0.055:
+                ax.text(
+                    place, under + value / 2, f"{value:.0%}", ha="center", va="center", fontsize=7, zorder=4,
+                    color=ink_on(STATUS_STYLES[status].fill),
+                )  # fmt: skip
+        bottom += np.nan_to_num(rates[:, column])
+    unmatched = rates[:, len(STATUSES)]
+    ax.plot(places, unmatched, color=INK, marker="D", markersize=4, linewidth=1.2, zorder=5)
+    ax.set_ylim(0, max(1.02, 1.05 * float(np.nan_to_num(unmatched).max(initial=0))))
+    if numbered:
+        number_heads_off(ax, len(chosen) - 1)
+    else:
+        names = [shorten(scores.configurations[i].configuration.name, 28) for i in chosen]
+        ax.set_xticks(places, names, rotation=90, fontsize=7)
+        plain_text(ax.xaxis)
+    ax.set_ylabel("share of objects")
+    handles: list[Any] = [Patch(facecolor=STATUS_STYLES[s].fill, label=s.value) for s in STATUSES]
+    handles.append(Line2D([], [], color=INK, marker="D", markersize=4, label="unmatched, for one object"))
+    objects = int(scores.baseline.outcomes[reference].counts.objects.sum())
+    what = "detections with nothing off" if reference == REFERENCES[0] else "true objects"
+    title = f"{counted(objects, 'object')}: the {what}; detections of a score above {scores.confidence:g}"
+    legend_above(ax, handles, entry=0.85, title=title)
+    return ax
+
+
+def _band(scores: Scores) -> list[Patch]:
+    return [Patch(color=MUTED, alpha=0.3, label=_BAND)] if scores.resamples > 1 else []
+
+
+def _legend(ax: Axes, handles: Sequence[Any], scores: Scores, entry: float) -> None:
+    objects = int(scores.baseline.outcomes["truth"].counts.objects.sum())
+    title = f"{counted(objects, 'true object')} in {counted(len(scores.images), 'image')}"
+    legend_above(ax, handles, entry=entry, title=title)
+
+
+def evaluation_figures(scores: Scores) -> Iterator[tuple[str, str, Figure]]:
+    """All figures that the configurations allow, one at a time, each with the stem of its file and a caption."""
+    yield "precision", "Average precision with heads off.", figure_of(plot_precision(scores))
+    if _sweep_in(scores, SubsetSweep)[0] is not None:
+        caption = "AP of every subset of heads, each in all layers."
+        yield "subsets", caption, figure_of(plot_subset_precision(scores))
+    for found in head_scores(scores):
+        caption = (
+            "AP that is lost without a single head, paired by image."
+            if found.layers
+            else "The share of each head in the AP: its mean contribution over all subsets of the others."
+        )
+        stem = f"{found.measure}_{found.site}"
+        yield stem, caption, figure_of(plot_heads_precision(found))
+    if len(scores) > 1:
+        for reference in REFERENCES:
+            what = "the detections with nothing off" if reference == REFERENCES[0] else "the true objects"
+            stem = f"outcomes_{reference.replace(' ', '_')}"
+            caption = f"What becomes of {what}."
+            yield stem, caption, figure_of(plot_outcome_rates(scores, reference=reference))
+        yield "classes", "AP lost of each class.", figure_of(plot_class_losses(scores))
+
+
+__all__ = [
+    "evaluation_figures",
+    "plot_class_losses",
+    "plot_heads_precision",
+    "plot_outcome_rates",
+    "plot_precision",
+    "plot_subset_precision",
+]
