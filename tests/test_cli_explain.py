@@ -53,6 +53,22 @@ def test_explain_writes_maps_pictures_and_numbers(capsys, tmp_path, objects):
     assert not [path for path in out.rglob("*") if ".part" in path.name]
 
 
+def test_several_methods_in_one_report(capsys, tmp_path, objects):
+    out = tmp_path / "report"
+    arguments = ("--method", "raw,chefer", "--object", "1", *QUICK, "--layers", "0,5")
+    code, printed, error = run(capsys, "explain", SAMPLE, *arguments, "--out", str(out))
+    assert code == 0, error
+    assert "relevance (raw)" in printed
+    for name, method in (("maps", "raw"), ("maps-chefer", "chefer")):
+        found = headoff.load_explanation(out / f"{name}.npz")
+        expected = headoff.explain(headoff.load("scenes"), SAMPLE, "none", [objects[1].query], method, [0, 5])
+        assert found.method == method
+        torch.testing.assert_close(found.maps, expected.maps)
+    assert [row["method"] for row in rows_of(out)] == ["raw"] * 2 + ["chefer"] * 2
+    page = (out / "index.html").read_text()
+    assert '<option value="1">chefer</option>' in page and "Image relevance (raw, chefer)" in page
+
+
 @pytest.mark.usefixtures("blank_figures")
 def test_a_sweep_with_relevance(capsys, tmp_path, objects, monkeypatch):
     """The maps are of the sweep's own configurations and objects, and those of the library."""
@@ -146,6 +162,7 @@ def test_folders_resume(capsys, tmp_path):
         (("--cmap", "Bluesr"), "'Blues_r'"),
         (("--query", "20"), "no query 20"),
         (("--object", "77"), "object 77"),
+        (("--method", "raw,raw"), "twice"),
         (("--layers", "6"), "no decoder layer 6"),
         (("--layers", "first"), "'first'"),
         (("--layers", "1,1"), "twice"),

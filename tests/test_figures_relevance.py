@@ -276,7 +276,7 @@ def test_pages_stay_light(monkeypatch):
     explanation = explanation_of(RESULT, heads=True)
     full = page_maps(explanation, RESULT, MapStyle(), range(9))
     assert [channel["name"] for channel in full["channels"]] == [
-        "relevance",
+        "chefer",
         *(f"head {h}" for h in range(8)),
     ]
     monkeypatch.setattr(report_maps, "MOST_BYTES", explanation.maps.numel() // 3)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from explanation_examples import explanation_of
@@ -151,6 +152,40 @@ def test_every_control_of_the_page(page, tmp_path):
     assert seen["tile"] == "2" and seen["boxes"] == 0
     chosen = {"step=2", "all=1", "boxes=0", "object=1", "layer=2", "scale=sweep", "smooth=1"}
     assert set(seen["hash"][1:].split("&")) == chosen
+
+
+def test_maps_of_several_methods(tmp_path):
+    image, result = scene_example()
+    first = explanation_of(result, heads=True)
+    signed = replace(first, maps=-10 * first.maps, method="attn_lrp", heads=None)
+    signed.maps[:, :, :, 0, 0] = 50.0
+    page = render_page(image, result, {}, first, others=[replace(first, method="raw", heads=None), signed])
+    seen, errors = seen_in(
+        tmp_path,
+        page,
+        """
+        const caption = () => document.querySelector(".card .caption").textContent;
+        const large = document.querySelector(".card > .map canvas");
+        seen.methods = all(".card")[0].querySelectorAll(".compared .tile").length;
+        seen.first = [caption(), painted(large)];
+        choose("map", 1);
+        seen.second = [caption(), painted(large)];
+        all(".card")[0].querySelectorAll(".compared .tile")[2].click();
+        all(".card")[0].querySelectorAll(".tiles:not(.compared):not(.heads) .tile")[1].click();
+        seen.signed = [caption(), location.hash, $("ramp-to").textContent];
+        const colours = large.getContext("2d").getImageData(0, 0, 6, 6).data;
+        const cells = [...Array(35).keys()].map((cell) => colours.slice(4 * cell + 4, 4 * cell + 8).join());
+        seen.negative = new Set(cells).size;
+        choose("map", 4);
+        seen.head = caption();
+        """,
+    )
+    assert errors == []
+    assert seen["methods"] == 3 and seen["first"][0].startswith("chefer after layer 5: mass")
+    assert seen["second"][0].startswith("raw after layer 5: mass") and seen["second"][1] == seen["first"][1]
+    assert seen["signed"][0].startswith("attn_lrp after layer 1: mass") and "map=2" in seen["signed"][1]
+    assert seen["negative"] == 1, "all negative relevance has the colour of 0"
+    assert seen["head"].startswith("attention, head 1 of layer 1")
 
 
 def test_an_address_shows_the_same_on_a_telephone(page, tmp_path):

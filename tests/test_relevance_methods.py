@@ -239,6 +239,17 @@ def test_scaling_never_makes_a_picture_of_nothing(explanation):
         explanation.scaled("layer")
 
 
+def test_negative_relevance_is_neither_drawn_nor_in_shares(explanation):
+    signed = with_maps(explanation, torch.full_like(explanation.maps, -3.0))
+    assert signed.is_signed and not explanation.is_signed
+    assert signed.scaled("map").eq(0).all() and signed.box_shares.isnan().all() and signed.masses.lt(0).all()
+    signed.maps[..., 1, 2], signed.maps[..., 2, 1] = 6.0, 3.0
+    for per in ("map", "object", "sweep"):
+        assert signed.scaled(per).sum((-2, -1)).eq(1.5).all()
+    full = with_maps(signed, signed.maps.clamp(min=0))
+    assert torch.equal(signed.box_shares, full.box_shares)
+
+
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])
 def test_save_and_load(ending, detector, picture, tmp_path):
     both = first_off(1) & heads_off(2, layers=[1], site="decoder_self")

@@ -88,7 +88,7 @@ class Autocast:
                 picture,
                 result.configurations,
                 explanation.objects,
-                options.method,
+                options.methods[0],
                 options.layers,  # type: ignore[arg-type]
                 target=options.target,
                 pick=options.pick,

@@ -80,7 +80,11 @@ def add_parser(commands: Any) -> None:
         "class of the same query, or the query that detects the same object",
     )
     group.add_argument(
-        "--method", default=METHODS[0], metavar="METHOD", help=f"{', '.join(METHODS)} (default {METHODS[0]})"
+        "--method",
+        default=METHODS[0],
+        metavar="METHODS",
+        help=f"{', '.join(METHODS)} (default {METHODS[0]}); several, with commas, or all: the first is that of the "
+        "report, and the others can be chosen on its page",
     )
     group.add_argument(
         "--layers", default="all", metavar="LAYERS", help="decoder layers: all (default), last, or 0,5"
@@ -124,7 +128,7 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.cli.autocast import Autocast, check_autocast
     from headoff.cli.configurations import ConfigurationChoice, describe_ablation, describe_configurations
     from headoff.cli.detectors import load_detector, provenance
-    from headoff.cli.relevance import RelevanceOptions, parse_layers
+    from headoff.cli.relevance import RelevanceOptions, parse_layers, parse_methods
     from headoff.cli.reports import drawing_of, images_to_report, write_reports
     from headoff.figures.colouring import MapStyle
     from headoff.images import load_image
@@ -135,7 +139,7 @@ def run(settings: argparse.Namespace) -> int:
     choice = ConfigurationChoice.from_options(settings)
     drawing = drawing_of(settings)
     relevance = RelevanceOptions(
-        method=settings.method,
+        methods=parse_methods(settings.method),
         target=settings.target,
         layers=parse_layers(settings.layers),
         pick=settings.pick,

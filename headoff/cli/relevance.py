@@ -9,9 +9,10 @@ from typing import Literal
 
 from PIL import Image
 
-from headoff.choices import AblationKind, Pick
+from headoff.choices import METHODS, AblationKind, Pick
 from headoff.cli.progress import progress_bar
 from headoff.detector import Detector
+from headoff.encoded import EncodedImage
 from headoff.errors import SettingError
 from headoff.figures.colouring import MapStyle
 from headoff.gates import HeadLayout
@@ -27,7 +28,8 @@ class RelevanceOptions:
     """Arguments of `headoff.explain`, and how maps are drawn.
 
     Attributes:
-        method, target, layers, pick, heads: see `headoff.explain`.
+        methods: see `headoff.explain`; the first is that of the report, others can be chosen on its page.
+        target, layers, pick, heads: see `headoff.explain`.
         queries, objects: explain only these; all detected objects if both are empty.
         style: how maps are drawn.
         maps: format of the file of raw maps.
@@ -38,7 +40,7 @@ class RelevanceOptions:
         SettingError: an option is invalid for every detector.
     """
 
-    method: str = "chefer"
+    methods: tuple[str, ...] = ("chefer",)
     target: str = "class"
     layers: str | tuple[int, ...] = "all"
     pick: Pick = "baseline"
@@ -52,7 +54,8 @@ class RelevanceOptions:
     drawing: Drawing = Drawing()
 
     def __post_init__(self) -> None:
-        resolve_method(self.method)
+        for method in self.methods:
+            resolve_method(method)
         make_target(self.target, 0, 0)
 
     def check(self, layout: HeadLayout) -> None:
@@ -70,7 +73,7 @@ class RelevanceOptions:
 
     def describe(self) -> dict[str, str]:
         """These options as part of a report's provenance."""
-        relevance = [self.method, f"of {self.target}", f"after {_describe_layers(self.layers)}"]
+        relevance = [*self.methods, f"of {self.target}", f"after {_describe_layers(self.layers)}"]
         relevance += [f"pick {self.pick}"]
         relevance += [f"query {query}" for query in self.queries]
         relevance += [f"object {number}" for number in self.objects]
@@ -98,22 +101,29 @@ class RelevanceOptions:
         for number in self.objects:
             query_of_object(result.baseline, number)
         objects = result.baseline.subset(self.objects) if self.objects else result.baseline
-        with progress_bar("explaining", "configuration", show=progress) as update:
-            explanation = explain(
-                detector,
-                picture,
-                result.configurations,
-                self.queries or objects,
-                self.method,
-                self.layers,  # type: ignore[arg-type]
-                target=self.target,
-                pick=self.pick,
-                confidence=result.confidence,
-                heads=self.heads,
-                ablation=self.ablation,
-                references=self.references,
-                progress=update,
-            )
+        encoded = EncodedImage.of(detector, picture)
+        found: list[Explanation] = []
+        for method in self.methods:
+            words = "explaining" if len(self.methods) == 1 else f"explaining by {method}"
+            with progress_bar(words, "configuration", show=progress) as update:
+                found.append(
+                    explain(
+                        detector,
+                        encoded,
+                        result.configurations,
+                        found[0].objects if found else self.queries or objects,
+                        method,
+                        self.layers,  # type: ignore[arg-type]
+                        target=self.target,
+                        pick=self.pick,
+                        confidence=result.confidence,
+                        heads=self.heads and not found,
+                        ablation=self.ablation,
+                        references=self.references,
+                        progress=update,
+                    )
+                )
+        explanation, *others = found
         with progress_bar("drawing", "figure", show=progress) as update:
             write_report(
                 folder,
@@ -124,10 +134,25 @@ class RelevanceOptions:
                 style=self.style,
                 maps=self.maps,
                 curves=curves,
+                others=others,
                 progress=update,
                 **asdict(self.drawing),
             )
         return explanation
+
+
+def parse_methods(text: str) -> tuple[str, ...]:
+    """Read names of methods such as `chefer,raw`, or `all`.
+
+    Raises:
+        SettingError: a method is named twice.
+    """
+    if text == "all":
+        return METHODS
+    names = tuple(part.strip() for part in text.split(","))
+    if len(set(names)) < len(names):
+        raise SettingError(f"--method {text!r} names a method twice: name each method once")
+    return names
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:

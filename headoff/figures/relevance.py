@@ -287,6 +287,8 @@ def _explained(explanation: Explanation, configuration: int, width: float) -> li
         f"Image relevance ({explanation.method}) for {target_words(explanation)}, after each decoder layer. "
         "Mass: the sum of a map; it has no unit and is no share."
     )
+    if explanation.is_signed:
+        words += " Drawn is positive relevance; this method has negative relevance, too."
     if not explanation.through_encoder:
         words += " Relevance ends at the memory, as the encoder is not attention between its tokens."
     if explanation.configurations[configuration].clauses:

@@ -50,7 +50,8 @@ class Explanation:
         objects: the O explained objects: the baseline's detections by falling score, or the given queries in that
             order.
         layers: the M decoder layers, from 0; a map is the relevance *after* a layer.
-        maps: (C, O, M, h, w), raw relevance, not negative, without a unit; float32, or float64 for a float64 detector.
+        maps: (C, O, M, h, w), raw relevance without a unit; float32, or float64 for a float64 detector. Only signed
+            methods have negative relevance, which is evidence against the target.
         queries: (C, O) int64, the explained query; -1 if not found.
         labels: (C, O) int64, the explained class; -1 if not found.
         values: (C, O) float64, the target's value under the configuration; NaN if not found.
@@ -153,6 +154,11 @@ class Explanation:
         return self.maps.double().sum((-2, -1))
 
     @property
+    def is_signed(self) -> bool:
+        """Whether any relevance is negative."""
+        return bool((self.maps < 0).any())
+
+    @property
     def scores(self) -> Tensor:
         """(C, O) float64: probability of the explained class at the explained query; NaN if not found."""
         probabilities = torch.stack(
@@ -182,15 +188,16 @@ class Explanation:
 
     @property
     def box_shares(self) -> Tensor:
-        """(C, O, M) float64: the share of the mass inside the object's box, 0..1; NaN if the mass is zero.
+        """(C, O, M) float64: the share of the positive relevance inside the object's box, 0..1; NaN if there is none.
 
         The box is that of the baseline under every configuration. A token that it covers partly counts partly.
         """
         cover = torch.stack(
             [self.token_grid.cover(box) for box in self.objects.boxes.double()] or [torch.zeros(self.grid)]
         )
-        inside = (self.maps.double() * cover[: len(self.objects), None]).sum((-2, -1))
-        return inside / self.masses.masked_fill(self.masses == 0, torch.nan)
+        maps = self.maps.double().clamp(min=0)
+        inside, all_of_it = (maps * cover[: len(self.objects), None]).sum((-2, -1)), maps.sum((-2, -1))
+        return inside / all_of_it.masked_fill(all_of_it == 0, torch.nan)
 
     @property
     def peaks(self) -> Tensor:
@@ -211,13 +218,13 @@ class Explanation:
                 scale for each object, over configurations and layers. `map`: each map from its smallest to its
                 greatest relevance, as in the paper's notebook.
 
-        Maps that are constant up to rounding become 0.
+        Negative relevance, and maps that are constant up to rounding, become 0.
         """
         if per not in ("map", "object", "sweep"):
             raise SettingError(f"maps cannot be scaled per {per!r}: use map, object or sweep")
-        maps = self.maps
+        maps = self.maps.clamp(min=0)
         if not maps.numel():
-            return maps.clone()
+            return maps
         if per == "map":
             least, greatest = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
         else:

@@ -25,7 +25,11 @@ MOST_BYTES = 8 * 2**20
 
 
 def page_maps(
-    explanation: Explanation, result: SweepResult, style: MapStyle, frames: Sequence[int | None]
+    explanation: Explanation,
+    result: SweepResult,
+    style: MapStyle,
+    frames: Sequence[int | None],
+    others: Sequence[Explanation] = (),
 ) -> dict[str, Any]:
     """The data for the page's script.
 
@@ -34,11 +38,13 @@ def page_maps(
         result: the sweep, for its baseline and confidence.
         style: the initial choice of scale and colours.
         frames: for every picture of the page, the configuration's index in `explanation`.
+        others: maps of the same by other methods.
     """
-    channels = [("relevance", explanation.maps)]
-    size = max(explanation.maps.numel(), 1)
+    methods = explanation, *others
+    size = max(sum(one.maps.numel() for one in methods), 1)
+    heads: list[tuple[str, Tensor]] = []
     if explanation.heads is not None and explanation.heads.numel() + size <= MOST_BYTES:
-        channels += [(f"head {head}", maps) for head, maps in enumerate(explanation.heads.unbind(3))]
+        heads = [(f"head {head}", maps) for head, maps in enumerate(explanation.heads.unbind(3))]
     # As many of the first configurations as fit, but at least one.
     count = min(len(explanation), max(1, MOST_BYTES * len(explanation) // size))
     views = [
@@ -46,7 +52,6 @@ def page_maps(
         for index in range(count)
     ]
     rows, columns = explanation.grid
-    masses, shares = explanation.masses, explanation.box_shares
     return {
         "rows": rows,
         "columns": columns,
@@ -66,14 +71,27 @@ def page_maps(
                         "box": None if view.box is None else rounded(view.box),
                     }
                     for view in views[index]
-                ],
-                "masses": rounded(masses[index].tolist()),
-                "shares": rounded(shares[index].tolist()),
+                ]
             }
             for index in range(count)
         ],
         "frames": [None if index is None or index >= count else index for index in frames],
-        "channels": [{"name": name, **packed(maps[:count])} for name, maps in channels],
+        # Channels of a group share a scale: methods have units of their own, heads have one.
+        "channels": [
+            {
+                "name": one.method,
+                "group": group,
+                "method": True,
+                "masses": rounded(one.masses[:count].tolist()),
+                "shares": rounded(one.box_shares[:count].tolist()),
+                **packed(one.maps[:count]),
+            }
+            for group, one in enumerate(methods)
+        ]
+        + [
+            {"name": name, "group": len(methods), "method": False, **packed(maps[:count])}
+            for name, maps in heads
+        ],
         "colours": {
             name: _base64(replace(style, overlay=overlay).colours.tobytes())
             for name, overlay in (("plain", False), ("overlay", True))
@@ -97,7 +115,7 @@ def packed(maps: Tensor) -> dict[str, Any]:
         return {"bytes": "", "least": [], "greatest": []}
     least, greatest = flat.amin(-1), flat.amax(-1)
     # The bound of Explanation.scaled: a map whose values differ only by rounding is constant.
-    constant = greatest - least <= 4 * torch.finfo(maps.dtype).eps * greatest
+    constant = greatest - least <= 4 * torch.finfo(maps.dtype).eps * flat.abs().amax(-1)
     least = torch.where(constant, greatest, least)
     span = (greatest - least).masked_fill(constant, 1)
     shades = ((flat - least[..., None]) / span[..., None] * 255).round().clamp(0, 255).to(torch.uint8)

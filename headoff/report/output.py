@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -78,6 +79,7 @@ def write_report(
     style: MapStyle | None = None,
     maps: Literal["npz", "safetensors"] = "npz",
     curves: RemovalCurves | None = None,
+    others: Sequence[Explanation] = (),
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Path:
     """Write the report on a sweep into `folder`, and return the path of its page (without one, of sweep.json).
@@ -98,6 +100,8 @@ def write_report(
             figures, and written to relevance.csv and, as arrays with named axes, to maps.npz or maps.safetensors.
         style: how maps are drawn; by default on the image, with one scale for each object.
         maps: the format of the arrays.
+        others: maps of the same configurations, objects and layers by other methods. They can be chosen on the page,
+            are in relevance.csv, and have a file of arrays each.
         curves: how the order of a cumulative sweep compares with others, see `HeadImportance.curves`.
         progress: called with (number of drawn figures, number of figures); the page counts as one.
 
@@ -110,6 +114,10 @@ def write_report(
         raise SettingError(
             "the explanation is of other configurations than the sweep: explain(..., result.configurations)"
         )
+    if any(one.axes != explanation.axes for one in others if explanation is not None):
+        raise SettingError(
+            "the explanations by other methods are of other configurations, objects or layers: make all of the same"
+        )
     folder = Path(folder)
     name = provenance.get("image", "")
     picture = small_picture(image)
@@ -117,8 +125,11 @@ def write_report(
         write("detections.csv", csv_text(DETECTION_COLUMNS, detection_rows(result, name)))
         write("objects.csv", csv_text(OBJECT_COLUMNS, object_rows(result, name)))
         if explanation is not None:
-            write("relevance.csv", csv_text(RELEVANCE_COLUMNS, relevance_rows(explanation, name)))
+            rows = chain.from_iterable(relevance_rows(one, name) for one in (explanation, *others))
+            write("relevance.csv", csv_text(RELEVANCE_COLUMNS, rows))
             explanation.save(write.path(f"maps.{maps}"))
+            for one in others:
+                one.save(write.path(f"maps-{one.method}.{maps}"))
         drawn = [*sweep_figures(picture, result, dpi=dpi)] if figures == "all" else []
         if figures == "all" and curves is not None:
             drawn.append(curves_figure(curves))
@@ -135,7 +146,7 @@ def write_report(
         if figures != "none":
             progress(len(drawn), total)
             write(THUMBNAIL, thumbnail(picture))
-            write(PAGE, render_page(picture, result, provenance, explanation, style, curves))
+            write(PAGE, render_page(picture, result, provenance, explanation, style, curves, others))
         progress(total, total)
         write(FINISHED, sweep_json(result, provenance, write.files, explanation))
     return folder / (FINISHED if figures == "none" else PAGE)

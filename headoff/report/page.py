@@ -69,6 +69,7 @@ def render_page(
     explanation: Explanation | None = None,
     style: MapStyle | None = None,
     curves: RemovalCurves | None = None,
+    others: Sequence[Explanation] = (),
 ) -> str:
     """The HTML of the page. See `headoff.report.write_report` for the arguments."""
     picture = small_picture(image)
@@ -89,7 +90,7 @@ def render_page(
     return template("sweep.html").render(
         title=PurePath(provenance.get("image", "")).name or "Sweep",
         verdict=headline(result, explanation),
-        relevance=_relevance(explanation, result, style or MapStyle(), pictured),
+        relevance=_relevance(explanation, result, style or MapStyle(), pictured, others),
         switches=board,
         switches_json=as_script(board) if board else "",
         frames=frames,
@@ -208,11 +209,15 @@ def picture_width(image_size: tuple[int, int]) -> int:
 
 
 def _relevance(
-    explanation: Explanation | None, result: SweepResult, style: MapStyle, pictured: Sequence[View]
+    explanation: Explanation | None,
+    result: SweepResult,
+    style: MapStyle,
+    pictured: Sequence[View],
+    others: Sequence[Explanation],
 ) -> dict[str, Any] | None:
     if explanation is None:
         return None
-    data = page_maps(explanation, result, style, [view.configuration for view in pictured])
+    data = page_maps(explanation, result, style, [view.configuration for view in pictured], others)
     return {
         "evidence": evidence(explanation),
         "through_encoder": explanation.through_encoder,
@@ -220,7 +225,8 @@ def _relevance(
         "has_points": explanation.points is not None,
         "data": data,
         "json": as_script(data),
-        "method": explanation.method,
+        "methods": [one.method for one in (explanation, *others)],
+        "signed": [one.method for one in (explanation, *others) if one.is_signed],
         "target": target_words(explanation),
         "repicked": {"class": "the class", "object": "query and class"}.get(explanation.pick, ""),
         "left_out": len(explanation) - len(data["configurations"]),

@@ -16,7 +16,10 @@
   const at = (configuration, object, layer) => (configuration * objects.length + object) * layers.length + layer;
   const isFound = (configuration, object) => data.configurations[configuration].objects[object].query !== null;
 
-  // Full colour: the greatest value of all, and of each object; of relevance, or of the attention of any head.
+  const methods = channels.filter(({ method }) => method).length; // they come first, the heads' attention after them
+  const several = methods > 1;
+
+  // Full colour: the greatest value of all, and of each object; of a method's relevance, or of any head's attention.
   function topsOf(chosen) {
     const tops = objects.map(() => 0);
     for (const { greatest } of chosen)
@@ -26,16 +29,15 @@
       });
     return { objects: tops, all: Math.max(...tops) };
   }
-  const tops = [topsOf(channels.slice(0, 1)), topsOf(channels.slice(1))];
+  const tops = [...Array(methods + 1).keys()].map((of) => topsOf(channels.filter(({ group }) => group === of)));
 
-  // From 0 to the greatest of all or of the object; on its own scale from a map's least. What is constant is 0 there.
+  // From 0 to the greatest of all or of the object; on its own scale from a map's least, or 0. What is constant is 0 there.
   function valuesOf(channel, index, object) {
-    const { least, greatest } = channels[channel];
+    const { least, greatest, group } = channels[channel];
     const span = greatest[index] - least[index];
-    const top = tops[channel ? 1 : 0];
-    const full = state.scale === "sweep" ? top.all : top.objects[object];
-    if (state.scale === "map") return (byte) => (span > 0 ? byte / 255 : 0);
-    return (byte) => (full > 0 ? (least[index] + (span * byte) / 255) / full : 0);
+    const low = state.scale === "map" ? Math.max(least[index], 0) : 0;
+    const top = { sweep: tops[group].all, object: tops[group].objects[object], map: greatest[index] }[state.scale];
+    return (byte) => (span > 0 || state.scale !== "map" ? Math.max((least[index] + (span * byte) / 255 - low) / (top - low || 1), 0) : 0);
   }
 
   // The bytes of a map, between tokens those between their bytes.
@@ -102,8 +104,9 @@
   function fill(map, configuration, object, channel, layer, times) {
     const index = at(configuration, object, layer);
     const now = data.configurations[configuration].objects[object];
-    const some = channels[channel].greatest[index] > 0;
-    const no = now.query === null ? "not found" : some ? "" : channel ? "off" : "no image evidence";
+    const { greatest, least, method } = channels[channel];
+    const nothing = least[index] < 0 ? "only evidence against it" : method ? "no image evidence" : "off";
+    const no = now.query === null ? "not found" : greatest[index] > 0 ? "" : nothing;
     map.classList.toggle("without", no !== "");
     map.querySelector(".no").textContent = no;
     if (!no) paint(map.querySelector("canvas"), channel, index, object, times);
@@ -112,10 +115,12 @@
     return no;
   }
 
+  const shownMethod = () => (state.map < methods ? state.map : 0);
+
   function newTile(colour, words, chosen) {
     const tile = element("button", "tile", newMap(colour), element("span", "", words));
     tile.type = "button";
-    tile.addEventListener("click", () => page.set(chosen));
+    tile.addEventListener("click", () => page.set(chosen()));
     return tile;
   }
 
@@ -129,16 +134,20 @@
     Object.assign(slider, { type: "range", min: 0, max: layers.length - 1, step: 1 });
     slider.addEventListener("input", () => page.set({ layer: slider.valueAsNumber }));
     slider.setAttribute("aria-label", "decoder layer");
-    const strip = element("div", "tiles", ...layers.map((layer, m) => newTile(object.colour, `layer ${layer}`, { layer: m, map: 0 })));
+    const strip = element("div", "tiles", ...layers.map((layer, m) => newTile(object.colour, `layer ${layer}`, () => ({ layer: m, map: shownMethod() }))));
     strip.style.setProperty("--tiles", layers.length);
-    const heads = element("div", "tiles heads", ...channels.slice(1).map((channel, h) => newTile(object.colour, channel.name, { map: h + 1 })));
+    const choices = (kind, from, to) => element("div", `tiles ${kind}`, ...channels.slice(from, to).map(({ name }, i) => newTile(object.colour, name, () => ({ map: from + i }))));
+    const compared = choices("compared", 0, several ? methods : 0);
+    const heads = choices("heads", methods);
+    compared.style.setProperty("--tiles", Math.min(methods, 4));
     heads.style.setProperty("--tiles", 4);
     const large = newMap(object.colour);
     const caption = element("p", "caption");
     const parts = [title, large, caption, slider, strip];
-    if (channels.length > 1) parts.push(element("p", "caption of-heads"), heads);
+    if (several) parts.push(element("p", "caption of-methods"), compared);
+    if (channels.length > methods) parts.push(element("p", "caption of-heads"), heads);
     const card = element("article", "card", ...parts);
-    return { card, title, large, caption, slider, strip, heads };
+    return { card, title, large, caption, slider, strip, compared, heads };
   }
 
   const short = (number) => Number(number.toPrecision(3));
@@ -152,21 +161,23 @@
     card.title.querySelector(".quiet").textContent = query === null ? `was ${was}` : `query ${query}${was === now ? "" : `, was ${was}`}`;
     card.card.classList.toggle("chosen", state.object === o);
     const no = fill(card.large, configuration, o, state.map, state.layer, state.smooth ? data.smoothing : 1);
-    const mass = short(data.configurations[configuration].masses[o][state.layer]);
-    const share = Math.round(100 * data.configurations[configuration].shares[o][state.layer]);
     const layer = layers[state.layer];
-    card.caption.textContent = state.map
-      ? `attention, ${channels[state.map].name} of layer ${layer}: ${no || `at most ${short(channels[state.map].greatest[at(configuration, o, state.layer)])} on a token`}`
-      : `relevance after layer ${layer}: ${no || `mass ${mass}, ${share}% of it in the box`}`;
+    const { name: channel, method, masses, shares, greatest } = channels[state.map];
+    const mass = () => `mass ${short(masses[configuration][o][state.layer])}, ${Math.round(100 * shares[configuration][o][state.layer])}% of it in the box`;
+    card.caption.textContent = method
+      ? `${several ? channel : "relevance"} after layer ${layer}: ${no || mass()}`
+      : `attention, ${channel} of layer ${layer}: ${no || `at most ${short(greatest[at(configuration, o, state.layer)])} on a token`}`;
     card.slider.value = state.layer;
     [...card.strip.children].forEach((tile, m) => {
-      fill(tile.firstChild, configuration, o, 0, m, state.smooth ? 2 : 1);
-      tile.setAttribute("aria-pressed", state.map === 0 && state.layer === m);
+      fill(tile.firstChild, configuration, o, shownMethod(), m, state.smooth ? 2 : 1);
+      tile.setAttribute("aria-pressed", state.map < methods && state.layer === m);
     });
-    if (channels.length > 1) card.card.querySelector(".of-heads").textContent = `Attention of query ${query ?? "–"} in layer ${layer}, per head`;
-    [...card.heads.children].forEach((tile, h) => {
-      fill(tile.firstChild, configuration, o, h + 1, state.layer, state.smooth ? 2 : 1);
-      tile.setAttribute("aria-pressed", state.map === h + 1);
+    if (several) card.card.querySelector(".of-methods").textContent = `Relevance after layer ${layer}, by method`;
+    if (channels.length > methods) card.card.querySelector(".of-heads").textContent = `Attention of query ${query ?? "–"} in layer ${layer}, per head`;
+    [...card.compared.children, ...card.heads.children].forEach((tile, i) => {
+      const map = several ? i : methods + i;
+      fill(tile.firstChild, configuration, o, map, state.layer, state.smooth ? 2 : 1);
+      tile.setAttribute("aria-pressed", state.map === map);
     });
   }
 
@@ -200,9 +211,10 @@
     ramp.data.set(table);
     $("ramp").getContext("2d").putImageData(ramp, 0, 0);
     $("ramp-from").textContent = state.scale === "map" ? "each map's least" : "0";
-    const what = state.map ? "attention" : "relevance";
+    const { method, group } = channels[state.map];
+    const what = method ? "relevance" : "attention";
     $("ramp-to").textContent = {
-      sweep: `${short(tops[state.map ? 1 : 0].all)}, the greatest ${what} of any object`,
+      sweep: `${short(tops[group].all)}, the greatest ${what} of any object`,
       object: `each object's greatest ${what} over configurations and layers`,
       map: `its greatest ${what}`,
     }[state.scale];
