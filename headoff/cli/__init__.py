@@ -16,6 +16,7 @@ from typing import NoReturn
 from headoff import __version__
 from headoff.cli import (
     bench,
+    compare,
     detect,
     evaluate,
     explain,
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         detect,
         roles,
         evaluate,
+        compare,
         references,
         verify,
         bench,

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -113,6 +113,7 @@ class ConfigurationScores:
         by_class: (K,), AP of each class; NaN for those without objects.
         class_low, class_high: (K,), their 95% intervals.
         class_loss_low, class_loss_high: (K,), 95% intervals of the AP lost against the baseline, paired by image.
+        class_samples: (K, B) float32, AP of each class in the samples; None unless they were asked for.
         influence: (images,) float64, see `headoff.evaluation.precision.influence`.
         outcomes: for each of `REFERENCES`.
     """
@@ -128,6 +129,7 @@ class ConfigurationScores:
     class_loss_high: np.ndarray
     influence: np.ndarray
     outcomes: Mapping[str, OutcomeRates]
+    class_samples: np.ndarray | None = None
 
     def __getitem__(self, metric: str) -> float:
         return float(self.metrics[METRICS.index(metric)])
@@ -189,6 +191,7 @@ class _Scorer:
     images: np.ndarray
     resamples: int
     confidence: float
+    keep_class_samples: bool = False
     baseline_by_class: tuple[np.ndarray, np.ndarray] | None = None
     """AP of each class (K,) with nothing off, and in the samples (K, B)."""
 
@@ -245,6 +248,7 @@ class _Scorer:
             loss_high,
             influence(self.objects, matches),
             {name: self._outcomes(name, objects, confident) for name, objects in references.items()},
+            drawn.by_class.astype(np.float32) if self.keep_class_samples else None,
         )
         return scores, (by_class, drawn.by_class)
 
@@ -269,6 +273,7 @@ def score(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
     processes: int | None = None,
+    keep_class_samples: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Scores:
     """Score all configurations of a results folder.
@@ -280,6 +285,7 @@ def score(
         resamples: B, samples of the bootstrap; 0 for no intervals.
         confidence: above which detections have outcomes; AP takes all.
         processes: by default as many as there are cores, and one where it is quickly done.
+        keep_class_samples: keep the samples of each class, for differences to the scores of another folder.
         progress: is called with 1 after each configuration.
 
     Raises:
@@ -295,7 +301,7 @@ def score(
         raise SettingError(f"a bootstrap cannot have {resamples} samples: give 0 for none, or some hundreds")
     if not 0 <= confidence <= 1:
         raise SettingError(f"confidence {confidence} is not a probability: give a number from 0 to 1")
-    scorer = _Scorer(source, chosen, resamples, confidence)
+    scorer = _Scorer(source, chosen, resamples, confidence, keep_class_samples)
     baseline, by_class = scorer(indices[0])
     if progress:
         progress(1)
@@ -303,7 +309,7 @@ def score(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         processes = cores if len(chosen) * len(indices) >= _WORTH_PROCESSES else 1
     scored = [baseline]
-    with _mapping(_Scorer(source, chosen, resamples, confidence, by_class), processes) as run:
+    with _mapping(replace(scorer, baseline_by_class=by_class), processes) as run:
         for one in run(indices[1:]):
             scored.append(one)
             if progress:

@@ -28,10 +28,20 @@ The plotting functions take and return matplotlib axes. Without axes they create
     head_card.py  head_card: the card of one head
     importance_sheets.py  all figures of what heads contribute
     faithfulness.py  plot_faithfulness, plot_faithfulness_curves, plot_methods: relevance methods compared
+    evaluation.py  data sets: plot_precision, plot_heads_precision, plot_class_losses, plot_outcome_rates
+    evaluation_comparison.py  two results on the same images: plot_comparison, plot_differences
     notebook.py   results as notebooks show them
 """
 
 from headoff.figures.colouring import MapStyle
+from headoff.figures.evaluation import (
+    plot_class_losses,
+    plot_heads_precision,
+    plot_outcome_rates,
+    plot_precision,
+    plot_subset_precision,
+)
+from headoff.figures.evaluation_comparison import plot_comparison, plot_differences
 from headoff.figures.faithfulness import plot_faithfulness, plot_faithfulness_curves, plot_methods
 from headoff.figures.head_card import head_card
 from headoff.figures.importance import (
@@ -54,6 +64,13 @@ from headoff.figures.survival import plot_survival
 from headoff.figures.totals import plot_totals
 
 __all__ = [
+    "plot_differences",
+    "plot_comparison",
+    "plot_subset_precision",
+    "plot_precision",
+    "plot_outcome_rates",
+    "plot_heads_precision",
+    "plot_class_losses",
     "MapStyle",
     "OBJECT_COLOURS",
     "SweepFigure",
