@@ -54,6 +54,13 @@ FAITHFULNESS_MEASURES = (
     "pixels_grey",
     "pixels_blur",
     "pixels_surroundings",
+    "detected_box",
+    "true_box",
+    "true_mask",
+    "segmentation",
+    "randomisation",
+    "targets",
+    "causal",
 )
 """The built-in measures of `headoff.faithfulness`."""
 

@@ -15,6 +15,7 @@ every image's and class's best detection, then of every second one, and so on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -121,8 +122,23 @@ class Matches:
     ignored: np.ndarray
 
 
-def match(objects: TrueObjects, detections: DetectionTable) -> Matches:
-    """Match the detections of the evaluated images."""
+PairOverlaps = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""IoU (n,) of pairs, from indices in the `DetectionTable` (n,) and in the `GroundTruth` (n,)."""
+
+
+def match(
+    objects: TrueObjects,
+    detections: DetectionTable,
+    *,
+    iou: PairOverlaps | None = None,
+    areas: np.ndarray | None = None,
+) -> Matches:
+    """Match the detections of the evaluated images.
+
+    Args:
+        iou: of pairs; by default that of their boxes.
+        areas: (n,) of the detections; by default those of their boxes.
+    """
     classes = objects.classes
     chosen = np.flatnonzero(objects.evaluated[detections.image])
     scores, labels = detections.scores[chosen].astype(np.float64), detections.labels[chosen]
@@ -142,13 +158,15 @@ def match(objects: TrueObjects, detections: DetectionTable) -> Matches:
     places = chosen[order]
     corners = detections.boxes[places].astype(np.float64).reshape(-1, 4)
     boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    areas = (boxes[:, 2] * boxes[:, 3])[:, None]
-    in_range = (areas >= _LEAST) & (areas <= _GREATEST)
+    size = (boxes[:, 2] * boxes[:, 3] if areas is None else areas[places])[:, None]
+    in_range = (size >= _LEAST) & (size <= _GREATEST)
 
     group = image * classes + labels
-    detection, target, iou = _pairs(objects, group, boxes)
+    detection, target, overlap = _pairs(
+        objects, group, boxes, None if iou is None else lambda rows, of: iou(places[rows], objects.places[of])
+    )
     paired, of = np.unique(detection, return_inverse=True)
-    matched, ignored = _assign(objects, of, target, iou, group[paired], rank[paired])
+    matched, ignored = _assign(objects, of, target, overlap, group[paired], rank[paired])
     return Matches(labels, image, rank, in_range, places, paired, matched, ignored)
 
 
@@ -188,12 +206,15 @@ def overlaps(boxes: np.ndarray, others: np.ndarray, crowd: np.ndarray | None = N
 
 
 def _pairs(
-    objects: TrueObjects, group: np.ndarray, boxes: np.ndarray
+    objects: TrueObjects, group: np.ndarray, boxes: np.ndarray, iou_of: PairOverlaps | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Detections and objects of the same image and class whose IoU suffices for the lowest threshold, and that IoU."""
     begins = objects.starts[group]
     detection, target = joined(begins, objects.starts[group + 1] - begins)
-    iou = overlaps(boxes[detection], objects.boxes[target], objects.crowd[target])
+    if iou_of is None:
+        iou = overlaps(boxes[detection], objects.boxes[target], objects.crowd[target])
+    else:
+        iou = iou_of(detection, target)
     enough = iou >= THRESHOLDS[0]
     return detection[enough], target[enough], iou[enough]
 

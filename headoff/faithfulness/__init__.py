@@ -7,7 +7,16 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from headoff.faithfulness import perturbation as perturbation  # registers its measures
+# These register their measures, in this order.
+# isort: off
+from headoff.faithfulness import perturbation as perturbation
+from headoff.faithfulness import localisation as localisation
+from headoff.faithfulness import segmentation as segmentation
+from headoff.faithfulness import sanity as sanity
+from headoff.faithfulness import causal as causal
+
+# isort: on
+from headoff.faithfulness.causal import CausalAgreement
 from headoff.faithfulness.controls import CONTROLS, known_methods
 from headoff.faithfulness.explained import ExplainedImage
 from headoff.faithfulness.measures import (
@@ -21,11 +30,14 @@ from headoff.faithfulness.measures import (
 from headoff.faithfulness.perturbation import Perturbation
 from headoff.faithfulness.result import Faithfulness
 from headoff.faithfulness.runner import faithfulness
+from headoff.faithfulness.sanity import Randomisation, TargetSensitivity
+from headoff.faithfulness.segmentation import Segmentation
 from headoff.faithfulness.statistics import Comparison, Estimate
 from headoff.faithfulness.truth import Truth
 
 __all__ = [
     "CONTROLS",
+    "CausalAgreement",
     "Comparison",
     "Estimate",
     "ExplainedImage",
@@ -33,7 +45,10 @@ __all__ = [
     "Measure",
     "Perturbation",
     "Quantity",
+    "Randomisation",
     "Scores",
+    "Segmentation",
+    "TargetSensitivity",
     "Truth",
     "faithfulness",
     "known_methods",

@@ -149,7 +149,7 @@ class ExplainedImage:
         method: str,
         configurations: Sequence[Configuration | str] | None = None,
         *,
-        detector: Detector | None = None,
+        encoded: EncodedImage | None = None,
         objects: Objects | None = None,
         target: TargetSpec | Sequence[TargetSpec] = "class",
     ) -> Tensor:
@@ -158,7 +158,7 @@ class ExplainedImage:
         Args:
             method: a relevance method or a control.
             configurations: by default that of the image only.
-            detector: another detector of the same layout, such as one with other weights.
+            encoded: the image as another detector of the same layout encodes it, such as one with other weights.
             objects: explain these instead of the image's, such as the same queries with another class.
             target: see `headoff.explain`. Controls ignore it.
         """
@@ -166,7 +166,7 @@ class ExplainedImage:
         chosen = read_configurations(self.configuration if configurations is None else configurations)
         if method in CONTROLS:
             return torch.stack([CONTROLS[method](self, one.text, objects) for one in chosen])
-        encoded = self.encoded if detector is None else EncodedImage.of(detector, self.picture)
+        encoded = self.encoded if encoded is None else encoded
         found = explain(
             encoded.detector,
             encoded,
