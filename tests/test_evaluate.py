@@ -24,6 +24,7 @@ from headoff.errors import GateError, ImageError, NonFiniteError, OutputError, S
 from headoff.evaluation.candidates import candidates
 from headoff.evaluation.engines import LocalEngine
 from headoff.evaluation.results import Results
+from headoff.evaluation.work import Work
 from headoff.files import lock
 from headoff.scenes.dataset import draw_scene
 from tests.evaluate_examples import NAMES, SIZES, coco_data_set
@@ -277,6 +278,21 @@ def test_ctrl_c_loses_nothing(run, uninterrupted, tmp_path):
     assert progress[0][0] >= 4 and progress[-1] == (14, 14)
 
 
+def test_a_reading_process_that_dies_is_one_sentence(run, uninterrupted, tmp_path, monkeypatch):
+    read = Work.read
+
+    def die(self, number):
+        if torch.utils.data.get_worker_info() is not None and number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Work, "read", die)
+        with pytest.raises(SettingError, match="a process that reads images has ended"):
+            run(tmp_path, engine=LocalEngine(1))
+    assert same(run(tmp_path), uninterrupted)
+
+
 def test_a_finished_run_is_not_computed_again(run, uninterrupted, detector, monkeypatch):
     def fail(*_):
         raise AssertionError
@@ -508,6 +524,15 @@ def test_the_command_evaluates_and_goes_on(tmp_path, capsys):
     assert "configurations are 11 instead of 10, with 'L5H3'" in capsys.readouterr().err
     manifest = Results(tmp_path / "out").manifest
     assert manifest["provenance"]["annotations"] == "scenes:4"
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalEngine, "run", interrupt)
+    assert main(["evaluate", "scenes:2", "--out", str(tmp_path), "--threads", "1"]) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
 
 
 def test_the_command_names_what_it_left_out(tmp_path, capsys):

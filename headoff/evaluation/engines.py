@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from headoff.detector import Detector
-from headoff.errors import ImageError
+from headoff.errors import ImageError, SettingError, error_line
 from headoff.evaluation.shards import Shard
 from headoff.evaluation.work import ReadBatch, Work, Worker
 
@@ -74,7 +74,7 @@ class LocalEngine:
             pin_memory=detector.device.type == "cuda",
         )
         worker = Worker(work, detector)
-        with torch_threads(work.threads), ThreadPoolExecutor(1) as writer:
+        with _dead_readers(), torch_threads(work.threads), ThreadPoolExecutor(1) as writer:
             writing: deque[Future[Shard]] = deque()
             for read in loader:
                 if isinstance(read, ImageError):
@@ -85,6 +85,21 @@ class LocalEngine:
                     yield writing.popleft().result()
             for last in writing:
                 yield last.result()
+
+
+@contextmanager
+def _dead_readers() -> Iterator[None]:
+    """A sentence where a process of a DataLoader has ended: for lack of memory, or of a container's shared memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch raises it from a signal handler, so anywhere, and with no other sign of what it is.
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SettingError(
+            f"a process that reads images has ended ({error_line(error)}): free memory, allow more shared memory, or "
+            "give --workers 0; what was finished is kept"
+        ) from error
 
 
 class _Reading(Dataset):
