@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -516,10 +517,14 @@ def test_numbers_that_are_not_finite_end_the_run(tmp_path):
 def test_the_command_evaluates_and_goes_on(tmp_path, capsys):
     options = ["evaluate", "scenes:4", "--out", str(tmp_path / "out"), "--threads", "1", "--workers", "0"]
     options += ["--set", "cumulative", "--off", "L5H2", "--off", "first 1", "--batch", "2"]
+    options += ["--figures", "none"]
     assert main([*options, "--shard", "1/2"]) == 0
-    assert "2 of 4 images under 10 configurations" in capsys.readouterr().out
+    assert "without --shard makes the summary" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "summary.json").exists()
     assert main(options) == 0
-    assert "4 of 4 images under 10 configurations" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "4 of 4 images under 10 configurations" in printed and "summary.json" in printed
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())
     assert main([*options, "--off", "L5H3"]) == 2
     assert "configurations are 11 instead of 10, with 'L5H3'" in capsys.readouterr().err
     manifest = Results(tmp_path / "out").manifest
@@ -540,6 +545,7 @@ def test_the_command_names_what_it_left_out(tmp_path, capsys):
     (images / NAMES[3]).write_bytes(b"")
     (images / NAMES[4]).unlink()
     options = ["evaluate", str(annotations), str(images), "--out", str(tmp_path / "out"), "--off", "H1"]
+    options += ["--figures", "none"]
     assert main([*options, "--workers", "0"]) == 1
     err = capsys.readouterr().err
     assert "2 images left out" in err and "4.png" in err and "3.jpg" in err and "is empty" in err

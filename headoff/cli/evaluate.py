@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headoff.choices import DEFAULT_SITE, SITES
+from headoff.choices import DEFAULT_SITE, FIGURES, SITES
 from headoff.cli.options import (
     CONFIGURATION_SETS,
     NOTATION,
@@ -64,8 +64,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="what heads off cost over a data set: average precision and outcomes, on this machine or a cluster",
-        description="Detect the objects of a data set under every configuration, and report average precision with "
-        "intervals, differences to nothing off, and what became of the objects.",
+        description="""\
+Detect the objects of a data set under every configuration, and report average
+precision with intervals, differences to nothing off, and what became of the objects:
+a page, summary.json, CSV tables, and all detections in Parquet.""",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -85,6 +87,12 @@ def add_parser(commands: Any) -> None:
         "--strict",
         action="store_true",
         help="stop at an image that cannot be read, instead of leaving it out",
+    )
+    parser.add_argument(
+        "--figures",
+        choices=FIGURES,
+        default="page",
+        help="`none`: numbers only; `page`: a page with figures (default); `all`: figures as files, too",
     )
     group = parser.add_argument_group("what to switch off")
     group.add_argument(
@@ -142,10 +150,14 @@ def add_parser(commands: Any) -> None:
 
 def run_evaluate(settings: argparse.Namespace) -> int:
     """Run the command."""
+    from tqdm import tqdm
+
     from headoff.cli.configurations import describe_ablation
     from headoff.cli.detectors import load_detector, provenance
     from headoff.evaluation.run import evaluate, open_data_set
     from headoff.evaluation.shards import pyarrow_parquet
+    from headoff.evaluation.summary import summarise
+    from headoff.files import lock
     from headoff.wording import counted
 
     pyarrow_parquet()
@@ -167,34 +179,43 @@ def run_evaluate(settings: argparse.Namespace) -> int:
         **describe_ablation(settings),
     }
     try:
-        with _progress() as update:
-            results = evaluate(
-                detector,
-                data,
-                configurations=[one for choice in choices for one in choice(detector)],
-                out=settings.out,
-                ablation=settings.ablate,
-                references=settings.references,
-                engine=engine,
-                batch=settings.batch,
-                shard=settings.shard,
-                strict=settings.strict,
-                threads=settings.threads,
-                progress=update,
-                provenance=made_with,
+        # The summary is of what nobody writes to in the meantime.
+        with lock(settings.out, shared=settings.shard is not None):
+            with _progress() as update:
+                results = evaluate(
+                    detector,
+                    data,
+                    configurations=[one for choice in choices for one in choice(detector)],
+                    out=settings.out,
+                    ablation=settings.ablate,
+                    references=settings.references,
+                    engine=engine,
+                    batch=settings.batch,
+                    shard=settings.shard,
+                    strict=settings.strict,
+                    threads=settings.threads,
+                    progress=update,
+                    provenance=made_with,
+                )
+            print(
+                f"{len(results.done):,} of {counted(len(results.truth), 'image')} under "
+                f"{counted(len(results.configurations), 'configuration')}: {settings.out / 'detections'}"
             )
+            if settings.shard is None:
+                total = len(results.configurations)
+                with tqdm(total=total, desc="scoring", unit="configuration", leave=False) as bar:
+                    written = summarise(
+                        settings.out, pictures=data.source, figures=settings.figures, progress=bar.update
+                    )
+                print(f"summary: {written}")
+            else:
+                print("When all shards are done, the same command without --shard makes the summary.")
     except KeyboardInterrupt:
         print(
             f"\nheadoff: interrupted; what is finished is in {settings.out}, and the same command goes on from there",
             file=sys.stderr,
         )
         return 130
-    print(
-        f"{len(results.done):,} of {counted(len(results.truth), 'image')} under "
-        f"{counted(len(results.configurations), 'configuration')}: {settings.out / 'detections'}"
-    )
-    if not results.is_complete:
-        print("When all shards are done, the same command without --shard makes the summary.")
     return _left_out(results)
 
 
