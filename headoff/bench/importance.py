@@ -24,7 +24,7 @@ def importance_cases(size: Size, model: BenchmarkModel, one_forward: Provider) -
     """One case with all measures, by torch's SDPA."""
 
     def providers() -> list[Provider]:
-        confidence = _confidence(model)
+        confidence = confidence_of_objects(model)
         found = [_provider(model, confidence, measure) for measure in MEASURES]
         return [one_forward, *found]
 
@@ -65,7 +65,7 @@ def _check(model: BenchmarkModel, score, measure: str, found: HeadImportance) ->
     return None
 
 
-def _confidence(model: BenchmarkModel) -> float:
+def confidence_of_objects(model: BenchmarkModel) -> float:
     """A confidence that `OBJECTS` queries exceed."""
     detector = with_attention(model.detector, "sdpa")
     with torch.inference_mode():

@@ -22,6 +22,7 @@ from headoff.bench.attentions import (
     skipping_attention,
 )
 from headoff.bench.deformable import DeformableShape, DeformableWorkload, shapes_for
+from headoff.bench.faithfulness import faithfulness_cases
 from headoff.bench.importance import importance_cases
 from headoff.bench.models import BenchmarkModel, Size, with_attention
 from headoff.bench.notebook import Notebook
@@ -397,6 +398,13 @@ def recomputing_budget(model: BenchmarkModel, kernels: str) -> int:
     return next(2**power // 2 for power in range(1, 60) if keeps(2**power))
 
 
+def faithfulness_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
+    """Perturbation curves, relative to one plain forward pass of the detector."""
+    expected = ExpectedOutputs(SweepWorkload(model, (none_off(),)))
+    check = check_of(expected, sdpa)
+    yield from faithfulness_cases(size, model, Provider.of(ONE_FORWARD, plain_forward(model), check))
+
+
 def importance_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
     """Scores of all heads of cross-attention, relative to one plain forward pass of the detector."""
     expected = ExpectedOutputs(SweepWorkload(model, (none_off(),)))
@@ -426,5 +434,6 @@ SUITES = {
     "sweep": sweep_suite,
     "relevance": relevance_suite,
     "importance": importance_suite,
+    "faithfulness": faithfulness_suite,
     "deformable": deformable_suite,
 }

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
 # Written out, because importing them would import torch; a test compares them with the originals.
 SIZE_NAMES = ("scenes", "r50", "dc5")
-SUITES = ("attention", "skipping", "decoder", "sweep", "relevance", "importance", "deformable")
+SUITES = (
+    "attention",
+    "skipping",
+    "decoder",
+    "sweep",
+    "relevance",
+    "importance",
+    "faithfulness",
+    "deformable",
+)
 
 STAGE_SECONDS = 1.0
 """Stages that follow the line before faster than this are not announced."""
@@ -34,6 +43,8 @@ suites:
   relevance   from the image to the maps, and the notebooks' way; with the encoder's cams kept, and recomputed tile by
               tile in little memory
   importance  scores of all heads by several measures, relative to one plain forward pass
+  faithfulness  deletion curves of 20 steps for 5 objects by what fills the place of tokens, relative to one plain
+              forward pass
   deformable  single calls of deformable attention by two formulations in PyTorch, grid_sample and gathered corners, at
               the sizes of RT-DETR and Deformable DETR
 

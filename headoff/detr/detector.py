@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,17 @@ class Features:
 
     def to_grid(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, self.grid)
+
+    def filled(self, kept: Tensor, fill: Literal["zero", "mean"]) -> Features:
+        """P copies of one image without padding, in which tokens are replaced by zeros or by the mean of all tokens.
+
+        Args:
+            kept: (P, h, w) bool, the tokens that are not. Positions stay as they are.
+            fill: by what.
+        """
+        other = self.tokens.mean(1, keepdim=True) if fill == "mean" else self.tokens.new_zeros(())
+        tokens = torch.where(kept.flatten(1)[..., None], self.tokens, other)
+        return Features(tokens, self.positions.expand(len(kept), -1, -1), None, self.grid)
 
     def clone(self) -> Self:
         mask = None if self.attn_mask is None else self.attn_mask.clone()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headoff.detector import Detector
 from headoff.errors import SettingError, did_you_mean
 from headoff.faithfulness.explained import ExplainedImage
 
@@ -88,6 +89,10 @@ class Measure(ABC):
     def axis(self) -> str:
         """What the x axis of the curves is."""
         return ""
+
+    def check(self, detector: Detector) -> None:
+        """Raise SettingError where the measure does not suit the detector."""
+        return
 
     @abstractmethod
     def scores(self, image: ExplainedImage, methods: Sequence[str]) -> dict[str, Scores]:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headoff.detector import Detector
 from headoff.detr.detector import Detr, Features
 from headoff.errors import SettingError
 from headoff.faithfulness.explained import ExplainedImage
@@ -99,21 +100,19 @@ class TokenPerturber(Perturber):
 
     Args:
         fill: what is in their place. `removed`: nothing; nobody attends to them, and the others keep their positions.
-            `zero`: zeros; `mean`: the mean of the image's tokens; both with the position that the token had.
+            `zero`: zeros; `mean`: the mean of the image's tokens; both with the position that the token had. Of a
+            detector of transformers it is cells of the backbone's maps on all levels that are filled.
 
     Raises:
-        SettingError: the detector has not one token of the backbone for each cell.
+        SettingError: tokens of the detector cannot be removed.
     """
 
     def __init__(self, image: ExplainedImage, fill: str) -> None:
         super().__init__(image)
-        if not isinstance(image.features, Features):
-            raise SettingError(
-                "tokens can be taken away only from a detector with one backbone token for each cell, such as DETR: "
-                "use measures on pixels, such as pixels_grey"
-            )
         self.fill = fill
         self.features = image.features
+        if fill == "removed":
+            check_removable(image.detector)
 
     def batches(self, counts: Tensor) -> Sequence[slice]:
         if self.fill != "removed":
@@ -126,26 +125,20 @@ class TokenPerturber(Perturber):
         return found
 
     def bytes_of(self, count: int) -> int:
+        # Per token an encoder layer keeps about 8 vectors, and the hidden layer of its feed-forward block.
         detector = self.image.detector
-        assert isinstance(detector, Detr)
-        tokens = count if self.fill == "removed" else self.features.tokens.shape[1]
-        width = detector.config.feedforward + 12 * detector.config.width
-        encoder = max(tokens, 1) * width * self.features.tokens.element_size()
-        return encoder + detector.decoder_bytes(self.features)
+        tokens = count if self.fill == "removed" else sum(h * w for h, w in self.features.shapes)
+        width = detector.config.width if isinstance(detector, Detr) else 256
+        element = torch.finfo(detector.dtype).bits // 8
+        return max(tokens, 1) * 16 * width * element + detector.decoder_bytes(self.features)
 
     def memory(self, kept: Tensor) -> Any:
         features, detector, count = self.features, self.image.detector, len(kept)
-        kept = kept.to(features.tokens.device)
+        kept = kept.to(detector.device)
         gate = self.encoder_gate
         if self.fill != "removed":
-            fill = (
-                features.tokens.mean(1, keepdim=True)
-                if self.fill == "mean"
-                else features.tokens.new_zeros(())
-            )
-            tokens = torch.where(kept[..., None], features.tokens, fill)
-            positions = features.positions.expand(count, -1, -1)
-            return detector.encode_features(Features(tokens, positions, None, features.grid), gate)
+            filled = features.filled(kept.unflatten(1, self.image.grid.shape), self.fill)
+            return detector.encode_features(filled, gate)
         if not bool(kept.any()):
             # Nothing can be attended to; a sequence needs a token all the same.
             one = torch.zeros_like(kept[:, :1])
@@ -162,6 +155,15 @@ class TokenPerturber(Perturber):
             )
         tokens, positions = features.tokens[0][index], features.positions[0][index]
         return detector.encode_features(Features(tokens, positions, None, (1, index.shape[1])), gate)
+
+
+def check_removable(detector: Detector) -> None:
+    """Raise SettingError unless image tokens can be removed from the attention of this detector."""
+    if not isinstance(detector, Detr):
+        raise SettingError(
+            "image tokens can be removed from attention only in headoff's own DETR: use tokens_mean or tokens_zero, "
+            "or a measure on pixels"
+        )
 
 
 class PixelPerturber(Perturber):
@@ -305,6 +307,10 @@ class Perturbation(Measure):
     def points(self) -> Tensor:
         even = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
         return even**2 if self.spacing == "quadratic" else even
+
+    def check(self, detector: Detector) -> None:
+        if self.name == "tokens_removed":
+            check_removable(detector)
 
     def scores(self, image: ExplainedImage, methods: Sequence[str]) -> dict[str, Scores]:
         perturber = (TokenPerturber if self.place == "tokens" else PixelPerturber)(image, self.fill)

@@ -18,6 +18,7 @@ import torch
 from headoff.ablation.references import hash_of_image
 from headoff.choices import DEFAULT_FAITHFULNESS
 from headoff.detector import Detector
+from headoff.detr.detector import Detr
 from headoff.errors import ImageError, SettingError, did_you_mean
 from headoff.faithfulness.controls import CONTROLS, check_methods, known_methods
 from headoff.faithfulness.explained import MEMORY_BUDGET, ExplainedImage
@@ -102,7 +103,9 @@ def faithfulness(
     """
     chosen = _methods(methods)
     sources = sources_of(images, detector, annotations)
-    resolved = _measures(measures, sources)
+    resolved = _measures(measures, sources, detector)
+    for measure in resolved:
+        measure.check(detector)
     (configuration,) = read_configurations(off)
     configuration.check(detector.head_layout)
     if workers < 1:
@@ -266,20 +269,23 @@ def _methods(methods: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _measures(
-    measures: str | Measure | Sequence[str | Measure] | None, sources: Sequence[Source]
+    measures: str | Measure | Sequence[str | Measure] | None, sources: Sequence[Source], detector: Detector
 ) -> list[Measure]:
     """The measures; by default those for which enough is known of the true objects."""
     known = max((_KNOWN.index(source.knows) for source in sources), default=0)
     if measures is None:
-        found = [resolve_measure(name) for name in DEFAULT_FAITHFULNESS]
+        names: tuple[str, ...] = DEFAULT_FAITHFULNESS
+        if not isinstance(detector, Detr):  # whose tokens cannot be removed
+            names = tuple("tokens_mean" if name == "tokens_removed" else name for name in names)
+        found = [resolve_measure(name) for name in names]
         return [measure for measure in found if _KNOWN.index(measure.needs) <= known]
     several = [measures] if isinstance(measures, str | Measure) else list(measures)
     resolved = [resolve_measure(spec) for spec in several]
     if not resolved:
         raise SettingError("there are no measures: give at least one")
-    names = [measure.name for measure in resolved]
-    if len(set(names)) < len(names):
-        raise SettingError(f"the measures {', '.join(names)} are not all different: name each only once")
+    given = [measure.name for measure in resolved]
+    if len(set(given)) < len(given):
+        raise SettingError(f"the measures {', '.join(given)} are not all different: name each only once")
     for measure in resolved:
         if _KNOWN.index(measure.needs) > known:
             raise SettingError(

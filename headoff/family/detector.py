@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from headoff.detector import (
 from headoff.devices import autocast
 from headoff.family.adapter import Adapter
 from headoff.family.attention import INTERFACE, Place, intercept
-from headoff.family.levels import on_finest_grid
+from headoff.family.levels import on_finest_grid, on_level
 from headoff.gates import Gates, HeadLayout, read_configurations, stack
 from headoff.images import Preprocessing
 from headoff.scoring import Scoring
@@ -115,6 +115,33 @@ class FamilyFeatures:
             index
             for index in range(len(leaves) - 1)
             if leaves[index].ndim == 4 and leaves[index + 1].ndim == 3
+        )
+
+    def filled(self, kept: Tensor, fill: Literal["zero", "mean"]) -> Self:
+        """P copies of one image, in which cells of the backbone's maps are replaced by zeros or by the map's mean.
+
+        Args:
+            kept: (P, h, w) bool, the cells of the finest level that are not. A coarser cell is replaced in proportion
+                to its area.
+            fill: by what.
+        """
+
+        def change(x: Tensor) -> Tensor:
+            if x.ndim != 4:  # a mask
+                return x
+            share = on_level(kept.to(x), (x.shape[-2], x.shape[-1]))[:, None]
+            other = x.mean((-2, -1), keepdim=True) if fill == "mean" else 0.0
+            return x * share + other * (1 - share)
+
+        # Maps, with or without masks, and for some models, in a tuple, positions or masks.
+        maps, *rest = self.backbone if isinstance(self.backbone, tuple) else (self.backbone,)
+        maps = pytree.tree_map_only(Tensor, change, maps)
+        backbone = (maps, *rest) if isinstance(self.backbone, tuple) else maps
+        return replace(
+            self,
+            pixel_values=self.pixel_values.expand(len(kept), -1, -1, -1),
+            backbone=pytree.tree_map_only(Tensor, lambda x: x.expand(len(kept), *x.shape[1:]), backbone),
+            memory=(self.memory[0], (None, None)),
         )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:

@@ -25,6 +25,15 @@ def on_finest_grid(x: Tensor, shapes: Shapes) -> Tensor:
     return maps
 
 
+def on_level(x: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Numbers of cells (..., h, w) as the means over the cells of a coarser grid, (..., rows, columns)."""
+    rows, columns = (
+        _shares(coarse, fine) / _shares(coarse, fine).sum(0)
+        for coarse, fine in zip(shape, x.shape[-2:], strict=True)
+    )
+    return rows.to(x).T @ x @ columns.to(x)
+
+
 def _shares(coarse: int, fine: int) -> Tensor:
     """(fine, coarse) float64: the part of each coarse cell of an axis that lies in each fine cell."""
     fine_edges = torch.arange(fine + 1).double() / fine
