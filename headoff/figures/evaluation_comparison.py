@@ -47,7 +47,13 @@ def plot_comparison(comparison: Comparison, ax: Axes | None = None) -> Axes:
     else:
         ax.set_xlim(0, 1.02)
     handles: list[Any] = [
-        Line2D([], [], color=hue, marker="o", label=f"{letter}: {shorten(name, 40)}")
+        Line2D(
+            [],
+            [],
+            color=hue,
+            marker="o",
+            label=letter if name == letter else f"{letter}: {shorten(name, 40)}",
+        )
         for letter, hue, name in zip("AB", COLOURS, comparison.names, strict=True)
     ]
     if comparison.a.resamples > 1:
