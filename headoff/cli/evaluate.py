@@ -18,6 +18,7 @@ from headoff.cli.options import (
     add_detector_options,
     named_path,
     positive,
+    probability,
     whole,
 )
 from headoff.errors import SettingError
@@ -88,11 +89,33 @@ a page, summary.json, CSV tables, and all detections in Parquet.""",
         action="store_true",
         help="stop at an image that cannot be read, instead of leaving it out",
     )
-    parser.add_argument(
+    comes = parser.add_argument_group("what comes out")
+    comes.add_argument(
         "--figures",
         choices=FIGURES,
         default="page",
         help="`none`: numbers only; `page`: a page with figures (default); `all`: figures as files, too",
+    )
+    comes.add_argument(
+        "--resamples",
+        type=whole,
+        default=200,
+        metavar="N",
+        help="samples of the bootstrap over images, for intervals; 0 for none (default 200)",
+    )
+    comes.add_argument(
+        "--confidence",
+        type=probability,
+        default=0.5,
+        metavar="P",
+        help="detections above P are counted as kept, lost, ...; AP takes all (default 0.5)",
+    )
+    comes.add_argument(
+        "--relevance",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="also explain the objects of N images: share of relevance in the box, mass (default 0)",
     )
     group = parser.add_argument_group("what to switch off")
     group.add_argument(
@@ -154,6 +177,7 @@ def run_evaluate(settings: argparse.Namespace) -> int:
 
     from headoff.cli.configurations import describe_ablation
     from headoff.cli.detectors import load_detector, provenance
+    from headoff.cli.progress import progress_bar
     from headoff.evaluation.run import evaluate, open_data_set
     from headoff.evaluation.shards import pyarrow_parquet
     from headoff.evaluation.summary import summarise
@@ -204,9 +228,19 @@ def run_evaluate(settings: argparse.Namespace) -> int:
             if settings.shard is None:
                 total = len(results.configurations)
                 with tqdm(total=total, desc="scoring", unit="configuration", leave=False) as bar:
-                    written = summarise(
-                        settings.out, pictures=data.source, figures=settings.figures, progress=bar.update
-                    )
+                    with progress_bar("explaining", "image", show=settings.relevance > 0) as explaining:
+                        written = summarise(
+                            settings.out,
+                            pictures=data.source,
+                            figures=settings.figures,
+                            resamples=settings.resamples,
+                            confidence=settings.confidence,
+                            progress=bar.update,
+                            relevance=settings.relevance,
+                            detector=detector,
+                            references=settings.references,
+                            relevance_progress=explaining,
+                        )
                 print(f"summary: {written}")
             else:
                 print("When all shards are done, the same command without --shard makes the summary.")

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headoff.choices import FigureFormat, Figures
+from headoff.errors import SettingError
 from headoff.evaluation.outcomes import CONFIDENCE
+from headoff.evaluation.relevance import explained, relevance_statistics
 from headoff.evaluation.results import Results
 from headoff.evaluation.scores import RESAMPLES, score
 
 if TYPE_CHECKING:
+    from headoff.ablation import References
+    from headoff.detector import Detector
     from headoff.report.evaluation import Pictures
 
 
@@ -26,6 +30,10 @@ def summarise(
     figures: Figures = "page",
     format: FigureFormat = "png",
     progress: Callable[[int], object] | None = None,
+    relevance: int = 0,
+    detector: Detector | None = None,
+    references: References | str | Path | None = None,
+    relevance_progress: Callable[[int, int], object] | None = None,
 ) -> Path:
     """Score all configurations of a results folder, and write what comes out; see docs/evaluate.md.
 
@@ -42,6 +50,9 @@ def summarise(
         processes: that score configurations; by default as many as there are cores, if that is worth their start.
         figures, format: see `headoff.write_report`.
         progress: called with 1 after each configuration.
+        relevance: explain the objects of so many images, for relevance.csv (`headoff.evaluation.relevance`); this needs
+            `pictures`, the `detector` that was evaluated, and its `references` where it was evaluated with some.
+        relevance_progress: called with (images done, images of the sample).
 
     Returns:
         The path of the page, or of summary.json without one.
@@ -55,6 +66,8 @@ def summarise(
     from headoff.report.evaluation import sweep_command, write_summary
 
     drawing = Drawing(figures, format)
+    if relevance and (pictures is None or detector is None):
+        raise SettingError("relevance needs the images and the detector: give pictures and detector")
     source = Results(folder)
     scores = score(source, resamples=resamples, confidence=confidence, processes=processes, progress=progress)
     provenance = {str(name): str(value) for name, value in source.manifest["provenance"].items()}
@@ -63,13 +76,28 @@ def summarise(
         name, text = source.truth.names[image], source.configurations[configuration].text
         return sweep_command(pictures, image, name, provenance.get("model", ""), text)
 
+    ablation = source.manifest["identity"].get("ablation", "zero")
+    statistics = None
+    if relevance and pictures is not None and detector is not None:
+        statistics = relevance_statistics(
+            detector,
+            pictures,
+            source.done.tolist(),
+            explained(source.configurations),
+            relevance,
+            confidence=confidence,
+            ablation=ablation,
+            references=references,
+            progress=relevance_progress,
+        )
     return write_summary(
         Path(out or folder),
         source,
         scores,
         provenance=provenance,
         skipped=source.skipped,
-        ablation=source.manifest["identity"].get("ablation", "zero"),
+        ablation=ablation,
+        relevance=statistics,
         pictures=pictures,
         command=command,
         drawing=drawing,

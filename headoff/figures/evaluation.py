@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from headoff.errors import SettingError
 from headoff.evaluation.importance import HeadScores, head_scores
 from headoff.evaluation.outcomes import STATUSES
+from headoff.evaluation.relevance import RelevanceStatistics
 from headoff.evaluation.scores import REFERENCES, Scores
 from headoff.figures.canvas import figure_of
 from headoff.figures.captions import shorten
@@ -337,7 +338,35 @@ def _legend(ax: Axes, handles: Sequence[Any], scores: Scores, entry: float) -> N
     legend_above(ax, handles, entry=entry, title=title)
 
 
-def evaluation_figures(scores: Scores) -> Iterator[tuple[str, str, Figure]]:
+def plot_relevance_statistics(found: RelevanceStatistics, ax: Axes | None = None) -> Axes:
+    """The share of relevance in the object's box, and its mass, for each configuration, with 95% intervals."""
+    count = len(found.configurations)
+    ax = new_axes(7.2, 3.8) if ax is None else ax
+    clean(ax, grid="y")
+    places = np.arange(count)
+    handles: list[Any] = []
+    names = ("share of relevance in the object's box", "mass of relevance, of that with nothing off")
+    for column, (hue, name) in enumerate(zip((BLUE, "#DDAA33"), names, strict=True)):
+        low, high = found.low[:, column], found.high[:, column]
+        ax.fill_between(places, low, high, color=hue, alpha=0.22, linewidth=0)
+        ax.plot(places, found.mean[:, column], marker="o", color=hue, markersize=4.5, linewidth=1.6)
+        handles.append(Line2D([], [], color=hue, marker="o", label=name))
+    ax.set_ylim(0, max(1.02, 1.05 * float(np.nan_to_num([*found.high.flat, *found.mean.flat]).max())))
+    if any(isinstance(kind, CumulativeSweep) for kind, _ in sweeps_among(found.configurations)):
+        number_heads_off(ax, count - 1)
+    else:
+        titles = [shorten(one.name, 28) for one in found.configurations]
+        ax.set_xticks(places, titles, rotation=90, fontsize=7)
+        plain_text(ax.xaxis)
+    ax.set_ylabel("mean over objects")
+    title = f"{counted(found.objects, 'detection')} with nothing off in a sample of {counted(found.images, 'image')}"
+    legend_above(ax, handles, entry=2.6, title=title)
+    return ax
+
+
+def evaluation_figures(
+    scores: Scores, relevance: RelevanceStatistics | None = None
+) -> Iterator[tuple[str, str, Figure]]:
     """All figures that the configurations allow, one at a time, each with the stem of its file and a caption."""
     yield "precision", "Average precision with heads off.", figure_of(plot_precision(scores))
     if _sweep_in(scores, SubsetSweep)[0] is not None:
@@ -358,6 +387,9 @@ def evaluation_figures(scores: Scores) -> Iterator[tuple[str, str, Figure]]:
             caption = f"What becomes of {what}."
             yield stem, caption, figure_of(plot_outcome_rates(scores, reference=reference))
         yield "classes", "AP lost of each class.", figure_of(plot_class_losses(scores))
+    if relevance is not None:
+        caption = "Where relevance is, after the last layer."
+        yield "relevance", caption, figure_of(plot_relevance_statistics(relevance))
 
 
 __all__ = [
@@ -366,5 +398,6 @@ __all__ = [
     "plot_heads_precision",
     "plot_outcome_rates",
     "plot_precision",
+    "plot_relevance_statistics",
     "plot_subset_precision",
 ]

@@ -18,6 +18,7 @@ from headoff.errors import ImageError
 from headoff.evaluation.importance import HeadScores, head_scores
 from headoff.evaluation.outcomes import COUNTED, SIZES, STATUSES, Assignment, Objects, assign
 from headoff.evaluation.precision import METRICS
+from headoff.evaluation.relevance import RelevanceStatistics
 from headoff.evaluation.scores import REFERENCES, Scores, SourceOfDetections
 from headoff.evaluation.sources import Files, Scenes
 from headoff.figures.evaluation import cumulative_in, evaluation_figures
@@ -153,6 +154,7 @@ CLASS_COLUMNS = (
     *("AP", "low", "high", "lost", "lost_low", "lost_high"),
 )
 OUTCOME_COLUMNS = ("configuration", "text", "objects_are", "class", "size", "objects", *COUNTED)
+RELEVANCE_COLUMNS = ("configuration", "text", "images", "objects", "quantity", "mean", "low", "high")
 RATE_COLUMNS = ("configuration", "text", "objects_are", "outcome", "rate", "low", "high")
 
 
@@ -261,6 +263,7 @@ def write_summary(
     provenance: Mapping[str, str],
     skipped: Mapping[int, str] | None = None,
     ablation: str = "zero",
+    relevance: RelevanceStatistics | None = None,
     pictures: Pictures | None = None,
     command: Callable[[int, int], str] | None = None,
     drawing: Drawing | None = None,
@@ -274,6 +277,7 @@ def write_summary(
         provenance: how the results were made.
         skipped: why images were left out, by index.
         ablation: what heads that are off contribute.
+        relevance: statistics of a sample of images.
         pictures: the images, for thumbnails.
         command: what to run to see an image's sweep, of the index of an image and of a configuration.
         drawing: which figures; by default the page.
@@ -292,13 +296,15 @@ def write_summary(
         "rates.csv": (RATE_COLUMNS, rate_rows(scores)),
         "heads.csv": (HEAD_TOTAL_COLUMNS, head_rows(scores, ablation)),
     }
+    if relevance is not None:
+        tables["relevance.csv"] = (RELEVANCE_COLUMNS, relevance.rows())
     with new_report(folder) as write:
         for name, (columns, rows) in tables.items():
             write(name, csv_text(columns, map(cells, rows)))
         _write_contributions(write.path(CONTRIBUTIONS), scores)
         charts = []
         if drawing.figures != "none":
-            for stem, caption, figure in evaluation_figures(scores):
+            for stem, caption, figure in evaluation_figures(scores, relevance):
                 if drawing.figures == "all":
                     buffer = io.BytesIO()
                     drawing.save(figure, buffer)
