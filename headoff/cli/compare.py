@@ -82,7 +82,7 @@ def run(settings: argparse.Namespace) -> int:
     print(f"A: {found.names[0]}\nB: {found.names[1]}")
     print(*notes_on(found))
     shown = len(found) if len(found) <= MAX_ROWS else SHORTENED_ROWS
-    print(found.table(shown))
+    print(found.table(shown, ("lost",)))
     if shown < len(found):
         print(f"... and {len(found) - shown} more" + ("" if settings.out else "; --out writes all"))
     print(comparison_headline(found))

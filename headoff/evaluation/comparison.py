@@ -26,6 +26,8 @@ from headoff.wording import counted, markdown_table
 if TYPE_CHECKING:
     import pandas
 
+TABLE_OUTCOMES = ("kept", "lost", "unmatched")
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
@@ -120,8 +122,8 @@ class Comparison:
         """`rows` as a DataFrame. Raises SettingError where pandas is missing."""
         return dataframe(self.rows())
 
-    def table_rows(self) -> Iterator[list[str]]:
-        """AP of both, the difference and what becomes of true objects, as texts under `TABLE_HEAD`."""
+    def table_rows(self, outcomes: Sequence[str] = TABLE_OUTCOMES) -> Iterator[list[str]]:
+        """AP of both, the difference and what becomes of true objects, as texts under `table_head`."""
         for index, (first, second) in enumerate(
             zip(self.a.configurations, self.b.configurations, strict=True)
         ):
@@ -129,21 +131,28 @@ class Comparison:
             span = "" if np.isnan(low) else f"{signed(low)} to {signed(high)}"
             rates = [
                 f"{first.outcomes['truth'].rates[place]:.3f}, {second.outcomes['truth'].rates[place]:.3f}"
-                for place in map(COUNTED.index, ("kept", "lost", "unmatched"))
+                for place in map(COUNTED.index, outcomes)
             ]
             name = first.configuration.name
             yield [name, f"{first['AP']:.4f}", f"{second['AP']:.4f}", signed(found), span, *rates]
 
-    def table(self, most: int | None = None) -> str:
+    def table(self, most: int | None = None, outcomes: Sequence[str] = TABLE_OUTCOMES) -> str:
         """`table_rows` as a Markdown table; only the first `most` of them."""
-        rows = list(islice(self.table_rows(), most))
-        return "\n".join(markdown_table(TABLE_HEAD, [[row[0].replace("|", "\\|"), *row[1:]] for row in rows]))
+        rows = list(islice(self.table_rows(outcomes), most))
+        escaped = [[row[0].replace("|", "\\|"), *row[1:]] for row in rows]
+        return "\n".join(markdown_table(table_head(outcomes), escaped))
 
 
-TABLE_HEAD = (
-    *("heads off", "AP of A", "AP of B", "B less A", "95% interval"),
-    *("kept A, B", "lost A, B", "unmatched A, B"),
-)
+def table_head(outcomes: Sequence[str] = TABLE_OUTCOMES) -> list[str]:
+    """The head of `Comparison.table`. Outcomes are counts for one true object."""
+    return [
+        "heads off",
+        "AP of A",
+        "AP of B",
+        "B less A",
+        "95% interval",
+        *(f"{one} A, B" for one in outcomes),
+    ]
 
 
 def signed(value: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from headoff.evaluation.comparison import TABLE_HEAD, Comparison, signed
+from headoff.evaluation.comparison import Comparison, signed, table_head
 from headoff.evaluation.outcomes import COUNTED
 from headoff.figures.evaluation_comparison import plot_comparison, plot_differences
 from headoff.report.output import COMPARISON, PAGE, new_report
@@ -130,7 +130,7 @@ def _page(comparison: Comparison, files: tuple[str, ...]) -> str:
         verdict=comparison_headline(comparison),
         notes=notes_on(comparison),
         charts=charts,
-        head=TABLE_HEAD,
+        head=table_head(),
         rows=rows,
         classes=_classes(comparison),
         files=files,
