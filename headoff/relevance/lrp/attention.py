@@ -47,15 +47,22 @@ class AttentionRelevance:
     Args:
         record: the call.
         tile, batched: see `AttentionVjp`.
+        keep: whether P / s is stored, (G, H, T, S), as P may be; otherwise it is recomputed tile by tile.
     """
 
-    def __init__(self, record: AttentionRecord, rules: LrpRules, tile: int, batched: bool) -> None:
+    def __init__(
+        self, record: AttentionRecord, rules: LrpRules, tile: int, batched: bool, keep: bool = False
+    ) -> None:
         self.record = record
         self._rules = rules
         self._tile = tile
         self._batched = batched
         self._reciprocal = rules.reciprocal(record.context) / 2
         self._value = record.value.transpose(-2, -1)
+        everything = slice(None)
+        self._kept: Tensor | None = None
+        if keep:
+            self._kept = self._weights_by_scores(everything, everything, everything)
 
     def contribution(self, relevance: Tensor, runs: Tensor) -> Tensor:
         """S, from R_O (P, H, T, D)."""
@@ -92,8 +99,7 @@ class AttentionRelevance:
                     change = gated[here] @ value
                     if centre is not None:
                         change -= centre[here]
-                    change *= weights
-                    change *= rules.of_scores(query @ key.mT)
+                    change *= self._weights_by_scores(runs_here, heads, rows)
                     of_query[here] = change @ key
                     add_product(of_key[pairs_here, heads], change.mT, query)
         # The scale 1 / sqrt(D) is with the keys in both products, once.
@@ -101,3 +107,11 @@ class AttentionRelevance:
         of_key *= select_runs(record.scaled_key, runs) / 2
         of_value *= select_runs(record.value, runs)
         return AttentionShares(shares, of_query, of_key, of_value)
+
+    def _weights_by_scores(self, runs: Tensor | slice, heads: slice, rows: slice) -> Tensor:
+        """P times `LrpRules.of_scores`, (P or 1, heads, rows, S). Read only."""
+        if self._kept is not None:
+            return select_runs(self._kept[:, heads, rows], runs)
+        query = select_runs(self.record.query[:, heads, rows], runs)
+        scores = query @ select_runs(self.record.scaled_key[:, heads], runs).mT
+        return self._rules.of_scores(scores).mul_(self.record.weights(runs, heads, rows))

@@ -106,8 +106,12 @@ class LrpEngine(RelevanceEngine):
         numbers = (
             features.tokens.shape[1] * config.encoder_layers * (3 * config.feedforward + 28 * config.width)
         )
-        used = numbers * torch.promote_types(detector.dtype, torch.float32).itemsize
+        size = torch.promote_types(detector.dtype, torch.float32).itemsize
+        used = size * numbers
         budget = chosen_memory_budget(detector.device, memory_budget)
+        weights = size * config.heads * features.tokens.shape[1] ** 2 * config.encoder_layers
+        self._keep = used + 4 * weights <= budget
+        used += weights * self._keep
         super().__init__(
             detector,
             features,
@@ -167,11 +171,13 @@ class LrpEngine(RelevanceEngine):
         return values, gradients
 
     def _make_attention(self, record: AttentionRecord) -> AttentionRelevance:
-        if self.memory.keep_weights or record.address.site != "encoder_self":
+        in_encoder = record.address.site == "encoder_self"
+        if self.memory.keep_weights or not in_encoder:
             record.keep_weights()
+        keep = self._keep or not in_encoder
         if self.kernels == "tiles":
-            return AttentionRelevance(record, self._rules, CPU_TILE, batched=False)
-        return AttentionRelevance(record, self._rules, min(BATCHED_TILE, self.memory.tile), batched=True)
+            return AttentionRelevance(record, self._rules, CPU_TILE, False, keep)
+        return AttentionRelevance(record, self._rules, min(BATCHED_TILE, self.memory.tile), True, keep)
 
     def _through_decoder(
         self, decoder: DecoderTrace, gradients: TargetGradients, runs: Tensor
