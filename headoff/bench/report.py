@@ -23,6 +23,7 @@ TITLES = {
     "decoder": "Decoder",
     "sweep": "Sweep, from the image to the outcomes",
     "relevance": "Relevance, from the image to the maps",
+    "methods": "Relevance methods, from the image to the maps",
     "importance": "What heads contribute, from the image to the scores",
     "deformable": "Deformable attention",
 }

@@ -24,6 +24,7 @@ from headoff.bench.attentions import (
 from headoff.bench.deformable import DeformableShape, DeformableWorkload, shapes_for
 from headoff.bench.faithfulness import faithfulness_cases
 from headoff.bench.importance import importance_cases
+from headoff.bench.methods import methods_cases
 from headoff.bench.models import BenchmarkModel, Size, with_attention
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs
@@ -412,6 +413,13 @@ def importance_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
     yield from importance_cases(size, model, Provider.of(ONE_FORWARD, plain_forward(model), check))
 
 
+def methods_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
+    """Maps by every relevance method, from the image on, relative to one plain forward pass of the detector."""
+    expected = ExpectedOutputs(SweepWorkload(model, (none_off(),)))
+    check = check_of(expected, sdpa)
+    yield from methods_cases(size, model, Provider.of(ONE_FORWARD, plain_forward(model), check), check)
+
+
 def deformable_suite(size: Size, model: BenchmarkModel) -> Iterator[Case]:
     """Single calls of deformable attention by two formulations in PyTorch, at the sizes of known detectors."""
 
@@ -433,6 +441,7 @@ SUITES = {
     "decoder": decoder_suite,
     "sweep": sweep_suite,
     "relevance": relevance_suite,
+    "methods": methods_suite,
     "importance": importance_suite,
     "faithfulness": faithfulness_suite,
     "deformable": deformable_suite,

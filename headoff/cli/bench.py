@@ -25,6 +25,7 @@ SUITES = (
     "decoder",
     "sweep",
     "relevance",
+    "methods",
     "importance",
     "faithfulness",
     "deformable",
@@ -42,6 +43,7 @@ suites:
   sweep       from the image to the outcomes, relative to one plain forward pass
   relevance   from the image to the maps, and the notebooks' way; with the encoder's cams kept, and recomputed tile by
               tile in little memory
+  methods     maps by every relevance method, relative to one plain forward pass
   importance  scores of all heads by several measures, relative to one plain forward pass
   faithfulness  deletion curves of 20 steps for 5 objects by what fills the place of tokens, relative to one plain
               forward pass

@@ -1,0 +1,50 @@
+"""What every relevance method costs, relative to one plain forward pass of the detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from headoff.attention import sdpa
+from headoff.bench.models import BenchmarkModel, Size
+from headoff.bench.runner import Case, Provider
+from headoff.bench.workloads import RelevanceWorkload
+from headoff.gates import none_off
+from headoff.relevance import Explanation, Method, d_rise, method_names
+from headoff.relevance.d_rise import MASKS
+
+TIMED_MASKS = 8
+"""Masks that D-RISE is timed with."""
+
+
+def methods_cases(
+    size: Size, model: BenchmarkModel, one_forward: Provider, check: Callable[[Any], str | None]
+) -> Iterator[Case]:
+    """One case with all methods: none off, all decoder layers, by torch's SDPA. `check` is that of the detections."""
+    objects = 2 if size == "scenes" else 5
+
+    def providers() -> list[Provider]:
+        workload = RelevanceWorkload.of(model, (none_off(),), objects)
+
+        def provider(name: str) -> Provider:
+            method: Method | str = d_rise(TIMED_MASKS) if name == "d_rise" else name
+            call = workload.explain_call(sdpa, method=method)
+            if name != "d_rise":
+                return Provider.of(name, call, partial(_check, check))
+            count = MASKS // TIMED_MASKS
+            note = f"{count} times its time for {TIMED_MASKS} of {MASKS} masks"
+            return Provider(name, ((call, count),), lambda: _check(check, call()), note)
+
+        return [one_forward, *map(provider, method_names())]
+
+    yield Case("methods", f"{model.name}, {objects} objects", providers, {one_forward.name})
+
+
+def _check(detections: Callable[[Any], str | None], found: Explanation) -> str | None:
+    """Detections against the oracle's; maps are compared with theirs by tests."""
+    if not bool(found.maps.isfinite().all()):
+        return "maps are not finite"
+    if not bool(found.maps.flatten(2).any(-1).all()):
+        return "a map is zero"
+    return detections(found)
