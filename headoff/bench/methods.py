@@ -11,11 +11,15 @@ from headoff.bench.models import BenchmarkModel, Size
 from headoff.bench.runner import Case, Provider
 from headoff.bench.workloads import RelevanceWorkload
 from headoff.gates import none_off
-from headoff.relevance import Explanation, Method, d_rise, method_names
+from headoff.relevance import Explanation, Method, d_rise, integrated_gradients, method_names
 from headoff.relevance.d_rise import MASKS
+from headoff.relevance.gradient_engine import STEPS
 
-TIMED_MASKS = 8
-"""Masks that D-RISE is timed with."""
+TIMED: dict[str, tuple[Callable[[int], Method], int, int, str]] = {
+    "d_rise": (d_rise, 8, MASKS, "masks"),
+    "integrated_gradients": (integrated_gradients, 2, STEPS, "steps"),
+}
+"""Methods that take minutes: how to make one of another size, the size that is timed, the default, and of what."""
 
 
 def methods_cases(
@@ -28,13 +32,12 @@ def methods_cases(
         workload = RelevanceWorkload.of(model, (none_off(),), objects)
 
         def provider(name: str) -> Provider:
-            method: Method | str = d_rise(TIMED_MASKS) if name == "d_rise" else name
-            call = workload.explain_call(sdpa, method=method)
-            if name != "d_rise":
-                return Provider.of(name, call, partial(_check, check))
-            count = MASKS // TIMED_MASKS
-            note = f"{count} times its time for {TIMED_MASKS} of {MASKS} masks"
-            return Provider(name, ((call, count),), lambda: _check(check, call()), note)
+            if name not in TIMED:
+                return Provider.of(name, workload.explain_call(sdpa, method=name), partial(_check, check))
+            make, timed, default, what = TIMED[name]
+            call = workload.explain_call(sdpa, method=make(timed))
+            note = f"{default // timed} times its time for {timed} of {default} {what}"
+            return Provider(name, ((call, default // timed),), lambda: _check(check, call()), note)
 
         return [one_forward, *map(provider, method_names())]
 
