@@ -33,6 +33,7 @@ class Quantity:
         direction: what is better; `neither` where that says nothing about a method.
         unit: of the number, such as `probability` or `share`.
         range: the least and the greatest possible number.
+        of_object: what the number of a single object is called, where it is another one than that of several images.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Quantity:
     direction: Direction
     unit: str
     range: tuple[float, float] = (0.0, 1.0)
+    of_object: str = ""
 
 
 @dataclass(frozen=True, eq=False)

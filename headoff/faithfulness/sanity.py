@@ -121,14 +121,7 @@ class Randomisation(Measure):
     quantities = (
         Quantity(
             "similarity",
-            "rank correlation with the original map, mean over stages",
-            "neither",
-            "correlation",
-            (-1, 1),
-        ),
-        Quantity(
-            "at_end",
-            "rank correlation with the original map, all weights random",
+            "rank correlation with the original map, mean over the stages",
             "neither",
             "correlation",
             (-1, 1),
@@ -171,8 +164,7 @@ class Randomisation(Measure):
         found = {}
         for method, points in curves.items():
             curve = torch.stack(points, dim=-1)
-            values = torch.stack((curve[:, 1:].mean(-1), curve[:, -1]), dim=-1)
-            found[method] = Scores(values, curve[:, None].expand(-1, 2, -1).clone())
+            found[method] = Scores(curve[:, 1:].mean(-1, keepdim=True), curve[:, None])
         return found
 
 

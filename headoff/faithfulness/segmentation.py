@@ -42,10 +42,22 @@ class Segmentation(Measure):
     name = "segmentation"
     summary = "average precision of thresholded maps as masks"
     quantities = (
-        Quantity("ap", "AP of masks", "higher", "AP"),
-        Quantity("ap50", "AP of masks at IoU 0.5", "higher", "AP"),
-        Quantity("ap_published", "AP of masks as the published code enlarges them", "higher", "AP"),
-        Quantity("ap50_published", "the same at IoU 0.5", "higher", "AP"),
+        Quantity("ap", "AP of masks", "higher", "AP", of_object="mask IoU"),
+        Quantity(
+            "ap_published",
+            "AP of masks as the published code enlarges them",
+            "higher",
+            "AP",
+            of_object="published",
+        ),
+        Quantity("ap50", "AP of masks at IoU 0.5", "higher", "AP", of_object="mask IoU"),
+        Quantity(
+            "ap50_published",
+            "AP of masks as the published code enlarges them, at IoU 0.5",
+            "higher",
+            "AP",
+            of_object="published",
+        ),
     )
     needs = "masks"
     is_mean = False
@@ -73,7 +85,7 @@ class Segmentation(Measure):
             if len(image.truth):
                 own = iou.gather(2, image.matched.clamp(min=0)[None, :, None].expand(2, -1, -1))[..., 0]
                 own = own.masked_fill(image.matched < 0, torch.nan)
-                values = own.T.repeat_interleave(2, dim=1)
+                values = own.T.repeat(1, 2)
             found[method] = Scores(
                 values,
                 parts={
@@ -211,8 +223,8 @@ def _average_precision(images: Sequence[Scores], draws: np.ndarray) -> np.ndarra
 
         areas = np.concatenate([one.parts["areas"][variant].numpy() for one in images])
         found = resample(objects, match(objects, detections, iou=iou, areas=areas), samples)
-        columns += [found.metrics[METRICS.index("AP")], found.metrics[METRICS.index("AP50")]]
-    return np.stack(columns, axis=1)
+        columns.append(found.metrics[[METRICS.index("AP"), METRICS.index("AP50")]])
+    return np.stack(columns, axis=1).reshape(-1, draws.shape[0]).T
 
 
 register_measure(Segmentation.name, Segmentation)

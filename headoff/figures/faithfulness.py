@@ -73,7 +73,7 @@ def plot_faithfulness_curves(found: Faithfulness, measure: str) -> Figure:
             # Points are denser at the beginning, where curves fall.
             ax.set_xscale("function", functions=(_root, np.square))
             ax.set_xticks(_TICKS, [f"{share:.0%}" for share in _TICKS])
-        ax.set(xlim=(points[0], points[-1]), ylim=(0, 1.02), ylabel=quantity.unit)
+        ax.set(xlim=(points[0], points[-1]), ylim=(min(0, ax.dataLim.y0), 1.02), ylabel=quantity.unit)
         ax.set_title(_heading(quantity), loc="left", fontsize=8.5, color=INK)
     for ax in panels[len(quantities) :]:
         ax.set_visible(False)
@@ -91,7 +91,7 @@ def plot_faithfulness_curves(found: Faithfulness, measure: str) -> Figure:
     ]
     legend = figure.legend(
         handles=handles,
-        title=f"{first.name.replace('_', ' ')}, area",
+        title=f"{first.name.replace('_', ' ')}, {'area' if points[-1] == 1 else 'mean'}",
         title_fontsize=8,
         alignment="left",
         loc="outside right upper",
@@ -258,7 +258,7 @@ def numbers_of(
             for row, value in zip(rows, values, strict=True):
                 if measure is not before:
                     row.append((measure.name, None))
-                row.append((quantity.name.replace("_", " "), value))
+                row.append((quantity.of_object or quantity.name.replace("_", " "), value))
             before = measure
         numbers[method] = rows
     return numbers
