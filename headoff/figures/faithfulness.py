@@ -199,7 +199,7 @@ def plot_methods(
     if numbers:
         longest = max(len(_number(*one)) for rows in numbers.values() for row in rows for one in row)
         beside = longest * SMALL * 0.52 / 72 + 0.08
-    left = EDGE + max(len(method) for method in methods) * POINTS * 0.56 / 72 + 0.1
+    left = EDGE + max(len(method) for method in methods) * POINTS * 0.6 / 72 + 0.1
     column = width + beside + 0.14
     total = max(left + count * column + EDGE, 4.2)
     words = wrapped(
@@ -258,7 +258,9 @@ def numbers_of(
             for row, value in zip(rows, values, strict=True):
                 if measure is not before:
                     row.append((measure.name, None))
-                row.append((quantity.of_object or quantity.name.replace("_", " "), value))
+                one = quantity.of_object or quantity.name.replace("_", " "), value
+                if not quantity.of_object or one not in row:
+                    row.append(one)
             before = measure
         numbers[method] = rows
     return numbers
