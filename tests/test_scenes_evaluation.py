@@ -76,7 +76,7 @@ def test_perfect_answers_have_perfect_precision(monkeypatch):
     truth = [draw_scene(seed, detector.preprocessing.short_side, "held_out") for seed in range(4)]
 
     def answer(shift):
-        def decode_all(detector, features, gates):
+        def decode_all(detector, features, gates, **_):
             logits = torch.zeros(len(gates), len(truth), 20, 9)
             logits[..., 8] = 20
             boxes = torch.full((len(gates), len(truth), 20, 4), 0.5)
@@ -92,7 +92,7 @@ def test_perfect_answers_have_perfect_precision(monkeypatch):
         return decode_all
 
     for shift, expected in ((0, 1.0), (1, 0.0)):
-        monkeypatch.setattr("headoff.scenes.evaluation.decode_all", answer(shift))
+        monkeypatch.setattr("headoff.evaluation.work.decode_all", answer(shift))
         (precision,) = evaluate(detector, count=4, configurations=[headoff.none_off()])
         assert precision.ap == pytest.approx(expected, abs=0.02)
 

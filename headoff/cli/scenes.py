@@ -152,17 +152,14 @@ def run_evaluate(settings: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from tqdm import tqdm
-
     from headoff.cli.detectors import load_detector
+    from headoff.cli.progress import progress_bar
     from headoff.files import write_file
     from headoff.scenes.evaluation import evaluate, table
 
     detector = load_detector(settings)
-    with tqdm(total=settings.count, desc="evaluating", unit="scene") as bar:
-        precisions = evaluate(
-            detector, count=settings.count, first_seed=settings.first_seed, progress=bar.update
-        )
+    with progress_bar("evaluating", "scene") as update:
+        precisions = evaluate(detector, count=settings.count, first_seed=settings.first_seed, progress=update)
     print(table(precisions))
     if settings.json:
         write_file(settings.json, json.dumps([asdict(p) for p in precisions], indent=1) + "\n")
