@@ -34,7 +34,10 @@ pytest.importorskip("pyarrow", reason="detections are stored by pyarrow: pip ins
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OFF = ("first 3", "L5H2", "decoder_self L0H1", "query 3: last 2")
-SCENES = "scenes:14"
+SIDE = 96
+"""Pixels of a side of the scenes, fewer than the detector was trained with."""
+IMAGES = 10
+SCENES = f"scenes:{IMAGES}"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def detector():
-    return headoff.load("scenes")
+    return headoff.load("scenes", short_side=SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def test_detections_are_those_of_a_sweep(detector, run, tmp_path):
     results = run(tmp_path, batch=1, limit=2)
     assert [one.text for one in results.configurations] == ["none", "H0-2", *OFF[1:]]
     for index in range(2):
-        swept = headoff.sweep(detector, draw_scene(index, 192, "held_out").image, ("none", *OFF))
+        swept = headoff.sweep(detector, draw_scene(index, SIDE, "held_out").image, ("none", *OFF))
         for configuration, (logits, boxes) in enumerate(zip(swept.logits, swept.boxes, strict=True)):
             table = results.detections(configuration)
             of_image = table.image == index
@@ -93,7 +96,7 @@ def test_detections_are_those_of_a_sweep(detector, run, tmp_path):
             assert (table.queries[of_image] == queries.numpy()).all()
             confident = scores.numpy() > 0.1
             assert (table.labels[of_image][confident] == labels.numpy()[confident]).all()
-            corners = (corners_of(boxes) * 192).clamp(0, 192)
+            corners = (corners_of(boxes) * SIDE).clamp(0, SIDE)
             assert np.allclose(table.boxes[of_image], corners, atol=2e-3)
 
 
@@ -133,13 +136,13 @@ def test_a_detector_of_the_family_finds_pairs_of_query_and_class(tmp_path):
 
 def test_heads_that_are_off_may_contribute_something(detector, run, tmp_path):
     results = run(tmp_path, ablation="mean", batch=1, limit=1)
-    swept = headoff.sweep(detector, draw_scene(0, 192, "held_out").image, "first 3", ablation="mean")
+    swept = headoff.sweep(detector, draw_scene(0, SIDE, "held_out").image, "first 3", ablation="mean")
     scores = candidates(detector.scoring, swept.logits[0].double(), swept.boxes[0].double())[0]
     assert np.allclose(results.detections(1).scores, scores, atol=1e-5)
 
 
 def test_contexts_never_come_from_an_image_that_is_evaluated(detector, tmp_path):
-    images = [draw_scene(seed, 192, "held_out").image for seed in (0, 5)]
+    images = [draw_scene(seed, SIDE, "held_out").image for seed in (0, 5)]
     references = headoff.gather_references(detector, images)
     options = {"ablation": "resample", "references": references, "configurations": "first 3", "batch": 1}
     results = headoff.evaluate(detector, "scenes:1", out=tmp_path / "1", **options)
@@ -182,7 +185,7 @@ def test_files_are_ordinary_parquet(uninterrupted):
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(uninterrupted.folder / "detections").to_pandas()
-    assert len(table) == 14 * 5 * 20
+    assert len(table) == IMAGES * 5 * 20
     assert {name: str(dtype) for name, dtype in table.dtypes.items()} == {
         "image": "int32",
         "configuration": "int16",
@@ -262,7 +265,7 @@ def test_a_full_disk_loses_nothing(run, uninterrupted, tmp_path, monkeypatch):
         patched.setattr(os, "fsync", full)
         with pytest.raises(OutputError, match="No space left"):
             run(tmp_path)
-    assert 0 < len(Results(tmp_path).done) < 14
+    assert 0 < len(Results(tmp_path).done) < IMAGES
     assert same(run(tmp_path), uninterrupted)
 
 
@@ -273,10 +276,10 @@ def test_ctrl_c_loses_nothing(run, uninterrupted, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, engine=LocalEngine(1), progress=interrupt)
-    assert 4 <= len(Results(tmp_path).done) < 14
+    assert 4 <= len(Results(tmp_path).done) < IMAGES
     progress = []
     assert same(run(tmp_path, progress=lambda *now: progress.append(now)), uninterrupted)
-    assert progress[0][0] >= 4 and progress[-1] == (14, 14)
+    assert progress[0][0] >= 4 and progress[-1] == (IMAGES, IMAGES)
 
 
 def test_a_reading_process_that_dies_is_one_sentence(run, uninterrupted, tmp_path, monkeypatch):
@@ -306,13 +309,13 @@ def test_a_damaged_file_is_computed_again(run, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted.folder, tmp_path / "results")
     damaged = sorted((tmp_path / "results" / "detections").iterdir())[2]
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    assert len(Results(tmp_path / "results").done) == 12
+    assert len(Results(tmp_path / "results").done) == IMAGES - 2
     assert same(run(tmp_path / "results"), uninterrupted)
 
 
 def test_shards_of_several_machines_make_one_result(run, uninterrupted, tmp_path):
     first = run(tmp_path, shard=(1, 3))
-    assert not first.is_complete and len(first.done) == 6
+    assert not first.is_complete and len(first.done) == 4
     # At the same time, in processes that each have a lock.
     with lock(tmp_path, shared=True):
         for index in (2, 3):
@@ -357,7 +360,7 @@ def test_a_second_process_is_told(run, tmp_path):
         ({"batch": 3}, "batches differ"),
         ({"ablation": "uniform"}, "ablation was zero and is uniform"),
         ({"threads": 2}, "threads was 1 and is 2"),
-        ({"limit": 10}, "images was 14 and is 10"),
+        ({"limit": 8}, "images was 10 and is 8"),
     ],
 )
 def test_other_options_in_the_same_folder_are_refused(run, uninterrupted, other, message):
