@@ -21,7 +21,7 @@ import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
         missing = {"faster_coco_eval", "nbclient", "pandas", "pycocotools", "scipy", "transformers"}
-        missing |= {"starlette", "uvicorn"}
+        missing |= {"pyarrow", "ray", "starlette", "uvicorn"}
         if name.partition(".")[0] in missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
