@@ -64,7 +64,7 @@ def test_outcomes_add_up_to_the_objects(scores):
     for one in scores.configurations:
         for outcomes in one.outcomes.values():
             assert outcomes.rates[:-1].sum() == pytest.approx(1)
-            counts = outcomes.counts
+            counts = outcomes
             assert (counts.by_class[..., :-1].sum(-1) == counts.objects_by_class).all()
             assert (outcomes.low <= outcomes.rates + 1e-12).all()
             assert (outcomes.rates <= outcomes.high + 1e-12).all()

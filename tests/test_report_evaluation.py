@@ -22,7 +22,7 @@ from headoff.figures.evaluation import (
 )
 from headoff.gates import heads_off, none_off
 from headoff.report.drawing import Drawing
-from headoff.report.evaluation import sweep_command, worst_images, write_summary
+from headoff.report.evaluation import opened_with, sweep_command, worst_images, write_summary
 
 
 class Pictures:
@@ -118,6 +118,22 @@ def test_worst_images_are_those_that_lose_most(scores):
     truth = scores.truth
     for image, counts in zip(found.images, found.counts, strict=True):
         assert sum(counts) == ((truth.image == image) & ~truth.crowd).sum()
+
+
+def test_thumbnails_open_the_sweeps(scores, tmp_path):
+    opened = []
+
+    def open_sweep(image, configuration):
+        opened.append((image, configuration))
+        return tmp_path / "sweeps" / f"{image} a" / "index.html"
+
+    write_summary(tmp_path, FakeResults(), scores, provenance={}, pictures=Pictures(), open_sweep=open_sweep)
+    page = (tmp_path / "index.html").read_text()
+    assert opened and all(f'href="sweeps/{image}%20a/index.html"' in page for image, _ in opened)
+    configurations = FakeResults().configurations
+    assert opened_with(configurations, opened[0][1]) == [0, 1, 2, 3]
+    single = next(i for i, one in enumerate(configurations) if one.text == "L1H1")
+    assert opened_with(configurations, single) == [0, single]
 
 
 def test_few_configurations_without_samples(tmp_path):

@@ -92,10 +92,12 @@ class TrueObjects:
 
     @cached_property
     def counted(self) -> np.ndarray:
-        """(A, images, K) int64: how many objects are not ignored."""
+        """(A, images, K) int32: how many objects are not ignored."""
         cells = self.images * self.classes
         counts = [np.bincount(self.group[~self.ignored[:, a]], minlength=cells) for a in range(len(AREAS))]
-        return np.stack(counts).reshape(len(AREAS), self.images, self.classes)
+        return np.stack(counts, dtype=np.int32, casting="unsafe").reshape(
+            len(AREAS), self.images, self.classes
+        )
 
 
 @dataclass(frozen=True, eq=False)

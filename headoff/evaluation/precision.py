@@ -201,9 +201,8 @@ class Resamples:
     @classmethod
     def weighted(cls, objects: TrueObjects, weights: np.ndarray) -> Resamples:
         """With `weights` (images, B)."""
-        counted = np.einsum(
-            "aik,ib->akb", objects.counted.astype(float), weights.astype(float), optimize=True
-        )
+        drawn = weights.astype(float)
+        counted = np.stack([one.T.astype(float) @ drawn for one in objects.counted])
         # Sums are exact in float32 up to 2^24.
         most = weights.sum(0).max(initial=0) * MOST_DETECTIONS
         return cls(weights.astype(np.float32 if most < 2**24 else np.float64), counted)

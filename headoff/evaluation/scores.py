@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,7 +25,6 @@ from headoff.evaluation.outcomes import (
     CONFIDENCE,
     COUNTED,
     Objects,
-    OutcomeCounts,
     count_outcomes,
     within_crowds,
 )
@@ -46,6 +46,8 @@ REFERENCES = ("none off", "truth")
 
 _WORTH_PROCESSES = 20_000
 """Images times configurations that are worth the start of processes."""
+_MOST_PROCESSES = 16
+"""By default; each has a configuration's detections in memory."""
 
 
 class SourceOfDetections(Protocol):
@@ -90,15 +92,22 @@ class OutcomeRates:
     """What became of objects under a configuration.
 
     Attributes:
-        counts: of `COUNTED` by class and size, and of objects by class and size.
+        by_class: (K, sizes, S) int64, counts of `COUNTED`, see `headoff.evaluation.outcomes.OutcomeCounts`.
+        objects_by_class: (K, sizes) int64.
         rates: (S,), counts for one object; unmatched detections for one object, too.
         low, high: (S,), 95% intervals of the rates.
     """
 
-    counts: OutcomeCounts
+    by_class: np.ndarray
+    objects_by_class: np.ndarray
     rates: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+    @property
+    def objects(self) -> int:
+        """The number of objects."""
+        return int(self.objects_by_class.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +123,7 @@ class ConfigurationScores:
         class_low, class_high: (K,), their 95% intervals.
         class_loss_low, class_loss_high: (K,), 95% intervals of the AP lost against the baseline, paired by image.
         class_samples: (K, B) float32, AP of each class in the samples; None unless they were asked for.
-        influence: (images,) float64, see `headoff.evaluation.precision.influence`.
+        influence: (images,) float32, see `headoff.evaluation.precision.influence`.
         outcomes: for each of `REFERENCES`.
     """
 
@@ -246,7 +255,7 @@ class _Scorer:
             class_high,
             loss_low,
             loss_high,
-            influence(self.objects, matches),
+            influence(self.objects, matches).astype(np.float32),
             {name: self._outcomes(name, objects, confident) for name, objects in references.items()},
             drawn.by_class.astype(np.float32) if self.keep_class_samples else None,
         )
@@ -262,7 +271,7 @@ class _Scorer:
             rates = counts.by_image.sum(0) / counts.objects.sum()
             drawn = self.samples.weights.T.astype(np.float64)
             low, high = interval((drawn @ counts.by_image / (drawn @ counts.objects)[:, None]).T, rates)
-        return OutcomeRates(counts, rates, low.clip(0), high)
+        return OutcomeRates(counts.by_class, counts.objects_by_class, rates, low.clip(0), high)
 
 
 def score(
@@ -307,7 +316,7 @@ def score(
         progress(1)
     if processes is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = cores if len(chosen) * len(indices) >= _WORTH_PROCESSES else 1
+        processes = min(cores, _MOST_PROCESSES) if len(chosen) * len(indices) >= _WORTH_PROCESSES else 1
     scored = [baseline]
     with _mapping(replace(scorer, baseline_by_class=by_class), processes) as run:
         for one in run(indices[1:]):
@@ -324,6 +333,7 @@ _scorer: _Scorer | None = None
 def _start(scorer: _Scorer) -> None:
     global _scorer
     _scorer = scorer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
 
 
 def _score(index: int) -> ConfigurationScores:

@@ -50,8 +50,11 @@ def summarise(
         processes: that score configurations; by default as many as there are cores, if that is worth their start.
         figures, format: see `headoff.write_report`.
         progress: called with 1 after each configuration.
+        detector: the one that was evaluated: the images in which most is lost have reports of their sweeps in sweeps/,
+            which their thumbnails open.
+        references: of the detector, where it was evaluated with some.
         relevance: explain the objects of so many images, for relevance.csv (`headoff.evaluation.relevance`); this needs
-            `pictures`, the `detector` that was evaluated, and its `references` where it was evaluated with some.
+            `pictures` and the `detector`.
         relevance_progress: called with (images done, images of the sample).
 
     Returns:
@@ -63,7 +66,9 @@ def summarise(
     """
     # Here, as a process that scores needs no matplotlib.
     from headoff.report.drawing import Drawing
-    from headoff.report.evaluation import sweep_command, write_summary
+    from headoff.report.evaluation import opened_with, sweep_command, write_summary
+    from headoff.report.output import write_report
+    from headoff.sweeps import sweep
 
     drawing = Drawing(figures, format)
     if relevance and (pictures is None or detector is None):
@@ -90,6 +95,24 @@ def summarise(
             references=references,
             progress=relevance_progress,
         )
+
+    def open_sweep(image: int, configuration: int) -> Path:
+        """The page of the sweep of an image, which is written."""
+        place = Path(out or folder) / "sweeps" / str(source.truth.image_ids[image])
+        assert pictures is not None and detector is not None
+        picture, _ = pictures.load(image)
+        result = sweep(
+            detector,
+            picture,
+            [source.configurations[index] for index in opened_with(source.configurations, configuration)],
+            confidence=confidence,
+            ablation=ablation,
+            references=references,
+        )
+        return write_report(
+            place, picture, result, provenance={**provenance, "image": source.truth.names[image]}
+        )
+
     return write_summary(
         Path(out or folder),
         source,
@@ -100,5 +123,6 @@ def summarise(
         relevance=statistics,
         pictures=pictures,
         command=command,
+        open_sweep=open_sweep if pictures is not None and detector is not None else None,
         drawing=drawing,
     )

@@ -321,7 +321,7 @@ def plot_outcome_rates(scores: Scores, ax: Axes | None = None, *, reference: str
     ax.set_ylabel("share of objects")
     handles: list[Any] = [Patch(facecolor=STATUS_STYLES[s].fill, label=s.value) for s in STATUSES]
     handles.append(Line2D([], [], color=INK, marker="D", markersize=4, label="unmatched, for one object"))
-    objects = int(scores.baseline.outcomes[reference].counts.objects.sum())
+    objects = scores.baseline.outcomes[reference].objects
     what = "detections with nothing off" if reference == REFERENCES[0] else "true objects"
     title = f"{counted(objects, 'object')}: the {what}; detections of a score above {scores.confidence:g}"
     legend_above(ax, handles, entry=0.85, title=title)
@@ -333,7 +333,7 @@ def _band(scores: Scores) -> list[Patch]:
 
 
 def _legend(ax: Axes, handles: Sequence[Any], scores: Scores, entry: float) -> None:
-    objects = int(scores.baseline.outcomes["truth"].counts.objects.sum())
+    objects = scores.baseline.outcomes["truth"].objects
     title = f"{counted(objects, 'true object')} in {counted(len(scores.images), 'image')}"
     legend_above(ax, handles, entry=entry, title=title)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from headoff.evaluation.relevance import RelevanceStatistics
 from headoff.evaluation.scores import REFERENCES, Scores, SourceOfDetections
 from headoff.evaluation.sources import Files, Scenes
 from headoff.figures.evaluation import cumulative_in, evaluation_figures
+from headoff.gates import Configuration, CumulativeSweep, sweeps_among
 from headoff.outcomes import Status
 from headoff.report.drawing import Drawing
 from headoff.report.output import PAGE, SUMMARY, new_report
@@ -191,7 +192,7 @@ def metric_rows(scores: Scores) -> Iterator[dict[str, Any]]:
 
 def class_rows(scores: Scores) -> Iterator[dict[str, Any]]:
     """One row for each configuration and class that has objects."""
-    objects = scores.baseline.outcomes["truth"].counts.objects_by_class.sum(1)
+    objects = scores.baseline.outcomes["truth"].objects_by_class.sum(1)
     for index, one in enumerate(scores.configurations):
         for label in np.flatnonzero(~np.isnan(one.by_class)):
             yield {
@@ -211,7 +212,7 @@ def outcome_rows(scores: Scores) -> Iterator[dict[str, Any]]:
     """Counts of outcomes for each configuration: of all objects, of each size, of each class that occurs."""
     for index, one in enumerate(scores.configurations):
         for reference in REFERENCES:
-            counts = one.outcomes[reference].counts
+            counts = one.outcomes[reference]
             parts = [("all", "all", counts.objects_by_class.sum(), counts.by_class.sum((0, 1)))]
             parts += [
                 ("all", size, counts.objects_by_class[:, s].sum(), counts.by_class[:, s].sum(0))
@@ -266,6 +267,7 @@ def write_summary(
     relevance: RelevanceStatistics | None = None,
     pictures: Pictures | None = None,
     command: Callable[[int, int], str] | None = None,
+    open_sweep: Callable[[int, int], Path] | None = None,
     drawing: Drawing | None = None,
 ) -> Path:
     """Write the summary into `folder`, and return the path of its page, or of summary.json without one.
@@ -280,6 +282,7 @@ def write_summary(
         relevance: statistics of a sample of images.
         pictures: the images, for thumbnails.
         command: what to run to see an image's sweep, of the index of an image and of a configuration.
+        open_sweep: writes the sweep of an image within `folder`, of the same indices, and returns the path of its page.
         drawing: which figures; by default the page.
 
     Raises:
@@ -312,7 +315,17 @@ def write_summary(
                 charts.append({"caption": caption, "svg": inline_svg(figure.axes[0], f"chart-{stem}")})
             files = (*write.files, SUMMARY)
             page = _page(
-                folder, source, scores, groups, charts, files, provenance, left_out, pictures, command
+                folder,
+                source,
+                scores,
+                groups,
+                charts,
+                files,
+                provenance,
+                left_out,
+                pictures,
+                command,
+                open_sweep,
             )
             write(PAGE, page)
         write(
@@ -339,7 +352,7 @@ def summary_json(
         "files": list(files),
         "images": len(scores.images),
         "skipped": dict(skipped),
-        "objects": int(scores.baseline.outcomes["truth"].counts.objects.sum()),
+        "objects": scores.baseline.outcomes["truth"].objects,
         "resamples": scores.resamples,
         "confidence": scores.confidence,
         "ablation": ablation,
@@ -422,6 +435,7 @@ def _page(
     skipped: Mapping[str, str],
     pictures: Pictures | None,
     command: Callable[[int, int], str] | None,
+    open_sweep: Callable[[int, int], Path] | None,
 ) -> str:
     rows = []
     costs = [scores.loss(index) for index in range(len(scores))]
@@ -457,7 +471,11 @@ def _page(
         lost="AP lost",
         rows=rows,
         table_note=note,
-        worst=[_cards(folder, source, scores, group, pictures, command) for group in groups if group.images],
+        worst=[
+            _cards(folder, source, scores, group, pictures, command, open_sweep)
+            for group in groups
+            if group.images
+        ],
         skipped=skipped,
         provenance=provenance,
         resamples=scores.resamples,
@@ -478,6 +496,7 @@ def _cards(
     group: ImageLosses,
     pictures: Pictures | None,
     command: Callable[[int, int], str] | None,
+    open_sweep: Callable[[int, int], Path] | None,
 ) -> dict[str, Any]:
     name = scores.configurations[group.configuration].configuration.name
     total = scores.loss(group.configuration)[0]
@@ -486,13 +505,14 @@ def _cards(
     for image, loss, counts in zip(group.images, group.losses, group.counts, strict=True):
         became = ", ".join(f"{n} {status.value}" for n, status in zip(counts, STATUSES, strict=True) if n)
         share = f"{loss / total:.1%} of the AP lost. " if total > 0 else ""
-        sweep = folder / "sweeps" / str(scores.truth.image_ids[image]) / PAGE
-        thumbnail = ""
-        if pictures is not None:
-            try:
+        thumbnail = page = ""
+        try:
+            if pictures is not None:
                 thumbnail = _thumbnail(pictures.load(image)[0], scores, image, table)
-            except ImageError:
-                thumbnail = ""
+            if open_sweep is not None:
+                page = open_sweep(image, group.configuration).relative_to(folder).as_posix()
+        except ImageError:
+            pass  # it was there when it was evaluated
         cards.append(
             {
                 "name": scores.truth.names[image],
@@ -500,7 +520,7 @@ def _cards(
                 "thumbnail": thumbnail,
                 "alt": f"{scores.truth.names[image]} with what becomes of its objects",
                 "command": command(image, group.configuration) if command else "",
-                "page": quote(sweep.relative_to(folder).as_posix()) if sweep.is_file() else "",
+                "page": quote(page),
             }
         )
     legend = ", ".join(
@@ -549,6 +569,16 @@ def _dashed(draw: ImageDraw.ImageDraw, box: list[float]) -> None:
     for start in np.arange(top, bottom, 8):
         for x in (left, right):
             draw.line((x, start, x, min(start + 4, bottom)), fill="white", width=2)
+
+
+def opened_with(configurations: Sequence[Configuration], configuration: int) -> list[int]:
+    """What is in the sweep of an image in which `configuration` costs much: the cumulative sweep if it has that, else
+    the baseline and that.
+    """
+    for kind, indices in sweeps_among(configurations):
+        if isinstance(kind, CumulativeSweep) and configuration in indices:
+            return list(indices)
+    return [0, configuration]
 
 
 def sweep_command(pictures: object, image: int, name: str, model: str, configuration: str) -> str:
