@@ -69,7 +69,7 @@ def test_gradient_input_is_what_scaling_a_token_changes(padded):
     """By central differences, for all tokens, layers and configurations."""
     detector = tiny_detector(1)
     features = features_of(detector, grid=(2, 4), padded=padded)
-    gates = random_gates(detector, 3, per_query=True)
+    gates = random_gates(detector, 2, per_query=True)
     step = 1e-5
     for one, targets in results(detector, features, gates, "gradient_input"):
         gate = gates.encoder_self[one.index]
@@ -321,7 +321,7 @@ def test_d_rise_explains_detections_in_known_pictures(picture):
 # Detectors of transformers.
 
 
-@pytest.mark.parametrize("kind", ["conditional_detr", "deformable_detr", "rt_detr", "rf_detr"])
+@pytest.mark.parametrize("kind", ["deformable_detr", "rt_detr", "rf_detr"])
 def test_gradcam_of_models_of_transformers(kind):
     """Against the model of transformers, which runs as a whole."""
     detector = loaded(kind)
@@ -349,20 +349,60 @@ def test_gradcam_of_models_of_transformers(kind):
         assert torch.equal(pair.rows[-1].sum(), pair.rows[-1, cells].sum())
 
 
+@pytest.mark.parametrize("kind", ["table-transformer", "deformable_detr", "rt_detr"])
+def test_gradient_input_of_models_of_transformers(kind):
+    """By central differences along the maps of every level, of which cells are scaled."""
+    detector = loaded(kind)
+    pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(5)).double()
+    features = detector.features(pixels)
+    gates = stack([first_off(1)], detector.head_layout)
+    ((one, targets),) = results(detector, features, gates, "gradient_input", specs=("class",) * 2)
+    maps, step = [x for x, _ in features.feature_maps], 1e-6
+    start = 0
+    for level, shape in enumerate(features.shapes):
+        for row, column in ((0, 0), (shape[0] - 1, 1)):
+            differences = []
+            for sign in (1, -1):
+                changed = [x.clone() for x in maps]
+                changed[level][..., row, column] *= 1 + sign * step
+                memory = detector.encode_features(features.with_feature_maps(changed))
+                output = detector.decode(memory, gates)
+                differences.append(
+                    [float(t.function(output.logits[0, 0], output.boxes[0, 0])) for t in targets]
+                )
+            expected = torch.tensor(differences, dtype=torch.float64).diff(dim=0)[0] / (-2 * step)
+            found = torch.stack([pair.rows[-1, start + row * shape[1] + column] for pair in one.pairs])
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+            assert found.any()
+        start += shape[0] * shape[1]
+    assert start == len(one.pairs[0].rows[-1])
+
+
+def test_engines_need_what_encoders_start_from():
+    detector = Patch()
+    features = detector.features(torch.zeros(1, 3, 64, 64).double())
+    for name in ("gradient_input", "gradcam_backbone"):
+        method = resolve_method(name)
+        with pytest.raises(SettingError, match=f"{name} needs the backbone's feature maps.*use d_rise or"):
+            method.engine(detector, features, method=method)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_baselines_of_all_models_of_transformers(kind, picture):
     detector = loaded(kind, torch.float32)
     small = replace(detector.preprocessing, size=(96, 96))
     detector._preprocessing, before = small, detector._preprocessing
     try:
-        for method in ("gradcam_backbone", d_rise(3, probability=0.9)):
-            found = explain(detector, picture, ["none", "H0+1"], [0, 1], method=method)
-            assert found.maps.isfinite().all() and found.maps.ge(0).all() and found.maps.any()
-            assert not torch.equal(found.maps[0], found.maps[1])
-        with pytest.raises(
-            SettingError, match="gradient_input needs the image tokens.*use gradcam_backbone, d_rise"
+        for method in (
+            "gradcam_backbone",
+            "gradient_input",
+            integrated_gradients(2),
+            d_rise(2, probability=0.9),
         ):
-            explain(detector, picture, "none", [0], method="gradient_input")
+            found = explain(detector, picture, ["none", "H0+1"], [0], method=method)
+            assert found.maps.isfinite().all() and found.maps.any()
+            assert resolve_method(method).signed or found.maps.ge(0).all()
+            assert not torch.equal(found.maps[0], found.maps[1])
     finally:
         detector._preprocessing = before
 

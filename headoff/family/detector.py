@@ -95,27 +95,36 @@ class FamilyFeatures:
         return on_finest_grid(x, self.shapes)
 
     @property
-    def last_map(self) -> tuple[Tensor, Tensor]:
-        """The last feature map of the backbone's output, (B, channels, h, w), and its mask (B, h, w), True = image."""
-        leaves, index = self._last_map()
-        return leaves[index], leaves[index + 1].bool()
+    def feature_maps(self) -> list[tuple[Tensor, Tensor]]:
+        """The feature maps of the backbone's output (B, channels, h, w), with their masks (B, h, w), True = image."""
+        leaves, places = self._feature_maps()
+        return [(leaves[place], leaves[place + 1].bool()) for place in places]
 
-    def with_last_map(self, feature_map: Tensor) -> Self:
-        """The same with another last feature map, from which the encoder runs again."""
-        leaves, index = self._last_map()
+    def with_feature_maps(self, maps: Sequence[Tensor]) -> Self:
+        """The same with other feature maps (S, channels, h, w) of one image, from which the encoder runs again."""
+        leaves, places = self._feature_maps()
         _, structure = pytree.tree_flatten(self.backbone)
-        leaves[index] = feature_map
-        memory, _ = self.memory
-        return replace(self, backbone=pytree.tree_unflatten(leaves, structure), memory=(memory, (None, None)))
+        images = len(maps[0])
+        leaves = [x.expand(images, *x.shape[1:]) for x in leaves]
+        for place, feature_map in zip(places, maps, strict=True):
+            leaves[place] = feature_map
+        mask = self.pixel_mask
+        return replace(
+            self,
+            pixel_values=self.pixel_values.expand(images, -1, -1, -1),
+            pixel_mask=None if mask is None else mask.expand(images, -1, -1),
+            backbone=pytree.tree_unflatten(leaves, structure),
+            memory=(self.memory[0], (None, None)),
+        )
 
-    def _last_map(self) -> tuple[list[Any], int]:
-        """The tensors of the backbone's output, and the index of its last feature map, which its mask follows."""
+    def _feature_maps(self) -> tuple[list[Any], list[int]]:
+        """The tensors of the backbone's output, and the indices of its feature maps, which are before their masks."""
         leaves, _ = pytree.tree_flatten(self.backbone)
-        return leaves, max(
+        return leaves, [
             index
             for index in range(len(leaves) - 1)
             if leaves[index].ndim == 4 and leaves[index + 1].ndim == 3
-        )
+        ]
 
     def filled(self, kept: Tensor, fill: Literal["zero", "mean"]) -> Self:
         """P copies of one image, in which cells of the backbone's maps are replaced by zeros or by the map's mean.

@@ -13,11 +13,17 @@ A map after decoder layer m is computed from the part of the gradient that reach
 of layers 0..m. Parts of single layers add up to the whole gradient, which is that after the last layer. Every layer
 costs one more backward pass of the encoder; with the last layer alone there is one.
 
-Shapes: P targets, M layers, S steps of the integral, N tokens, d channels.
+For models of transformers the tokens are the cells of the feature maps that their backbone module returns, on all
+levels (for Grad-CAM the last one). Where such a model chooses its object queries from the image, another image, as on
+the path of the integral, may have other queries in the same places: then maps need not sum to the difference of the
+values.
+
+Shapes: P targets, M layers, S steps of the integral, n tokens of a level, d channels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -44,19 +50,19 @@ STEPS = 64
 
 @dataclass(frozen=True)
 class _Input:
-    """What gradients are computed with respect to, of one image.
+    """What gradients are computed with respect to, of one image: the tokens of L levels.
 
     Attributes:
-        tokens: (N, d).
-        encode: from tokens (S, N, d) of S images, and the encoder's gate, to their memory.
-        to_memory: rows over these tokens (..., N) as rows over the memory's tokens.
-        is_image: (N,) bool, False for padding; None where nothing is padded.
+        levels: L tensors (n, d), whose sizes may differ.
+        encode: from such tokens of S images, (S, n, d) each, and the encoder's gate, to their memory.
+        to_memory: from rows (..., n) of each level to rows over the memory's tokens.
+        is_image: of the last level, (n,) bool, False for padding; None where nothing is padded.
         offset: (d,) or 0, what a token of zero features is.
     """
 
-    tokens: Tensor
-    encode: Callable[[Tensor, Tensor | None], Any]
-    to_memory: Callable[[Tensor], Tensor] = lambda rows: rows
+    levels: list[Tensor]
+    encode: Callable[[list[Tensor], Tensor | None], Any]
+    to_memory: Callable[[list[Tensor]], Tensor] = lambda rows: rows[0]
     is_image: Tensor | None = None
     offset: Tensor | float = 0.0
 
@@ -86,7 +92,7 @@ class GradientEngine:
         steps: of the integral from tokens of zero; None for the gradient at the tokens themselves.
 
     Raises:
-        SettingError: the detector's features are not those the method needs, there is more than one image, or `steps`
+        SettingError: the detector does not show what its encoder starts from, there is more than one image, or `steps`
             is not positive.
     """
 
@@ -109,7 +115,7 @@ class GradientEngine:
         self._budget = chosen_memory_budget(detector.device, memory_budget)
         at, weights = (np.ones(1), np.ones(1)) if steps is None else _quadrature(steps)
         self._steps = [torch.as_tensor(x, dtype=self._compute, device=detector.device) for x in (at, weights)]
-        self._encoded: tuple[Any, Tensor, Any] | None = None
+        self._encoded: tuple[Any, list[Tensor], Any] | None = None
 
     def run(
         self, gates: Gates, targets: TargetsOf, *, layers: Sequence[int] | None = None, heads: bool = False
@@ -121,23 +127,24 @@ class GradientEngine:
             yield one.result(self._input.to_memory(self._rows(one, chosen)), chosen)
 
     def _make_input(self) -> _Input:
-        if not isinstance(self.detector, Detr):
-            raise SettingError(
-                f"{self.method.name} needs the image tokens that a DETR's encoder starts from, which this detector "
-                "does not have: use gradcam_backbone, d_rise or a method of attention such as chefer"
-            )
-        return _tokens_of(self.detector, self.features)
+        if isinstance(self.detector, Detr):
+            return _tokens_of(self.detector, self.features)
+        return _feature_maps_of(self.detector, self.features, self.method)
 
-    def _rows(self, one: Decoded, layers: list[int]) -> Tensor:
-        """Rows (P, M, N) of the targets of one configuration."""
-        return (self._gradients(one, layers) * self._input.tokens.to(self._compute)).sum(-1)
+    def _rows(self, one: Decoded, layers: list[int]) -> list[Tensor]:
+        """Rows (P, M, n) of the targets of one configuration, for each level."""
+        return [
+            (gradients * tokens.to(self._compute)).sum(-1)
+            for gradients, tokens in zip(self._gradients(one, layers), self._input.levels, strict=True)
+        ]
 
-    def _gradients(self, one: Decoded, layers: list[int]) -> Tensor:
-        """Gradients (P, M, N, d) of the targets, as weighted sums over the steps."""
-        tokens, targets = self._input.tokens, one.present
-        gradients = torch.zeros(
-            len(targets), len(layers), *tokens.shape, dtype=self._compute, device=tokens.device
-        )
+    def _gradients(self, one: Decoded, layers: list[int]) -> list[Tensor]:
+        """Gradients (P, M, n, d) of the targets, as weighted sums over the steps, for each level."""
+        targets = one.present
+        gradients = [
+            torch.zeros(len(targets), len(layers), *tokens.shape, dtype=self._compute, device=tokens.device)
+            for tokens in self._input.levels
+        ]
         # With all cross-attention off nothing comes from the image.
         if not targets or not sees_image(one.gates)[0]:
             return gradients
@@ -145,7 +152,7 @@ class GradientEngine:
         at_once = max(1, self._budget // 2 // self._step_bytes())
         with torch.enable_grad(), constant_replacement(self.detector):
             for at, weights in zip(*(x.split(at_once) for x in self._steps), strict=True):
-                leaf, memory = self._encode(at, one.encoder_gate)
+                leaves, memory = self._encode(at, one.encoder_gate)
                 seen = _KeysAndValues()
                 with self.detector.intercepting(seen):
                     output = self.detector.decode(memory, plan)
@@ -155,27 +162,29 @@ class GradientEngine:
                         for step, weight in enumerate(weights)
                     ]
                     # Images do not depend on each other, so the gradient of the sum is that of each image's value.
-                    parts = _parts(torch.stack(values).sum(), leaf, seen.layers, layers)
+                    parts = _parts(torch.stack(values).sum(), leaves, seen.layers, layers)
                     for layer, part in enumerate(parts):
-                        gradients[slot, layer] += part.to(self._compute).sum(0)
+                        for level, gradient in zip(gradients, part, strict=True):
+                            level[slot, layer] += gradient.to(self._compute).sum(0)
         return gradients
 
-    def _encode(self, at: Tensor, gate: Tensor | None) -> tuple[Tensor, Any]:
-        """The tokens at some steps (S, N, d), and their memory. The latest is cached."""
+    def _encode(self, at: Tensor, gate: Tensor | None) -> tuple[list[Tensor], Any]:
+        """The tokens at some steps, (S, n, d) for each level, and their memory. The latest is cached."""
         if self._encoded is not None:
-            key, leaf, memory = self._encoded
+            key, leaves, memory = self._encoded
             if key[0] is gate and torch.equal(key[1], at):
-                return leaf, memory
+                return leaves, memory
         self._encoded = None
-        tokens = self._input.tokens
-        leaf = (at.to(tokens)[:, None, None] * tokens).requires_grad_()
-        memory = self._input.encode(leaf, gate)
-        self._encoded = (gate, at), leaf, memory
-        return leaf, memory
+        leaves = [(at.to(tokens)[:, None, None] * tokens).requires_grad_() for tokens in self._input.levels]
+        memory = self._input.encode(leaves, gate)
+        self._encoded = (gate, at), leaves, memory
+        return leaves, memory
 
     def _step_bytes(self) -> int:
         """Bytes of the graph of one step, about: the encoder's activations and attention weights, and the decoder."""
-        layout, (tokens, width) = self.detector.head_layout, self._input.tokens.shape
+        layout = self.detector.head_layout
+        tokens = sum(h * w for h, w in self.features.shapes)
+        width = max(level.shape[-1] for level in self._input.levels)
         heads = layout.heads_at("encoder_self") or 1
         encoder = layout.encoder_layers * tokens * (20 * width + heads * tokens) * self._compute.itemsize
         return encoder + GRAPH * self.detector.decoder_bytes(self.features)
@@ -193,24 +202,21 @@ class GradCamEngine(GradientEngine):
     def _make_input(self) -> _Input:
         if isinstance(self.detector, Detr):
             return _tokens_of(self.detector, self.features)
-        if not hasattr(self.features, "with_last_map"):
-            raise SettingError(
-                f"{self.method.name} needs the backbone's last feature map, which this detector does not show: use "
-                "d_rise or a method of attention such as chefer"
-            )
-        return _last_map_of(self.detector, self.features)
+        return _feature_maps_of(self.detector, self.features, self.method, last=True)
 
-    def _rows(self, one: Decoded, layers: list[int]) -> Tensor:
-        tokens, is_image = (self._input.tokens - self._input.offset).to(self._compute), self._input.is_image
-        gradients = self._gradients(one, layers)
+    def _rows(self, one: Decoded, layers: list[int]) -> list[Tensor]:
+        (level,), is_image = self._input.levels, self._input.is_image
+        tokens = (level - self._input.offset).to(self._compute)
+        (gradients,) = self._gradients(one, layers)
         if is_image is None:
-            return (gradients.mean(2, keepdim=True) * tokens).sum(-1).relu()
+            return [(gradients.mean(2, keepdim=True) * tokens).sum(-1).relu()]
         mean = gradients[:, :, is_image].mean(2, keepdim=True)
-        return (mean * tokens).sum(-1).relu() * is_image
+        return [(mean * tokens).sum(-1).relu() * is_image]
 
 
 def _tokens_of(detector: Detr, features: Features) -> _Input:
-    def encode(tokens: Tensor, gate: Tensor | None) -> Any:
+    def encode(levels: list[Tensor], gate: Tensor | None) -> Any:
+        (tokens,) = levels
         images = len(tokens)
         mask = features.attn_mask
         return detector.encode_features(
@@ -226,56 +232,82 @@ def _tokens_of(detector: Detr, features: Features) -> _Input:
     is_image = None if features.attn_mask is None else features.attn_mask.flatten()
     bias = detector.input_projection.bias
     assert bias is not None
-    return _Input(features.tokens[0], encode, is_image=is_image, offset=bias.detach())
+    return _Input([features.tokens[0]], encode, is_image=is_image, offset=bias.detach())
 
 
-def _last_map_of(detector: Detector, features: Any) -> _Input:
-    """Tokens that are the cells of the backbone's last feature map, in the level of the memory with its grid."""
-    feature_map, mask = features.last_map
-    grid = tuple(feature_map.shape[-2:])
-    sizes = [height * width for height, width in features.shapes]
-    if grid not in features.shapes:
+def _feature_maps_of(
+    detector: Detector, features: Any, method: EngineMethod, *, last: bool = False
+) -> _Input:
+    """Tokens that are the cells of the backbone's feature maps, or of the last one: levels of the memory.
+
+    Levels of the memory that have no map of their size, as they are computed from another level, get no relevance.
+    """
+    if not hasattr(features, "feature_maps"):
         raise SettingError(
-            f"the backbone's last feature map is {grid[0]} x {grid[1]}, and no level of the memory is: use d_rise or a "
+            f"{method.name} needs the backbone's feature maps, which this detector does not show: use d_rise or a "
             "method of attention such as chefer"
         )
-    level = features.shapes.index(grid)
-    before, after = sum(sizes[:level]), sum(sizes[level + 1 :])
-
-    def encode(tokens: Tensor, gate: Tensor | None) -> Any:
-        return detector.encode_features(
-            features.with_last_map(tokens.transpose(1, 2).unflatten(2, grid)), gate
+    maps = [feature_map for feature_map, _ in features.feature_maps]
+    chosen = list(range(len(maps)))[-1 if last else 0 :]
+    grids = [tuple(maps[index].shape[-2:]) for index in chosen]
+    if not all(grid in features.shapes for grid in grids):
+        sizes = ", ".join(f"{h} x {w}" for h, w in grids)
+        raise SettingError(
+            f"the backbone's feature maps are {sizes}, which levels of the memory are not: use d_rise or a method of "
+            "attention such as chefer"
         )
 
-    return _Input(
-        feature_map[0].flatten(1).T,
-        encode,
-        lambda rows: torch.nn.functional.pad(rows, (before, after)),
-        None if features.pixel_mask is None else mask[0].flatten(),
-    )
+    def encode(levels: list[Tensor], gate: Tensor | None) -> Any:
+        changed = [feature_map.expand(len(levels[0]), -1, -1, -1) for feature_map in maps]
+        for index, tokens in zip(chosen, levels, strict=True):
+            changed[index] = tokens.transpose(1, 2).unflatten(2, maps[index].shape[-2:])
+        return detector.encode_features(features.with_feature_maps(changed), gate)
+
+    def to_memory(rows: list[Tensor]) -> Tensor:
+        by_grid = dict(zip(grids, rows, strict=True))
+        return torch.cat(
+            [
+                by_grid[shape]
+                if shape in by_grid
+                else rows[0].new_zeros(*rows[0].shape[:-1], math.prod(shape))
+                for shape in features.shapes
+            ],
+            dim=-1,
+        )
+
+    mask = None if features.pixel_mask is None else features.feature_maps[-1][1][0].flatten()
+    return _Input([maps[index][0].flatten(1).T for index in chosen], encode, to_memory, mask)
 
 
-def _parts(total: Tensor, leaf: Tensor, seen: dict[int, list[Tensor]], layers: list[int]) -> Iterator[Tensor]:
-    """Gradients of `total` at `leaf` after each layer: the part through the keys and values of layers up to it."""
+def _parts(
+    total: Tensor, leaves: list[Tensor], seen: dict[int, list[Tensor]], layers: list[int]
+) -> Iterator[list[Tensor]]:
+    """Gradients of `total` at the leaves after each layer: the part through keys and values of layers up to it."""
     if layers == [max(seen)]:
-        yield torch.autograd.grad(total, leaf, retain_graph=True)[0]
+        yield _gradients_at(leaves, [total], None)
         return
-    given = torch.autograd.grad(
-        total, [x for layer in sorted(seen) for x in seen[layer]], retain_graph=True, allow_unused=True
-    )
-    gradients = iter(given)
+    inputs = [x for layer in sorted(seen) for x in seen[layer]]
+    given = iter(torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True))
     added = {
-        layer: [(x, gradient) for x in seen[layer] if (gradient := next(gradients)) is not None]
+        layer: [(x, gradient) for x in seen[layer] if (gradient := next(given)) is not None]
         for layer in sorted(seen)
     }
     for layer in layers:
         pairs = [pair for earlier in range(layer + 1) for pair in added[earlier]]
-        if not pairs:
-            yield torch.zeros_like(leaf)
-            continue
-        outputs, gradients_of = zip(*pairs, strict=True)
-        (part,) = torch.autograd.grad(outputs, leaf, gradients_of, retain_graph=True, allow_unused=True)
-        yield torch.zeros_like(leaf) if part is None else part
+        yield _gradients_at(leaves, [x for x, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def _gradients_at(
+    leaves: list[Tensor], outputs: list[Tensor], gradients: list[Tensor] | None
+) -> list[Tensor]:
+    """Gradients at the leaves from those of the outputs; zeros at leaves that these do not depend on."""
+    if not outputs:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    found = torch.autograd.grad(outputs, leaves, gradients, retain_graph=True, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for leaf, gradient in zip(leaves, found, strict=True)
+    ]
 
 
 def _quadrature(steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -298,7 +330,7 @@ def integrated_gradients(steps: int = STEPS) -> EngineMethod:
 register_method(
     EngineMethod(
         "gradient_input",
-        "gradient of the target at the image tokens after the backbone's projection, times the tokens",
+        "gradient of the target at the image tokens that the encoder starts from, times the tokens",
         GradientEngine,
         signed=True,
     )
