@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -29,7 +29,7 @@ LEVEL = 0.95
 _EPS = np.spacing(1)
 _ALL = list(AREAS).index("all")
 _T50, _T75 = 0, 5
-_AT_ONCE = 2**22
+_AT_ONCE = 2**20
 """Most numbers of an array of resamples."""
 
 
@@ -149,9 +149,11 @@ def _parts(begins: np.ndarray) -> Iterator[tuple[int, int]]:
             yield begin, end
 
 
-def _boxes_between(objects: TrueObjects, matches: Matches, area: int) -> csr_array:
+def _boxes_between(
+    objects: TrueObjects, matches: Matches, area: int, blocks: _Blocks | None = None
+) -> csr_array:
     """(p, images): how many boxes of each image within the range of areas are after one of `Matches.paired` of their
-    class, up to and including the next.
+    class, up to and including the next; or (P, images), with `blocks` of `Matches.paired`.
     """
     from scipy.sparse import csr_array
 
@@ -159,9 +161,12 @@ def _boxes_between(objects: TrueObjects, matches: Matches, area: int) -> csr_arr
     following = np.searchsorted(paired, np.arange(len(within)))
     # Those after the last pair of a class are no step's.
     within = within & (matches.labels == np.r_[matches.labels[paired], -1][following])
-    columns = matches.image[within]
-    ends = np.searchsorted(following[within], np.arange(len(paired) + 1))
-    return csr_array((np.ones(len(columns), np.float32), columns, ends), shape=(len(paired), objects.images))
+    columns, following = matches.image[within], following[within]
+    rows = len(paired)
+    if blocks is not None:
+        following, rows = blocks.places[following], len(blocks.rows)
+    ends = np.searchsorted(following, np.arange(rows + 1))
+    return csr_array((np.ones(len(columns), np.float32), columns, ends), shape=(rows, objects.images))
 
 
 def _boxes_before(objects: TrueObjects, matches: Matches, area: int) -> np.ndarray:
@@ -228,18 +233,28 @@ def resample(objects: TrueObjects, matches: Matches, samples: Resamples) -> Repl
     """AP and AR in the samples of a bootstrap. With all weights 1 they are those of `accumulate`, up to rounding."""
     classes, count = objects.classes, len(samples)
     steps_of = {(t, a): steps for t, a, steps in curves(matches)}
-    between = [_boxes_between(objects, matches, a) for a in range(len(AREAS))]
-    pairs = np.searchsorted(matches.labels[matches.paired], np.arange(classes + 1))
+    pairs = _Blocks.of(matches.labels[matches.paired], classes)
+    blocks_of = {which: _Blocks.of(steps.labels, classes) for which, steps in steps_of.items()}
+    between = [_boxes_between(objects, matches, a, pairs) for a in range(len(AREAS))]
     precision = np.empty((len(THRESHOLDS), len(AREAS), classes, count))
-    at_once = max(1, _AT_ONCE // max(len(matches.paired), 1))
+    longest = max(len(blocks.rows) for blocks in blocks_of.values())
+    at_once = min(max(_AT_ONCE // max(longest, 1), 32), 64)
     for begin in range(0, count, at_once):
         chunk = slice(begin, begin + at_once)
-        weights = np.ascontiguousarray(samples.weights[:, chunk])
+        weights = samples.weights[:, chunk]
+        weights = np.concatenate(
+            [weights, np.zeros_like(weights[:1])]
+        )  # of no image, for rows that fill up blocks
         for a in range(len(AREAS)):
-            before = _running(between[a] @ weights, pairs)
+            before = pairs.running(between[a] @ weights[:-1])
             for t in range(len(THRESHOLDS)):
                 precision[t, a, :, chunk] = _weighted_precision(
-                    steps_of[t, a], weights, before, samples.counted[a, :, chunk]
+                    steps_of[t, a],
+                    blocks_of[t, a],
+                    weights,
+                    before,
+                    pairs.places,
+                    samples.counted[a, :, chunk],
                 )
     recall = _weighted_hits(objects, matches, steps_of) @ samples.weights
     recall = recall.reshape(len(AREAS), len(DETECTIONS), classes, count) / len(THRESHOLDS)
@@ -251,31 +266,101 @@ def resample(objects: TrueObjects, matches: Matches, samples: Resamples) -> Repl
     return Replicates(np.stack([_mean_over_classes(values) for values in over]), over[0])
 
 
+@dataclass(frozen=True, eq=False)
+class _Blocks:
+    """Rows that are sorted by class, in blocks of `SIZE` rows of one class each; its last row fills the last block.
+
+    A running sum is one of few long operations within all blocks at once, and one over the sums of blocks: numpy's own
+    takes its elements one by one, which is several times slower.
+
+    Attributes:
+        rows: (P,) int64, the row in each place.
+        filling: (P,) bool: whether it is there for the second time.
+        places: (n,) int64, the place of each row.
+        parts: of each class that has rows: its label, and where its blocks begin and end.
+    """
+
+    SIZE: ClassVar[int] = 16
+
+    rows: np.ndarray
+    filling: np.ndarray
+    places: np.ndarray
+    parts: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, labels: np.ndarray, classes: int) -> _Blocks:
+        begins = np.searchsorted(labels, np.arange(classes + 1))
+        counts = np.diff(begins)
+        blocks = -(-counts // cls.SIZE)
+        ends = np.cumsum(blocks)
+        within = np.arange(cls.SIZE * blocks.sum()) - np.repeat(cls.SIZE * (ends - blocks), cls.SIZE * blocks)
+        of_class = np.repeat(np.arange(classes), cls.SIZE * blocks)
+        rows = begins[of_class] + np.minimum(within, counts[of_class] - 1)
+        filling = within >= counts[of_class]
+        present = np.flatnonzero(counts)
+        parts = [(int(k), int(ends[k] - blocks[k]), int(ends[k])) for k in present]
+        return cls(rows, filling, np.flatnonzero(~filling), tuple(parts))
+
+    def running(self, values: np.ndarray) -> np.ndarray:
+        """Running sums of `values` (P, B) within each class, in place."""
+        x = values.reshape(-1, self.SIZE, values.shape[1])
+        for row in range(1, self.SIZE):
+            np.add(x[:, row], x[:, row - 1], out=x[:, row])
+        sums = x[:, -1].copy()
+        for _, begin, end in self.parts:
+            if end - begin > 1:
+                np.cumsum(sums[begin:end], axis=0, out=sums[begin:end])
+                x[begin + 1 : end] += sums[begin : end - 1, None]
+        return values
+
+    def greatest_from(self, values: np.ndarray) -> np.ndarray:
+        """The greatest of `values` (P, B) of each class from each place on, in place."""
+        x = values.reshape(-1, self.SIZE, values.shape[1])
+        for row in range(self.SIZE - 2, -1, -1):
+            np.maximum(x[:, row], x[:, row + 1], out=x[:, row])
+        most = x[:, 0].copy()
+        for _, begin, end in self.parts:
+            if end - begin > 1:
+                part = most[begin:end][::-1]
+                np.maximum.accumulate(part, axis=0, out=part)
+                np.maximum(x[begin : end - 1], most[begin + 1 : end, None], out=x[begin : end - 1])
+        return values
+
+
 def _weighted_precision(
-    steps: Curve, weights: np.ndarray, before: np.ndarray, counted: np.ndarray
+    steps: Curve,
+    blocks: _Blocks,
+    weights: np.ndarray,
+    before: np.ndarray,
+    places: np.ndarray,
+    counted: np.ndarray,
 ) -> np.ndarray:
-    """(K, B): AP of one threshold and range of areas, with `weights` (images, B).
+    """(K, B): AP of one threshold and range of areas, with `weights` (images + 1, B).
 
     Args:
-        before: (p, B), `_boxes_before` with these weights.
+        before: (P, B), the weight of all detections of a class whose boxes are within the range of areas, up to and
+            including each of `Matches.paired`, which are in `places`.
         counted: (K, B), objects that are not ignored, with these weights.
     """
-    begins = steps.starts(len(counted))
-    drawn = weights[steps.image]
-    tp = _running(drawn * steps.hit[:, None], begins)
-    counting = before[steps.at]
+    rows = blocks.rows
+    labels = steps.labels[rows]
+    drawn = weights[np.where(blocks.filling, len(weights) - 1, steps.image[rows])]
+    tp = blocks.running(drawn * steps.hit[rows, None])
+    counting = before[places[steps.at[rows]]]
     if steps.change.any():
-        counting += _running(drawn * steps.change[:, None], begins)
-    envelope = tp / np.maximum(counting, 1, out=counting)
+        drawn *= steps.change[rows, None]
+        counting += blocks.running(drawn)
+    envelope = blocks.greatest_from(tp / np.maximum(counting, 1, out=counting))
     shares = (100 / np.maximum(counted, 1)).astype(weights.dtype)
-    reached = _recalls_reached(tp * shares[steps.labels])
+    tp *= shares[labels]
+    reached = _recalls_reached(tp)
     gained = reached.copy()
     gained[1:] -= reached[:-1]
     precision = np.zeros(counted.shape)
-    for begin, end in _parts(begins):
-        np.maximum.accumulate(envelope[begin:end][::-1], axis=0, out=envelope[begin:end][::-1])
-        gained[begin] = reached[begin]
-        precision[steps.labels[begin]] = np.einsum("sb,sb->b", envelope[begin:end], gained[begin:end])
+    for label, begin, end in blocks.parts:
+        part = slice(begin * blocks.SIZE, end * blocks.SIZE)
+        gained[part.start] = reached[part.start]
+        precision[label] = np.einsum("sb,sb->b", envelope[part], gained[part])
     return np.where(counted > 0, precision / len(RECALLS), np.nan)
 
 
@@ -314,9 +399,9 @@ def _recalls_reached(percent: np.ndarray) -> np.ndarray:
     whole = np.floor(percent + _ROUNDING)
     equal = percent - whole < _ROUNDING
     whole += 1
-    if not _AT_EQUALITY.all() and equal.any():
-        places = equal.nonzero()
-        whole[places] -= ~_AT_EQUALITY[whole[places].astype(np.int64) - 1]
+    places = np.flatnonzero(equal)
+    flat = whole.reshape(-1)
+    flat[places] -= ~_AT_EQUALITY[flat[places].astype(np.int64) - 1]
     return whole
 
 
