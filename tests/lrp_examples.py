@@ -124,13 +124,18 @@ class Proportional(Function):
         return gradient * y / x, None
 
 
+def unchanged_norm(x, shape, weight, bias, eps):
+    return Unchanged.apply(x, lambda x: layer_norm(x, shape, weight, bias, eps))
+
+
+def norm_by_constant(x, shape, weight, bias, eps):
+    deviation = (x.var(-1, correction=0, keepdim=True) + eps).sqrt().detach()
+    return (x - x.mean(-1, keepdim=True)) / deviation * weight + bias
+
+
 @contextmanager
-def replaced_operators(identity: type[Function]) -> Iterator[ExitStack]:
-    """Layer norm and sigmoid by `identity`."""
-
-    def norm(x, shape, weight, bias, eps):
-        return identity.apply(x, lambda x: layer_norm(x, shape, weight, bias, eps))
-
+def replaced_operators(norm: Callable, identity: type[Function]) -> Iterator[ExitStack]:
+    """Layer norm by `norm`, sigmoid by `identity`."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.functional, "layer_norm", norm))
         boxes = lambda head, x: identity.apply(nn.Sequential.forward(head, x), torch.sigmoid)  # noqa: E731
@@ -179,7 +184,7 @@ def positive_evidence(detector: Detr, features: Features, gates: Gates | None, t
         return HalvedProduct.apply(found, call.value)
 
     tokens = features.tokens.clone().requires_grad_()
-    with torch.enable_grad(), replaced_operators(Unchanged) as stack:
+    with torch.enable_grad(), replaced_operators(unchanged_norm, Unchanged) as stack:
         relu = lambda x, inplace=False: Unchanged.apply(x, lambda x: x.clamp(min=0))  # noqa: E731
         stack.enter_context(patch.object(nn.functional, "relu", relu))
         stack.enter_context(patch.object(nn.functional, "linear", PositiveLinear.apply))
@@ -232,7 +237,7 @@ def modified_gradient(
         return HalvedGradients.apply(weights, call.value)
 
     tokens = features.tokens.clone().requires_grad_()
-    with torch.enable_grad(), replaced_operators(Proportional):
+    with torch.enable_grad(), replaced_operators(norm_by_constant, Proportional):
         logits, boxes = run(detector, replace(features, tokens=tokens), gates, attention)
         leaves = [tokens, *others, *of_softmax]
         gradients = torch.autograd.grad(

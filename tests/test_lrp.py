@@ -97,6 +97,16 @@ def test_sums_keep_relevance(rules):
         torch.testing.assert_close(sum(parts), relevance)  # number by number
 
 
+def test_epsilon_rules_give_the_norm_s_bias_its_share():
+    norm = nn.LayerNorm(6).double().requires_grad_(False)
+    norm.weight.copy_(operands(6)), norm.bias.copy_(operands(6, seed=1))
+    x, relevance, runs = operands(2, 5, 6, seed=2), operands(3, 5, 6, seed=3), torch.tensor([1, 0, 1])
+    y = norm(x)
+    found = EpsilonRules(0).norm(norm, x, y)(relevance, runs)
+    kept = (relevance * (1 - norm.bias / y[runs])).sum(-1)
+    torch.testing.assert_close(found.sum(-1), kept, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("tile", [1, 30, 2**17])
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: type(rules).__name__)
@@ -155,14 +165,14 @@ def test_positive_relevance_is_kept_from_the_target_to_the_memory_and_to_the_ima
         torch.testing.assert_close(tokens.sum((1, 2)), memory.sum((1, 2)), rtol=1e-8, atol=0)
 
 
-def test_attn_lrp_is_kept_by_image_positions_queries_and_biases_together():
-    """With pre-norm the first norm gives zeros its bias, which takes relevance that gradient x input cannot see."""
-    detector = tiny_detector(4)
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_attn_lrp_is_kept_by_image_positions_queries_and_biases_together(pre_norm):
+    detector = tiny_detector(4, pre_norm=pre_norm)
     features = features_of(detector, padded=True)
     features = replace(features, positions=features.positions.clone().requires_grad_())
     absorbing = [features.positions, detector.query_embedding.weight.requires_grad_()]
     for module in detector.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.LayerNorm):
             absorbing.append(module.bias.requires_grad_())
     gates = random_gates(detector, 1, seed=5)
     parts = modified_gradient(detector, features, gates, class_logit(1, 2), 2, *absorbing)

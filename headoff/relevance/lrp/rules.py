@@ -8,8 +8,8 @@ Every operator is written once, for two sets of rules:
   decomposition for softmax.
 
 Both divide relevance R by the output z that it belongs to; what they do where z is near 0 is `reciprocal`. Common to
-both: layer norm, ReLU and sigmoid pass relevance on unchanged (identity rule); of a product of two matrices either
-factor gets half (uniform rule); a head gate is a constant and gets nothing.
+both: ReLU and sigmoid pass relevance on unchanged (identity rule); of a product of two matrices either factor gets half
+(uniform rule); a head gate is a constant and gets nothing.
 
 Shapes: P pairs of (configuration, target), every one of which belongs to one of the G runs of the forward pass; T
 tokens or queries, d channels. Operators are called with relevance (P, T, d) and `runs` (P,) int64, the pairs' runs.
@@ -94,6 +94,28 @@ class SumRelevance:
 
 
 @dataclass(frozen=True)
+class NormRelevance:
+    """A layer norm whose standard deviation is a constant, so that it is a linear layer of x.
+
+    Attributes:
+        x: (G, T, d), the input.
+        reciprocal: (G, T, d), 1 / y.
+        weight: (G, T, d), the norm's weight over the standard deviation.
+    """
+
+    x: Tensor
+    reciprocal: Tensor
+    weight: Tensor
+
+    def __call__(self, relevance: Tensor, runs: Tensor) -> Tensor:
+        """R_x from R_y, (P, T, d)."""
+        shares = relevance * select_runs(self.reciprocal, runs)
+        shares *= select_runs(self.weight, runs)
+        shares -= shares.mean(-1, keepdim=True)  # the norm subtracts the mean
+        return shares.mul_(select_runs(self.x, runs))
+
+
+@dataclass(frozen=True)
 class FactorRelevance:
     """An operator that multiplies relevance by a factor (G, T, d), or passes it on unchanged (None)."""
 
@@ -133,6 +155,10 @@ class LrpRules(ABC):
         """The rule of a residual sum of x and update, (G, T, d)."""
 
     @abstractmethod
+    def norm(self, layer: nn.LayerNorm, x: Tensor, y: Tensor) -> NormRelevance | FactorRelevance:
+        """The rule of a layer norm, for its input x and output y (G, T, d)."""
+
+    @abstractmethod
     def part(self, x: Tensor, total: Tensor) -> FactorRelevance:
         """The rule of total = x + constant, (G, T, d), such as position embeddings: the relevance of x."""
 
@@ -157,7 +183,7 @@ class PositiveRules(LrpRules):
     - Linear layers: z = W+ x+ + W- x- has only products that are positive (alpha = 1, beta = 0). What x gets is
       rescaled to the total of R.
     - Residual sums: the two parts are rescaled to |part| / (|part 1| + |part 2|) of the total of R.
-    - Position embeddings get nothing; the token gets all.
+    - Position embeddings get nothing; the token gets all. Layer norms pass relevance on unchanged.
     - Where x goes to several operators, the sum of their relevance is multiplied by x / (x + 1e-9).
     - Softmax passes relevance on unchanged, to the scores.
     - The relevance of the target is 1, whatever its value (in general the target's gradient).
@@ -189,6 +215,9 @@ class PositiveRules(LrpRules):
         reciprocal = self.reciprocal(x + update)
         return SumRelevance(self, x * reciprocal, update * reciprocal, balanced=True)
 
+    def norm(self, layer: nn.LayerNorm, x: Tensor, y: Tensor) -> FactorRelevance:
+        return FactorRelevance(None)
+
     def part(self, x: Tensor, total: Tensor) -> FactorRelevance:
         return FactorRelevance(None)
 
@@ -206,11 +235,13 @@ class EpsilonRules(LrpRules):
     """AttnLRP's rules, with the stabiliser 1 / (z + epsilon * sign(z)), and 0 where z is exactly 0.
 
     - Linear layers and sums: the epsilon rule. Biases and position embeddings take their share of the relevance.
+    - Layer norms: the division by the standard deviation passes relevance on unchanged (identity rule, proposition
+      3.4); what is left is linear and has the epsilon rule, as in the authors' code.
     - Softmax a = softmax(s): R_s = s * (R_a - a * sum of R_a), deep Taylor decomposition, whose bias takes the rest.
     - The relevance of the target is its value (in general the detector's outputs times the target's gradient).
 
-    All rules are linear in R; but for the layer norms, they are those of gradient x input with the gradients of both
-    factors of a product halved. A layer norm y of x then has R_x = R_y, as if its gradient were y / x.
+    All rules are linear in R. Up to epsilon they are gradient x input, with the gradients of both factors of a product
+    halved, and standard deviations as constants.
     """
 
     centred_softmax = True
@@ -227,6 +258,11 @@ class EpsilonRules(LrpRules):
     def residual(self, x: Tensor, update: Tensor) -> SumRelevance:
         reciprocal = self.reciprocal(x + update)
         return SumRelevance(self, x * reciprocal, update * reciprocal, balanced=False)
+
+    def norm(self, layer: nn.LayerNorm, x: Tensor, y: Tensor) -> NormRelevance:
+        variance = torch.var(x, dim=-1, correction=0, keepdim=True)
+        weight = layer.weight.detach().to(x) * (variance + layer.eps).rsqrt_()
+        return NormRelevance(x, self.reciprocal(y), weight)
 
     def part(self, x: Tensor, total: Tensor) -> FactorRelevance:
         return FactorRelevance(x * self.reciprocal(total))

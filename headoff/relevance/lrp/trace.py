@@ -27,7 +27,14 @@ from headoff.detr.transformer import (
     Residual,
 )
 from headoff.relevance.lrp.attention import AttentionRelevance
-from headoff.relevance.lrp.rules import FactorRelevance, LinearRelevance, LrpRules, SumRelevance, joined
+from headoff.relevance.lrp.rules import (
+    FactorRelevance,
+    LinearRelevance,
+    LrpRules,
+    NormRelevance,
+    SumRelevance,
+    joined,
+)
 from headoff.relevance.records import AttentionRecord
 from headoff.relevance.trace import DecoderContributions, Recorder
 from headoff.relevance.vjp import ProjectionVjp
@@ -64,14 +71,16 @@ class LrpRecorder(Recorder):
 
 @dataclass
 class _Residual:
-    """A residual connection with its norm, which passes relevance on unchanged.
+    """A residual connection with its norm.
 
     Attributes:
+        norm: the norm, after the sum with post-norm, before the block with pre-norm.
         total: the sum.
         copies: the layer's input, which goes to the sum and into the block.
         entered: the norm's output with pre-norm, which goes to several operators; None with post-norm.
     """
 
+    norm: NormRelevance | FactorRelevance
     total: SumRelevance
     copies: FactorRelevance
     entered: FactorRelevance | None
@@ -82,11 +91,15 @@ class _Residual:
         Args:
             block: from the relevance of the block's output, what each operator in it gives to its input.
         """
-        past, update = self.total(relevance, runs)
+        past, update = self.parts(relevance, runs)
         inside = block(update)
         if self.entered is not None:
-            inside = [joined(self.entered, inside, runs)]
+            inside = [self.norm(joined(self.entered, inside, runs), runs)]
         return joined(self.copies, [past, *inside], runs)
+
+    def parts(self, relevance: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
+        """The relevance of both parts of the sum: of the layer's input past the block, and of the block's output."""
+        return self.total(relevance if self.entered is not None else self.norm(relevance, runs), runs)
 
 
 @dataclass
@@ -127,7 +140,7 @@ class _Attention:
 
     def contribution(self, relevance: Tensor, runs: Tensor) -> Tensor:
         """S (P, H, T, D) alone, see `AttentionRelevance`; the relevance goes no further."""
-        _, update = self.residual.total(relevance, runs)
+        _, update = self.residual.parts(relevance, runs)
         return self.attention.contribution(self._of_context(update, runs), runs)
 
     def __call__(self, relevance: Tensor, runs: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -220,9 +233,11 @@ class _Builder:
     def _residual(self, residual: Residual, last: nn.Linear) -> _Residual:
         """The residual connection around a block that ends with the layer `last`; moves on to its output."""
         x, update = self.x, self._runs(self._recorder.outputs[last])
+        total = x + update
         normalised = self._runs(self._recorder.outputs[residual.norm])
-        self.x = x + update if residual.pre_norm else normalised
+        self.x = total if residual.pre_norm else normalised
         return _Residual(
+            self._rules.norm(residual.norm, x if residual.pre_norm else total, normalised),
             self._rules.residual(x, update),
             self._rules.copies(x),
             self._rules.copies(normalised) if residual.pre_norm else None,
@@ -235,10 +250,11 @@ class _Builder:
 
 @dataclass
 class EncoderRelevance:
-    """LRP through the encoder of one image, under one encoder gate."""
+    """LRP through the encoder of one image, under one encoder gate; `final` is the last norm, if there is one."""
 
     attention: list[_Attention]
     feedforward: list[_FeedForward]
+    final: NormRelevance | FactorRelevance
 
     @classmethod
     def of(
@@ -251,7 +267,11 @@ class EncoderRelevance:
     ) -> EncoderRelevance:
         """From a recorded pass that began with x (1, N, d)."""
         builder = _Builder(recorder, rules, make_attention, x)
-        found = cls([], [])
+        norm = encoder.norm
+        final: NormRelevance | FactorRelevance = FactorRelevance(None)
+        if isinstance(norm, nn.LayerNorm):
+            final = rules.norm(norm, recorder.inputs[norm], recorder.outputs[norm])
+        found = cls([], [], final)
         for index, layer in enumerate(encoder.layers):
             assert isinstance(layer, EncoderLayer)
             record = recorder.attention[AttentionAddress("encoder_self", index)]
@@ -263,6 +283,7 @@ class EncoderRelevance:
         """S (P, H, N, D) of each layer, from the relevance of the memory (P, N, d)."""
         found = []
         runs = _first_run(relevance)
+        relevance = self.final(relevance, runs)
         for index in reversed(range(len(self.attention))):
             relevance = self.feedforward[index](relevance, runs)
             if index:
@@ -275,6 +296,7 @@ class EncoderRelevance:
     def __call__(self, relevance: Tensor) -> Tensor:
         """The relevance of the image tokens (P, N, d), from that of the memory."""
         runs = _first_run(relevance)
+        relevance = self.final(relevance, runs)
         for attention, feedforward in zip(reversed(self.attention), reversed(self.feedforward), strict=True):
             relevance, *_ = attention(feedforward(relevance, runs), runs)
         return relevance
@@ -290,12 +312,14 @@ class DecoderRelevance:
 
     Attributes:
         memory: relevance of the memory, from what each layer gave it.
+        final: the last norm.
     """
 
     self_attention: list[_Attention]
     cross_attention: list[_Attention]
     feedforward: list[_FeedForward]
     memory: FactorRelevance
+    final: NormRelevance | FactorRelevance
 
     @classmethod
     def of(
@@ -310,7 +334,9 @@ class DecoderRelevance:
     ) -> DecoderRelevance:
         """From a recorded pass that began with x (G, Q, d), of `memory` (1, N, d)."""
         builder = _Builder(recorder, rules, make_attention, x)
-        found = cls([], [], [], rules.copies(memory))
+        norm = decoder.norm
+        final = rules.norm(norm, recorder.inputs[norm][-1, 0], recorder.outputs[norm][-1, 0])
+        found = cls([], [], [], rules.copies(memory), final)
         for index, layer in enumerate(decoder.layers):
             assert isinstance(layer, DecoderLayer)
             record = records(AttentionAddress("decoder_self", index))
@@ -328,6 +354,7 @@ class DecoderRelevance:
         """S at every attention, and what each layer gives to the memory (P, N, d), from the states' relevance
         (P, Q, d).
         """
+        relevance = self.final(relevance, runs)
         of_self, of_cross, of_memory = [], [], []
         for index in reversed(range(len(self.feedforward))):
             relevance = self.feedforward[index](relevance, runs)
@@ -346,7 +373,7 @@ class DecoderRelevance:
 def heads_relevance(
     detector: Detr, rules: LrpRules, states: Tensor, of_logits: Tensor, of_boxes: Tensor
 ) -> Tensor:
-    """The relevance of the normalised states (P, Q, d), through class and box head and the decoder's last norm.
+    """The relevance of the normalised states (P, Q, d), through class and box head.
 
     Args:
         states: (P, Q, d).
