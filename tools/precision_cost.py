@@ -3,7 +3,7 @@
     python tools/precision_cost.py --images 5000 --classes 80
     python tools/precision_cost.py --images 5000 --classes 80 --others     COCOeval as well
 
-Detections are synthetic: COCO's 7.3 objects in an image, and 100 detections, of which one in eight is near an object.
+Processor time, which other processes change little, with OMP_NUM_THREADS=1. Detections are synthetic: COCO's 7.3 objects in an image, and 100 detections, of which one in eight is near an object.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from headoff.evaluation.precision import Resamples, accumulate, influence, resam
 
 
 def seconds_of(work: Callable[[], Any], turns: int) -> tuple[float, Any]:
-    """The least time of several turns, and the result."""
+    """The least processor time of several turns, and the result."""
     times, found = [], None
     for _ in range(turns):
-        start = time.perf_counter()
+        start = time.process_time()
         found = work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times), found
 
 
@@ -76,8 +76,8 @@ def main() -> None:
     for name, work in steps.items():
         seconds, _ = seconds_of(work, settings.turns)
         total += seconds
-        print(f"{name:28} {seconds:8.3f} s")
-    print(f"{'one configuration':28} {total:8.3f} s")
+        print(f"{name:28} {seconds:8.2f} s")
+    print(f"{'one configuration':28} {total:8.2f} s")
     if settings.others:
         import faster_coco_eval
         import pycocotools.coco
@@ -93,7 +93,7 @@ def main() -> None:
                 lambda module=module, evaluation=evaluation: evaluated(module, evaluation, truth, results), 1
             )
             difference = np.nanmax(np.abs(np.array(ours) - judge.stats[:12]))
-            print(f"{name:28} {seconds:8.3f} s  (AP only; largest difference to ours {difference:.1g})")
+            print(f"{name:28} {seconds:8.2f} s  (AP only; largest difference to ours {difference:.1g})")
 
 
 if __name__ == "__main__":
