@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 
 from headoff.errors import SettingError
 from headoff.evaluation.importance import HeadScores, head_scores
@@ -28,7 +28,7 @@ from headoff.figures.chart_axes import (
 )
 from headoff.figures.importance import draw_scores
 from headoff.figures.matrix import colour_bar, hue_handles
-from headoff.figures.palette import INK, MUTED, OBJECT_COLOURS, STATUS_STYLES, ink_on
+from headoff.figures.palette import GRID, INK, MUTED, OBJECT_COLOURS, STATUS_STYLES, ink_on
 from headoff.gates import CumulativeSweep, SubsetSweep, sweeps_among
 from headoff.wording import counted
 
@@ -214,6 +214,33 @@ def plot_heads_precision(found: HeadScores, ax: Axes | None = None) -> Axes:
     return ax
 
 
+def plot_heads_interactions(found: HeadScores, ax: Axes | None = None) -> Axes:
+    """Shapley interactions of all pairs of heads, each in all layers: what two add beyond each of them.
+
+    Raises:
+        SettingError: the scores have none.
+    """
+    if found.interactions is None:
+        raise SettingError(
+            f"the measure {found.measure!r} has no interactions: draw those of 'shapley_columns'"
+        )
+    heads = len(found.heads)
+    ax = new_axes(max(4.8, 1.9 + 0.5 * heads), max(4.1, 1.6 + 0.42 * heads)) if ax is None else ax
+    clean(ax)
+    limit = float(np.abs(found.interactions).max()) or 1.0
+    draw_scores(ax, found.interactions, limit, decimals=3)
+    for head in range(heads):
+        ax.add_patch(Rectangle((head - 0.47, head - 0.44), 0.94, 0.88, facecolor=GRID, zorder=5))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks(range(heads), [str(head) for head in found.heads])
+    ax.set_xlabel("head")
+    ax.set_ylabel("head")
+    colour_bar(ax, limit, "interaction (AP)")
+    handles = hue_handles("redundant: either will do", "they need each other")
+    legend_above(ax, handles, entry=1.9, title=f"Pairs of heads of {found.site}, in all layers")
+    return ax
+
+
 def plot_class_losses(
     scores: Scores, ax: Axes | None = None, configurations: Sequence[int] | None = None
 ) -> Axes:
@@ -380,6 +407,9 @@ def evaluation_figures(
         )
         stem = f"{found.measure}_{found.site}"
         yield stem, caption, figure_of(plot_heads_precision(found))
+        if found.interactions is not None:
+            caption = "What pairs of heads add to the AP beyond what each adds."
+            yield f"interactions_{found.site}", caption, figure_of(plot_heads_interactions(found))
     if len(scores) > 1:
         for reference in REFERENCES:
             what = "the detections with nothing off" if reference == REFERENCES[0] else "the true objects"
@@ -395,6 +425,7 @@ def evaluation_figures(
 __all__ = [
     "evaluation_figures",
     "plot_class_losses",
+    "plot_heads_interactions",
     "plot_heads_precision",
     "plot_outcome_rates",
     "plot_precision",
