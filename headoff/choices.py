@@ -64,7 +64,7 @@ FAITHFULNESS_MEASURES = (
 )
 """The built-in measures of `headoff.faithfulness`."""
 
-DEFAULT_FAITHFULNESS = ("tokens_removed",)
+DEFAULT_FAITHFULNESS = ("tokens_removed", "detected_box", "true_box", "true_mask", "segmentation")
 """Those of them that are computed unless others are asked for."""
 
 CONTROLS = ("random", "box", "edges")

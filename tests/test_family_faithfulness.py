@@ -16,7 +16,6 @@ from headoff.errors import SettingError
 from headoff.faithfulness import ExplainedImage, Perturbation, faithfulness
 from headoff.faithfulness.perturbation import TokenPerturber
 
-
 KINDS = ("table-transformer", "deformable_detr", "rt_detr", "rf_detr")
 """One for each form of a backbone's output."""
 
@@ -64,4 +63,4 @@ def test_tokens_are_not_removed_and_the_default_is_another_fill():
     with pytest.raises(SettingError, match="use tokens_mean"):
         Perturbation("tokens", "removed").scores(image, ["random"])
     found = faithfulness(image.detector, image.picture, "random", confidence=0.02)
-    assert [measure.name for measure in found.measures] == ["tokens_mean"]
+    assert [measure.name for measure in found.measures] == ["tokens_mean", "detected_box"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headoff.choices import DEFAULT_FAITHFULNESS, FAITHFULNESS_MEASURES, METHODS
+from headoff.choices import DEFAULT_FAITHFULNESS, METHODS
 from headoff.cli.options import (
     add_confidence_option,
     add_detector_options,
@@ -21,26 +22,36 @@ if TYPE_CHECKING:
     from headoff.faithfulness import Faithfulness, Measure
 
 EPILOG = f"""\
-methods: {", ".join(METHODS[:4])}, ... (all that `headoff explain` has), and
+methods (those of headoff explain):
+{textwrap.fill(", ".join(METHODS), 80, initial_indent="  ", subsequent_indent="  ")}
 controls, which no method made and every method has to beat:
   random      random numbers
   box         a Gaussian at the detected box
   edges       edges of the image
 
-measures, with what fills the place of what is taken away:
-  tokens_removed       image tokens that nobody attends to any more (default)
+measures (docs/faithfulness.md has equations and caveats):
+  deletion and insertion curves, by what fills the place of what is taken away:
+  tokens_removed       nothing: image tokens are removed from attention
   tokens_zero          zeros in the place of image tokens
   tokens_mean          the mean of the image's tokens
   pixels_grey          the mean colour that images are normalised with
   pixels_blur          the blurred image
   pixels_surroundings  the mean colour of what is left around
-  Each gives the area under two curves: deletion (the most relevant first is taken
-  away; lower is better) and insertion (it is given back to nothing; higher is
-  better), of the object's class probability at its query, and of `found`, the
-  best probability x IoU of any query. Deletion is also called positive
-  perturbation, and insertion, read backwards, negative perturbation.
-  docs/faithfulness.md has equations, caveats, and the measures that need true
-  objects. Others: {", ".join(FAITHFULNESS_MEASURES[6:]) or "none"}
+    Areas under two curves: deletion (the most relevant first is taken away; lower
+    is better) and insertion (it is given back to nothing; higher is better), of
+    the object's class probability at its query, and of `found`, the best
+    probability x IoU of any query. Deletion is also called positive perturbation,
+    and insertion, read backwards, negative perturbation.
+  where the relevance is, its share inside and the pointing game:
+  detected_box         the box that the detector found
+  true_box, true_mask  the true object's box, and its visible pixels
+  segmentation         average precision of thresholded maps as masks
+  sanity checks, which rank nothing:
+  randomisation        similarity to the map of a model with random weights
+  targets              similarity to the maps of another class and other objects
+  heads:
+  causal               does the map lose relevance where switching heads off loses
+                       the detection?
 
 images: files, folders, or scenes:N[:FIRST], N held-out scenes of the bundled data
 set, whose objects are known to the pixel. Results of images are kept in the
@@ -125,7 +136,9 @@ object (objects.csv), and figures.""",
         action="store_true",
         help="measure two images, print what each method and measure takes and how long all images will, and stop",
     )
-    run_group.add_argument("--figures", choices=("none", "all"), default="all", help="(default all)")
+    run_group.add_argument(
+        "--figures", choices=("none", "all"), default="all", help="whether to draw figures (default all)"
+    )
     add_detector_options(parser)
     parser.set_defaults(run=run)
 
@@ -275,8 +288,6 @@ def _costs(found: Faithfulness) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    import textwrap
-
     return textwrap.wrap(text, 100, subsequent_indent="  ")
 
 

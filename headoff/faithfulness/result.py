@@ -89,7 +89,7 @@ class Faithfulness:
         Raises:
             SettingError: there is no such method or measure.
         """
-        self._measure(measure)
+        self.measure(measure)
         if method not in self.methods:
             raise SettingError(
                 f"the method {method!r}{did_you_mean(method, self.methods)} was not measured: use one of "
@@ -124,7 +124,7 @@ class Faithfulness:
         key = measure, place
         if key not in self._comparisons:
             by_method = {method: self.of(method, measure) for method in self.methods}
-            self._comparisons[key] = compare(self._measure(measure), by_method, place)
+            self._comparisons[key] = compare(self.measure(measure), by_method, place)
         return self._comparisons[key]
 
     @cached_property
@@ -137,7 +137,7 @@ class Faithfulness:
         Raises:
             SettingError: there is no such measure or quantity, or neither a higher nor a lower one is better.
         """
-        chosen = self._measure(measure).quantities[self._place(measure, quantity)]
+        chosen = self.measure(measure).quantities[self._place(measure, quantity)]
         if chosen.direction == "neither":
             raise SettingError(
                 f"{measure} {chosen.name} ranks nothing: neither more nor less of it is better"
@@ -165,7 +165,7 @@ class Faithfulness:
         Raises:
             SettingError: the measure has no curves, or there is no value.
         """
-        found, place = self._measure(measure), self._place(measure, quantity)
+        found, place = self.measure(measure), self._place(measure, quantity)
         if found.points is None:
             raise SettingError(f"the measure {measure} has no curves")
         curves = []
@@ -302,7 +302,8 @@ class Faithfulness:
             "measures": measures,
         }
 
-    def _measure(self, name: str) -> Measure:
+    def measure(self, name: str) -> Measure:
+        """The measure of that name. Raises SettingError."""
         for measure in self.measures:
             if measure.name == name:
                 return measure
@@ -312,7 +313,7 @@ class Faithfulness:
         )
 
     def _place(self, measure: str, quantity: str | None) -> int:
-        names = [known.name for known in self._measure(measure).quantities]
+        names = [known.name for known in self.measure(measure).quantities]
         if quantity is None:
             return 0
         if quantity not in names:

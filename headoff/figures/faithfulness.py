@@ -54,7 +54,7 @@ def plot_faithfulness_curves(found: Faithfulness, measure: str) -> Figure:
     Raises:
         SettingError: there is no such measure, or it has no curves.
     """
-    chosen = found._measure(measure)
+    chosen = found.measure(measure)
     if chosen.points is None:
         raise SettingError(f"the measure {measure} has no curves: name one of those with curves")
     methods = [method for method in found.methods if found.of(method, measure)]
@@ -122,7 +122,7 @@ def plot_faithfulness(found: Faithfulness, measures: Sequence[str] | None = None
     chosen = [
         (measure, quantity)
         for name in names
-        for measure in [found._measure(name)]
+        for measure in [found.measure(name)]
         for quantity in measure.quantities
     ]
     across = min(_ACROSS, len(chosen))
