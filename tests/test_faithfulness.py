@@ -512,7 +512,8 @@ def test_every_measure_has_a_name_and_quantities():
 
 def test_the_command(tmp_path, capsys):
     out = tmp_path / "out"
-    command = ["faithfulness", "scenes:2:7", "--method", "raw,random", "--steps", "4", "--out", str(out)]
+    command = ["faithfulness", "scenes:2:7", "--method", "raw,random", "--out", str(out)]
+    command += ["--measure", "tokens_removed", "--steps", "4"]
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "| raw " in printed and "an image took" in printed
