@@ -283,9 +283,9 @@ def test_d_rise_by_its_definition():
     found = explain(detector, WHITE, ["none"], [0], method=d_rise(50, cells=5, probability=0.3, seed=4))
     (given,) = masks.batches(64, 64, 64)
     assert given.shape == (50, 64, 64) and 0.2 < given.mean() < 0.4 and 0 <= given.min() and given.max() <= 1
-    weights = []
+    weights, target = [], torch.tensor([1.0, 0, 0])
     for bright in detector.brightness(given[:, None].expand(-1, 3, -1, -1)):
-        target, one = (torch.tensor([6.0 * b - 3, -3, 0]).softmax(0) for b in (1.0, float(bright)))
+        one = torch.tensor([6.0 * float(bright) - 3, -3, 0]).softmax(0)
         nothing = torch.tensor([-9.0, -9.0, 9.0]).softmax(0)
         second = F.cosine_similarity(target, nothing, 0) * 0.04  # IoU of the box with the whole image
         weights.append(max(F.cosine_similarity(target, one, 0), second))

@@ -11,14 +11,15 @@ is flat where the image does not matter. Masks are as in RISE: a grid of random 
 shifted at random by less than a cell. A masked pixel has the mean colour of the detector's preprocessing, which
 becomes 0.
 
-p is the vector of class probabilities, with "no object" where the detector has that class; there the objectness o_j is
-left out, as the paper says for detectors without one. With one sigmoid per class, cosines do not tell a confident
-prediction from another, and o_j is the greatest of them.
+The detection that is explained is a box and a class, those of the object under every configuration: D-RISE takes any,
+found or not, and p is then 1 for the class and 0 for the others. The configuration decodes the masked images. p_j is
+the vector of class probabilities, with "no object" where the detector has that class; there the objectness o_j is left
+out, as the paper says for detectors without one. With one sigmoid per class, cosines do not tell a confident prediction
+from another, and o_j is the greatest of them.
 
-The detection that is explained is the baseline's, box and probabilities, under every configuration: D-RISE takes any
-box and class, found or not. The configuration decodes the masked images. After a decoder layer before the last,
-predictions are those of class and box heads applied to its states, for headoff's DETR; other detectors have the same
-map after all layers. Maps are intensities, not shares of a sum: they are everywhere positive.
+After a decoder layer before the last, predictions are those of class and box heads applied to its states, for headoff's
+DETR; other detectors have the same map after all layers. Maps are intensities, not shares of a sum: they are nowhere
+negative, and zero hardly anywhere.
 
 Shapes: C configurations, O targets, M layers, B masked images, Q queries, N tokens.
 """
@@ -53,6 +54,10 @@ CELLS = 8
 """Cells of a mask's grid along a side, by default."""
 _BACKBONE_NUMBERS = 64
 """Numbers in memory for each pixel while a backbone runs, about."""
+
+
+_Object = tuple[int, float, float, float, float]
+"""A class and a box (left, top, right, bottom) as fractions of the image."""
 
 
 @dataclass(frozen=True)
@@ -156,30 +161,26 @@ class DRiseEngine:
         count = self.detector.head_layout.decoder_layers
         chosen = list(range(count)) if layers is None else list(layers)
         all_decoded = list(decoded(self.detector, self.features, gates, targets, chosen, heads, self._budget))
-        explained = [[self._query(target) for target in one.present] for one in all_decoded]
-        queries = sorted({query for some in explained for query in some})
-        rows = self._rows(gates, queries, chosen) if queries else None  # (C, O, M, N)
+        explained = [[self._object(target, one.boxes) for target in one.present] for one in all_decoded]
+        objects = list(dict.fromkeys(found for some in explained for found in some))
+        rows = self._rows(gates, objects, chosen) if objects else torch.zeros(len(gates), 0, len(chosen), 0)
         for one, some in zip(all_decoded, explained, strict=True):
-            if rows is None:
-                nothing = torch.zeros(0, len(chosen), 0)
-                yield one.result(nothing, chosen)
-            else:
-                yield one.result(rows[one.index, [queries.index(query) for query in some]], chosen)
+            yield one.result(rows[one.index, [objects.index(found) for found in some]], chosen)
 
-    def _query(self, target: Target) -> int:
+    def _object(self, target: Target, boxes: Tensor) -> _Object:
         if target.label is None:
             raise SettingError(
                 f"{self.method.name} explains a detection, its class and box together, and not the target "
                 f"{target.name!r}: leave the target out"
             )
-        return target.query if target.object_query is None else target.object_query
+        box = corners_of(boxes[target.query]).tolist() if target.box is None else target.box
+        return target.label, *box
 
-    def _rows(self, gates: Gates, queries: list[int], layers: list[int]) -> Tensor:
-        """The maps of the baseline's predictions at `queries`, as rows over the memory's tokens, (C, O, M, N)."""
+    def _rows(self, gates: Gates, objects: list[_Object], layers: list[int]) -> Tensor:
+        """The maps of objects, as rows over the memory's tokens, (C, O, M, N)."""
         detector = self.detector
-        baseline = detector.decode(detector.encode_features(self.features))
-        boxes, classes = baseline.boxes[0, 0, queries], self._probabilities(baseline.logits[0, 0, queries])
         pixels, _ = detector.preprocess([self._picture])
+        boxes, labels = pixels.new_tensor([found[1:] for found in objects]), [found[0] for found in objects]
         height, width = pixels.shape[-2:]
         stride = detector.stride(self.features)
         weighted = total = torch.zeros(())
@@ -190,13 +191,13 @@ class DRiseEngine:
         for masks in self.masks.batches(height, width, self._at_once(pixels, len(gates))):
             masks = masks.to(pixels)
             features = detector.features(pixels * masks[:, None])
-            weights = pixels.new_zeros(len(gates), len(queries), len(layers), len(masks))
+            weights = pixels.new_zeros(len(gates), len(objects), len(layers), len(masks))
             for encoder_gate, members, plan in plans:
                 outputs = detector.decode_layers(detector.encode_features(features, encoder_gate), plan)
                 for slot, layer in enumerate(layers):
                     output = outputs[layer]
                     weights[members.to(pixels.device), :, slot] = self._similarity(
-                        output.boxes, output.logits, boxes, classes
+                        output.boxes, output.logits, boxes, labels
                     )
             # A token's mask is the mean over the token's pixels.
             tokens = F.avg_pool2d(masks[:, None], stride, ceil_mode=True, count_include_pad=False)[:, 0]
@@ -212,18 +213,17 @@ class DRiseEngine:
         rest = sum(h * w for h, w in self.features.shapes) - rows * columns
         return F.pad(maps.flatten(-2), (0, rest)).cpu()
 
-    def _similarity(self, boxes: Tensor, logits: Tensor, box: Tensor, classes: Tensor) -> Tensor:
-        """(C, O, B) of predictions (C, B, Q, ...) and detections (O, ...)."""
-        iou = iou_of(corners_of(boxes)[:, None], corners_of(box)[None, :, None, None]).nan_to_num(0)
-        found = self._probabilities(logits)
-        cosine = torch.einsum("ok,cbqk->cobq", F.normalize(classes, dim=-1), F.normalize(found, dim=-1))
-        similarity = iou * cosine
-        if self.detector.scoring.kind == "sigmoid":
-            similarity = similarity * found.amax(-1)[:, None]
-        return similarity.amax(-1)
-
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1) if self.detector.scoring.kind == "softmax" else logits.sigmoid()
+    def _similarity(self, boxes: Tensor, logits: Tensor, of: Tensor, labels: list[int]) -> Tensor:
+        """(C, O, B) of predictions (C, B, Q, ...) and objects with boxes `of` (O, 4)."""
+        found = corners_of(boxes).clamp(0, 1)  # as boxes of objects are
+        iou = iou_of(found[:, None], of[None, :, None, None]).nan_to_num(0)
+        if self.detector.scoring.kind == "softmax":
+            probabilities = logits.softmax(-1)
+            cosine = F.normalize(probabilities, dim=-1)
+        else:
+            probabilities = logits.sigmoid()
+            cosine = F.normalize(probabilities, dim=-1) * probabilities.amax(-1, keepdim=True)
+        return (iou * cosine[..., labels].movedim(-1, 1)).amax(-1)
 
     def _at_once(self, pixels: Tensor, configurations: int) -> int:
         numbers = _BACKBONE_NUMBERS * pixels[0, 0].numel() * pixels.element_size()

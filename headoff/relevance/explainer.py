@@ -123,6 +123,7 @@ def explain(
     else:
         objects = _objects(baseline.logits, baseline.boxes, image_size, detector, confidence, wanted)
     specs = _specs(target, len(objects))
+    object_boxes = (objects.boxes.double() / torch.tensor(objects.image_size).flip(0).repeat(2)).tolist()
     picked_queries = torch.full((len(chosen), len(objects)), -1)
     picked_labels = picked_queries.clone()
 
@@ -132,12 +133,8 @@ def explain(
             if query_and_label is not None:
                 picked_queries[index, slot], picked_labels[index, slot] = query_and_label
         return [
-            None
-            if query_and_label is None
-            else replace(make_target(spec, *query_and_label), object_query=object_query)
-            for query_and_label, spec, object_query in zip(
-                picked, specs, objects.queries.tolist(), strict=True
-            )
+            None if query_and_label is None else replace(make_target(spec, *query_and_label), box=tuple(box))
+            for query_and_label, spec, box in zip(picked, specs, object_boxes, strict=True)
         ]
 
     count = len(chosen), len(objects), len(chosen_layers)

@@ -27,14 +27,14 @@ class Target:
         name: for people.
         function: computes the scalar from logits (Q, K + 1) and boxes (Q, 4).
         label: the class whose logit the scalar is; None for any other scalar.
-        object_query: the query at which the baseline detects the object; None if that is `query`.
+        box: of the object, (left, top, right, bottom) as fractions of the image; None if that is the box of `query`.
     """
 
     query: int
     name: str
     function: Scalar
     label: int | None = None
-    object_query: int | None = None
+    box: tuple[float, float, float, float] | None = None
 
     def value(self, logits: Tensor, boxes: Tensor) -> Tensor:
         """The scalar, a tensor without dimensions.
