@@ -3,11 +3,13 @@
 The image is multiplied by random masks, and the relevance of a place is the mean of the masked images' similarity to
 the detection that is explained, weighted by the masks' values there:
 
-    S[t] = sum over masks i of w_i M_i[t] / sum over i of M_i[t]
+    S[t] = sum over masks i of w_i M_i[t] / sum over i of M_i[t] - mean over i of w_i
     w_i = max over the predictions j of the masked image i of IoU(box, box_j) cos(p, p_j) o_j
 
-The paper divides by the expected sum of the masks, whose difference is the noise of sampling; with the sum itself a map
-is flat where the image does not matter. Masks are as in RISE: a grid of random zeros and ones, enlarged bilinearly, and
+The paper divides by the expected sum of the masks, whose difference from the sum is the noise of sampling, and does not
+subtract the mean, which changes neither the order of places nor a map that is scaled from its minimum to its maximum.
+So relevance is what seeing a place adds to the similarity, and zero where the image does not matter; it is negative
+where seeing a place harms. Masks are as in RISE: a grid of random zeros and ones, enlarged bilinearly, and
 shifted at random by less than a cell. A masked pixel has the mean colour of the detector's preprocessing, which
 becomes 0.
 
@@ -18,8 +20,7 @@ out, as the paper says for detectors without one. With one sigmoid per class, co
 from another, and o_j is the greatest of them.
 
 After a decoder layer before the last, predictions are those of class and box heads applied to its states, for headoff's
-DETR; other detectors have the same map after all layers. Maps are intensities, not shares of a sum: they are nowhere
-negative, and zero hardly anywhere.
+DETR; other detectors have the same map after all layers.
 
 Shapes: C configurations, O targets, M layers, B masked images, Q queries, N tokens.
 """
@@ -184,6 +185,7 @@ class DRiseEngine:
         height, width = pixels.shape[-2:]
         stride = detector.stride(self.features)
         weighted = total = torch.zeros(())
+        similarities = []
         plans = [
             (encoder_gate, members, detector.plan(of_decoder(gates[members])))
             for encoder_gate, members in by_encoder_gate(gates)
@@ -199,13 +201,18 @@ class DRiseEngine:
                     weights[members.to(pixels.device), :, slot] = self._similarity(
                         output.boxes, output.logits, boxes, labels
                     )
+            similarities.append(weights)
             # A token's mask is the mean over the token's pixels.
             tokens = F.avg_pool2d(masks[:, None], stride, ceil_mode=True, count_include_pad=False)[:, 0]
             weighted = weighted + torch.einsum(
                 "comb,bhw->comhw", *(x.to(self._compute) for x in (weights, tokens))
             )
             total = total + tokens.to(self._compute).sum(0)
-        maps = weighted / total.clamp(min=torch.finfo(self._compute).tiny)
+        found = torch.cat(similarities, dim=-1).to(self._compute)
+        maps = weighted / total.clamp(min=torch.finfo(self._compute).tiny) - found.mean(-1)[..., None, None]
+        # Where similarities differ by rounding only, the image does not matter.
+        spread = found.amax(-1) - found.amin(-1)
+        maps = torch.where((spread > 1e-6)[..., None, None], maps, 0)
         rows, columns = self.features.grid
         padding = columns - maps.shape[-1], rows - maps.shape[-2]
         maps = F.pad(maps, (0, padding[0], 0, padding[1]))
@@ -253,7 +260,8 @@ def d_rise(
 _D_RISE = register_method(
     EngineMethod(
         "d_rise",
-        f"black box: mean similarity of the detections under {MASKS} random masks of the pixels",
+        f"black box: what seeing a place adds to the similarity of detections, by {MASKS} random masks of the pixels",
         DRiseEngine,
+        signed=True,
     )
 )
