@@ -11,7 +11,7 @@ The fourth, `attn_lrp`, computes the relevance of the image tokens themselves, b
 part of it that enters the memory through the cross-attention of layers 0 ... M. After the last layer it is all.
 
 The maps equal those of the published code (hila-chefer/Transformer-MM-Explainability, folder DETR, after the last
-layer) to 1e-10 of their maximum in float64, with these differences:
+layer) to 1e-9 of their maximum in float64, with these differences:
 
 - It has no head gates, no key masks, no pre-norm encoder and no targets but class logits. A gate is a constant factor
   of the weights, which gets no relevance; the gradient of equation 5 is that of gated weights.
