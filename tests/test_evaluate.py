@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluate_examples import NAMES, SIZES, coco_data_set
 
 import headoff
 from headoff.boxes import corners_of
@@ -28,7 +29,6 @@ from headoff.evaluation.results import Results
 from headoff.evaluation.work import Work
 from headoff.files import lock
 from headoff.scenes.dataset import draw_scene
-from tests.evaluate_examples import NAMES, SIZES, coco_data_set
 
 pytest.importorskip("pyarrow", reason="detections are stored by pyarrow: pip install 'headoff[evaluate]'")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from evaluate_examples import NAMES, SIZES, coco_contents
 
 from headoff.detr.checkpoints.coco import COCO_CLASSES
 from headoff.errors import SettingError
@@ -13,7 +14,6 @@ from headoff.evaluation.annotations import box_of_rle, ground_truth, read_annota
 from headoff.evaluation.batches import make_batches, shard_of
 from headoff.images import Preprocessing
 from headoff.scenes.dataset import CLASS_NAMES, draw_scene
-from tests.evaluate_examples import NAMES, SIZES, coco_contents
 
 
 def read(contents, limit=None):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from evaluate_examples import NAMES, coco_data_set
 
 import headoff
 from headoff.cli import main
 from headoff.errors import ImageError, SettingError
 from headoff.evaluation.engines import LocalEngine
-from tests.evaluate_examples import NAMES, coco_data_set
 
 ray = pytest.importorskip("ray", reason="clusters: pip install 'headoff[ray]'")
 pytest.importorskip("ray.data")

@@ -91,8 +91,7 @@ def throughput(settings: argparse.Namespace) -> None:
 
 def memory(settings: argparse.Namespace) -> None:
     """Peak memory of whole runs, each in a process of its own."""
-    rows = []
-    for configurations in ("cumulative", "subsets"):
+    for configurations in settings.sets:
         for images in settings.sizes:
             program = [
                 "one",
@@ -106,8 +105,7 @@ def memory(settings: argparse.Namespace) -> None:
             found = subprocess.run(
                 [sys.executable, __file__, *program], check=True, capture_output=True, text=True
             )
-            rows.append(json.loads(found.stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
+            print(found.stdout.splitlines()[-1], flush=True)
 
 
 def one(settings: argparse.Namespace) -> None:
@@ -217,6 +215,7 @@ def main() -> None:
     parser.add_argument("--model", default="scenes")
     parser.add_argument("--images", type=int, default=480)
     parser.add_argument("--sizes", type=int, nargs="+", default=[200, 5000])
+    parser.add_argument("--sets", nargs="+", default=["cumulative", "subsets"])
     parser.add_argument("--set", default="cumulative", choices=("cumulative", "subsets"))
     parser.add_argument("--configurations", type=int, default=9)
     parser.add_argument("--batch", type=int, default=8)

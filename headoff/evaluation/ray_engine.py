@@ -73,9 +73,13 @@ class RayEngine:
                 {"num_cpus": self.cpus, "include_dashboard": False} if self.address is None else {}
             )
             try:
-                ray.init(
-                    address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **own
-                )
+                with _no_stderr():
+                    ray.init(
+                        address=self.address or "local",
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        **own,
+                    )
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 raise SettingError(
                     f"Ray cannot be reached at {self.address or 'this machine'} ({error_line(error)}): start it with "
@@ -220,6 +224,21 @@ def _reason(error: BaseException) -> str:
     return (
         _reason(cause) if isinstance(cause, BaseException) else f"{type(error).__name__}: {error_line(error)}"
     )
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Within this context, what Ray's own C++ code prints is lost. What matters is raised."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _silence(ray: Any) -> None:
