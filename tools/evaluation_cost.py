@@ -74,19 +74,34 @@ def throughput(settings: argparse.Namespace) -> None:
         }
         for way in ways.values():
             way(range(2))
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        wall: dict[str, list[float]] = {name: [] for name in ways}
+        cpu: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(settings.turns):
             numbers = range(
                 turn * len(batches) // settings.turns, (turn + 1) * len(batches) // settings.turns
             )
+            count = sum(len(batches[number]) for number in numbers)
             for name, way in ways.items():
-                started = time.perf_counter()
+                started, used = time.perf_counter(), _cpu_seconds()
                 way(numbers)
-                seconds[name].append((time.perf_counter() - started) / len(numbers) / settings.batch)
-    base = seconds[[*ways][1]]
-    for name, times in seconds.items():
-        ratio = statistics.median(mine / other for mine, other in zip(times, base, strict=True))
-        print(f"{name:32} {1 / statistics.median(times):7.1f} images/s   time {ratio:.3f} of {[*ways][1]}")
+                wall[name].append((time.perf_counter() - started) / count)
+                cpu[name].append((_cpu_seconds() - used) / count)
+    base = [*ways][1]
+    for name in ways:
+        ratios = [
+            statistics.median(mine / other for mine, other in zip(times[name], times[base], strict=True))
+            for times in (wall, cpu)
+        ]
+        print(
+            f"{name:28} {1 / statistics.median(wall[name]):6.1f} images/s, {1000 * statistics.median(cpu[name]):.1f} ms of "
+            f"CPU; wall time {ratios[0]:.3f} and CPU time {ratios[1]:.3f} of '{base}'"
+        )
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its workers that have ended."""
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def memory(settings: argparse.Namespace) -> None:
