@@ -9,6 +9,6 @@ How detections are made:
 What both halves share: `tables`, the ground truth and the detections of a configuration as arrays; `results`, a folder
 of them as it is read.
 
-What is computed from detections: `matching`, `precision`, `outcomes`, `scores`, `importance`, `relevance`, `comparison`,
-`summary`.
+What is computed from detections: `matching`, `precision`, `outcomes`, `scores`, `importance`, `relevance`,
+`comparison`, `summary`.
 """
