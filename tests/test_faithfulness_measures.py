@@ -17,7 +17,7 @@ from relevance_examples import tiny_detector
 from torch import Tensor
 
 import headoff
-from headoff.errors import SettingError
+from headoff.errors import NonFiniteError, SettingError
 from headoff.evaluation.matching import TrueObjects, match, overlaps
 from headoff.faithfulness import (
     CausalAgreement,
@@ -327,6 +327,14 @@ def test_similarity_under_randomisation(detector, scene):
     assert torch.equal(found["raw"].values, raw[:, 1:].mean(1, keepdim=True))
     assert all(torch.equal(before[name], value) for name, value in detector.state_dict().items())
     assert torch.equal(measure.scores(scene, ["raw"])["raw"].values, found["raw"].values)
+
+    def breaks(chosen, objects, encoded):
+        if encoded is not None:
+            raise NonFiniteError("too large")
+        return fixed[None]
+
+    scene.planted = {"breaks": breaks}
+    assert measure.scores(scene, ["breaks"])["breaks"].values.isnan().all()
 
 
 def test_sensitivity_to_the_target(scene):

@@ -6,7 +6,8 @@ Similarity is Spearman's rank correlation of the cells of two maps, -1..1; 0 whe
 the top of the model down, cumulatively: class and box heads, decoder layers from the last one, encoder layers from
 the last one, the backbone. After every stage the map of the same query and class is compared with the original. A map
 that stays the same does not show what the model has learned. Random weights are a random permutation of the numbers
-of each parameter, so that their distribution stays. The model is restored afterwards, bit for bit.
+of each parameter, so that their distribution stays. The model is restored afterwards, bit for bit. Where random weights
+give numbers that are not finite, similarity is not defined.
 
 *Sensitivity to the target*: the map is compared with that of another class at the same query (the most likely other
 one), and with the maps of the image's other objects (the mean over them).
@@ -32,6 +33,7 @@ from headoff.detections import class_probabilities
 from headoff.detector import Detector
 from headoff.detr.detector import Features
 from headoff.encoded import EncodedImage
+from headoff.errors import NonFiniteError
 from headoff.faithfulness.explained import ExplainedImage, decoded
 from headoff.faithfulness.measures import Measure, Quantity, Scores, register_measure
 from headoff.faithfulness.ranks import rank_correlation
@@ -159,8 +161,12 @@ class Randomisation(Measure):
                 else:
                     encoded = EncodedImage.of(detector, image.picture)
                 for method in methods:
-                    maps = image.explain(method, encoded=encoded)[0].flatten(1)
-                    curves[method].append(rank_correlation(maps, originals[method]))
+                    try:
+                        maps = image.explain(method, encoded=encoded)[0].flatten(1)
+                    except NonFiniteError:  # random weights may give numbers too large
+                        maps = torch.full_like(originals[method], torch.nan)
+                    similarity = rank_correlation(maps, originals[method])
+                    curves[method].append(similarity.masked_fill(maps.isnan().any(-1), torch.nan))
         found = {}
         for method, points in curves.items():
             curve = torch.stack(points, dim=-1)

@@ -32,7 +32,7 @@ from headoff.errors import SettingError
 from headoff.faithfulness.explained import ExplainedImage
 from headoff.faithfulness.measures import Measure, Quantity, Scores, register_measure
 
-_CACHED = 64
+_CACHED = 256
 """Results of `pooled` that are kept: comparisons of methods in pairs ask for the same ones again and again."""
 
 
