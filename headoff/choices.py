@@ -67,6 +67,9 @@ FAITHFULNESS_MEASURES = (
 DEFAULT_FAITHFULNESS = ("tokens_removed", "detected_box", "true_box", "true_mask", "segmentation")
 """Those of them that are computed unless others are asked for."""
 
+DEAR_METHODS = ("d_rise",)
+"""Relevance methods that take so long that `headoff.faithfulness` measures them only where they are named."""
+
 CONTROLS = ("random", "box", "edges")
 """Maps that no method made, which relevance methods are compared with; see `headoff.faithfulness`."""
 

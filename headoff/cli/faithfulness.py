@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headoff.choices import DEFAULT_FAITHFULNESS, METHODS
+from headoff.choices import DEAR_METHODS, DEFAULT_FAITHFULNESS, METHODS
 from headoff.cli.options import (
     add_confidence_option,
     add_detector_options,
@@ -95,7 +95,9 @@ object (objects.csv), and figures.""",
     )
     group = parser.add_argument_group("what to measure")
     group.add_argument(
-        "--method", default="all", metavar="NAMES", help="methods and controls, with commas (default all)"
+        "--method",
+        metavar="NAMES",
+        help=f"methods and controls, with commas, or all (default all but {', '.join(DEAR_METHODS)})",
     )
     group.add_argument(
         "--measure",
@@ -157,8 +159,10 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.report.faithfulness import write_faithfulness
 
     # Wrong options are reported before the weights are read.
-    methods = known_methods() if settings.method == "all" else _names(settings.method, "--method")
-    check_methods(methods)
+    methods = None
+    if settings.method is not None:
+        methods = known_methods() if settings.method == "all" else _names(settings.method, "--method")
+        check_methods(methods)
     measures = _measures(settings)
     most = _limits(settings.most)
     images = _images(settings.images, settings.out)
@@ -284,7 +288,7 @@ def _costs(found: Faithfulness) -> str:
         for name, seconds in record.seconds.items():
             taken.setdefault(name, []).append(seconds)
     parts = [f"{name} {format_seconds(sum(of) / len(of))}" for name, of in taken.items()]
-    return "\n".join(_wrapped("an image took: " + ", ".join(parts))) + "\n" if parts else ""
+    return "\n".join(_wrapped("an image took, of the processor: " + ", ".join(parts))) + "\n" if parts else ""
 
 
 def _wrapped(text: str) -> list[str]:
@@ -294,19 +298,20 @@ def _wrapped(text: str) -> list[str]:
 def _estimate(
     detector: Any,
     sources: Sequence[Any],
-    methods: Sequence[str],
+    methods: Sequence[str] | None,
     measures: Any,
     most: dict[str, int],
     workers: int,
     common: dict[str, Any],
 ) -> int:
-    """Print what the first images take, and what all of them will."""
+    """Print what the first images take with one thread, and what all of them will."""
     from headoff.cli.progress import progress_bar
     from headoff.cli.tables import columns
     from headoff.faithfulness import faithfulness
+    from headoff.timing import torch_threads
     from headoff.wording import counted, format_seconds
 
-    with progress_bar("measuring", "image") as update:
+    with progress_bar("measuring", "image") as update, torch_threads(1):
         found = faithfulness(detector, sources[:2], methods, measures, progress=update, **common)
     mean = {
         name: sum(record.seconds.get(name, 0.0) for record in found.records) / len(found.records)
@@ -314,7 +319,7 @@ def _estimate(
     }
     count = len(sources)
     of_methods = {name: min(most.get(name, count), count) for name in found.methods}
-    rows: list[tuple[str, str, str, str]] = [("", "seconds an image", "images", "in all")]
+    rows: list[tuple[str, str, str, str]] = [("", "CPU seconds an image", "images", "in all")]
     total = 0.0
     for name, images in of_methods.items():
         total += mean[name] * images

@@ -31,7 +31,8 @@ class ImageRecord:
         objects: for each object `query`, `label`, `class`, `score`, `box` (left, top, right, bottom; pixels), and
             `truth`, the number of the true object or -1.
         scores: by method and measure.
-        seconds: what was computed in this run took: for a method its maps, for a measure the mean of its methods.
+        seconds: of the processor, for what was computed in this run: for a method its maps, for a measure the mean of
+            its methods.
     """
 
     name: str
