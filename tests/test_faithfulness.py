@@ -42,8 +42,9 @@ from headoff.faithfulness.perturbation import (
     kept_cells,
     order_of_cells,
 )
+from headoff.faithfulness.sources import sources_of
 from headoff.faithfulness.statistics import compare, estimates, holm, sign_flip_p
-from headoff.faithfulness.truth import truth_of_scene
+from headoff.faithfulness.truth import Annotations, truth_of_scene
 from headoff.relevance.token_grid import TokenGrid
 from headoff.totals import bootstrap_interval
 
@@ -425,7 +426,7 @@ def test_the_order_of_images_does_not_matter(detector, uninterrupted):
 
 
 def test_workers_find_the_same(detector, uninterrupted):
-    found = faithfulness(detector, "scenes:2:7", workers=2, **OPTIONS)
+    found = faithfulness(detector, "scenes:1:7", workers=2, **OPTIONS)
     for one, two in zip(found.records, uninterrupted.records, strict=False):
         for key in one.scores:  # one thread may round differently from several
             torch.testing.assert_close(one.scores[key].values, two.scores[key].values, rtol=0, atol=1e-5)
@@ -446,6 +447,8 @@ def test_the_result(detector, uninterrupted):
     assert "| raw " in uninterrupted.table() and "Faithfulness: 2 methods" in repr(uninterrupted)
     limited = faithfulness(detector, "scenes:3:7", most={"raw": 1}, **OPTIONS)
     assert limited.estimate("raw", "tokens_removed").images == 1
+    some = faithfulness(detector, "scenes:1:7", most={"raw/tokens_removed": 0}, **OPTIONS)
+    assert list(some.records[0].scores) == [("random", "tokens_removed")]
     assert limited.estimate("random", "tokens_removed") == uninterrupted.estimate("random", "tokens_removed")
 
 
@@ -464,11 +467,35 @@ def test_annotations_tell_the_true_objects(detector, tmp_path):
     from headoff.scenes.samples import write_scenes
 
     paths = write_scenes(tmp_path, [7, 8], 192)
-    own = faithfulness(detector, paths, **OPTIONS, annotations=tmp_path / "annotations.json")
-    exact = faithfulness(detector, "scenes:2:7", **OPTIONS)
-    for one, two in zip(own.records, exact.records, strict=True):
-        assert [known["truth"] for known in one.objects] == [known["truth"] for known in two.objects]
-        assert any(known["truth"] >= 0 for known in one.objects)
+    found = sources_of([*paths, picture()], detector, tmp_path / "annotations.json")
+    assert [source.knows for source in found] == ["boxes", "boxes", ""]
+    for source, seed in zip(found, (7, 8), strict=False):
+        truth, exact = source.load()[1], truth_of_scene(seed, 192)
+        torch.testing.assert_close(truth.boxes, exact.boxes, rtol=0, atol=2e-3)
+        assert truth.labels.equal(exact.labels) and truth.masks is None
+
+
+def test_masks_of_annotations_are_filled_polygons(tmp_path):
+    square = {"bbox": [2, 3, 4, 5], "segmentation": [[2, 3, 6, 3, 6, 8, 2, 8]]}
+    contents = {
+        "images": [{"id": 1, "file_name": "a/b.png", "width": 10, "height": 12}],
+        "categories": [{"id": 9, "name": "star"}],
+        "annotations": [
+            {**square, "image_id": 1, "category_id": 9},
+            {**square, "image_id": 1, "category_id": 9, "iscrowd": 1},
+        ],
+    }
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(contents))
+    known = Annotations(file, ("circle", "star"))
+    truth = known.of(tmp_path / "b.png")
+    assert truth.boxes.tolist() == [[2, 3, 6, 8]] and truth.labels.tolist() == [1]
+    expected = torch.zeros(1, 12, 10, dtype=torch.bool)
+    expected[0, 3:8, 2:6] = True
+    assert truth.masks.equal(expected)
+    assert known.of(tmp_path / "c.png") is None
+    with pytest.raises(SettingError, match="no object of a class that the detector knows"):
+        Annotations(file, ("circle",))
 
 
 def test_errors(detector, tmp_path):
@@ -478,7 +505,7 @@ def test_errors(detector, tmp_path):
         ("no measure of faithfulness 'tokens_remove'", "scenes:1", {"measures": "tokens_remove"}),
         ("'scenes:x' names no scenes", "scenes:x", {}),
         ("no images", [], {}),
-        ("'raww'.*is none of them", "scenes:1", {"most": {"raww": 2}}),
+        ("'raww'.*is neither a method", "scenes:1", {"most": {"raww": 2}}),
         ("cannot get 0 images", "scenes:1", {"most": {"raw": 0}}),
         ("0 workers", "scenes:1", {"workers": 0}),
         ("cannot be read as annotations", "scenes:1", {"annotations": tmp_path / "none.json"}),
@@ -529,8 +556,8 @@ def test_the_command(tmp_path, capsys):
     assert main([*command, "--figures", "none"]) == 0
     assert "an image took" not in capsys.readouterr().out
     assert (out / "table.md").read_text() == before
-    assert main([*command, "--estimate"]) == 0
-    assert "2 images: " in capsys.readouterr().out
+    assert main([*command, "--method", "random", "--estimate"]) == 0
+    assert "2 images: about " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ object (objects.csv), and figures.""",
         action="append",
         default=[],
         metavar="NAME=N,...",
-        help="only so many images, the first ones, for a method or measure that is dear; can be repeated",
+        help="only so many images, the first ones, for a method or measure that is dear, or for METHOD/MEASURE; can be "
+        "repeated",
     )
     group.add_argument(
         "--steps", type=positive, metavar="N", help="steps of deletion and insertion curves (default 20)"
@@ -254,7 +255,7 @@ def _limits(texts: Sequence[str]) -> dict[str, int]:
         if not part.strip():
             continue
         name, _, number = part.partition("=")
-        if not number.strip().isdecimal() or int(number) < 1:
+        if not number.strip().isdecimal():
             raise SettingError(f"--most {part!r} is no number of images: give NAME=N, such as pixels_grey=50")
         limits[name.strip()] = int(number)
     return limits
@@ -308,39 +309,43 @@ def _estimate(
     from headoff.cli.progress import progress_bar
     from headoff.cli.tables import columns
     from headoff.faithfulness import faithfulness
+    from headoff.faithfulness.controls import known_methods
+    from headoff.faithfulness.runner import limits_of
     from headoff.timing import torch_threads
     from headoff.wording import counted, format_seconds
 
-    with progress_bar("measuring", "image") as update, torch_threads(1):
-        found = faithfulness(detector, sources[:2], methods, measures, progress=update, **common)
-    mean = {
-        name: sum(record.seconds.get(name, 0.0) for record in found.records) / len(found.records)
-        for name in (*found.methods, *(measure.name for measure in found.measures))
-    }
+    chosen = methods or [name for name in known_methods() if name not in DEAR_METHODS]
     count = len(sources)
-    of_methods = {name: min(most.get(name, count), count) for name in found.methods}
-    rows: list[tuple[str, str, str, str]] = [("", "CPU seconds an image", "images", "in all")]
+    maps: dict[str, float] = {}
+    pairs: dict[tuple[str, str], float] = {}
+    with progress_bar("measuring", "method") as update, torch_threads(1):
+        for done, method in enumerate(chosen, start=1):
+            found = faithfulness(detector, sources[:2], method, measures, most=most, **common)
+            for record in found.records:
+                for name, seconds in record.seconds.items():
+                    if name == method:
+                        maps[name] = maps.get(name, 0.0) + seconds / len(found.records)
+                    else:
+                        pairs[method, name] = pairs.get((method, name), 0.0) + seconds / len(found.records)
+            update(done, len(chosen))
+    limit = limits_of(most, found.measures)
+    rows: list[tuple[str, str, str, str]] = [("", "CPU seconds an image", "images", "CPU in all")]
     total = 0.0
-    for name, images in of_methods.items():
-        total += mean[name] * images
-        rows.append(
-            (f"maps of {name}", f"{mean[name]:.3f}", f"{images:,}", format_seconds(mean[name] * images))
-        )
+    for method in chosen:
+        images = max(limit(method, measure.name, count) for measure in found.measures)
+        seconds = maps.get(method, 0.0)
+        total += seconds * images
+        rows.append((f"maps of {method}", f"{seconds:.3f}", f"{images:,}", format_seconds(seconds * images)))
     for measure in found.measures:
-        images = min(most.get(measure.name, count), count)
-        pairs = sum(min(images, of) for of in of_methods.values())
-        total += mean[measure.name] * pairs
-        rows.append(
-            (
-                f"{measure.name}, a method",
-                f"{mean[measure.name]:.3f}",
-                f"{images:,}",
-                format_seconds(mean[measure.name] * pairs),
-            )
-        )
+        limits = {method: limit(method, measure.name, count) for method in chosen}
+        seconds = sum(pairs.get((method, measure.name), 0.0) for method in chosen)
+        whole = sum(pairs.get((method, measure.name), 0.0) * images for method, images in limits.items())
+        total += whole
+        rows.append((f"{measure.name}", f"{seconds:.3f}", f"{max(limits.values()):,}", format_seconds(whole)))
     print(columns(rows))
     print(
-        f"{counted(count, 'image')}: {format_seconds(total / workers)} with {counted(workers, 'worker')}, by "
-        f"{counted(found.objects, 'object')} in {counted(len(found.records), 'image')}"
+        f"{counted(count, 'image')}: about {format_seconds(total / workers)} with {counted(workers, 'worker')} of one "
+        f"thread, each on a core of its own; measured on {counted(found.objects, 'object')} in "
+        f"{counted(len(found.records), 'image')}"
     )
     return 0

@@ -75,8 +75,8 @@ def faithfulness(
         measures: see `headoff.faithfulness.measure_names()`; by default
             `headoff.choices.DEFAULT_FAITHFULNESS`, as far as true objects are known.
         off: the configuration that is explained: objects, maps and curves are those with these heads off.
-        most: for methods and measures that are dear, how many of the images they get, the first ones:
-            `{"d_rise": 100, "pixels_grey": 50}`.
+        most: for methods and measures that are dear, how many of the images they get, the first ones, and for a method
+            by a measure, which may be none: `{"d_rise": 100, "pixels_grey": 50, "d_rise/causal": 0}`.
         annotations: true objects of image files, a JSON file in COCO's `instances` format.
         confidence: a query counts as a detection if its score exceeds this. Detections are the objects.
         seed: of all random numbers, which depend on nothing else but the image.
@@ -110,15 +110,7 @@ def faithfulness(
     configuration.check(detector.head_layout)
     if workers < 1:
         raise SettingError(f"{workers} workers can measure nothing: give at least 1")
-    limits = dict(most or {})
-    for name, limit in limits.items():
-        known = [*known_methods(), *(measure.name for measure in resolved)]
-        if name not in known:
-            raise SettingError(
-                f"most is of methods and measures, and {name!r}{did_you_mean(name, known)} is none of them"
-            )
-        if limit < 1:
-            raise SettingError(f"{name} cannot get {limit} images: give at least 1")
+    limit = limits_of(most or {}, resolved)
     setup = Setup(
         tuple(resolved),
         configuration,
@@ -127,15 +119,18 @@ def faithfulness(
         None if store is None else Path(store),
         memory_budget,
     )
-    jobs: list[Job] = []
-    for index, source in enumerate(sources):
-        pairs = [
-            (method, measure.name)
-            for measure in resolved
-            for method in chosen
-            if index < min(limits.get(method, len(sources)), limits.get(measure.name, len(sources)))
-        ]
-        jobs.append((source, pairs))
+    jobs: list[Job] = [
+        (
+            source,
+            [
+                (method, measure.name)
+                for measure in resolved
+                for method in chosen
+                if index < limit(method, measure.name, len(sources))
+            ],
+        )
+        for index, source in enumerate(sources)
+    ]
     records: list[ImageRecord] = []
     failures: dict[str, str] = {}
     done = 0
@@ -154,6 +149,30 @@ def faithfulness(
     if not records:
         raise ImageError(next(iter(failures.values())))
     return Faithfulness(tuple(records), chosen, tuple(resolved), failures, configuration, seed)
+
+
+def limits_of(most: Mapping[str, int], measures: Sequence[Measure]) -> Callable[[str, str, int], int]:
+    """(method, measure, number of images) -> how many of them the method gets by that measure.
+
+    Raises:
+        SettingError: a name is unknown, or a number is too small.
+    """
+    methods, names = known_methods(), [measure.name for measure in measures]
+    pairs = [f"{method}/{name}" for method in methods for name in names]
+    for name, limit in most.items():
+        known = pairs if "/" in name else [*methods, *names]
+        if name not in known:
+            raise SettingError(
+                f"{name!r}{did_you_mean(name, known)} in most is neither a method nor a measure that is computed, nor "
+                "METHOD/MEASURE"
+            )
+        if limit < ("/" not in name):
+            raise SettingError(f"{name} cannot get {limit} images: give at least 1")
+
+    def limit_of(method: str, measure: str, images: int) -> int:
+        return min(most.get(name, images) for name in (method, measure, f"{method}/{measure}"))
+
+    return limit_of
 
 
 def measure_image(

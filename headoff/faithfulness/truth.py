@@ -136,10 +136,11 @@ class Annotations:
         return Truth(boxes, labels, masks)
 
 
-def _filled(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
-    """(height, width) bool of COCO's polygons, each x, y, x, y, ..."""
-    canvas = Image.new("1", size, 0)
+def _filled(polygons: Sequence[Sequence[float]], size: tuple[int, int], finer: int = 4) -> Tensor:
+    """(height, width) bool, the pixels of which COCO's polygons, each x, y, x, y, ..., cover more than half."""
+    canvas = Image.new("L", (size[0] * finer, size[1] * finer), 0)
     pen = ImageDraw.Draw(canvas)
     for polygon in polygons:
-        pen.polygon([value - 0.5 for value in polygon], fill=1)
-    return torch.from_numpy(np.array(canvas))
+        # Pillow's coordinates are those of pixels' centres, and COCO's those of their edges.
+        pen.polygon([value * finer - 0.5 for value in polygon], fill=255)
+    return torch.from_numpy(np.array(canvas.reduce(finer)) > 127)
