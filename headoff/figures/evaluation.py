@@ -149,7 +149,7 @@ def plot_subset_precision(scores: Scores, ax: Axes | None = None) -> Axes:
         Line2D([], [], ls="none", marker="^", color=OBJECT_COLOURS[4], label="best"),
         Line2D([], [], ls="none", marker="v", color=OBJECT_COLOURS[1], label="worst"),
     ]
-    _legend(ax, handles, scores, entry=1.6)
+    _legend(ax, handles, scores, entry=1.4)
     return ax
 
 
