@@ -25,7 +25,7 @@ TITLES = {
     "relevance": "Relevance, from the image to the maps",
     "methods": "Relevance methods, from the image to the maps",
     "importance": "What heads contribute, from the image to the scores",
-    "faithfulness": "Perturbation curves, from the image to the values",
+    "faithfulness": "Deletion curves, from the encoded image to the values",
     "deformable": "Deformable attention",
 }
 HEAD = ("provider", "x reference", "interval", "time", "memory", "rounds")

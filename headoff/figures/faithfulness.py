@@ -125,8 +125,8 @@ def plot_faithfulness(found: Faithfulness, measures: Sequence[str] | None = None
         for measure in [found.measure(name)]
         for quantity in measure.quantities
     ]
-    across = min(_ACROSS, len(chosen))
-    down = math.ceil(len(chosen) / across)
+    down = math.ceil(len(chosen) / _ACROSS)
+    across = math.ceil(len(chosen) / down)
     height = 1.0 + 0.19 * len(found.methods)
     figure = Figure(
         figsize=(1.6 + across * 2.35, 0.75 + down * height), dpi=DPI, facecolor="white", layout="constrained"
@@ -202,9 +202,11 @@ def plot_methods(
     left = EDGE + max(len(method) for method in methods) * POINTS * 0.6 / 72 + 0.1
     column = width + beside + 0.14
     total = max(left + count * column + EDGE, 4.2)
+    negative = any(bool((image.maps(method) < 0).any()) for method in methods)
+    against = "Blue and green: evidence against the object. " if negative else ""
     words = wrapped(
         f"Relevance after the last decoder layer, {image.configuration.name}. Maps are from 0 to their maximum. "
-        f"{caption}",
+        f"{against}{caption}",
         total,
     )
     top = EDGE + 0.3 + (len(words) + 1.6) * LINE
