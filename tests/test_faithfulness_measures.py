@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -236,6 +237,12 @@ def test_average_precision_of_masks_is_that_of_pycocotools(detector):
     twice = measure.pooled(scores, np.array([[2.0, 0, 0, 1, 0, 0]]))
     again = measure.pooled([scores[0], scores[0], scores[3]], np.ones((1, 3)))
     assert twice == pytest.approx(again, abs=1e-6)
+
+
+def test_average_precision_says_what_it_needs(detector, monkeypatch):
+    monkeypatch.setattr(sys.modules[Segmentation.__module__], "find_spec", lambda name: None)
+    with pytest.raises(SettingError, match="needs scipy: pip install"):
+        faithfulness(detector, "scenes:1", "raw", "segmentation")
 
 
 def test_matching_by_given_overlaps_is_that_of_boxes():

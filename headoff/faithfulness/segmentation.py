@@ -21,6 +21,7 @@ Shapes: O objects, T true objects, h x w cells, H x W pixels, V = 2 variants (co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.faithfulness.explained import ExplainedImage
 from headoff.faithfulness.measures import Measure, Quantity, Scores, register_measure
@@ -64,6 +66,10 @@ class Segmentation(Measure):
 
     def __init__(self) -> None:
         self._pooled: dict[Any, tuple[Sequence[Scores], np.ndarray]] = {}
+
+    def check(self, detector: Detector) -> None:
+        if find_spec("scipy") is None:
+            raise SettingError("average precision of masks needs scipy: pip install 'headoff[evaluate]'")
 
     def scores(self, image: ExplainedImage, methods: Sequence[str]) -> dict[str, Scores]:
         """Values of an object are the IoU of its masks with the mask of the true object that it found."""
@@ -203,12 +209,7 @@ def _average_precision(images: Sequence[Scores], draws: np.ndarray) -> np.ndarra
     first = np.cumsum([0, *counts])[detections.image]  # the first detection of each one's image
     first_true = np.cumsum([0, *true_counts])[truth.image]
     objects = TrueObjects.of(truth)
-    try:
-        samples = Resamples.weighted(objects, draws.T)
-    except ImportError as error:
-        raise SettingError(
-            "average precision needs scipy: install headoff with `pip install 'headoff[evaluate]'`"
-        ) from error
+    samples = Resamples.weighted(objects, draws.T)
     columns = []
     for variant in range(2):
         matrices = [one.parts["iou"][variant].numpy() for one in images]
