@@ -74,7 +74,7 @@ def test_an_installed_headoff_verifies(wheel, tmp_path, at_a_desk):
     assert not list(elsewhere.iterdir()), "nothing is left where it ran"
     for action, needs in (
         (["scenes", "train"], "training needs scipy: pip install 'headoff[scenes]'"),
-        (["scenes", "evaluate"], "average precision needs faster-coco-eval: pip install 'headoff[scenes]'"),
+        (["scenes", "evaluate"], "detections are stored by pyarrow: pip install 'headoff[evaluate]'"),
         (["live"], "are not installed: pip install 'headoff[live]'"),
     ):
         done = subprocess.run(
