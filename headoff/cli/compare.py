@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
         "--max-drop",
         type=probability,
         metavar="AP",
-        help="exit with 1 if an AP of B is lower than A's by more than this (0.002), or if B lacks a configuration",
+        help="exit with 1 if an AP of B is lower than A's by more than this (0.002); with 2 if B lacks a configuration",
     )
     parser.add_argument(
         "--resamples", type=whole, metavar="N", help="samples of the bootstrap over images (default 200)"

@@ -330,7 +330,7 @@ def plot_outcome_rates(scores: Scores, ax: Axes | None = None, *, reference: str
             zorder=2,
         )
         for place, (value, under) in enumerate(zip(rates[:, column], bottom, strict=True)):
-            if numbered and value >= 0.055:
+            if numbered and value >= 0.08:
                 ax.text(
                     place, under + value / 2, f"{value:.0%}", ha="center", va="center", fontsize=7, zorder=4,
                     color=ink_on(STATUS_STYLES[status].fill),
