@@ -49,7 +49,6 @@ def folder(scores, tmp_path_factory):
         skipped={3: "3.png cannot be read"},
         pictures=Pictures(),
         command=lambda image, _: f"headoff sweep {image}.png",
-        drawing=Drawing("all"),
     )
     assert page == folder / "index.html"
     return folder
@@ -103,11 +102,14 @@ def test_page_is_self_contained(folder, scores):
     assert "headoff sweep" in page
 
 
-def test_another_summary_replaces_it_and_leaves_the_rest(scores, tmp_path):
+def test_another_summary_replaces_it_and_leaves_the_rest(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
-    for drawing in (Drawing("page"), Drawing("none")):
-        write_summary(tmp_path, FakeResults(), scores, provenance={}, drawing=drawing)
-    assert not (tmp_path / "index.html").exists()
+    source = FakeResults((none_off(),))
+    scores = score(source, resamples=10)
+    write_summary(tmp_path, source, scores, provenance={}, drawing=Drawing("all"))
+    assert (tmp_path / "figures" / "precision.png").is_file() and (tmp_path / "index.html").is_file()
+    write_summary(tmp_path, source, scores, provenance={}, drawing=Drawing("none"))
+    assert not (tmp_path / "index.html").exists() and not list(tmp_path.rglob("*.png"))
     assert (tmp_path / "manifest.json").is_file() and (tmp_path / "summary.json").is_file()
 
 
@@ -120,18 +122,20 @@ def test_worst_images_are_those_that_lose_most(scores):
         assert sum(counts) == ((truth.image == image) & ~truth.crowd).sum()
 
 
-def test_thumbnails_open_the_sweeps(scores, tmp_path):
+def test_thumbnails_open_the_sweeps(tmp_path):
     opened = []
+    source = FakeResults((none_off(), heads_off(1)))
+    scores = score(source, resamples=0)
 
     def open_sweep(image, configuration):
         opened.append((image, configuration))
         return tmp_path / "sweeps" / f"{image} a" / "index.html"
 
-    write_summary(tmp_path, FakeResults(), scores, provenance={}, pictures=Pictures(), open_sweep=open_sweep)
+    write_summary(tmp_path, source, scores, provenance={}, pictures=Pictures(), open_sweep=open_sweep)
     page = (tmp_path / "index.html").read_text()
     assert opened and all(f'href="sweeps/{image}%20a/index.html"' in page for image, _ in opened)
     configurations = FakeResults().configurations
-    assert opened_with(configurations, opened[0][1]) == [0, 1, 2, 3]
+    assert opened_with(configurations, 2) == [0, 1, 2, 3]
     single = next(i for i, one in enumerate(configurations) if one.text == "L1H1")
     assert opened_with(configurations, single) == [0, single]
 
