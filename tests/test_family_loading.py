@@ -296,3 +296,15 @@ def test_sets_of_configurations_have_the_heads_of_the_site(tmp_path, capsys):
     for site, count in (("decoder_self", 5), ("decoder_cross", 9)):
         assert main(["sweep", *model, "--site", site, "--out", str(tmp_path / site)]) == 0
         assert len(json.loads((tmp_path / site / "sweep.json").read_text())["configurations"]) == count
+
+
+@pytest.mark.parametrize("kind", ["conditional_detr", "dab-detr", "rt_detr"])
+def test_a_detector_goes_to_other_processes(kind):
+    """It pickles, and the copy is made of modules of its own."""
+    detector = loaded(kind)
+    copied = pickle.loads(pickle.dumps(detector))
+    pixels, _ = detector.preprocess([headoff.sample_image(0)])
+    with torch.inference_mode():
+        one, other = (x.decode(x.encode(pixels), ["none", "H0"]) for x in (detector, copied))
+    assert torch.equal(one.logits, other.logits) and torch.equal(one.boxes, other.boxes)
+    assert copied.model is not detector.model and not copied.training

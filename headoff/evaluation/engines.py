@@ -116,11 +116,11 @@ class _Reading(Dataset):
 
 
 def readers(on_cpu: bool) -> int:
-    """How many processes read images: a quarter of the cores where the model needs them, all but one where it is on a
-    GPU; at most 16.
+    """How many processes read images: one on four cores where the model needs these, as many as cores but one where it
+    is on a GPU; at most 16.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // 4 if on_cpu else cores - 1))
+    return min(16, cores // 4 if on_cpu else max(1, cores - 1))
 
 
 @contextmanager

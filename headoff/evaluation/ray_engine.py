@@ -210,7 +210,7 @@ def _pickled(detector: Detector) -> bytes:
         if module is not None and is_from_file(module):
             cloudpickle.register_pickle_by_value(module)
     try:
-        return cloudpickle.dumps(copy.deepcopy(detector).cpu())
+        return cloudpickle.dumps(detector if detector.device.type == "cpu" else copy.deepcopy(detector).cpu())
     except (TypeError, AttributeError, pickle.PicklingError) as error:
         raise SettingError(
             f"this detector cannot be sent to Ray's actors ({error_line(error)}): give RayEngine(load=...) a function "

@@ -10,6 +10,7 @@ Shapes: B images, G configurations, Q object queries, N memory tokens, H heads, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from headoff.detector import (
     check_pixels,
 )
 from headoff.devices import autocast
-from headoff.family.adapter import Adapter
+from headoff.family.adapter import Adapter, find_adapter
 from headoff.family.attention import INTERFACE, Place, intercept
 from headoff.family.levels import on_finest_grid, on_level
 from headoff.gates import Gates, HeadLayout, read_configurations, stack
@@ -190,6 +191,29 @@ class FamilyPlan:
     member: Tensor | None = None
 
 
+def _made_again(
+    model_type: str,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    class_names: Sequence[str],
+    preprocessing: Preprocessing,
+    kept: Mapping[str, Any],
+) -> FamilyDetector:
+    """See `FamilyDetector.__reduce__`."""
+    import transformers
+
+    adapter = find_adapter(model_type)
+    config._attn_implementation = "eager"  # headoff's is not registered in every process
+    model = getattr(transformers, adapter.class_name)(config)
+    model.to(kept["device"], kept["dtype"])
+    model.load_state_dict(tensors, assign=True)
+    detector = FamilyDetector(model, adapter, class_names, preprocessing, attention=kept["attention"])
+    detector.deformable_attention = kept["deformable_attention"]
+    detector.assumptions = kept["assumptions"]
+    detector.train(kept["training"]).requires_grad_(kept["requires_grad"])
+    return detector
+
+
 class FamilyDetector(Detector):
     """A detector of transformers.
 
@@ -245,6 +269,27 @@ class FamilyDetector(Detector):
             for layer, module in enumerate(modules[site]):
                 intercept(module, Place(self, AttentionAddress(site, layer)))
         config._attn_implementation = INTERFACE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The detector is made again from its weights: what it changed in the model's modules belongs to a process."""
+        config = copy.deepcopy(self.model.config)
+        arguments = (
+            self.adapter.model_type,
+            config,
+            self.model.state_dict(),
+            self.class_names,
+            self.preprocessing,
+        )
+        kept = {
+            "attention": self.attention,
+            "deformable_attention": self.deformable_attention,
+            "assumptions": self.assumptions,
+            "device": self.device,
+            "dtype": self.dtype,
+            "training": self.training,
+            "requires_grad": any(one.requires_grad for one in self.parameters()),
+        }
+        return _made_again, (*arguments, kept)
 
     @property
     def head_layout(self) -> HeadLayout:
