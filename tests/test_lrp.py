@@ -22,7 +22,7 @@ from torch import nn
 from headoff.detr.detector import Features
 from headoff.errors import SettingError
 from headoff.gates import heads_off, none_off, stack
-from headoff.relevance import EngineMethod, class_logit, explain, resolve_method
+from headoff.relevance import EngineMethod, class_logit, explain, method_names, resolve_method
 from headoff.relevance.engine import TargetGradients
 from headoff.relevance.engines import make_engine
 from headoff.relevance.lrp import EpsilonRules, PositiveRules
@@ -316,6 +316,8 @@ def test_other_detectors_are_refused_with_the_methods_that_work_there():
         SettingError, match="chefer_lrp knows the layers of headoff's own DETR only.*chefer_centred"
     ):
         make_engine(nn.Identity(), None, method="chefer_lrp")
+    others = set(method_names()) - set(method_names(nn.Identity()))
+    assert others == set(METHODS) and method_names(tiny_detector()) == method_names()
 
 
 def test_a_target_whose_relevance_sums_to_zero_is_refused():

@@ -3,7 +3,8 @@
     python tools/precision_cost.py --images 5000 --classes 80
     python tools/precision_cost.py --images 5000 --classes 80 --others     COCOeval as well
 
-Processor time, which other processes change little, with OMP_NUM_THREADS=1. Detections are synthetic: COCO's 7.3 objects in an image, and 100 detections, of which one in eight is near an object.
+Processor time, which other processes change little, with OMP_NUM_THREADS=1. Detections are
+synthetic: COCO's 7.3 objects in an image, and 100 detections, of which one in eight is near an object.
 """
 
 from __future__ import annotations

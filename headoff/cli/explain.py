@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,7 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.cli.reports import drawing_of, images_to_report, write_reports
     from headoff.figures.colouring import MapStyle
     from headoff.images import load_image
+    from headoff.relevance import method_names
 
     # Wrong options are reported before the weights are read.
     images = images_to_report(settings)
@@ -153,6 +155,8 @@ def run(settings: argparse.Namespace) -> int:
         drawing=drawing,
     )
     detector = load_detector(settings)
+    if settings.method == "all":
+        relevance = replace(relevance, methods=method_names(detector))
     relevance.check(detector.head_layout)
     autocast = Autocast(settings.autocast)
 

@@ -168,6 +168,8 @@ def run(settings: argparse.Namespace) -> int:
     most = _limits(settings.most)
     images = _images(settings.images, settings.out)
     detector = load_detector(settings)
+    if settings.method == "all":
+        methods = known_methods(detector)
     sources = sources_of(images, detector, settings.annotations)
     common: dict[str, Any] = {
         "off": settings.off,
@@ -309,12 +311,11 @@ def _estimate(
     from headoff.cli.progress import progress_bar
     from headoff.cli.tables import columns
     from headoff.faithfulness import faithfulness
-    from headoff.faithfulness.controls import known_methods
-    from headoff.faithfulness.runner import limits_of
+    from headoff.faithfulness.runner import default_methods, limits_of
     from headoff.timing import torch_threads
     from headoff.wording import counted, format_seconds
 
-    chosen = methods or [name for name in known_methods() if name not in DEAR_METHODS]
+    chosen = methods or default_methods(detector)
     count = len(sources)
     maps: dict[str, float] = {}
     pairs: dict[tuple[str, str], float] = {}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headoff.detector import Detector
 from headoff.errors import SettingError, did_you_mean
 from headoff.relevance import method_names
 from headoff.values import Objects
@@ -65,9 +66,9 @@ SUMMARIES = {
 }
 
 
-def known_methods() -> tuple[str, ...]:
-    """All relevance methods, and the controls."""
-    return (*method_names(), *CONTROLS)
+def known_methods(detector: Detector | None = None) -> tuple[str, ...]:
+    """All relevance methods, or those that suit a detector, and the controls."""
+    return (*method_names(detector), *CONTROLS)
 
 
 def check_methods(methods: tuple[str, ...]) -> None:

@@ -71,7 +71,7 @@ def faithfulness(
         images: one or several: paths, pictures or arrays; `"scenes:100"` for held-out scenes of the bundled data set,
             whose objects are known to the pixel (`"scenes:100:5000"`: from seed 5000 on).
         methods: relevance methods (`headoff.relevance.method_names()`) and controls (`random`, `box`, `edges`); by
-            default all but `headoff.choices.DEAR_METHODS`.
+            default all that suit the detector but `headoff.choices.DEAR_METHODS`.
         measures: see `headoff.faithfulness.measure_names()`; by default
             `headoff.choices.DEFAULT_FAITHFULNESS`, as far as true objects are known.
         off: the configuration that is explained: objects, maps and curves are those with these heads off.
@@ -101,7 +101,7 @@ def faithfulness(
         >>> found = faithfulness(load("scenes"), "scenes:20", ["chefer", "raw", "random"], "tokens_removed")
         >>> print(found.table())
     """
-    chosen = _methods(methods)
+    chosen = _methods(methods, detector)
     sources = sources_of(images, detector, annotations)
     resolved = _measures(measures, sources, detector)
     for measure in resolved:
@@ -276,9 +276,14 @@ def _timed(compute: Callable[[], T]) -> tuple[T, float]:
     return result, time.process_time() - start
 
 
-def _methods(methods: str | Sequence[str] | None) -> tuple[str, ...]:
+def default_methods(detector: Detector) -> tuple[str, ...]:
+    """All methods that suit the detector, and the controls, but those that take very long."""
+    return tuple(name for name in known_methods(detector) if name not in DEAR_METHODS)
+
+
+def _methods(methods: str | Sequence[str] | None, detector: Detector) -> tuple[str, ...]:
     if methods is None:
-        return tuple(name for name in known_methods() if name not in DEAR_METHODS)
+        return default_methods(detector)
     chosen = (methods,) if isinstance(methods, str) else tuple(methods)
     if not chosen:
         raise SettingError("there are no methods to measure: give at least one")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from headoff.detector import Detector
 from headoff.errors import SettingError, did_you_mean
 from headoff.relevance import aggregation, rules
 from headoff.relevance.attention_vjp import CamRule
@@ -28,6 +29,10 @@ class Method:
 
     name: str
     summary: str
+
+    def suits(self, detector: Detector) -> bool:
+        """Whether the method knows detectors of this kind."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,9 @@ def register_method(method: _AnyMethod) -> _AnyMethod:
     return method
 
 
-def method_names() -> tuple[str, ...]:
-    """The registered names, the default first."""
-    return tuple(_methods)
+def method_names(detector: Detector | None = None) -> tuple[str, ...]:
+    """The registered names, the default first; with a detector, of the methods that suit it."""
+    return tuple(name for name, method in _methods.items() if detector is None or method.suits(detector))
 
 
 def cam_method_names() -> tuple[str, ...]:

@@ -42,7 +42,7 @@ from headoff.relevance.lrp.attention import AttentionRelevance
 from headoff.relevance.lrp.rules import EpsilonRules, LrpRules, PositiveRules
 from headoff.relevance.lrp.trace import DecoderRelevance, EncoderRelevance, LrpRecorder, heads_relevance
 from headoff.relevance.memory import chosen_memory_budget
-from headoff.relevance.methods import CamMethod, EngineMethod, cam_method_names, register_method
+from headoff.relevance.methods import CamMethod, EngineMethod, method_names, register_method
 from headoff.relevance.records import AttentionRecord, unfold_runs
 from headoff.relevance.trace import DecoderContributions, DecoderTrace, EncoderTrace
 
@@ -72,6 +72,9 @@ class LrpMethod(EngineMethod):
     rules: LrpRules = PositiveRules()
     cams: CamMethod | None = None
 
+    def suits(self, detector: Detector) -> bool:
+        return isinstance(detector, Detr)
+
 
 class LrpEngine(RelevanceEngine):
     """`RelevanceEngine` with R_A in the place of attention weights; it runs LRP before the backward pass.
@@ -98,7 +101,7 @@ class LrpEngine(RelevanceEngine):
         if not isinstance(detector, Detr):
             raise SettingError(
                 f"{method.name} knows the layers of headoff's own DETR only: for this detector use one of "
-                f"{', '.join(cam_method_names())}"
+                f"{', '.join(method_names(detector))}"
             )
         assert method.cams is not None
         config = detector.config
