@@ -58,10 +58,12 @@ def test_the_command_writes_everything(tmp_path, capsys):
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     assert sorted(path.name for path in (tmp_path / "roles").iterdir()) == [
-        "effects.png", "roles.csv", "roles.json",
+        "effects.png", "index.html", "roles.csv", "roles.json",
     ]  # fmt: skip
     contents = json.loads((tmp_path / "roles" / "roles.json").read_text())
     assert contents["images"] == 2
+    page = (tmp_path / "roles" / "index.html").read_text()
+    assert page.count("<svg") == 1 and "head 7" in page and 'href="roles.csv"' in page
     assert contents["provenance"]["model"] == "scenes"
     assert main(["roles", images[0], "--out", str(tmp_path / "one")]) == 2
     assert "only 1 of 1 has an object" in capsys.readouterr().err

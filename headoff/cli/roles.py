@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
         "roles",
         help="what heads are for, measured over images: what their removal does, and where they look",
         description="Measure over images what the removal of each head does to class evidence, boxes and duplicates, "
-        "and where it looks. Writes roles.json, roles.csv and figures.",
+        "and where it looks. Writes a page, roles.json, roles.csv and figures.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -89,7 +89,7 @@ def run(settings: argparse.Namespace) -> int:
             )
         write_roles(settings.out, found, made_with)
     print(_summary(found))
-    print(f"roles: {settings.out / 'roles.json'}")
+    print(f"roles: {settings.out / 'index.html'}")
     return 0
 
 
