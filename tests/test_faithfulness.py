@@ -546,7 +546,7 @@ def test_the_command(tmp_path, capsys):
     assert "| raw " in printed and "an image took" in printed
     files = {path.name for path in out.iterdir()}
     assert files == {
-        *("faithfulness.json", "objects.csv", "table.md", "images", "maps.png"),
+        *("faithfulness.json", "index.html", "objects.csv", "table.md", "images", "maps.png"),
         *("curves-tokens-removed.png", "methods-tokens-removed.png"),
     }
     contents = json.loads((out / "faithfulness.json").read_text())
@@ -555,7 +555,7 @@ def test_the_command(tmp_path, capsys):
     before = (out / "table.md").read_text()
     assert main([*command, "--figures", "none"]) == 0
     assert "an image took" not in capsys.readouterr().out
-    assert (out / "table.md").read_text() == before
+    assert (out / "table.md").read_text() == before and not (out / "index.html").exists()
     assert main([*command, "--method", "random", "--estimate"]) == 0
     assert "2 images: about " in capsys.readouterr().out
 

@@ -75,8 +75,8 @@ def add_parser(commands: Any) -> None:
         description="""\
 Measure over images how faithful relevance methods are: what becomes of an object
 when what a map calls relevant is taken away, and more. Writes a table with 95%
-intervals and pairwise significance (table.md, faithfulness.json), numbers of every
-object (objects.csv), and figures.""",
+intervals and pairwise significance (a page, table.md, faithfulness.json), numbers of
+every object (objects.csv), and figures.""",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -217,7 +217,8 @@ def run(settings: argparse.Namespace) -> int:
     print(_costs(found))
     for name, reason in found.failures.items():
         print(f"headoff: error: {name} is left out: {reason}", file=sys.stderr)
-    print(f"table: {settings.out / 'table.md'}, all numbers: {settings.out / 'faithfulness.json'}")
+    page = "table.md" if settings.figures == "none" else "index.html"
+    print(f"report: {settings.out / page}, all numbers: {settings.out / 'faithfulness.json'}")
     return 2 if found.failures else 0
 
 

@@ -212,13 +212,18 @@ class Faithfulness:
         return dataframe(self.rows())
 
     def table(self) -> str:
-        """A Markdown table: a row for each quantity's method, with its value, 95% interval and rank.
-
-        Bold are the best and those that do not differ from it significantly.
-        """
+        """`tables` in Markdown."""
         lines: list[str] = []
+        for measure, head, rows in self.tables():
+            lines += [f"**{measure.name}**: {measure.summary}", "", *markdown_table(head, rows), ""]
+        return "\n".join(lines)
+
+    def tables(self) -> Iterator[tuple[Measure, list[str], list[list[str]]]]:
+        """For each measure the head and the rows of a table: a row for each method, with values and 95% intervals.
+
+        Between two asterisks on either side are the best and those that do not differ from it significantly.
+        """
         for measure in self.measures:
-            lines += [f"**{measure.name}**: {measure.summary}", ""]
             head = ["method"]
             for quantity in measure.quantities:
                 better = {"higher": " ↑", "lower": " ↓", "neither": ""}[quantity.direction]
@@ -239,8 +244,7 @@ class Faithfulness:
                 first = self._estimates[method, measure.name][0]
                 cells.append(f"{first.images:,}, {first.objects:,}")
                 rows.append(cells)
-            lines += [*markdown_table(head, rows), ""]
-        return "\n".join(lines)
+            yield measure, head, rows
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the objects' curves, as JSON types; NaN becomes None."""

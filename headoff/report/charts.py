@@ -13,6 +13,9 @@ from matplotlib.figure import Figure
 from headoff.files import write_file
 from headoff.report.page import data_uri, inline_svg, template
 
+PIXELS = 110
+"""Of an inch of a chart, where the page has room."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -57,7 +60,9 @@ class Chart:
     def element(self) -> str:
         """HTML."""
         if not self.is_picture:
-            return inline_svg(self.figure.axes[0], self.stem)
+            # Its text is readable at this width, and all charts of a page have text of one size.
+            width = self.figure.get_figwidth() * PIXELS
+            return f'<div style="max-width: {width:.0f}px">{inline_svg(self.figure.axes[0], self.stem)}</div>'
         # Safe where it is inserted: base64, and an escaped caption.
         return jinja2.Template('<img src="{{ uri }}" alt="{{ alt }}">', autoescape=True).render(
             uri=data_uri("png", self.png), alt=self.caption
