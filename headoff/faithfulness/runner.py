@@ -350,9 +350,13 @@ def _run(
         raise SettingError(
             "a worker ended before it was done, perhaps for want of memory: use fewer workers, or 1 to see why"
         ) from error
+    except BaseException:
+        # Files are written whole, so what a worker has not finished is all that is lost. Waiting for it could hang.
+        for process in list(pool._processes.values()):
+            process.terminate()
+        raise
     finally:
-        # After Ctrl-C the images that are being measured are finished and stored.
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True)
