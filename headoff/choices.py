@@ -73,6 +73,10 @@ DEAR_METHODS = ("d_rise",)
 CONTROLS = ("random", "box", "edges")
 """Maps that no method made, which relevance methods are compared with; see `headoff.faithfulness`."""
 
+BEST = "best"
+BEST_METHODS = ("attn_lrp", "raw")
+"""What the relevance method `best` is: the first of these that suits the detector; docs/faithfulness.md says why."""
+
 BOX_COORDINATES = ("cx", "cy", "w", "h")
 """The columns of `DetectorOutput.boxes`."""
 

@@ -103,7 +103,8 @@ class RelevanceOptions:
         objects = result.baseline.subset(self.objects) if self.objects else result.baseline
         encoded = EncodedImage.of(detector, picture)
         found: list[Explanation] = []
-        for method in self.methods:
+        # A name may stand for another, as `best` does.
+        for method in dict.fromkeys(resolve_method(name, detector).name for name in self.methods):
             words = "explaining" if len(self.methods) == 1 else f"explaining by {method}"
             with progress_bar(words, "configuration", show=progress) as update:
                 found.append(
