@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -345,7 +346,7 @@ def _run(
         for future in as_completed(futures):
             future.result()
             advance()
-        return [future.result() for future in futures]
+        return [pickle.loads(future.result()) for future in futures]
     except BrokenProcessPool as error:
         raise SettingError(
             "a worker ended before it was done, perhaps for want of memory: use fewer workers, or 1 to see why"
@@ -379,6 +380,7 @@ def _begin(load: Callable[[], Detector], context: Mapping[str, str], setup: Setu
     _worker = load(), context, setup
 
 
-def _measure_in_worker(job: Job) -> ImageRecord | tuple[str, str]:
+def _measure_in_worker(job: Job) -> bytes:
+    """What `measure_image` returns, pickled here: torch would keep a file open for every tensor that is sent as such."""
     detector, context, setup = _worker
-    return measure_image(detector, context, setup, job)
+    return pickle.dumps(measure_image(detector, context, setup, job))
