@@ -381,6 +381,6 @@ def _begin(load: Callable[[], Detector], context: Mapping[str, str], setup: Setu
 
 
 def _measure_in_worker(job: Job) -> bytes:
-    """What `measure_image` returns, pickled here: torch would keep a file open for every tensor that is sent as such."""
+    """What `measure_image` returns, pickled here: torch keeps a file open for every tensor that it sends."""
     detector, context, setup = _worker
     return pickle.dumps(measure_image(detector, context, setup, job))
