@@ -73,9 +73,8 @@ DEAR_METHODS = ("d_rise",)
 CONTROLS = ("random", "box", "edges")
 """Maps that no method made, which relevance methods are compared with; see `headoff.faithfulness`."""
 
-BEST = "best"
-BEST_METHODS = ("attn_lrp", "raw")
-"""What the relevance method `best` is: the first of these that suits the detector; docs/faithfulness.md says why."""
+BEST_METHOD = "chefer_no_self_attention"
+"""What the relevance method `best` is; docs/faithfulness.md says why."""
 
 BOX_COORDINATES = ("cx", "cy", "w", "h")
 """The columns of `DetectorOutput.boxes`."""

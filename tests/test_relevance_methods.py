@@ -17,6 +17,7 @@ from relevance_examples import (
     tiny_detector,
 )
 
+from headoff.choices import BEST_METHOD
 from headoff.detr.detector import Detr
 from headoff.errors import GateError, OutputError, SettingError
 from headoff.gates import cumulative, first_off, heads_off, none_off, stack
@@ -70,6 +71,7 @@ def test_every_method_agrees_with_the_oracle(name, memory_budget):
 def test_the_default_comes_first():
     assert cam_method_names()[0] == "chefer" and resolve_cam_method("chefer").needs_gradient
     assert not resolve_cam_method("raw").needs_gradient
+    assert resolve_cam_method("best").name == BEST_METHOD
 
 
 def test_a_method_can_have_an_engine_of_its_own(detector, picture):

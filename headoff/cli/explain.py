@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headoff.choices import BEST_METHODS, BOX_COORDINATES, METHODS, PICKS, SCALES
+from headoff.choices import BEST_METHOD, BOX_COORDINATES, METHODS, PICKS, SCALES
 from headoff.cli.options import (
     NOTATION,
     add_ablation_options,
@@ -84,8 +84,8 @@ def add_parser(commands: Any) -> None:
         "--method",
         default=METHODS[0],
         metavar="METHODS",
-        help=f"{', '.join(METHODS)} (default {METHODS[0]}); best: the first of "
-        f"{', '.join(BEST_METHODS)} that suits the detector (docs/faithfulness.md); several, with commas, or "
+        help=f"{', '.join(METHODS)} (default {METHODS[0]}); best: "
+        f"{BEST_METHOD}, see docs/faithfulness.md; several, with commas, or "
         "all: the first is that of the report, and the others can be chosen on its page",
     )
     group.add_argument(

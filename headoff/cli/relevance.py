@@ -104,7 +104,7 @@ class RelevanceOptions:
         encoded = EncodedImage.of(detector, picture)
         found: list[Explanation] = []
         # A name may stand for another, as `best` does.
-        for method in dict.fromkeys(resolve_method(name, detector).name for name in self.methods):
+        for method in dict.fromkeys(resolve_method(name).name for name in self.methods):
             words = "explaining" if len(self.methods) == 1 else f"explaining by {method}"
             with progress_bar(words, "configuration", show=progress) as update:
                 found.append(

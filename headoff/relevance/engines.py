@@ -35,7 +35,7 @@ def make_engine(
     Raises:
         SettingError: an option is unknown, or cannot be combined with the others.
     """
-    method = resolve_method(method, detector)
+    method = resolve_method(method)
     if isinstance(method, EngineMethod):
         taken = {name: options.pop(name) for name in method.takes if name in options}
         for name, value in options.items():

@@ -59,7 +59,7 @@ def explain(
             heads off, in every decoder layer.
         queries: the object queries to explain, with the most likely class of each; or objects, the detections of a
             baseline such as `SweepResult.baseline`. By default the objects of the baseline.
-        method: one of `headoff.relevance.method_names()`, `best` (see `headoff.choices.BEST_METHODS`), or a `Method`.
+        method: one of `headoff.relevance.method_names()`, `best` (`headoff.choices.BEST_METHOD`), or a `Method`.
         layers: decoder layers after which maps are computed, counted from 0: `all`, `last`, a number or several.
         target: the scalar that is explained: the `class` logit of the query, a coordinate of its box (`cx`, `cy`, `w`,
             `h`), or a function of (logits, boxes); or a list with one of these for each object.
@@ -89,7 +89,7 @@ def explain(
         >>> explanation = explain(load("scenes"), sample_image(0), ["none", "first 4"])
         >>> explanation.maps.shape  # configurations, objects, decoder layers, rows and columns of tokens
     """
-    method = resolve_method(method, detector)
+    method = resolve_method(method)
     if pick not in PICKS:
         raise SettingError(f"pick cannot be {pick!r}: use one of {', '.join(PICKS)}")
     layout = detector.head_layout

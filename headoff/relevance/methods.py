@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from headoff.choices import BEST, BEST_METHODS
+from headoff.choices import BEST_METHOD
 from headoff.detector import Detector
 from headoff.errors import SettingError, did_you_mean
 from headoff.relevance import aggregation, rules
@@ -117,22 +117,21 @@ def resolve_cam_method(method: Method | str) -> CamMethod:
     return found
 
 
-def resolve_method(method: Method | str, detector: Detector | None = None) -> Method:
-    """The method of that name; `best` is the first of `BEST_METHODS`, with a detector the first that suits it.
+def resolve_method(method: Method | str) -> Method:
+    """The method of that name; `best` is `headoff.choices.BEST_METHOD`.
 
     Raises:
         SettingError: there is no such method.
     """
     if isinstance(method, Method):
         return method
-    if method == BEST:
-        best = [_methods[name] for name in BEST_METHODS]
-        return next(one for one in best if detector is None or one.suits(detector))
+    if method == "best":
+        return _methods[BEST_METHOD]
     if method in _methods:
         return _methods[method]
     raise SettingError(
         f"there is no relevance method {method!r}{did_you_mean(method, _methods)}: use one of "
-        f"{', '.join(_methods)}, {BEST}"
+        f"{', '.join(_methods)}, best"
     )
 
 
