@@ -406,7 +406,7 @@ def test_p_is_uniform_where_relevance_and_value_have_nothing_in_common():
     assert [float(one) for one in nothing] == [0, 0, 1]
 
 
-def test_configurations_of_causal_agreement_have_as_many_heads_off():
+def test_configurations_of_causal_agreement_switch_off_as_many_heads():
     layout = tiny_detector(0).head_layout
     found = random_configurations(layout, 9, 0.5, "decoder_cross", torch.Generator().manual_seed(0))
     gates = torch.stack([one.gate("decoder_cross", layout)[:, 0] for one in found])

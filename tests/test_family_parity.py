@@ -1,5 +1,8 @@
 """Detectors of transformers, loaded by headoff, compute what transformers computes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from family_examples import IN_FLOAT64, KINDS, batch, loaded, reference
@@ -18,3 +21,13 @@ def test_logits_and_boxes_are_those_of_transformers(kind, dtype, tolerance, padd
     assert theirs.logits.std() > 0.1  # a comparison of something
     torch.testing.assert_close(ours.logits[0], theirs.logits, rtol=0, atol=tolerance)
     torch.testing.assert_close(ours.boxes[0], theirs.pred_boxes, rtol=0, atol=tolerance)
+
+
+def test_padding_counts_in_the_first_model_of_a_process():
+    """What headoff registers with transformers is registered for all kinds, not only by those that call it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
+    for kind in ("dab-detr", "table-transformer"):
+        done = subprocess.run(
+            [*command, "-k", f"padded-{kind} and float32 and not unpadded"], capture_output=True
+        )
+        assert done.returncode == 0 and b"1 passed" in done.stdout, done.stdout.decode()

@@ -175,7 +175,7 @@ def test_gradcam_by_its_definition(padded):
 
 @pytest.mark.parametrize("method", ["gradient_input", "gradcam_backbone", d_rise(8)])
 @pytest.mark.parametrize("ablation", ["zero", "uniform"])
-def test_nothing_comes_from_the_image_with_all_heads_off(method, ablation, picture):
+def test_nothing_comes_from_the_image_without_heads(method, ablation, picture):
     detector = tiny_detector(0)
     found = explain(detector, picture, ["none", "first 4"], [1, 2], method=method, heads=True)
     assert found.maps[0].any() and found.heads.shape == (2, 2, LAYERS, 4, *found.grid)

@@ -95,11 +95,9 @@ def intercept(module: Any, place: Place) -> None:
         module.attn = _Sampling(place)
     elif _SAMPLING in forward.__code__.co_names:
         module.forward = MethodType(_with_sampling, module)
-    elif "ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names:
-        _register()
     elif type(module).__name__ in _FORWARDS:
         module.forward = MethodType(_FORWARDS[type(module).__name__], module)
-    else:
+    elif "ALL_ATTENTION_FUNCTIONS" not in forward.__code__.co_names:
         raise CheckpointError(
             f"headoff does not know transformers' {type(module).__name__}: use a version of transformers that "
             "`pip install 'headoff[family]'` allows"
@@ -147,7 +145,10 @@ def _by_level(x: Tensor, points: Sequence[int], dim: int) -> Tensor:
 
 
 @cache
-def _register() -> None:
+def register_interface() -> None:
+    """Register headoff's attention with transformers: before a model's attention is named `INTERFACE`, of any kind, as
+    its mask is made by what is registered under that name.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

@@ -34,7 +34,7 @@ from headoff.detector import (
 )
 from headoff.devices import autocast
 from headoff.family.adapter import Adapter, find_adapter
-from headoff.family.attention import INTERFACE, Place, intercept
+from headoff.family.attention import INTERFACE, Place, intercept, register_interface
 from headoff.family.levels import on_finest_grid, on_level
 from headoff.gates import Gates, HeadLayout, read_configurations, stack
 from headoff.images import Preprocessing
@@ -268,6 +268,7 @@ class FamilyDetector(Detector):
         for site in SITES:
             for layer, module in enumerate(modules[site]):
                 intercept(module, Place(self, AttentionAddress(site, layer)))
+        register_interface()
         config._attn_implementation = INTERFACE
 
     def __reduce__(self) -> tuple[Any, ...]:
