@@ -47,7 +47,7 @@ suites:
   importance  scores of all heads by several measures, relative to one plain forward pass
   faithfulness  deletion curves of 20 steps for 5 objects by what fills the place of tokens, relative to one plain
               forward pass
-  deformable  single calls of deformable attention by two formulations in PyTorch, grid_sample and gathered corners, at
+  deformable  single calls of deformable attention by formulations in PyTorch (grid_sample, gathered corners, embedding bag) at
               the sizes of RT-DETR and Deformable DETR
 
   Every provider is checked against the float64 oracle before it is timed. Wrong and unsupported ones are listed.
