@@ -47,8 +47,8 @@ suites:
   importance  scores of all heads by several measures, relative to one plain forward pass
   faithfulness  deletion curves of 20 steps for 5 objects by what fills the place of tokens, relative to one plain
               forward pass
-  deformable  single calls of deformable attention by formulations in PyTorch (grid_sample, gathered corners, embedding bag) at
-              the sizes of RT-DETR and Deformable DETR
+  deformable  single calls of deformable attention by formulations in PyTorch (grid_sample, gathered
+              corners, embedding bag) at the sizes of RT-DETR and Deformable DETR
 
   Every provider is checked against the float64 oracle before it is timed. Wrong and unsupported ones are listed.
   Providers take turns; the interval of a ratio has 99% confidence. It takes 8 rounds; where those take more than a
