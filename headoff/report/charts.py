@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 from matplotlib.figure import Figure
 
 from headoff.files import write_file
-from headoff.report.page import data_uri, inline_svg, template
+from headoff.report.page import data_uri, inline_svg, png_of, template
 
 PIXELS = 110
 """Of an inch of a chart, where the page has room."""
@@ -51,22 +50,13 @@ class Chart:
     is_picture: bool = False
 
     @property
-    def png(self) -> bytes:
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
-
-    @property
     def element(self) -> str:
         """HTML."""
         if not self.is_picture:
             # Its text is readable at this width, and all charts of a page have text of one size.
             width = self.figure.get_figwidth() * PIXELS
             return f'<div style="max-width: {width:.0f}px">{inline_svg(self.figure.axes[0], self.stem)}</div>'
-        # Safe where it is inserted: base64, and an escaped caption.
-        return jinja2.Template('<img src="{{ uri }}" alt="{{ alt }}">', autoescape=True).render(
-            uri=data_uri("png", self.png), alt=self.caption
-        )
+        return f'<img src="{data_uri("png", png_of(self.figure))}" alt="{html.escape(self.caption)}">'
 
 
 def charts_page(
@@ -94,5 +84,5 @@ def charts_page(
 def write_charts(folder: Path, charts: Sequence[Chart]) -> list[str]:
     """Write figures as PNG into `folder`, and return their names. Raises OutputError."""
     for chart in charts:
-        write_file(folder / f"{chart.stem}.png", chart.png)
+        write_file(folder / f"{chart.stem}.png", png_of(chart.figure))
     return [f"{chart.stem}.png" for chart in charts]

@@ -1,6 +1,5 @@
 """The index of a folder of reports: a sentence on every image, the link to its page, and totals."""
 
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -8,15 +7,13 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import quote
 
-from matplotlib.axes import Axes
-
 from headoff.errors import OutputError
 from headoff.figures.canvas import figure_of
 from headoff.figures.totals import plot_totals
 from headoff.files import output_errors
 from headoff.report.links import link_pages
 from headoff.report.output import FINISHED, INDEX, PAGE, THUMBNAIL, replacing
-from headoff.report.page import template
+from headoff.report.page import png_of, template
 from headoff.report.tables import TOTAL_COLUMNS, csv_text, total_rows
 from headoff.totals import ImageSums, add_up
 
@@ -76,19 +73,13 @@ def folder_index(
         }
         if total is not None:
             files[TOTALS_TABLE] = csv_text(TOTAL_COLUMNS, total_rows(total)).encode()
-            files[TOTALS_CHART] = _png(plot_totals(total))
+            files[TOTALS_CHART] = png_of(figure_of(plot_totals(total)))
         for name, content in files.items():
             (new / name).write_bytes(content)
         index = {"schema": "headoff.index", "files": list(files), "images": len(cards)}
         (new / INDEX).write_text(json.dumps(index, indent=1) + "\n")
         link_pages(folder, reports, [card["name"] for card in cards])
     return folder / PAGE
-
-
-def _png(ax: Axes) -> bytes:
-    buffer = io.BytesIO()
-    figure_of(ax).savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def card_of(folder: Path, entry: Path, contents: Mapping[str, Any]) -> dict[str, Any]:

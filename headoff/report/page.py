@@ -138,6 +138,13 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
+def png_of(figure: Figure) -> bytes:
+    """The figure as a PNG file. Equal figures make equal files."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def data_uri(kind: str, contents: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(contents).decode()}"
 
