@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from headoff.detector import Detector
 from headoff.errors import ImageError, SettingError, error_line
 from headoff.evaluation.shards import Shard
 from headoff.evaluation.work import ReadBatch, Work, Worker
+from headoff.timing import torch_threads
 
 
 class Engine(Protocol):
@@ -121,14 +121,3 @@ def readers(on_cpu: bool) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, cores // 4 if on_cpu else max(1, cores - 1))
-
-
-@contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Within this context, torch computes with `number` CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
