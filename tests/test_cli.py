@@ -346,6 +346,20 @@ print({"torch._dynamo", "torchvision", "sympy", "matplotlib", "transformers"} & 
     assert done.stdout.strip() == "set()"
 
 
+def test_a_sweep_with_its_page_imports_nothing_slow_besides_matplotlib(tmp_path):
+    """Half a sweep's time is torch's import: another package of its kind would be the rest."""
+    program = f"""
+import sys
+import headoff.cli
+headoff.cli.main(["sweep", "--out", {str(tmp_path / "out")!r}])
+slow = {{"torch._dynamo", "torchvision", "sympy", "transformers", "timm", "pandas", "scipy", "ray", "pytest"}}
+print(slow & set(sys.modules))
+print("matplotlib.pyplot" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["set()", "False"]
+
+
 def test_help_names_every_relevance_method():
     assert method_names()[: len(METHODS)] == METHODS
 

@@ -328,6 +328,78 @@ def test_a_repository_with_pickled_weights_only(repository, server, cache):
     assert load("someone/detr").config.queries == 3
 
 
+@pytest.fixture
+def sharded(repository, server):
+    """The same repository with its weights in three files; the names of these."""
+    tensors = safetensors.torch.load(server.files.pop(f"{repository}/model.safetensors"))
+    shards = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    places = {tensor: shards[number % 3] for number, tensor in enumerate(tensors)}
+    for shard in shards:
+        part = {tensor: tensors[tensor] for tensor, place in places.items() if place == shard}
+        server.files[f"{repository}/{shard}"] = safetensors.torch.save(part)
+    index = json.dumps({"metadata": {"total_size": 1}, "weight_map": places})
+    server.files[f"{repository}/model.safetensors.index.json"] = index.encode()
+    return shards
+
+
+def requested(server):
+    names = [path.rpartition("/")[2] for path in server.requests]
+    server.requests.clear()
+    return names
+
+
+def test_a_repository_with_weights_in_several_files(sharded, repository, server, cache):
+    index = "model.safetensors.index.json"
+    for _ in range(2):
+        state = load("someone/detr").state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in tiny().state_dict().items())
+    assert requested(server) == [
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+        index,
+        *sharded,
+    ]
+    assert sorted(os.listdir(cache / "someone--detr")) == sorted(["config.json", index, *sharded])
+
+
+def test_an_interrupted_download_of_several_files_goes_on(sharded, repository, server, cache):
+    """Complete files are kept, and the index, which says that all are there, comes last."""
+    last = server.files.pop(f"{repository}/{sharded[2]}")
+    assert sharded[2] in message_of(load, "someone/detr")
+    folder = cache / "someone--detr"
+    assert not (folder / "model.safetensors.index.json").exists()
+    server.files[f"{repository}/{sharded[2]}"] = last[:-8]
+    assert "removed" in message_of(load, "someone/detr")
+    server.files[f"{repository}/{sharded[2]}"] = last
+    requested(server)
+    load("someone/detr")
+    assert [name for name in requested(server) if name in sharded] == sharded[2:]
+    assert not list(folder.glob("unfinished*"))
+
+
+@pytest.mark.parametrize("places", [{}, {"a": "../../evil.safetensors"}, {"a": 1}, {"a": ""}])
+def test_an_index_that_is_no_index(places, sharded, repository, server, cache):
+    server.files[f"{repository}/model.safetensors.index.json"] = json.dumps({"weight_map": places}).encode()
+    assert "removed" in message_of(load, "someone/detr")
+    assert not list(cache.rglob("*index.json")) and not list(cache.rglob("*.safetensors"))
+
+
+def test_hugging_faces_own_cache_without_a_shard_is_not_used(sharded, server, tmp_path, cache, repository):
+    folder = tmp_path / "hub" / "models--someone--detr"
+    snapshot = folder / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors.index.json", *sharded[:2]):
+        (snapshot / name).write_bytes(server.files[f"{repository}/{name}"])
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc123")
+    assert load("someone/detr").class_names == ("cat", "dog")
+    assert sharded[2] in requested(server)
+    (snapshot / sharded[2]).write_bytes(server.files[f"{repository}/{sharded[2]}"])
+    load("someone/detr")
+    assert not requested(server)
+
+
 def test_a_repository_that_is_not_there(server, cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     assert "404" in message_of(load, "someone/else")

@@ -87,6 +87,28 @@ def test_many_boxes_are_not_all_labelled():
     assert f"40 kept; {MOST_LABELLED} of 40 boxes labelled" in [text.get_text() for text in ax.texts]
 
 
+def test_a_crowd_is_drawn_with_few_calls():
+    """What takes time is a call of the renderer: the boxes of a picture are one, however many they are."""
+
+    def calls(count):
+        image, result = crowd(count, (60, 80), configurations=[none_off()])
+        ax = plot_detections(image, result.baseline, outcome=result.outcomes[0], baseline=result.baseline)
+        canvas = FigureCanvasAgg(ax.get_figure(root=True))
+        renderer = canvas.get_renderer()
+        counted = []
+
+        def counting(original):
+            return lambda *arguments, **options: (counted.append(original), original(*arguments, **options))
+
+        for name in ("draw_path", "draw_path_collection", "draw_text"):
+            setattr(renderer, name, counting(getattr(renderer, name)))
+        marks_on(ax).draw(renderer)
+        return len(counted)
+
+    most = calls(MOST_LABELLED)
+    assert 1 < most and calls(90) <= most + MOST_LABELLED  # a label may have a line to its box
+
+
 def test_label_is_cut_to_the_room_but_keeps_its_score():
     result = example([[0.5, 0.5, 0.9, 0.9]], [0], (100, 100), ("x" * 60,))
     ax = Figure(figsize=(1, 1)).add_axes((0, 0, 1, 1))

@@ -19,6 +19,7 @@ from headoff.figures.chart_axes import (
     new_axes,
     object_names,
     plain_text,
+    write_in_cell,
 )
 from headoff.figures.matrix import (
     colour,
@@ -44,9 +45,9 @@ _NO_CHANGE = 0.005
 _LEAST_POINTS = 4.5
 """The smallest text of a cell."""
 _MOST_NAMED = 8
+"""Most objects that are named below a matrix of heads."""
 _MOST_LETTERED = 40
 """Most objects whose cells have letters; of more, only frames are drawn."""
-"""Most objects that are named below a matrix of heads."""
 
 
 @dataclass(frozen=True)
@@ -216,15 +217,8 @@ def _frames(ax: Axes, where: np.ndarray) -> None:
 def _letters(ax: Axes, statuses: np.ndarray, values: np.ndarray, limit: float) -> None:
     """The letters of statuses other than kept."""
     for row, column in np.argwhere(statuses != Status.KEPT):
-        ax.text(
-            column,
-            row,
-            STATUS_STYLES[statuses[row, column]].letter,
-            ha="center",
-            va="center",
-            fontsize=7,
-            color=ink_on(colour(float(values[row, column]), limit)),
-        )
+        ink = ink_on(colour(float(values[row, column]), limit))
+        write_in_cell(ax, column, row, STATUS_STYLES[statuses[row, column]].letter, 7, ink)
 
 
 def _status_counts(counts: Mapping[Status, int]) -> str:

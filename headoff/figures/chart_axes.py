@@ -146,3 +146,10 @@ def draw_cells(ax: Axes, cells: Sequence[tuple[float, float, Any]]) -> None:
     # One collection, because hundreds of separate patches would take seconds.
     shapes = [Rectangle((column - 0.47, row - 0.44), 0.94, 0.88) for column, row, _ in cells]
     ax.add_collection(PatchCollection(shapes, facecolors=[fill for *_, fill in cells], edgecolors="none"))
+
+
+def write_in_cell(ax: Axes, column: float, row: float, text: str, points: float, colour: str) -> None:
+    """Text in the middle of a cell of a table."""
+    written = ax.text(column, row, text, ha="center", va="center", fontsize=points, color=colour)
+    # It is within the axes, and measuring hundreds of texts for the layout takes as long as drawing them.
+    written.set_in_layout(False)

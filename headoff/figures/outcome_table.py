@@ -16,6 +16,7 @@ from headoff.figures.chart_axes import (
     object_names,
     plain_text,
     without_frame,
+    write_in_cell,
 )
 from headoff.figures.palette import INK, STATUS_STYLES, object_colour
 from headoff.gates import CumulativeSweep, kind_of
@@ -47,7 +48,7 @@ def plot_outcomes(result: SweepResult, ax: Axes | None = None) -> Axes:
             cells.append((column, row, f"{1 - 0.09 * min(count, 4):.2f}", str(count) if count else "·"))
     draw_cells(ax, [cell[:3] for cell in cells])
     for x, y, _, letter in cells if letters else ():
-        ax.text(x, y + 0.02, letter, ha="center", va="center", fontsize=LABEL_POINTS, color=INK)
+        write_in_cell(ax, x, y + 0.02, letter, LABEL_POINTS, INK)
     ax.set_yticks(
         [*range(objects), objects + 0.35, objects + 1.35],
         [*object_names(result), "duplicates", "unmatched detections"],

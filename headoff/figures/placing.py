@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Rect(NamedTuple):
     """An upright rectangle; y grows upwards."""
@@ -61,23 +63,26 @@ def place_label(
     Candidates are places at the edges of the box, then places further away, all shifted into the image. Overlap with
     labels that were `placed` costs more than overlap with `boxes`, and that costs more than distance.
     """
-    best, least = Rect(image.x0, image.y0, image.x0 + width, image.y0 + height), float("inf")
-    for rank, (x, y) in enumerate(_places(box, width, height)):
-        distance = rank * 0.02
-        if least <= distance:
-            break
-        left = min(max(x, image.x0), image.x1 - width)
-        lower = min(max(y, image.y0), image.y1 - height)
-        spot = Rect(left, lower, left + width, lower + height)
-        # A label that is shifted sideways is still at its box; one that is shifted up or down may not be.
-        cost = distance + (0.5 if abs(lower - y) > 0.5 else 0.0)
-        cost += 10 * sum(spot.overlap(other) for other in placed)
-        cost += 0.3 * sum(
-            spot.overlap(other) / (height * max(other.width * other.height, 1.0) ** 0.5) for other in boxes
-        )
-        if cost < least:
-            best, least = spot, cost
-    return best
+    places = np.array([*_places(box, width, height)])
+    left = places[:, 0].clip(image.x0, image.x1 - width)
+    lower = places[:, 1].clip(image.y0, image.y1 - height)
+    spots = np.stack([left, lower, left + width, lower + height], 1)
+    # A label that is shifted sideways is still at its box; one that is shifted up or down may not be.
+    cost = 0.02 * np.arange(len(spots)) + 0.5 * (np.abs(lower - places[:, 1]) > 0.5)
+    if placed:
+        cost += 10 * _overlaps(spots, np.array(placed)).sum(1)
+    if boxes:
+        others = np.array(boxes)
+        areas = np.maximum((others[:, 2] - others[:, 0]) * (others[:, 3] - others[:, 1]), 1.0)
+        cost += 0.3 * (_overlaps(spots, others) / (height * np.sqrt(areas))).sum(1)
+    return Rect(*spots[cost.argmin()].tolist())
+
+
+def _overlaps(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(n, m), the areas of the intersections of n with m rectangles (x0, y0, x1, y1)."""
+    lowest = np.maximum(ones[:, None, :2], others[None, :, :2])
+    sides = np.minimum(ones[:, None, 2:], others[None, :, 2:]) - lowest
+    return sides.clip(0).prod(-1)
 
 
 def _places(box: Rect, width: float, height: float) -> Iterator[tuple[float, float]]:

@@ -13,7 +13,7 @@ from headoff.detr.checkpoints.download import NotOnServer, download
 from headoff.detr.checkpoints.files import read_json, read_tensors
 from headoff.detr.checkpoints.fitting import Hints
 from headoff.detr.checkpoints.published import cache_folder
-from headoff.detr.checkpoints.shards import INDEX_SUFFIX
+from headoff.detr.checkpoints.shards import INDEX_SUFFIX, shard_places
 from headoff.errors import CheckpointError, DownloadError, SettingError
 from headoff.images import RESAMPLING, Preprocessing
 
@@ -40,7 +40,8 @@ def find_weights(folder: Path) -> Path | None:
 def hub_checkpoint(repository: str, *, url: str | None = None, folder: Path | None = None) -> Path:
     """The folder with the files of a hub repository: in Hugging Face's cache, or else downloaded once.
 
-    The hub publishes no hash to compare with, so only the length is checked, and that the files can be read.
+    Of weights in several files those that are complete are not downloaded again after an interruption. The hub
+    publishes no hash to compare with, so only the length is checked, and that the files can be read.
 
     Args:
         repository: `owner/name`.
@@ -63,14 +64,31 @@ def hub_checkpoint(repository: str, *, url: str | None = None, folder: Path | No
         _download_readable(f"{base}/{PREPROCESSOR}", target / PREPROCESSOR, read_json)
     except NotOnServer:
         pass  # optional; the default is the published models' preprocessing
-    for name in WEIGHTS:
+    missing: list[NotOnServer] = []
+    for name in FOLDER_FILES:
         try:
-            _download_readable(f"{base}/{name}", target / name, read_tensors)
-            break
-        except NotOnServer:
-            if name == WEIGHTS[-1]:
-                raise
-    return target
+            if name.endswith(INDEX_SUFFIX):
+                _download_shards(base, target, name)
+            else:
+                _download_readable(f"{base}/{name}", target / name, read_tensors)
+            return target
+        except NotOnServer as error:
+            missing.append(error)
+    raise missing[0]
+
+
+def _download_shards(base: str, folder: Path, index: str) -> None:
+    """Download an index and all files that it names. It gets its name last: where it is, everything is."""
+    unfinished = folder / f"unfinished-{index}"
+    unfinished.unlink(missing_ok=True)  # of an interrupted download, perhaps of another version
+    _download_readable(f"{base}/{index}", unfinished, shard_places)
+    for name in sorted(set(shard_places(unfinished).values())):
+        try:
+            _download_readable(f"{base}/{name}", folder / name, read_tensors)
+        except NotOnServer as error:
+            # Not as NotOnServer, which would mean that there is no index.
+            raise DownloadError(f"{index} names {name!r}, and {error}") from error
+    unfinished.replace(folder / index)
 
 
 def _download_readable(url: str, target: Path, read: Callable[[Path], object]) -> None:
@@ -92,7 +110,17 @@ def _in_hub_cache(repository: str) -> Path | None:
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         return None
-    return snapshot if (snapshot / CONFIG).is_file() and find_weights(snapshot) is not None else None
+    weights = find_weights(snapshot)
+    if weights is None or not (snapshot / CONFIG).is_file():
+        return None
+    if weights.name.endswith(INDEX_SUFFIX):
+        try:
+            shards = set(shard_places(weights).values())
+        except CheckpointError:
+            return None
+        if not all((snapshot / shard).is_file() for shard in shards):
+            return None
+    return snapshot
 
 
 def hints_from_folder(weights: Path) -> Hints:

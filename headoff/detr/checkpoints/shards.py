@@ -31,7 +31,12 @@ def read_checkpoint(path: Path) -> TensorFile:
     return read_tensors(path)
 
 
-def _read_shards(index: Path) -> TensorFile:
+def shard_places(index: Path) -> dict[str, str]:
+    """The files of an index by the names of their tensors; all of them are names of files in the index's folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or names a file elsewhere.
+    """
     places = read_json(index).get("weight_map")
     if (
         not isinstance(places, dict)
@@ -41,12 +46,18 @@ def _read_shards(index: Path) -> TensorFile:
         raise CheckpointError(
             f"{str(index)!r} has no weight_map from tensors to files; download or save it again"
         )
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
+    for name in places.values():
         if name in (".", "..") or Path(name).name != name or "\\" in name:
             raise CheckpointError(
                 f"{str(index)!r} names a file outside its folder, {name!r}, which was not read; check where it is from"
             )
+    return places
+
+
+def _read_shards(index: Path) -> TensorFile:
+    places = shard_places(index)
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
         path = index.with_name(name)
         if not path.exists():
             raise CheckpointError(f"{str(index)!r} names {name!r}, which is missing; download it as well")
