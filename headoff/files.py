@@ -50,6 +50,23 @@ def write_file(path: Path, contents: bytes | str) -> None:
             file.write(data)
 
 
+def write_new_file(path: Path, contents: bytes | str) -> None:
+    """Write a file, unless there is one, perhaps another process's. It is never there in part.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with output_errors(path):
+        try:
+            write_file(part, contents)
+            os.link(part, path)
+        except FileExistsError:
+            pass
+        finally:
+            part.unlink(missing_ok=True)
+
+
 @contextmanager
 def output_errors(target: Path) -> Iterator[None]:
     """Turn an OSError into an OutputError that names `target`."""

@@ -560,7 +560,9 @@ def test_the_command_names_what_it_left_out(tmp_path, capsys):
     ("options", "message"),
     [
         (["--order", "reverse", "--set", "single"], "--order is that of the cumulative sweep"),
-        (["--order", "importance"], "differs from image to image"),
+        (["--order", "importance:best"], "use importance:least or importance:most"),
+        (["--importance", "."], "give --order importance as well"),
+        (["--order", "importance", "--importance", ".", "--importance-images", "3"], "leave one of them out"),
         (["--site", "decoder_self", "--off", "H1"], "--site says where --set"),
         (["--address", "auto"], "give --engine ray"),
         (["--shard", "3/2"], "'3/2' is no shard"),

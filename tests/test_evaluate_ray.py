@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from evaluate_examples import NAMES, coco_data_set
 
@@ -99,6 +101,40 @@ def test_both_engines_find_the_same(tmp_path, cpus):
             with pytest.raises(SettingError, match="Ray has no GPU"):
                 evaluate(RayEngine(device="cuda"), out=tmp_path / "gpu")
     assert not ray.is_initialized()
+
+
+@pytest.mark.slow  # a minute: nodes start, and Ray waits before it takes one for dead
+def test_a_node_that_is_killed_changes_nothing(tmp_path):
+    """What it computed is computed by the other one, in the same run."""
+    from ray.cluster_utils import Cluster
+
+    detector = headoff.load("scenes", short_side=96)
+    options = {"configurations": ("first 3", "L5H2"), "batch": 2, "threads": 1}
+    local = headoff.evaluate(detector, "scenes:24", out=tmp_path / "local", engine=LocalEngine(0), **options)
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+    alive = {"node": cluster.add_node(num_cpus=1)}
+
+    def kill(done: int, total: int) -> None:
+        if done >= 4 and "node" in alive:
+            # Without waiting: the run goes on meanwhile.
+            threading.Thread(target=cluster.remove_node, args=(alive.pop("node"), False)).start()
+
+    try:
+        by_ray = headoff.evaluate(
+            detector,
+            "scenes:24",
+            out=tmp_path / "ray",
+            engine=RayEngine(cluster.address),
+            progress=kill,
+            **options,
+        )
+    finally:
+        cluster.shutdown()
+    assert not alive and by_ray.is_complete and not ray.is_initialized()
+    for path in (local.folder / "detections").iterdir():
+        assert path.read_bytes() == (by_ray.folder / "detections" / path.name).read_bytes()
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(tmp_path, capsys):

@@ -118,6 +118,8 @@ def memory(settings: argparse.Namespace) -> None:
                 "--threads",
                 str(settings.threads),
             ]
+            if settings.keep is not None:
+                program += ["--keep", str(settings.keep)]
             found = subprocess.run(
                 [sys.executable, __file__, *program], check=True, capture_output=True, text=True
             )
@@ -130,7 +132,8 @@ def one(settings: argparse.Namespace) -> None:
     chosen = headoff.cumulative(8) if settings.set == "cumulative" else headoff.all_subsets(8)
     torch.set_num_threads(settings.threads)
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place if settings.keep is None else settings.keep) / f"{settings.set}-{settings.images}"
         results = evaluate(
             detector,
             f"scenes:{settings.images}",
@@ -142,7 +145,7 @@ def one(settings: argparse.Namespace) -> None:
         ours, workers = _peak(resource.RUSAGE_SELF), _peak(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
         rows = sum(len(results.detections(index)) for index in range(len(chosen)))
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*.parquet"))
+        size = sum(path.stat().st_size for path in folder.rglob("*.parquet"))
         print(
             json.dumps(
                 {
@@ -239,6 +242,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument(
+        "--keep", type=Path, help="memory: keep the results in this folder, and go on with what is there"
+    )
     settings = parser.parse_args()
     {"throughput": throughput, "memory": memory, "files": files, "threads": threads, "one": one}[
         settings.what

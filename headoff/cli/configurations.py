@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
 
 from headoff.choices import DEFAULT_SITE, Site
 from headoff.detector import Detector
-from headoff.errors import SettingError
+from headoff.errors import GateError, SettingError
 from headoff.gates import (
     Configuration,
+    Order,
     OrderResolver,
     all_subsets,
+    check_order,
     check_site_exists,
     cumulative,
     none_off,
@@ -55,8 +57,7 @@ class ConfigurationChoice:
             GateError: a configuration or an order cannot be read.
             SettingError: options contradict each other.
         """
-        by_importance = _IMPORTANCE.get(settings.order or "")
-        order = parse_order(settings.order) if settings.order and by_importance is None else None
+        order, by_importance = read_order(settings.order)
         off = tuple(parse_configuration(text) for text in settings.off or ())
         if settings.order and (off or settings.set != "cumulative"):
             raise SettingError("--order needs the cumulative sweep: give it with --set cumulative only")
@@ -67,6 +68,10 @@ class ConfigurationChoice:
         if settings.site != DEFAULT_SITE and settings.set is None:
             raise SettingError("--site says where --set switches heads off: give --set as well")
         return cls(settings.set, settings.site, off, order, by_importance)
+
+    def ordered(self, order: Order) -> ConfigurationChoice:
+        """The same, along an order."""
+        return replace(self, order=lambda heads: check_order(order, heads)[0], by_importance=None)
 
     def configurations(self, detector: Detector) -> tuple[Configuration, ...]:
         """The configurations for a detector, the baseline first."""
@@ -110,12 +115,18 @@ class ConfigurationChoice:
         return cumulative(detector.head_layout.heads_at(self.site), order, site=self.site), curves
 
 
-def order_of(configurations: Sequence[Configuration]) -> str:
-    """The order in which a cumulative sweep with one order for all layers switches heads off: `6, 1, 3`."""
-    found: dict[int, None] = {}
-    for configuration in configurations[1:]:
-        found |= dict.fromkeys(configuration.clauses[0].heads or ())
-    return ", ".join(map(str, found))
+def read_order(text: str | None) -> tuple[OrderResolver | None, Literal["least", "most"] | None]:
+    """--order: an order of heads, or which heads by their importance go off first; neither where it is not given.
+
+    Raises:
+        GateError: it cannot be read.
+    """
+    if not text:
+        return None, None
+    first = _IMPORTANCE.get(text)
+    if first is None and text.startswith("importance:"):
+        raise GateError(f"there is no order {text!r}: use importance:least or importance:most")
+    return (None, first) if first else (parse_order(text), None)
 
 
 _IMPORTANCE: dict[str, Literal["least", "most"]] = {

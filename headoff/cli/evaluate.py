@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headoff.choices import DEFAULT_SITE, FIGURES, SITES
+from headoff.choices import DEFAULT_SITE, FIGURES, SITES, Site
 from headoff.cli.options import (
     CONFIGURATION_SETS,
     NOTATION,
@@ -24,9 +24,12 @@ from headoff.cli.options import (
 from headoff.errors import SettingError
 
 if TYPE_CHECKING:
+    from headoff.cli.configurations import ConfigurationChoice
     from headoff.detector import Detector
     from headoff.evaluation.engines import Engine
+    from headoff.evaluation.orders import ImportanceOrder
     from headoff.evaluation.results import Results
+    from headoff.evaluation.run import DataSet
     from headoff.gates import Configuration
 
 ENGINES = ("local", "ray")
@@ -131,7 +134,21 @@ a page, summary.json, CSV tables, and all detections in Parquet.""",
     group.add_argument(
         "--order",
         metavar="ORDER",
-        help="order of heads in the cumulative sweep: `7,6,5,4,3,2,1,0`, `reverse` or `random:SEED`",
+        help="order of heads in the cumulative sweep: `7,6,5,4,3,2,1,0`, `reverse`, `random:SEED`, `importance` (the "
+        "least important first, by mean Shapley values) or `importance:most`, see --importance",
+    )
+    group.add_argument(
+        "--importance",
+        type=named_path,
+        metavar="FOLDER",
+        help="results of `headoff heads` over other images, whose Shapley values make the order by importance "
+        "(default: they are measured on a sample of these images, which favours the order)",
+    )
+    group.add_argument(
+        "--importance-images",
+        type=positive,
+        metavar="N",
+        help="images of that sample, always the same ones (default 32)",
     )
     group.add_argument(
         "--site",
@@ -205,11 +222,12 @@ def run_evaluate(settings: argparse.Namespace) -> int:
     try:
         # The summary is of what nobody writes to in the meantime.
         with lock(settings.out, shared=settings.shard is not None):
+            configurations = _configurations(choices, settings, detector, data)
             with _progress() as update:
                 results = evaluate(
                     detector,
                     data,
-                    configurations=[one for choice in choices for one in choice(detector)],
+                    configurations=configurations,
                     out=settings.out,
                     ablation=settings.ablate,
                     references=settings.references,
@@ -282,34 +300,89 @@ def _engine(settings: argparse.Namespace) -> Engine:
     return LocalEngine(settings.workers)
 
 
-def _choices(settings: argparse.Namespace) -> list[Callable[[Detector], tuple[Configuration, ...]]]:
+def _choices(settings: argparse.Namespace) -> list[ConfigurationChoice]:
     """What makes the configurations, once the detector is known.
 
     Raises:
         GateError: a configuration or an order cannot be read.
         SettingError: options contradict each other.
     """
-    from headoff.cli.configurations import ConfigurationChoice
-    from headoff.gates import parse_configuration, parse_order
+    from headoff.cli.configurations import ConfigurationChoice, read_order
+    from headoff.gates import parse_configuration
 
     off = tuple(parse_configuration(text) for text in settings.off or ())
     sets = settings.set or ([] if off else ["cumulative"])
-    if settings.order and settings.order.startswith("importance"):
-        raise SettingError(
-            "--order importance differs from image to image: give an order for all, such as the one that `headoff "
-            "heads` finds over images, as --order 3,1,2,..."
-        )
     if settings.order and "cumulative" not in sets:
         raise SettingError("--order is that of the cumulative sweep: give --set cumulative as well")
     if settings.site and not sets:
         raise SettingError("--site says where --set switches heads off: give --set as well")
-    order = parse_order(settings.order) if settings.order else None
+    order, by_importance = read_order(settings.order)
+    if by_importance is None and (settings.importance or settings.importance_images):
+        raise SettingError("--importance makes an order by importance: give --order importance as well")
+    if settings.importance and settings.importance_images:
+        raise SettingError(
+            "--importance-images are a sample of these images, and --importance is of others: leave one of them out"
+        )
+    # What is equal has the name of the first, and the cumulative sweep is known by its names.
+    names = sorted(dict.fromkeys(sets), key=lambda name: name != "cumulative")
     chosen = [
-        ConfigurationChoice(name, site, (), order if name == "cumulative" else None)
-        for site in settings.site or [DEFAULT_SITE]
-        for name in sets
+        ConfigurationChoice(name, site, (), order, by_importance)
+        if name == "cumulative"
+        else ConfigurationChoice(name, site, (), None)
+        for site in dict.fromkeys(settings.site or [DEFAULT_SITE])
+        for name in names
     ]
-    return [one.configurations for one in (*chosen, ConfigurationChoice(None, DEFAULT_SITE, off, None))]
+    return [*chosen, ConfigurationChoice(None, DEFAULT_SITE, off, None)]
+
+
+def _configurations(
+    choices: Sequence[ConfigurationChoice], settings: argparse.Namespace, detector: Detector, data: DataSet
+) -> list[Configuration]:
+    """The configurations, of which a cumulative sweep by importance has the order that the folder is bound to."""
+    from headoff.cli.progress import progress_bar
+    from headoff.evaluation.orders import IMAGES, STORE, bound_orders, measured_order, read_order
+
+    by_site = {choice.site: choice.by_importance for choice in choices if choice.by_importance is not None}
+    orders: dict[Site, tuple[int, ...]] = {}
+    if by_site:
+        count = settings.importance_images or IMAGES
+        about = {
+            "first": by_site,
+            "ablation": settings.ablate,
+            "folder": str(settings.importance or ""),
+            "images": 0 if settings.importance else count,
+            "confidence": settings.confidence,
+        }
+
+        def measure() -> list[ImportanceOrder]:
+            if settings.importance:
+                return [read_order(settings.importance, *one, settings.ablate) for one in by_site.items()]
+            with progress_bar("measuring importance", "image") as update:
+                return [
+                    measured_order(
+                        detector,
+                        data,
+                        *one,
+                        images=count,
+                        ablation=settings.ablate,
+                        references=settings.references,
+                        confidence=settings.confidence,
+                        store=settings.out / STORE,
+                        progress=update,
+                    )
+                    for one in by_site.items()
+                ]
+
+        for found in bound_orders(settings.out, about, measure):
+            orders[found.site] = found.heads
+            print(f"headoff: note: {found.describe()}", file=sys.stderr)
+    return [
+        one
+        for choice in choices
+        for one in (
+            choice if choice.by_importance is None else choice.ordered(orders[choice.site])
+        ).configurations(detector)
+    ]
 
 
 @contextmanager

@@ -71,12 +71,13 @@ def add_parser(commands: Any) -> None:
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
     from headoff.cli.autocast import Autocast, check_autocast
-    from headoff.cli.configurations import ConfigurationChoice, order_of
+    from headoff.cli.configurations import ConfigurationChoice
     from headoff.cli.detectors import load_detector, provenance
     from headoff.cli.progress import progress_bar
     from headoff.cli.relevance import RelevanceOptions
     from headoff.cli.reports import drawing_of, images_to_report, sweep_summary, write_reports
     from headoff.detr.graphs import DecodeGraphs
+    from headoff.gates import order_of
     from headoff.images import load_image
     from headoff.report import write_report
 
@@ -124,9 +125,8 @@ def run(settings: argparse.Namespace) -> int:
             autocast.write_report(relevance, folder, picture, detector, result, made_with, progress, curves)
         text = sweep_summary(image, result)
         if choice.by_importance is not None:
-            text += (
-                f"\nheads by importance, {choice.by_importance} important first: {order_of(configurations)}"
-            )
+            order = ", ".join(map(str, order_of(configurations)))
+            text += f"\nheads by importance, {choice.by_importance} important first: {order}"
         return autocast.summary(image, text, progress)
 
     made_with = {**provenance(settings, detector), **_describe(settings), **autocast.describe()}

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import io
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -23,7 +22,7 @@ from headoff.errors import SettingError, error_line
 from headoff.evaluation.shards import FOLDER
 from headoff.evaluation.tables import GroundTruth
 from headoff.evaluation.work import Work
-from headoff.files import output_errors, write_file
+from headoff.files import write_file, write_new_file
 
 FORMAT = "headoff evaluation 1"
 MANIFEST = "manifest.json"
@@ -99,7 +98,8 @@ def bind(
         arrays: dict[str, Any] = {one.name: np.asarray(getattr(truth, one.name)) for one in fields(truth)}
         np.savez_compressed(buffer, **arrays)
         write_file(folder / TRUTH, buffer.getvalue())
-        _write_new(path, {"identity": dict(about), "names": names, "provenance": dict(provenance)})
+        contents = {"identity": dict(about), "names": names, "provenance": dict(provenance)}
+        write_new_file(path, json.dumps(contents, indent=1) + "\n")
     found = read_manifest(folder)["identity"]
     different = [key for key in {**found, **about} if found.get(key) != about.get(key)]
     if different:
@@ -157,19 +157,6 @@ def read_truth(folder: Path) -> GroundTruth:
 def versions() -> dict[str, str]:
     """For provenance."""
     return {"headoff": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _write_new(path: Path, contents: Mapping[str, Any]) -> None:
-    """Write a file, unless another process has written it first. It is never there in part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with output_errors(path):
-        try:
-            write_file(part, json.dumps(contents, indent=1) + "\n")
-            os.link(part, path)
-        except FileExistsError:
-            pass
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _differs(before: Any, now: Any) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from headoff.choices import FigureFormat, Figures
 from headoff.errors import SettingError
+from headoff.evaluation.orders import orders_in
 from headoff.evaluation.outcomes import CONFIDENCE
 from headoff.evaluation.relevance import explained, relevance_statistics
 from headoff.evaluation.results import Results
@@ -120,6 +121,7 @@ def summarise(
         provenance=provenance,
         skipped=source.skipped,
         ablation=ablation,
+        orders=orders_in(source.folder),
         relevance=statistics,
         pictures=pictures,
         command=command,

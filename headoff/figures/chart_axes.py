@@ -141,6 +141,24 @@ def number_heads_off(ax: Axes, heads: int) -> None:
     ax.set_xlabel("number of heads off")
 
 
+def name_heads_below(ax: Axes, label: str, order: Sequence[int], colour: str, below: float) -> None:
+    """A row below the axis: the head that goes off with each step."""
+    entries = [(0.0, label, colour), *((step, f"H{head}", INK) for step, head in enumerate(order, start=1))]
+    for step, text, ink in entries:
+        ax.annotate(
+            text,
+            xy=(step, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, -below),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=7.5,
+            color=ink,
+            fontweight="bold" if step == 0 else "normal",
+        )
+
+
 def draw_cells(ax: Axes, cells: Sequence[tuple[float, float, Any]]) -> None:
     """Cells of a table, given as (column, row, colour)."""
     # One collection, because hundreds of separate patches would take seconds.

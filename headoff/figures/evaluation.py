@@ -22,6 +22,7 @@ from headoff.figures.chart_axes import (
     LABEL_POINTS,
     clean,
     legend_above,
+    name_heads_below,
     new_axes,
     number_heads_off,
     plain_text,
@@ -29,7 +30,7 @@ from headoff.figures.chart_axes import (
 from headoff.figures.importance import draw_scores
 from headoff.figures.matrix import colour_bar, hue_handles
 from headoff.figures.palette import GRID, INK, MUTED, OBJECT_COLOURS, STATUS_STYLES, ink_on
-from headoff.gates import CumulativeSweep, SubsetSweep, sweeps_among
+from headoff.gates import CumulativeSweep, SubsetSweep, order_of, sweeps_among
 from headoff.wording import counted
 
 BLUE = "#1B6CA8"
@@ -55,7 +56,7 @@ def _sweep_in(scores: Scores, wanted: type) -> tuple[Any, tuple[int, ...]]:
 
 
 def plot_precision(scores: Scores, ax: Axes | None = None) -> Axes:
-    """AP, AP50 and AP75 over the number of heads off, with 95% intervals as bands.
+    """AP, AP50 and AP75 over the number of heads off, with 95% intervals as bands, and which head goes next.
 
     Without a cumulative sweep: AP of up to 60 configurations as points with bars, or, of more, in falling order.
 
@@ -76,6 +77,10 @@ def plot_precision(scores: Scores, ax: Axes | None = None) -> Axes:
     ax.set_ylim(0, 1.02)
     ax.set_ylabel("average precision")
     number_heads_off(ax, len(chosen) - 1)
+    order = order_of([scores.configurations[index].configuration for index in chosen])
+    if order != tuple(range(len(order))):
+        ax.xaxis.labelpad = 15
+        name_heads_below(ax, "", order, INK, 15)
     handles = [Line2D([], [], color=hue, marker="o", label=metric) for metric, hue in LINES.items()]
     _legend(ax, [*handles, *_band(scores)], scores, entry=1.3)
     return ax

@@ -1,6 +1,5 @@
 """How many heads can go: a value over the number of heads off, for an order by importance and for others."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -8,8 +7,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from headoff.figures.canvas import figure_of
-from headoff.figures.chart_axes import clean, legend_above, new_axes, number_heads_off
-from headoff.figures.palette import INK, MUTED, OBJECT_COLOURS
+from headoff.figures.chart_axes import clean, legend_above, name_heads_below, new_axes, number_heads_off
+from headoff.figures.palette import MUTED, OBJECT_COLOURS
 from headoff.figures.sheets import SweepFigure
 from headoff.importance.curves import RemovalCurves
 
@@ -19,7 +18,6 @@ CURVES_CAPTION = (
     "in this image. The mean and the band (5th to 95th percentile) are over all subsets of so many heads, exactly."
 )
 _LEAST, _MOST, _NUMBER = OBJECT_COLOURS[4], OBJECT_COLOURS[1], OBJECT_COLOURS[3]
-_POINTS = 7.5
 
 
 def plot_curves(curves: RemovalCurves, ax: Axes | None = None, *, value: str = "probability") -> Axes:
@@ -45,8 +43,8 @@ def plot_curves(curves: RemovalCurves, ax: Axes | None = None, *, value: str = "
     ax.set_xlim(-0.35, len(steps) - 0.65)
     ax.set_ylabel(f"{value}, mean over objects")
     ax.xaxis.labelpad = 26
-    _name_below(ax, "least", curves.least_order, _LEAST, 15)
-    _name_below(ax, "most", curves.most_order, _MOST, 25)
+    name_heads_below(ax, "least", curves.least_order, _LEAST, 15)
+    name_heads_below(ax, "most", curves.most_order, _MOST, 25)
     legend_above(
         ax,
         [
@@ -64,21 +62,3 @@ def plot_curves(curves: RemovalCurves, ax: Axes | None = None, *, value: str = "
 def curves_figure(curves: RemovalCurves) -> SweepFigure:
     """The curves among the figures of a sweep."""
     return SweepFigure("removal-curves", "How many heads can go", lambda: figure_of(plot_curves(curves)))
-
-
-def _name_below(ax: Axes, label: str, order: Sequence[int], colour: str, below: float) -> None:
-    """A row below the axis: the head that goes off with each step."""
-    entries = [(0.0, label, colour), *((step, f"H{head}", INK) for step, head in enumerate(order, start=1))]
-    for step, text, ink in entries:
-        ax.annotate(
-            text,
-            xy=(step, 0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, -below),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=_POINTS,
-            color=ink,
-            fontweight="bold" if step == 0 else "normal",
-        )

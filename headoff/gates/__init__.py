@@ -40,6 +40,7 @@ from headoff.gates.kinds import (
     SubsetSweep,
     SweepKind,
     kind_of,
+    order_of,
     sweeps_among,
 )
 from headoff.gates.orders import Order, check_order, order_by_score, random_order
@@ -74,6 +75,7 @@ __all__ = [
     "off_vector",
     "only_heads_on",
     "order_by_score",
+    "order_of",
     "parse_configuration",
     "parse_order",
     "random_order",

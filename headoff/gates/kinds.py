@@ -87,11 +87,12 @@ def sweeps_among(configurations: Sequence[Configuration]) -> list[tuple[SweepKin
             if off is not None and off.site == site and off.queries == (None, None)
         }
         columns = {off.heads: index for index, off in here.items() if off.layers is None}
-        steps = {
-            named[1]: index
-            for index, one in enumerate(configurations)
-            if (named := _first_off_name(one.name)) and named[0] == site
-        }
+        steps: dict[int, int] = {}
+        for index, one in enumerate(configurations):
+            named = _first_off_name(one.name)
+            if named and named[0] == site:
+                # One of that name that comes later is along another order.
+                steps.setdefault(named[1], index)
         if not steps:
             heads = len({head for one in columns for head in one})
             steps = {k: columns[tuple(range(k))] for k in range(1, heads + 1) if tuple(range(k)) in columns}
@@ -110,6 +111,17 @@ def sweeps_among(configurations: Sequence[Configuration]) -> list[tuple[SweepKin
             if kind is not None:
                 found.append((kind, tuple(indices)))
     return found
+
+
+def order_of(configurations: Sequence[Configuration]) -> tuple[int, ...]:
+    """The order in which a cumulative sweep switches heads off, if it is one order for all layers; else empty."""
+    found: dict[int, None] = {}
+    for one in configurations:
+        off = _off(one) if one.clauses else None
+        if one.clauses and (off is None or off.layers is not None):
+            return ()
+        found |= dict.fromkeys([] if off is None else [h for h in off.heads if h not in found])
+    return tuple(found)
 
 
 def _cumulative(configurations: Sequence[Configuration]) -> CumulativeSweep | None:

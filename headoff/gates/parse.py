@@ -120,8 +120,8 @@ def parse_order(text: str) -> OrderResolver:
     reader = _Reader(text, "order of heads")
     if reader.word("importance"):
         raise GateError(
-            "an order by importance depends on the detector and the image: give --order importance to `headoff sweep` "
-            "only, or HeadImportance.order to headoff.cumulative"
+            "an order by importance depends on the detector and on images: give --order importance to `headoff sweep` "
+            "or `headoff evaluate`, or HeadImportance.order to headoff.cumulative"
         )
     if reader.word("reverse"):
         reader.end("the end of the text")

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from headoff.errors import ImageError
 from headoff.evaluation.importance import HeadScores, head_scores
+from headoff.evaluation.orders import ImportanceOrder
 from headoff.evaluation.outcomes import COUNTED, SIZES, STATUSES, Assignment, Objects, assign
 from headoff.evaluation.precision import METRICS
 from headoff.evaluation.relevance import RelevanceStatistics
@@ -264,6 +265,7 @@ def write_summary(
     provenance: Mapping[str, str],
     skipped: Mapping[int, str] | None = None,
     ablation: str = "zero",
+    orders: Sequence[ImportanceOrder] = (),
     relevance: RelevanceStatistics | None = None,
     pictures: Pictures | None = None,
     command: Callable[[int, int], str] | None = None,
@@ -279,6 +281,7 @@ def write_summary(
         provenance: how the results were made.
         skipped: why images were left out, by index.
         ablation: what heads that are off contribute.
+        orders: those of cumulative sweeps by importance.
         relevance: statistics of a sample of images.
         pictures: the images, for thumbnails.
         command: what to run to see an image's sweep, of the index of an image and of a configuration.
@@ -323,6 +326,7 @@ def write_summary(
                 files,
                 provenance,
                 left_out,
+                orders,
                 pictures,
                 command,
                 open_sweep,
@@ -330,7 +334,7 @@ def write_summary(
             write(PAGE, page)
         write(
             SUMMARY,
-            summary_json(scores, groups, provenance, left_out, ablation, write.files),
+            summary_json(scores, groups, provenance, left_out, ablation, write.files, orders),
         )
     return folder / (SUMMARY if drawing.figures == "none" else PAGE)
 
@@ -342,6 +346,7 @@ def summary_json(
     skipped: Mapping[str, str],
     ablation: str,
     files: list[str],
+    orders: Sequence[ImportanceOrder] = (),
 ) -> str:
     """The contents of summary.json."""
     contents = {
@@ -356,6 +361,7 @@ def summary_json(
         "resamples": scores.resamples,
         "confidence": scores.confidence,
         "ablation": ablation,
+        "orders": [one.as_dict() for one in orders],
         "configurations": [
             {
                 **row,
@@ -433,6 +439,7 @@ def _page(
     files: tuple[str, ...],
     provenance: Mapping[str, str],
     skipped: Mapping[str, str],
+    orders: Sequence[ImportanceOrder],
     pictures: Pictures | None,
     command: Callable[[int, int], str] | None,
     open_sweep: Callable[[int, int], Path] | None,
@@ -464,7 +471,8 @@ def _page(
         notes=[
             f"{counted(len(scores.images), 'image')}, {counted(len(scores), 'configuration')}"
             + (f"; {counted(len(skipped), 'image')} left out, see below" if skipped else "")
-            + "."
+            + ".",
+            *(one.describe() for one in orders),
         ],
         charts=charts,
         metrics=_SHOWN,
