@@ -229,10 +229,7 @@ def read_order(
             raise ValueError("scores of some heads are missing")
         # Of one image there is a row for each object.
         scores = tuple(float(np.mean([float(row["score"]) for row in some])) for some in by_head)
-        low, high = (
-            tuple(float(some[0].get(end) or "nan") for some in by_head)
-            for end in ("low", "high")
-        )
+        low, high = (tuple(float(some[0].get(end) or "nan") for some in by_head) for end in ("low", "high"))
         images = int(wanted[0].get("images") or 1)
     except FileNotFoundError:
         raise SettingError(
