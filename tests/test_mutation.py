@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import time
 
 import pytest
@@ -164,6 +165,23 @@ def test_results_are_reported_without_a_run(tmp_path, capsys):
     score.main(["--seed", "5", "--count", "3", "--report", "--results", str(results)])
     text = capsys.readouterr().out
     assert "Of 1 mutants 0 raise at once, 1 are as right" in text and "0 of 0" in text
-    results.write_text('{"right": "eager", "seed": 0, "caught": {}}\n')
-    score.main(["--right", "1", "--report", "--results", str(results)])
-    assert "1 right implementations, 1 runs of single calls, 0 false alarms" in capsys.readouterr().out
+
+
+def test_right_implementations_are_tried_and_counted(monkeypatch, tmp_path, capsys):
+    def too_large(value, *others, **keywords):
+        return BY_NAME["gather"].make()(value, *others, **keywords) * 1.01
+
+    right = judging._right("deformable")
+    assert {"gather", "transformers_own", "grid_sample"} <= right.keys()
+    monkeypatch.setattr(
+        judging, "_right", lambda contract: {"gather": right["gather"], "large": lambda: too_large}
+    )
+    monkeypatch.setattr(judging, "PARTS", {"deformable": 60})
+    row = score._checked(("deformable", "numbers", 3, 0))
+    assert row["checks"] > 0 and row["implementations"] == 2
+    assert row["caught"].keys() == {"large"} and row["caught"]["large"].startswith("context: ")
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    score.main(["--right", "4", "--report", "--results", str(tmp_path / "results.jsonl")])
+    said = capsys.readouterr().out
+    assert "deformable numbers: 2 right implementations, 1 seeds" in said
+    assert "1 false alarms" in said and "- large, seed 3: context: " in said

@@ -12,7 +12,9 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
+import deformable_mutants
 import torch
+from mutants import RIGHT
 from mutants.judging import CPU, Judge
 
 from headoff.attention import resolve_attention
@@ -20,11 +22,12 @@ from headoff.deformable import conform
 from headoff.harness import deformable
 from headoff.harness.finding import Finding
 from headoff.harness.model.attention_calls import largest_excess
+from headoff.harness.operator import SIDE_EFFECTS, operator_cases, side_effect_findings
 from headoff.harness.operator.call import call, tensors_of
 from headoff.harness.operator.compare import comparisons, operator_findings
 from headoff.harness.torch_settings import watched_settings
 from mutation.differences import crashes_at_once, difference
-from mutation.sources import Mutant, Source
+from mutation.sources import SOURCES, Mutant, Source
 
 SECONDS, SECONDS_OF_SUITES = 60, 600
 """For all of a mutant's calls that say whether it differs, what takes longer hangs; and for the suites."""
@@ -156,10 +159,55 @@ def _deformable_side_effects(attention: Any, dtype: torch.dtype, seed: int) -> I
         yield from deformable.side_effect_findings(attention, check, dtype, CPU, seed)
 
 
-def false_alarms(source: Source, seed: int) -> dict[str, str]:
-    """What the suites of single calls say against a right implementation with other random inputs."""
-    single_calls = dict(itertools.islice(suites(source, torch.float32, seed).items(), 2))
-    return dict(_rejections(single_calls, source.make))
+PARTS = {"dense": 6, "deformable": 2}
+"""Parts of a seed's checks that are judged by themselves, by contract."""
+
+
+def false_alarms(contract: str, suite: str, seed: int, part: int) -> dict[str, Any]:
+    """What a part of the single calls of a seed says against all right implementations.
+
+    Each check tries all of them, because inputs, truth and tolerances of a case are the same for all.
+
+    Args:
+        suite: `numbers` or `side effects`.
+
+    Returns:
+        Numbers of `implementations` and of `checks`, and what was `caught`: the first finding by name.
+    """
+    attentions = {name: make() for name, make in _right(contract).items()}
+    checks = _single_calls(contract, suite, seed)[part :: PARTS[contract]]
+    caught: dict[str, str] = {}
+    for check in checks:
+        for name, attention in attentions.items():
+            with watched_settings():
+                for finding in check(attention)[:1]:
+                    caught.setdefault(name, f"{finding.property}: {finding.message}")
+    return {"implementations": len(attentions), "checks": len(checks), "caught": caught}
+
+
+def _right(contract: str) -> dict[str, Callable[[], Any]]:
+    """Makers of all right implementations that run here and need no compilation, as callables that suites take."""
+    sources = {source.name: source.make for source in SOURCES if source.contract == contract}
+    if contract == "deformable":
+        makers = {**deformable_mutants.RIGHT, **sources}
+        return {name: lambda make=make: conform(make(), "right") for name, make in makers.items()}
+    others = {name: entry.make for name, entry in RIGHT.items() if not entry.slow and not entry.missing()}
+    return {name: lambda make=make: resolve_attention(make()) for name, make in {**others, **sources}.items()}
+
+
+def _single_calls(contract: str, suite: str, seed: int) -> list[Callable[[Any], list[Finding]]]:
+    """The checks of an attention that a suite has, calls of similar sizes next to each other."""
+    dtype, is_dense = torch.float32, contract == "dense"
+    if suite == "numbers":
+        cases = (operator_cases if is_dense else deformable.deformable_cases)(dtype, seed)
+        ordered = sorted(cases, key=lambda case: case.weights)
+        return [functools.partial(operator_findings, case=case, device=CPU) for case in ordered]
+    checks, findings = (
+        (SIDE_EFFECTS, side_effect_findings)
+        if is_dense
+        else (deformable.SIDE_EFFECTS, deformable.side_effect_findings)
+    )
+    return [functools.partial(findings, name=name, dtype=dtype, device=CPU, seed=seed) for name in checks]
 
 
 def explanation(mutant: Mutant, dtype: torch.dtype, seed: int = 0) -> str:

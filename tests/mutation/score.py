@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from mutation.runs import Row, rows_in, run
-from mutation.sources import BY_NAME, ROOT, SOURCES, Mutant, drawn
+from mutation.sources import BY_NAME, ROOT, Mutant, drawn
 
 MUCH = 16.0
 """Times the tolerance: a change of a DETR call that must not go unseen."""
@@ -29,11 +31,17 @@ def _judged(name: str) -> Row:
     return judged(mutant_named(name))
 
 
-def _checked(task: tuple[str, int]) -> Row:
+Part = tuple[str, str, int, int]
+"""Contract, suite, seed and part of a run of right implementations."""
+
+
+def _checked(task: Part) -> Row:
     from mutation.judging import false_alarms
 
-    name, seed = task
-    return {"right": name, "seed": seed, "caught": false_alarms(BY_NAME[name], seed)}
+    gc.freeze()  # what is imported by now is not looked at by every check that collects garbage
+    started = time.process_time()
+    found = false_alarms(*task)
+    return {"right": task, **found, "seconds": round(time.process_time() - started, 1)}
 
 
 def _explained(task: tuple[str, str]) -> Row:
@@ -159,19 +167,39 @@ def main(arguments: list[str]) -> None:
 
 
 def _right(chosen: Any) -> None:
-    known = {(row["right"], row["seed"]): row for row in rows_in(chosen.results) if "right" in row}
-    tasks = [(source.name, seed) for seed in range(chosen.right) for source in SOURCES]
+    from mutation.judging import PARTS
+
+    tasks: list[Part] = [
+        (contract, suite, seed, part)
+        for suite in ("numbers", "side effects")
+        for seed in range(chosen.right)
+        for contract, parts in PARTS.items()
+        for part in range(parts)
+    ]
+    known = {tuple(row["right"]): row for row in rows_in(chosen.results) if "right" in row}
     left = [] if chosen.report else [task for task in tasks if task not in known]
     for row in run(
         _checked, left, chosen.results, chosen.processes, lambda row: f"{row['right']} {row['caught']}"
     ):
-        known[row["right"], row["seed"]] = row
-    rows = [known[task] for task in tasks if task in known]
-    alarms = [row for row in rows if row["caught"]]
-    names = {row["right"] for row in rows}
-    print(f"{len(names)} right implementations, {len(rows)} runs of single calls, {len(alarms)} false alarms")
-    for row in alarms:
-        print(f"- {row['right']}, seed {row['seed']}: {row['caught']}")
+        known[tuple(row["right"])] = row
+    print(alarms([known[task] for task in tasks if task in known]))
+
+
+def alarms(rows: list[Row]) -> str:
+    """How often right implementations were tried, and what was said against them."""
+    lines = []
+    for contract, suite in sorted({tuple(row["right"][:2]) for row in rows}):
+        some = [row for row in rows if tuple(row["right"][:2]) == (contract, suite)]
+        seeds = {row["right"][2] for row in some}
+        tried = sum(row["checks"] * row["implementations"] for row in some)
+        lines.append(
+            f"{contract} {suite}: {some[0]['implementations']} right implementations, {len(seeds)} seeds, {tried} "
+            f"checks, {sum(len(row['caught']) for row in some)} false alarms, "
+            f"{sum(row['seconds'] for row in some):.0f} s of the processor"
+        )
+    for row in rows:
+        lines += [f"- {name}, seed {row['right'][2]}: {said}" for name, said in row["caught"].items()]
+    return "\n".join(lines)
 
 
 def _line(row: Row) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -280,7 +281,7 @@ def compare(
     error = normalised(found, true, scale, dtype)
     if not error.numel():
         return Comparison(name, Errors(0.0, 0.0), allowed, (), 0.0, 0.0)
-    place = tuple(int(index) for index in torch.unravel_index(error.argmax(), error.shape))
+    place = tuple(map(int, np.unravel_index(int(error.argmax()), error.shape)))  # torch's takes longer
     return Comparison(
         name, errors_of(error), allowed, place, float(found.detach()[place]), float(true[place])
     )
