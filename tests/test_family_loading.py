@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from family_examples import CLASSES, KINDS, QUERIES, folder_of, loaded
+from family_examples import CLASSES, KINDS, QUERIES, batch, folder_of, loaded
 from PIL import Image
 
 import headoff
@@ -126,6 +126,84 @@ def test_backbones_of_timm(tmp_path, monkeypatch):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     path.write_text(json.dumps({**values, **named, "use_timm_backbone": False, "backbone": "someone/resnet"}))
     assert "'someone/resnet' of another repository" in message_of(tmp_path)
+
+
+# --- files of older versions --------------------------------------------------------------------------------------
+
+OLD_NAMES = {
+    "conditional_detr": (
+        "backbone.conv_encoder.",
+        "decoder.layers.0.sa_qcontent_proj.",
+        "encoder_attn.out_proj.",
+    ),
+    "dab-detr": ("backbone.conv_encoder.", "cross_attn.cross_attn_query_pos_sine_proj."),
+    "table-transformer": ("backbone.conv_encoder.", "self_attn.out_proj.", "layers.0.fc1."),
+    "deformable_detr": ("backbone.conv_encoder.", "self_attn.out_proj.", "layers.0.fc1."),
+    "rt_detr": ("encoder.encoder.0.layers.0.fc1.", "decoder.layers.0.fc1.", "self_attn.out_proj."),
+    "rt_detr_v2": ("encoder.encoder.0.layers.0.fc1.", "decoder.layers.0.fc1.", "self_attn.out_proj."),
+    "d_fine": ("encoder.encoder.0.layers.0.fc1.", "decoder.layers.0.fc1.", "self_attn.out_proj."),
+    "lw_detr": ("attention.attention.query.", "attention.output."),
+    "rf_detr": ("transformer.decoder.layers.0.linear1.", "self_attn.in_proj_weight", "refpoint_embed.weight"),
+}
+"""Parts of names as published files have them, which are not those of modules where these were renamed since."""
+
+
+@pytest.mark.parametrize("kind", OLD_NAMES)
+def test_the_files_that_these_tests_load_have_the_names_of_published_files(kind):
+    """transformers writes the names that the first version of a type had; so all other tests read such files."""
+    names = safetensors.torch.load_file(folder_of(kind) / "model.safetensors")
+    for part in OLD_NAMES[kind]:
+        assert any(part in name for name in names), part
+
+
+@torch.no_grad()
+def same_output(kind, folder):
+    pixels, mask = batch(torch.float32)
+    expected, found = loaded(kind, torch.float32)(pixels, mask), headoff.load(folder)(pixels, mask)
+    return torch.equal(expected.logits, found.logits) and torch.equal(expected.boxes, found.boxes)
+
+
+def with_both_names(tensors):
+    """As `torch.save` of transformers 4 writes it: heads under the decoder's name and the model's."""
+    heads = {n.removeprefix("model.decoder."): t.clone() for n, t in tensors.items() if "decoder.class" in n}
+    heads |= {n.removeprefix("model.decoder."): t.clone() for n, t in tensors.items() if "decoder.bbox" in n}
+    assert heads
+    counts = {"model.backbone.model.layer2.0.downsample.1.num_batches_tracked": torch.tensor(7)}
+    return {**tensors, **heads, **counts}
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "rt_detr_v2", "d_fine", "deformable_detr two-stage"])
+def test_heads_under_two_names(kind, copy_of):
+    assert same_output(kind, copy_of(kind, tensors=with_both_names))
+
+
+def test_heads_that_differ_under_two_names_are_unexpected(copy_of):
+    def change(tensors):
+        tensors = with_both_names(tensors)
+        tensors["class_embed.1.bias"] += 1
+        return tensors
+
+    assert "1 tensor is unexpected (class_embed.1.bias)" in message_of(copy_of("rt_detr", tensors=change))
+
+
+@pytest.mark.parametrize(
+    "there",
+    [("bbox_predictor.",), ("model.decoder.bbox_embed.",), ("bbox_predictor.", "model.decoder.bbox_embed.")],
+)
+def test_the_box_head_of_dab_detr_has_either_name(there, copy_of):
+    """Published files have the decoder's, with which some versions of transformers load nothing, and do not say so."""
+
+    def rename(tensors):
+        head = {n.split("layers")[-1]: t for n, t in tensors.items() if "bbox_" in n}
+        rest = {n: t for n, t in tensors.items() if "bbox_" not in n}
+        return rest | {f"{name}layers{end}": t.clone() for end, t in head.items() for name in there}
+
+    assert same_output("dab-detr", copy_of("dab-detr", tensors=rename))
+
+
+def test_a_dilation_of_null(copy_of):
+    """As transformers 4 writes it for a backbone that is described, and 5.9 rejects it."""
+    assert same_output("table-transformer", copy_of("table-transformer", {"dilation": None}))
 
 
 # --- preprocessing -----------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ _IGNORED = (
 )
 
 _BOOKKEEPING = ("num_batches_tracked",)
-"""Ends of names of tensors that no detector computes with."""
+"""Ends of names of tensors that no detector computes with. Files of all types with a ResNet have some."""
 
 
 def is_of_family(path: Path) -> bool:
@@ -186,6 +186,8 @@ def _name_backbone(values: dict[str, Any]) -> None:
         known = {key: how[key] for key in ("out_indices", "output_stride") if key in how}
         values["backbone_config"] = {**timm, "num_channels": channels, **known}
         values["backbone"] = None
+    if values.get("dilation", False) is None:  # as transformers 4 writes it for a described backbone
+        del values["dilation"]
     values.pop("backbone_kwargs", None)
     values["use_pretrained_backbone"] = False
 
@@ -202,7 +204,7 @@ def _model(adapter: Adapter, config: Any, tensors: Mapping[str, Tensor], dtype: 
         model, found = model_class.from_pretrained(
             None,
             config=config,
-            state_dict=dict(tensors),
+            state_dict=_with_tied(model_class, tensors),
             dtype=dtype,
             ignore_mismatched_sizes=True,  # they are reported
             output_loading_info=True,
@@ -225,7 +227,7 @@ def _model(adapter: Adapter, config: Any, tensors: Mapping[str, Tensor], dtype: 
         ("mismatched_keys", "of another shape"),
     ):
         names = sorted(entry if isinstance(entry, str) else entry[0] for entry in found[kind])
-        names = [name for name in names if not name.endswith(_BOOKKEEPING)]
+        names = [name for name in names if not name.endswith(_BOOKKEEPING) and not _is_copy(name, tensors)]
         if names:
             problems.append(
                 f"{counted(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'} {what} ({some_names(names)})"
@@ -236,6 +238,38 @@ def _model(adapter: Adapter, config: Any, tensors: Mapping[str, Tensor], dtype: 
             f"give a checkpoint of {adapter.class_name}"
         )
     return model
+
+
+def _with_tied(model_class: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under both names where a model has two for one module, such as the box head and the decoder's.
+
+    Published files have one of them. Where it is not the one that transformers 5.9 expects, as with DAB-DETR, it leaves
+    random numbers in the module, and reports nothing.
+    """
+    both = dict(tensors)
+    for pair in (getattr(model_class, "_tied_weights_keys", None) or {}).items():
+        if any(
+            set(name) & set("\\^$()[]") for name in pair
+        ):  # a pattern, of layers that some configurations share
+            continue
+        for here, there in (pair, pair[::-1]):
+            for name, tensor in tensors.items():
+                if name.startswith(f"{here}."):
+                    both.setdefault(there + name.removeprefix(here), tensor)
+    return both
+
+
+def _is_copy(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the file has a tensor's numbers under a longer or shorter name as well.
+
+    Files that torch wrote have both names of a shared module (`class_embed` and `model.decoder.class_embed`), and not
+    every version of a model has both.
+    """
+    return any(
+        (other.endswith(f".{name}") or name.endswith(f".{other}")) and torch.equal(tensor, tensors[name])
+        for other, tensor in tensors.items()
+        if name in tensors
+    )
 
 
 def _check_numbers(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
