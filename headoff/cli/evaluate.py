@@ -7,15 +7,17 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from headoff.choices import DEFAULT_SITE, FIGURES, SITES, Site
+from headoff.choices import DEFAULT_SITE, METHODS, SITES, Site
 from headoff.cli.options import (
     CONFIGURATION_SETS,
     NOTATION,
     add_ablation_options,
     add_detector_options,
+    add_drawing_options,
+    add_out_option,
     named_path,
     positive,
     probability,
@@ -83,9 +85,7 @@ a page, summary.json, CSV tables, and all detections in Parquet.""",
     parser.add_argument(
         "images", nargs="?", type=named_path, metavar="IMAGES", help="folder of the images; none for scenes"
     )
-    parser.add_argument(
-        "--out", type=named_path, default=Path("headoff-evaluate"), help="folder (default headoff-evaluate)"
-    )
+    add_out_option(parser, "headoff-evaluate", "folder of the results")
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N images only")
     parser.add_argument(
         "--strict",
@@ -93,12 +93,7 @@ a page, summary.json, CSV tables, and all detections in Parquet.""",
         help="stop at an image that cannot be read, instead of leaving it out",
     )
     comes = parser.add_argument_group("what comes out")
-    comes.add_argument(
-        "--figures",
-        choices=FIGURES,
-        default="page",
-        help="`none`: numbers only; `page`: a page with figures (default); `all`: figures as files, too",
-    )
+    add_drawing_options(comes)
     comes.add_argument(
         "--resamples",
         type=whole,
@@ -119,6 +114,26 @@ a page, summary.json, CSV tables, and all detections in Parquet.""",
         default=0,
         metavar="N",
         help="also explain the objects of N images: share of relevance in the box, mass (default 0)",
+    )
+    comes.add_argument(
+        "--faithfulness",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="also measure on N images whether relevance is faithful: deletion and insertion of image tokens, 80 "
+        "passes through encoder and decoder for each object and configuration (default 0)",
+    )
+    comes.add_argument(
+        "--relevance-method",
+        default=METHODS[0],
+        metavar="NAME",
+        help=f"of both: {', '.join(METHODS)}, or best (default {METHODS[0]})",
+    )
+    comes.add_argument(
+        "--relevance-configurations",
+        metavar="WHICH",
+        help=f"configurations of both: all, {', '.join(CONFIGURATION_SETS)}, or N, the first N (default: all of up to "
+        "16, of more the cumulative sweep, or the first 16)",
     )
     group = parser.add_argument_group("what to switch off")
     group.add_argument(
@@ -195,7 +210,9 @@ def run_evaluate(settings: argparse.Namespace) -> int:
     from headoff.cli.configurations import describe_ablation
     from headoff.cli.detectors import load_detector, provenance
     from headoff.cli.progress import progress_bar
-    from headoff.evaluation.run import evaluate, open_data_set
+    from headoff.cli.reports import drawing_of
+    from headoff.evaluation.relevance import explained
+    from headoff.evaluation.run import chosen_configurations, evaluate, open_data_set
     from headoff.evaluation.shards import pyarrow_parquet
     from headoff.evaluation.summary import summarise
     from headoff.files import lock
@@ -204,6 +221,8 @@ def run_evaluate(settings: argparse.Namespace) -> int:
     pyarrow_parquet()
     engine = _engine(settings)
     choices = _choices(settings)
+    drawing = drawing_of(settings)
+    _check_relevance(settings)
     # Actors put the model where it is computed.
     here = (
         settings if settings.engine == "local" else argparse.Namespace(**{**vars(settings), "device": "cpu"})
@@ -222,7 +241,10 @@ def run_evaluate(settings: argparse.Namespace) -> int:
     try:
         # The summary is of what nobody writes to in the meantime.
         with lock(settings.out, shared=settings.shard is not None):
-            configurations = _configurations(choices, settings, detector, data)
+            configurations = chosen_configurations(
+                detector, _configurations(choices, settings, detector, data)
+            )
+            explained(configurations, settings.relevance_configurations)
             with _progress() as update:
                 results = evaluate(
                     detector,
@@ -245,20 +267,27 @@ def run_evaluate(settings: argparse.Namespace) -> int:
             )
             if settings.shard is None:
                 total = len(results.configurations)
-                with tqdm(total=total, desc="scoring", unit="configuration", leave=False) as bar:
-                    with progress_bar("explaining", "image", show=settings.relevance > 0) as explaining:
-                        written = summarise(
-                            settings.out,
-                            pictures=data.source,
-                            figures=settings.figures,
-                            resamples=settings.resamples,
-                            confidence=settings.confidence,
-                            progress=bar.update,
-                            relevance=settings.relevance,
-                            detector=detector,
-                            references=settings.references,
-                            relevance_progress=explaining,
-                        )
+                with (
+                    tqdm(total=total, desc="scoring", unit="configuration", leave=False) as bar,
+                    progress_bar("explaining", "image", show=settings.relevance > 0) as explaining,
+                    progress_bar("faithfulness", "image", show=settings.faithfulness > 0) as measuring,
+                ):
+                    written = summarise(
+                        settings.out,
+                        pictures=data.source,
+                        **asdict(drawing),
+                        resamples=settings.resamples,
+                        confidence=settings.confidence,
+                        progress=bar.update,
+                        relevance=settings.relevance,
+                        detector=detector,
+                        references=settings.references,
+                        relevance_progress=explaining,
+                        faithfulness=settings.faithfulness,
+                        faithfulness_progress=measuring,
+                        method=settings.relevance_method,
+                        relevance_of=settings.relevance_configurations,
+                    )
                 print(f"summary: {written}")
             else:
                 print("When all shards are done, the same command without --shard makes the summary.")
@@ -298,6 +327,19 @@ def _engine(settings: argparse.Namespace) -> Engine:
     if settings.address:
         raise SettingError("--address is that of a Ray cluster: give --engine ray as well")
     return LocalEngine(settings.workers)
+
+
+def _check_relevance(settings: argparse.Namespace) -> None:
+    """Raise SettingError where options of relevance are unknown, or of nothing."""
+    from headoff.relevance.methods import resolve_method
+
+    resolve_method(settings.relevance_method)
+    given = settings.relevance_method != METHODS[0] or settings.relevance_configurations is not None
+    if given and not (settings.relevance or settings.faithfulness):
+        raise SettingError(
+            "--relevance-method and --relevance-configurations are of images that are explained: give --relevance N or "
+            "--faithfulness N as well"
+        )
 
 
 def _choices(settings: argparse.Namespace) -> list[ConfigurationChoice]:

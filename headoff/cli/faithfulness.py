@@ -13,6 +13,7 @@ from headoff.choices import DEAR_METHODS, DEFAULT_FAITHFULNESS, METHODS
 from headoff.cli.options import (
     add_confidence_option,
     add_detector_options,
+    add_out_option,
     named_path,
     positive,
     whole,
@@ -87,12 +88,7 @@ every object (objects.csv), and figures.""",
         metavar="IMAGE|FOLDER|scenes:N",
         help="images, folders of images, or held-out scenes (default scenes:20)",
     )
-    parser.add_argument(
-        "--out",
-        type=named_path,
-        default=Path("headoff-faithfulness"),
-        help="folder (default headoff-faithfulness)",
-    )
+    add_out_option(parser, "headoff-faithfulness")
     group = parser.add_argument_group("what to measure")
     group.add_argument(
         "--method",

@@ -127,15 +127,22 @@ def add_image_argument(parser: argparse.ArgumentParser, *, required: bool = Fals
 def add_report_options(parser: argparse.ArgumentParser, out: str) -> None:
     """Add IMAGE|FOLDER, --out (`out` by default), --again, --figures, --format and --dpi."""
     add_image_argument(parser)
-    parser.add_argument(
-        "--out", type=named_path, default=Path(out), help=f"folder of the report (default {out})"
-    )
+    add_out_option(parser, out, "folder of the report")
     parser.add_argument(
         "--again",
         action="store_true",
         help="for several images: also redo those that have a finished report",
     )
-    group = parser.add_argument_group("what to draw")
+    add_drawing_options(parser.add_argument_group("what to draw"))
+
+
+def add_out_option(parser: argparse.ArgumentParser, out: str, what: str = "folder") -> None:
+    """Add --out, a folder, `out` by default; `what` begins its help."""
+    parser.add_argument("--out", type=named_path, default=Path(out), help=f"{what} (default {out})")
+
+
+def add_drawing_options(group: argparse._ArgumentGroup) -> None:
+    """Add --figures, --format and --dpi, which `headoff.cli.reports.drawing_of` reads."""
     group.add_argument(
         "--figures",
         choices=FIGURES,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headoff.cli.options import (
@@ -12,8 +11,8 @@ from headoff.cli.options import (
     add_confidence_option,
     add_detector_options,
     add_image_argument,
+    add_out_option,
     add_site_option,
-    named_path,
 )
 from headoff.cli.tables import table
 
@@ -47,9 +46,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_argument(parser, required=True)
-    parser.add_argument(
-        "--out", type=named_path, default=Path("headoff-roles"), help="folder (default headoff-roles)"
-    )
+    add_out_option(parser, "headoff-roles")
     group = parser.add_argument_group("what to switch off")
     add_site_option(group, "the attention whose heads are measured")
     add_ablation_options(group)

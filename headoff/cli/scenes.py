@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headoff.cli.options import add_detector_options, named_path, positive, whole
+from headoff.cli.options import add_detector_options, add_out_option, named_path, positive, whole
 from headoff.errors import SettingError
 
 SIZE = 192
@@ -43,9 +43,7 @@ def add_parser(commands: Any) -> None:
     draw.add_argument("--first-seed", type=whole, default=0, help="seed of the first scene (default 0)")
     draw.add_argument("--size", type=positive, default=SIZE, help=f"side in pixels (default {SIZE})")
     draw.add_argument("--split", choices=("held_out", "train"), default="held_out")
-    draw.add_argument(
-        "--out", type=named_path, default=Path("headoff-scenes"), help="folder (default headoff-scenes)"
-    )
+    add_out_option(draw, "headoff-scenes")
     draw.set_defaults(run=run_draw)
 
     train = actions.add_parser(

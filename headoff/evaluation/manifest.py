@@ -68,6 +68,13 @@ def identity(work: Work, detector: Detector, device: str, truth: GroundTruth) ->
     }
 
 
+def relevance_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the relevance of an image, of an `identity`: not which others there are, nor what else is off."""
+    others = ("images", "annotations", "batches", "configurations")
+    kept = {name: value for name, value in identity.items() if name not in others}
+    return {**kept, "relevance code": _hash_of_code(("relevance", "evaluation/relevance.py"))}
+
+
 def bind(
     folder: Path,
     about: Mapping[str, Any],
@@ -197,10 +204,10 @@ def _hash_of_weights(detector: Detector) -> str:
     return total.hexdigest()
 
 
-def _hash_of_code() -> str:
+def _hash_of_code(parts: tuple[str, ...] = COMPUTING) -> str:
     root = Path(__file__).parents[1]
     total = hashlib.sha256()
-    for part in COMPUTING:
+    for part in parts:
         for path in sorted((root / part).rglob("*.py")) if (root / part).is_dir() else [root / part]:
             total.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
     return total.hexdigest()

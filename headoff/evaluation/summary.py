@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from headoff.choices import FigureFormat, Figures
 from headoff.errors import SettingError
+from headoff.evaluation.manifest import relevance_identity
 from headoff.evaluation.orders import orders_in
 from headoff.evaluation.outcomes import CONFIDENCE
-from headoff.evaluation.relevance import explained, relevance_statistics
+from headoff.evaluation.relevance import explained, faithfulness_statistics, relevance_statistics
 from headoff.evaluation.results import Results
 from headoff.evaluation.scores import RESAMPLES, score
 
@@ -30,11 +31,16 @@ def summarise(
     processes: int | None = None,
     figures: Figures = "page",
     format: FigureFormat = "png",
+    dpi: int | None = None,
     progress: Callable[[int], object] | None = None,
     relevance: int = 0,
     detector: Detector | None = None,
     references: References | str | Path | None = None,
     relevance_progress: Callable[[int, int], object] | None = None,
+    faithfulness: int = 0,
+    faithfulness_progress: Callable[[int, int], object] | None = None,
+    method: str = "chefer",
+    relevance_of: str | int | None = None,
 ) -> Path:
     """Score all configurations of a results folder, and write what comes out; see docs/evaluate.md.
 
@@ -49,14 +55,19 @@ def summarise(
         resamples: samples of the bootstrap over images; 0 for no intervals.
         confidence: above which detections have outcomes.
         processes: that score configurations; by default as many as there are cores, if that is worth their start.
-        figures, format: see `headoff.write_report`.
+        figures, format, dpi: see `headoff.write_report`.
         progress: called with 1 after each configuration.
         detector: the one that was evaluated: the images in which most is lost have reports of their sweeps in sweeps/,
             which their thumbnails open.
         references: of the detector, where it was evaluated with some.
         relevance: explain the objects of so many images, for relevance.csv (`headoff.evaluation.relevance`); this needs
             `pictures` and the `detector`.
-        relevance_progress: called with (images done, images of the sample).
+        faithfulness: measure deletion and insertion on so many images, for faithfulness.csv, likewise. Where heads that
+            are off contribute something, only with nothing off.
+        relevance_progress, faithfulness_progress: called with (images done, images of the sample), of faithfulness for
+            all configurations together.
+        method: of relevance.
+        relevance_of: the configurations of relevance and faithfulness, see `headoff.evaluation.relevance.explained`.
 
     Returns:
         The path of the page, or of summary.json without one.
@@ -71,10 +82,11 @@ def summarise(
     from headoff.report.output import write_report
     from headoff.sweeps import sweep
 
-    drawing = Drawing(figures, format)
-    if relevance and (pictures is None or detector is None):
+    drawing = Drawing(figures, format) if dpi is None else Drawing(figures, format, dpi)
+    if (relevance or faithfulness) and (pictures is None or detector is None):
         raise SettingError("relevance needs the images and the detector: give pictures and detector")
     source = Results(folder)
+    chosen = explained(source.configurations, relevance_of) if relevance or faithfulness else []
     scores = score(source, resamples=resamples, confidence=confidence, processes=processes, progress=progress)
     provenance = {str(name): str(value) for name, value in source.manifest["provenance"].items()}
 
@@ -83,18 +95,33 @@ def summarise(
         return sweep_command(pictures, image, name, provenance.get("model", ""), text)
 
     ablation = source.manifest["identity"].get("ablation", "zero")
-    statistics = None
+    statistics = faithful = None
     if relevance and pictures is not None and detector is not None:
         statistics = relevance_statistics(
             detector,
             pictures,
             source.done.tolist(),
-            explained(source.configurations),
+            chosen,
             relevance,
+            method=method,
             confidence=confidence,
             ablation=ablation,
             references=references,
+            store=source.folder / "relevance",
+            about=relevance_identity(source.manifest["identity"]),
             progress=relevance_progress,
+        )
+    if faithfulness and pictures is not None and detector is not None:
+        faithful = faithfulness_statistics(
+            detector,
+            pictures,
+            source.done.tolist(),
+            chosen if ablation == "zero" else chosen[:1],
+            faithfulness,
+            method=method,
+            confidence=confidence,
+            store=source.folder / "faithfulness",
+            progress=faithfulness_progress,
         )
 
     def open_sweep(image: int, configuration: int) -> Path:
@@ -123,6 +150,7 @@ def summarise(
         ablation=ablation,
         orders=orders_in(source.folder),
         relevance=statistics,
+        faithfulness=faithful,
         pictures=pictures,
         command=command,
         open_sweep=open_sweep if pictures is not None and detector is not None else None,

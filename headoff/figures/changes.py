@@ -190,7 +190,7 @@ def plot_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
         _letters(ax, statuses, values, limit)
     ax.set_yticks(range(objects), object_names(result))
     plain_text(ax.yaxis)
-    name_configurations(ax, result)
+    name_configurations(ax, result.configurations)
     colour_bar(ax, limit, "change of the object's probability")
     legend_above(ax, [*hue_handles("fall", "rise"), *_frame_handles(result, letters=letters)], entry=1.25)
     return ax

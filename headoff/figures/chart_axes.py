@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from headoff.figures.canvas import DPI, width_of
 from headoff.figures.captions import object_name, shorten
 from headoff.figures.palette import GRID, INK, MUTED, STATUS_STYLES, StatusStyle
+from headoff.gates import Configuration
 from headoff.outcomes import Status
 from headoff.sweeps import SweepResult
 
@@ -124,10 +125,10 @@ def plain_text(axis: Axis) -> None:
         tick.set_parse_math(False)
 
 
-def name_configurations(ax: Axes, result: SweepResult) -> None:
+def name_configurations(ax: Axes, configurations: Sequence[Configuration]) -> None:
     """Vertical names of configurations on the x axis; if there are too many to read, only every nth."""
-    every = max(1, len(result) // 60)
-    names = [shorten(configuration.name, 28) for configuration in result.configurations]
+    every = max(1, len(configurations) // 60)
+    names = [shorten(configuration.name, 28) for configuration in configurations]
     shown = range(0, len(names), every)
     ax.set_xticks(shown, [names[index] for index in shown], rotation=90, fontsize=7)
     plain_text(ax.xaxis)

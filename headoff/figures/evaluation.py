@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from headoff.errors import SettingError
 from headoff.evaluation.importance import HeadScores, head_scores
 from headoff.evaluation.outcomes import STATUSES
-from headoff.evaluation.relevance import RelevanceStatistics
+from headoff.evaluation.relevance import CONTROL, SampleStatistics
 from headoff.evaluation.scores import REFERENCES, Scores
 from headoff.figures.canvas import figure_of
 from headoff.figures.captions import shorten
@@ -22,6 +22,7 @@ from headoff.figures.chart_axes import (
     LABEL_POINTS,
     clean,
     legend_above,
+    name_configurations,
     name_heads_below,
     new_axes,
     number_heads_off,
@@ -30,7 +31,7 @@ from headoff.figures.chart_axes import (
 from headoff.figures.importance import draw_scores
 from headoff.figures.matrix import colour_bar, hue_handles
 from headoff.figures.palette import GRID, INK, MUTED, OBJECT_COLOURS, STATUS_STYLES, ink_on
-from headoff.gates import CumulativeSweep, SubsetSweep, order_of, sweeps_among
+from headoff.gates import CumulativeSweep, SubsetSweep, kind_of, order_of, sweeps_among
 from headoff.wording import counted
 
 BLUE = "#1B6CA8"
@@ -370,34 +371,76 @@ def _legend(ax: Axes, handles: Sequence[Any], scores: Scores, entry: float) -> N
     legend_above(ax, handles, entry=entry, title=title)
 
 
-def plot_relevance_statistics(found: RelevanceStatistics, ax: Axes | None = None) -> Axes:
+def plot_relevance_statistics(found: SampleStatistics, ax: Axes | None = None) -> Axes:
     """The share of relevance in the object's box, and its mass, for each configuration, with 95% intervals."""
-    count = len(found.configurations)
     ax = new_axes(7.2, 3.8) if ax is None else ax
-    clean(ax, grid="y")
-    places = np.arange(count)
-    handles: list[Any] = []
     names = ("share of relevance in the object's box", "mass of relevance, of that with nothing off")
-    for column, (hue, name) in enumerate(zip((BLUE, "#DDAA33"), names, strict=True)):
-        low, high = found.low[:, column], found.high[:, column]
-        ax.fill_between(places, low, high, color=hue, alpha=0.22, linewidth=0)
-        ax.plot(places, found.mean[:, column], marker="o", color=hue, markersize=4.5, linewidth=1.6)
-        handles.append(Line2D([], [], color=hue, marker="o", label=name))
+    handles = _statistics(ax, found, [(0, BLUE, "-", names[0]), (1, "#DDAA33", "-", names[1])])
     ax.set_ylim(0, max(1.02, 1.05 * float(np.nan_to_num([*found.high.flat, *found.mean.flat]).max())))
-    if any(isinstance(kind, CumulativeSweep) for kind, _ in sweeps_among(found.configurations)):
-        number_heads_off(ax, count - 1)
-    else:
-        titles = [shorten(one.name, 28) for one in found.configurations]
-        ax.set_xticks(places, titles, rotation=90, fontsize=7)
-        plain_text(ax.xaxis)
     ax.set_ylabel("mean over objects")
-    title = f"{counted(found.objects, 'detection')} with nothing off in a sample of {counted(found.images, 'image')}"
-    legend_above(ax, handles, entry=2.6, title=title)
+    objects, images = counted(int(found.objects[0]), "detection"), counted(int(found.images[0]), "image")
+    legend_above(ax, handles, entry=2.6, title=f"{objects} with nothing off in a sample of {images}")
     return ax
 
 
+def plot_faithfulness_statistics(found: SampleStatistics, ax: Axes | None = None) -> Axes:
+    """Areas under deletion and insertion curves for each configuration, of a method (lines) and of the control
+    (dashed), with 95% intervals.
+    """
+    ax = new_axes(7.2, 3.8) if ax is None else ax
+    looks = {"insertion": BLUE, "deletion": "#CC6633"}
+    series = [
+        (
+            column,
+            looks[about["quantity"]],
+            "-" if about["method"] != CONTROL else (0, (3, 2)),
+            f"{about['quantity']}, {about['method']}",
+        )
+        for column, about in enumerate(found.columns)
+        if about["quantity"] in looks
+    ]
+    handles = _statistics(ax, found, series)
+    ax.set_ylim(0, 1.02)
+    ax.set_ylabel("area under the curve")
+    least, most = int(found.objects.min()), int(found.objects.max())
+    objects = counted(most, "detection") if least == most else f"{least:,} to {counted(most, 'detection')}"
+    title = f"{objects} under the configuration in a sample of {counted(int(found.images.max()), 'image')}"
+    legend_above(ax, handles, entry=1.7, title=title)
+    return ax
+
+
+def _statistics(
+    ax: Axes, found: SampleStatistics, series: Sequence[tuple[int, str, Any, str]]
+) -> list[Line2D]:
+    """Lines with bands over the configurations, each of a column, colour, style and name; what the legend has."""
+    clean(ax, grid="y")
+    places = np.arange(len(found.configurations))
+    for column, hue, style, _ in series:
+        ax.fill_between(
+            places, found.low[:, column], found.high[:, column], color=hue, alpha=0.18, linewidth=0
+        )
+        ax.plot(
+            places,
+            found.mean[:, column],
+            marker="o",
+            color=hue,
+            linestyle=style,
+            markersize=4.5,
+            linewidth=1.6,
+        )
+    if isinstance(kind_of(found.configurations), CumulativeSweep):
+        number_heads_off(ax, len(places) - 1)
+    else:
+        name_configurations(ax, found.configurations)
+    return [
+        Line2D([], [], color=hue, linestyle=style, marker="o", label=name) for _, hue, style, name in series
+    ]
+
+
 def evaluation_figures(
-    scores: Scores, relevance: RelevanceStatistics | None = None
+    scores: Scores,
+    relevance: SampleStatistics | None = None,
+    faithfulness: SampleStatistics | None = None,
 ) -> Iterator[tuple[str, str, Figure]]:
     """All figures that the configurations allow, one at a time, each with the stem of its file and a caption."""
     yield "precision", "Average precision with heads off.", figure_of(plot_precision(scores))
@@ -425,11 +468,15 @@ def evaluation_figures(
     if relevance is not None:
         caption = "Where relevance is, after the last layer."
         yield "relevance", caption, figure_of(plot_relevance_statistics(relevance))
+    if faithfulness is not None:
+        caption = "Whether relevance is faithful: insertion and deletion of image tokens."
+        yield "faithfulness", caption, figure_of(plot_faithfulness_statistics(faithfulness))
 
 
 __all__ = [
     "evaluation_figures",
     "plot_class_losses",
+    "plot_faithfulness_statistics",
     "plot_heads_interactions",
     "plot_heads_precision",
     "plot_outcome_rates",

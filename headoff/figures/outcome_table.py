@@ -71,7 +71,7 @@ def plot_outcomes(result: SweepResult, ax: Axes | None = None) -> Axes:
     if isinstance(kind, CumulativeSweep):
         number_heads_off(ax, kind.heads)
     else:
-        name_configurations(ax, result)
+        name_configurations(ax, result.configurations)
     handles = [
         Patch(facecolor=look.fill, label=f"{look.letter}  {status.value}" if letters else status.value)
         for status, look in STATUS_STYLES.items()

@@ -19,7 +19,7 @@ from headoff.evaluation.importance import HeadScores, head_scores
 from headoff.evaluation.orders import ImportanceOrder
 from headoff.evaluation.outcomes import COUNTED, SIZES, STATUSES, Assignment, Objects, assign
 from headoff.evaluation.precision import METRICS
-from headoff.evaluation.relevance import RelevanceStatistics
+from headoff.evaluation.relevance import SampleStatistics
 from headoff.evaluation.scores import REFERENCES, Scores, SourceOfDetections
 from headoff.evaluation.sources import Files, Scenes
 from headoff.figures.evaluation import cumulative_in, evaluation_figures
@@ -156,7 +156,14 @@ CLASS_COLUMNS = (
     *("AP", "low", "high", "lost", "lost_low", "lost_high"),
 )
 OUTCOME_COLUMNS = ("configuration", "text", "objects_are", "class", "size", "objects", *COUNTED)
-RELEVANCE_COLUMNS = ("configuration", "text", "images", "objects", "quantity", "mean", "low", "high")
+RELEVANCE_COLUMNS = (
+    *("configuration", "text", "images", "objects", "method", "quantity"),
+    *("mean", "low", "high"),
+)
+FAITHFULNESS_COLUMNS = (
+    *("configuration", "text", "images", "objects", "method", "measure", "quantity"),
+    *("mean", "low", "high"),
+)
 RATE_COLUMNS = ("configuration", "text", "objects_are", "outcome", "rate", "low", "high")
 
 
@@ -266,7 +273,8 @@ def write_summary(
     skipped: Mapping[int, str] | None = None,
     ablation: str = "zero",
     orders: Sequence[ImportanceOrder] = (),
-    relevance: RelevanceStatistics | None = None,
+    relevance: SampleStatistics | None = None,
+    faithfulness: SampleStatistics | None = None,
     pictures: Pictures | None = None,
     command: Callable[[int, int], str] | None = None,
     open_sweep: Callable[[int, int], Path] | None = None,
@@ -282,7 +290,7 @@ def write_summary(
         skipped: why images were left out, by index.
         ablation: what heads that are off contribute.
         orders: those of cumulative sweeps by importance.
-        relevance: statistics of a sample of images.
+        relevance, faithfulness: statistics of a sample of images.
         pictures: the images, for thumbnails.
         command: what to run to see an image's sweep, of the index of an image and of a configuration.
         open_sweep: writes the sweep of an image within `folder`, of the same indices, and returns the path of its page.
@@ -304,13 +312,15 @@ def write_summary(
     }
     if relevance is not None:
         tables["relevance.csv"] = (RELEVANCE_COLUMNS, relevance.rows())
+    if faithfulness is not None:
+        tables["faithfulness.csv"] = (FAITHFULNESS_COLUMNS, faithfulness.rows())
     with new_report(folder) as write:
         for name, (columns, rows) in tables.items():
             write(name, csv_text(columns, map(cells, rows)))
         _write_contributions(write.path(CONTRIBUTIONS), scores)
         charts = []
         if drawing.figures != "none":
-            for stem, caption, figure in evaluation_figures(scores, relevance):
+            for stem, caption, figure in evaluation_figures(scores, relevance, faithfulness):
                 if drawing.figures == "all":
                     buffer = io.BytesIO()
                     drawing.save(figure, buffer)
@@ -334,7 +344,9 @@ def write_summary(
             write(PAGE, page)
         write(
             SUMMARY,
-            summary_json(scores, groups, provenance, left_out, ablation, write.files, orders),
+            summary_json(
+                scores, groups, provenance, left_out, ablation, write.files, orders, relevance, faithfulness
+            ),
         )
     return folder / (SUMMARY if drawing.figures == "none" else PAGE)
 
@@ -347,6 +359,8 @@ def summary_json(
     ablation: str,
     files: list[str],
     orders: Sequence[ImportanceOrder] = (),
+    relevance: SampleStatistics | None = None,
+    faithfulness: SampleStatistics | None = None,
 ) -> str:
     """The contents of summary.json."""
     contents = {
@@ -387,6 +401,8 @@ def summary_json(
             }
             for found in head_scores(scores)
         ],
+        "relevance": None if relevance is None else list(relevance.rows()),
+        "faithfulness": None if faithfulness is None else list(faithfulness.rows()),
         "worst_images": [
             {
                 **_named(scores, group.configuration),
