@@ -478,6 +478,8 @@ def test_wrong_arguments_are_one_sentence(detector, tmp_path):
         evaluate(images=images)
     with pytest.raises(SettingError, match="scenes:0"):
         evaluate("scenes:0")
+    with pytest.raises(SettingError, match="'scenes:-1' names no scenes"):
+        evaluate("scenes:-1")
     with pytest.raises(ImageError, match="no folder of images"):
         evaluate(annotations, tmp_path / "nowhere")
     with pytest.raises(ImageError, match="none of the 7 images"):

@@ -2,6 +2,8 @@
 
 - `python tools/evaluation_cost.py throughput`: images a second, in turns with the bare detector in the same run
 - `python tools/evaluation_cost.py memory`: peak memory of runs over few and many images and configurations
+- `python tools/evaluation_cost.py score --keep FOLDER --sizes 1000 --copies 5`: what AP of the results costs that
+  `memory --keep FOLDER` has left, of so many copies of the images
 - `python tools/evaluation_cost.py files`: time to read a photo and to write a batch, and bytes of a detection
 - `python tools/evaluation_cost.py threads`: whether the number of threads changes bits
 """
@@ -12,12 +14,15 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +31,10 @@ from PIL import Image
 import headoff
 from headoff.evaluation.batches import make_batches
 from headoff.evaluation.engines import LocalEngine
+from headoff.evaluation.manifest import MANIFEST, TRUTH
+from headoff.evaluation.results import Results
 from headoff.evaluation.run import evaluate
-from headoff.evaluation.shards import FOLDER, ROWS, Shard
+from headoff.evaluation.shards import FOLDER, KEY, ROWS, Shard, read_shards
 from headoff.evaluation.sources import Files
 from headoff.evaluation.work import Detected, Work
 from headoff.scenes.dataset import draw_scene
@@ -163,6 +170,72 @@ def one(settings: argparse.Namespace) -> None:
         )
 
 
+def score(settings: argparse.Namespace) -> None:
+    """Time and memory of the scores of all configurations of results that are there, with copies of their images."""
+    folder = settings.keep / f"{settings.set}-{settings.sizes[0]}"
+    with tempfile.TemporaryDirectory(dir=settings.keep) as place:
+        copied = copies(folder, Path(place), settings.copies)
+        started, used = time.perf_counter(), _cpu_seconds()
+        found = headoff.score(copied, processes=settings.processes)
+        seconds, cpu = time.perf_counter() - started, _cpu_seconds() - used
+        rows = sum(len(copied.detections(index)) for index in range(len(found)))
+    print(
+        json.dumps(
+            {
+                "images": len(found.images),
+                "configurations": len(found),
+                "rows": rows,
+                "AP": round(found.baseline["AP"], 3),
+                "seconds": round(seconds, 1),
+                "seconds of CPU": round(cpu, 1),
+                "peak MiB": _peak(resource.RUSAGE_SELF),
+                "peak MiB of a process": _peak(resource.RUSAGE_CHILDREN),
+            }
+        )
+    )
+
+
+def copies(folder: Path, to: Path, count: int) -> Results:
+    """The results of a folder as if there were `count` data sets of the same images, with other ids."""
+    import pyarrow
+    import pyarrow.parquet
+
+    results = Results(folder)
+    truth, n = results.truth, len(results.truth)
+    far = [1 + int(ids.max()) for ids in (truth.image_ids, truth.annotation_ids)]
+    every = range(count)
+    joined: dict[str, Any] = {
+        name: np.concatenate([getattr(truth, name)] * count) for name in ("boxes", "labels", "areas", "crowd")
+    }
+    many = replace(
+        truth,
+        image_ids=np.concatenate([truth.image_ids + far[0] * copy for copy in every]),
+        names=truth.names * count,
+        sizes=np.tile(truth.sizes, (count, 1)),
+        image=np.concatenate([truth.image + n * copy for copy in every]),
+        annotation_ids=np.concatenate([truth.annotation_ids + far[1] * copy for copy in every]),
+        **joined,
+    )
+    arrays: dict[str, Any] = {one.name: np.asarray(getattr(many, one.name)) for one in fields(many)}
+    np.savez(to / TRUTH, **arrays)
+    shutil.copy(folder / MANIFEST, to / MANIFEST)
+    (to / FOLDER).mkdir()
+    shards = list(read_shards(folder))
+    for shard in shards:
+        table = pyarrow.parquet.read_table(folder / FOLDER / shard.name)
+        for copy in every:
+            about = json.loads(table.schema.metadata[KEY])
+            about["images"] = [index + n * copy for index in about["images"]]
+            moved = pyarrow.array(table["image"].to_numpy() + np.int32(n * copy))
+            changed = table.set_column(table.schema.get_field_index("image"), "image", moved)
+            pyarrow.parquet.write_table(
+                changed.replace_schema_metadata({KEY: json.dumps(about)}),
+                to / FOLDER / replace(shard, number=shard.number + copy * len(shards)).name,
+                row_group_size=shard.configurations_at_once * len(shard.images) * shard.detections,
+            )
+    return Results(to)
+
+
 def files(settings: argparse.Namespace) -> None:
     """What one core takes to read photos of 640 x 480 for DETR (800 x 1066), and to write detections of 100 queries."""
     torch.set_num_threads(1)
@@ -231,12 +304,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("throughput", "memory", "files", "threads", "one"))
+    parser.add_argument("what", choices=("throughput", "memory", "score", "files", "threads", "one"))
     parser.add_argument("--model", default="scenes")
     parser.add_argument("--images", type=int, default=480)
     parser.add_argument("--sizes", type=int, nargs="+", default=[200, 5000])
     parser.add_argument("--sets", nargs="+", default=["cumulative", "subsets"])
-    parser.add_argument("--set", default="cumulative", choices=("cumulative", "subsets"))
+    parser.add_argument("--set", default="subsets", choices=("cumulative", "subsets"))
     parser.add_argument("--configurations", type=int, default=9)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -245,10 +318,11 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="memory: keep the results in this folder, and go on with what is there"
     )
+    parser.add_argument("--copies", type=int, default=5, help="score: how often the images are there")
+    parser.add_argument("--processes", type=int, default=None, help="score: by default as headoff.score has")
     settings = parser.parse_args()
-    {"throughput": throughput, "memory": memory, "files": files, "threads": threads, "one": one}[
-        settings.what
-    ](settings)
+    what = {"throughput": throughput, "memory": memory, "score": score, "files": files, "threads": threads}
+    {**what, "one": one}[settings.what](settings)
 
 
 if __name__ == "__main__":

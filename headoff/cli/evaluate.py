@@ -234,7 +234,7 @@ def run_evaluate(settings: argparse.Namespace) -> int:
     made_with = {
         **provenance(settings, detector),
         "annotations": str(settings.annotations),
-        "images": str(settings.images or ""),
+        **({"images": str(settings.images)} if settings.images else {}),
         "engine": settings.engine,
         **describe_ablation(settings),
     }

@@ -64,8 +64,10 @@ def read_annotations(
 
 
 def scenes_in(text: str) -> tuple[int, int] | None:
-    """(count, first seed) of `scenes:N` or `scenes:N:FIRST`; None for anything else."""
+    """(count, first seed) of `scenes:N` or `scenes:N:FIRST`; None for a file. Raises SettingError for other scenes."""
     found = SCENES.fullmatch(text)
+    if found is None and text.startswith("scenes:") and not Path(text).exists():
+        raise SettingError(f"{text!r} names no scenes: give scenes:N or scenes:N:FIRST, such as scenes:1000")
     return None if found is None else (int(found[1]), int(found[2] or 0))
 
 
