@@ -25,11 +25,12 @@ from headoff.attention import eager, sdpa
 from headoff.bench import runner as running
 from headoff.bench import suites
 from headoff.bench.attentions import ATTENTIONS, EAGER, FLEX, OWN, SDPA_BACKENDS, TRITON, skipping_attention
+from headoff.bench.cases import Case, Provider
 from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, with_attention
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs, outputs_and_masks, truth_of
 from headoff.bench.report import TITLES, Measurement, Report
-from headoff.bench.runner import Case, Plan, Provider, Runner
+from headoff.bench.runner import Plan, Runner
 from headoff.bench.suites import check_of, gates_of
 from headoff.bench.workloads import (
     AttentionShape,

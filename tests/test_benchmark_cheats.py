@@ -19,9 +19,9 @@ import torch
 
 import headoff
 from headoff.attention import eager, sdpa
+from headoff.bench import pytest_runner as benchmarks
+from headoff.bench.pytest_runner import BenchmarkRunner
 from headoff.bench.workloads import AttentionShape, AttentionWorkload
-from headoff.harness import benchmark as benchmarks
-from headoff.harness.benchmark import BenchmarkRunner
 from headoff.harness.finding import WrongAttention
 from headoff.harness.originals import Originals
 from headoff.harness.plugin.patch import Patch
@@ -143,7 +143,7 @@ REPLACEMENTS = {
     "torch.nn.functional.scaled_dot_product_attention": lambda patch: patch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", eager
     ),
-    "headoff.harness.benchmark.peak_bytes": lambda patch: patch.setattr(benchmarks, "peak_bytes", len),
+    "headoff.bench.pytest_runner.peak_bytes": lambda patch: patch.setattr(benchmarks, "peak_bytes", len),
     "torch.Tensor.copy_": lambda patch: patch.setattr(torch.Tensor, "copy_", torch.Tensor.add_),
     "torch.cuda.streams.Event.elapsed_time": lambda patch: patch.setattr(
         torch.cuda.Event, "elapsed_time", max

@@ -10,8 +10,8 @@ import torch
 import torch._inductor.test_operators  # noqa: F401  a nested run that imports it leaves it half registered
 
 from headoff.attention import eager, register_attention, registry, sdpa
+from headoff.bench.pytest_runner import model_for
 from headoff.errors import SettingError
-from headoff.harness.benchmark import model_for
 from headoff.harness.report.terminal import benchmark_lines
 from headoff.harness.settings import Settings
 from headoff.timing import SpeedComparison

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import headoff
+from headoff.bench.pytest_runner import BenchmarkRunner, model_for
 from headoff.bench.workloads import (
     AttentionWorkload,
     DecoderWorkload,
@@ -19,7 +20,6 @@ from headoff.bench.workloads import (
     site_shape,
 )
 from headoff.gates import SITES
-from headoff.harness.benchmark import BenchmarkRunner, model_for
 
 pytest.importorskip(
     "pytest_benchmark", reason="benchmarks need pytest-benchmark: pip install pytest-benchmark"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from headoff.bench.deformable import DeformableWorkload, shapes_for
-from headoff.harness.benchmark import BenchmarkRunner
+from headoff.bench.pytest_runner import BenchmarkRunner
 
 pytest.importorskip(
     "pytest_benchmark", reason="benchmarks need pytest-benchmark: pip install pytest-benchmark"

@@ -16,8 +16,8 @@ import headoff
 from headoff.boxes import corners_of
 from headoff.errors import SettingError
 from headoff.evaluation.candidates import candidates
+from headoff.evaluation.scenes import evaluate, table
 from headoff.scenes.dataset import CLASS_NAMES, draw_scene
-from headoff.scenes.evaluation import evaluate, table
 from headoff.scenes.samples import sample_annotations, sample_folder, write_scenes
 from headoff.scoring import Scoring
 

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from headoff.bench.cases import Case, Provider
 from headoff.bench.importance import OBJECTS, confidence_of_objects
 from headoff.bench.models import BenchmarkModel, Size, with_attention
-from headoff.bench.runner import Case, Provider
 from headoff.faithfulness import ExplainedImage, Perturbation
 from headoff.faithfulness.perturbation import (
     PixelPerturber,

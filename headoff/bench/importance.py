@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
+from headoff.bench.cases import Case, Provider
 from headoff.bench.models import BenchmarkModel, Size, with_attention
-from headoff.bench.runner import Case, Provider
 from headoff.importance import HeadImportance, heads
 from headoff.timing import TimedCall
 

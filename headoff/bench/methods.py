@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from headoff.attention import sdpa
+from headoff.bench.cases import Case, Provider
 from headoff.bench.models import BenchmarkModel, Size
-from headoff.bench.runner import Case, Provider
 from headoff.bench.workloads import RelevanceWorkload
 from headoff.gates import none_off
 from headoff.relevance import Explanation, Method, d_rise, integrated_gradients, method_names

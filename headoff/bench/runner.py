@@ -6,7 +6,7 @@ import datetime
 import importlib.metadata
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
+from headoff.bench.cases import Case, Provider
 from headoff.bench.models import benchmark_model, loaded_model
 from headoff.bench.report import Measurement, Report, Status
+from headoff.bench.suites import SUITES
 from headoff.detr.checkpoints import ModelChoice
 from headoff.scenes.samples import sample_image
 from headoff.timing import (
     Clock,
     SpeedComparison,
-    TimedCall,
     clock_of,
     describe_machine,
     peak_bytes,
@@ -36,44 +37,6 @@ PATIENCE = 60.0
 """Seconds that the rounds of an interval may take, if they take longer than was asked for."""
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to compute a case.
-
-    Attributes:
-        parts: calls, and how many of each make up the whole. What takes minutes is not timed as a whole: the notebooks'
-            way for 9 configurations is 9 times its way for one.
-        check: what is wrong with its result, in one sentence; None where it is right. Raises what the call raises.
-        note: a remark for the tables.
-    """
-
-    name: str
-    parts: tuple[tuple[TimedCall, int], ...]
-    check: Callable[[], str | None]
-    note: str = ""
-
-    @classmethod
-    def of(cls, name: str, call: TimedCall, check: Callable[[Any], str | None], note: str = "") -> Provider:
-        """A provider of one call, whose result `check` is given."""
-        return cls(name, ((call, 1),), lambda: check(call()), note)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something that several providers compute.
-
-    Attributes:
-        suite, name: for tables and progress messages.
-        providers: makes them, with inputs and the oracle's outputs.
-        references: ratios refer to the fastest right one of these, or to the first right one where there is none.
-    """
-
-    suite: str
-    name: str
-    providers: Callable[[], Sequence[Provider]]
-    references: Collection[str]
 
 
 @dataclass(frozen=True)
@@ -204,8 +167,6 @@ def run(plan: Plan, command: str, progress: Callable[[str, str], None]) -> Repor
 
 def _cases(plan: Plan, dtype: torch.dtype, made_with: dict[str, str]) -> Iterator[Case]:
     """The cases of a dtype. What is known of a model only when it is loaded is added to `made_with`."""
-    from headoff.bench.suites import SUITES
-
     for size in plan.sizes:
         if plan.model is None:
             model = benchmark_model(size, plan.device, dtype)

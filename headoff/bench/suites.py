@@ -21,6 +21,7 @@ from headoff.bench.attentions import (
     SdpaTimesGate,
     skipping_attention,
 )
+from headoff.bench.cases import Case, Provider
 from headoff.bench.deformable import DeformableShape, DeformableWorkload, shapes_for
 from headoff.bench.faithfulness import faithfulness_cases
 from headoff.bench.importance import importance_cases
@@ -28,7 +29,6 @@ from headoff.bench.methods import methods_cases
 from headoff.bench.models import BenchmarkModel, Size, with_attention
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs
-from headoff.bench.runner import Case, Provider
 from headoff.bench.workloads import (
     AttentionShape,
     AttentionWorkload,

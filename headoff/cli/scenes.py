@@ -152,8 +152,8 @@ def run_evaluate(settings: argparse.Namespace) -> int:
 
     from headoff.cli.detectors import load_detector
     from headoff.cli.progress import progress_bar
+    from headoff.evaluation.scenes import evaluate, table
     from headoff.files import write_file
-    from headoff.scenes.evaluation import evaluate, table
 
     detector = load_detector(settings)
     with progress_bar("evaluating", "scene") as update:

@@ -125,7 +125,7 @@ def run_suites(job: Sequence[Any]) -> int:
     texts, files, pytest_options = job
     if any("benchmark" in file for file in files):
         # Before the attention is: what times rest on is written down when this is imported.
-        import headoff.harness.benchmark  # noqa: F401
+        import headoff.bench.pytest_runner  # noqa: F401
     try:
         preflight_all(read_settings(texts))
     except HeadoffError as error:

@@ -1,7 +1,7 @@
 """The functions that times and verdicts rest on, as they were before the attention under test was imported.
 
 An attention that runs in this process can replace any of them: the clock, the baseline, what compares results. So they
-are written down when this module's user is imported (`headoff.harness.benchmark`, before any attention), and compared
+are written down when this module's user is imported (`headoff.bench.pytest_runner`, before any attention), and compared
 by identity afterwards. Attributes that appear later, as lazy imports do, are no change; code that is exchanged inside
 a function is one.
 """

@@ -1,4 +1,4 @@
-"""Average precision (COCO's definition) on held-out scenes under every configuration, as figures of model cards."""
+"""Average precision (COCO's definition) on held-out scenes under every configuration, as model cards have it."""
 
 from __future__ import annotations
 

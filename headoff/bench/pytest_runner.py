@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, loaded_model
+from headoff.bench.timed_outputs import TimedOutputs
 from headoff.bench.workloads import Workload
 from headoff.errors import SettingError
 from headoff.harness.exceptions import describe_exception
@@ -17,7 +18,6 @@ from headoff.harness.originals import Originals
 from headoff.harness.plugin.benchmark_hooks import RECORDS
 from headoff.harness.plugin.patch import Patch
 from headoff.harness.settings import Settings
-from headoff.harness.timed_outputs import TimedOutputs
 from headoff.harness.torch_settings import as_before, watched_settings
 from headoff.scenes.samples import sample_image
 from headoff.timing import SpeedComparison, Turns, Verdict, peak_bytes, torch_threads
