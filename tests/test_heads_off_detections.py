@@ -25,6 +25,7 @@ from headoff.harness.model.detections import (
 from headoff.harness.model.mutations import require_rejected, some_heads, with_wrong_heads
 from headoff.harness.model.patched import features_on, findings_about, patched
 from headoff.harness.plugin.options import settings_from
+from headoff.harness.plugin.scenes import parametrize_scenes
 from headoff.harness.reference.cases import (
     BUNDLED_MODEL,
     CONFIDENCE,
@@ -40,10 +41,7 @@ CALLS_SCENES = 1
 
 
 def pytest_generate_tests(metafunc):
-    names = case_names(settings_from(metafunc.config))
-    for name, count in (("oracle_scene", None), ("some_scene", CALLS_SCENES)):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, names[:count])
+    parametrize_scenes(metafunc, oracle_scene=None, some_scene=CALLS_SCENES)
 
 
 @pytest.fixture
@@ -52,14 +50,7 @@ def case(scene, under_test):
 
 
 def findings_of(under_test, case):
-    return detection_findings(
-        under_test.attention,
-        case,
-        under_test.device,
-        under_test.dtype,
-        pictures=under_test.settings.failures,
-        calls=under_test.calls,
-    )
+    return under_test.in_model(detection_findings, case, pictures=under_test.settings.failures)
 
 
 @pytest.mark.oracle
@@ -85,12 +76,12 @@ def test_oracle(snapshot, pytestconfig, oracle_scene):
 @pytest.mark.parametrize("configuration", configuration_names())
 def test_expected_detections(case, under_test, configuration):
     """The logits and boxes of all queries are the oracle's, and the detections too."""
-    fail_on(findings_about(under_test.once(findings_of, under_test, case), configuration))
+    fail_on(findings_about(findings_of(under_test, case), configuration))
 
 
 def test_attention_is_called_at_every_site(case, under_test):
     """Once in every layer, for every encoding and every decoding."""
-    fail_on(findings_about(under_test.once(findings_of, under_test, case), None))
+    fail_on(findings_about(findings_of(under_test, case), None))
 
 
 def test_heads_off_layers(some_scene, under_test):

@@ -13,7 +13,8 @@ import headoff
 from headoff.harness.finding import fail_on
 from headoff.harness.model.family import CONFIDENCE, FamilyCase, family_case, family_findings, undetected
 from headoff.harness.plugin.options import settings_from
-from headoff.harness.reference.cases import case_names, reference_case
+from headoff.harness.plugin.scenes import parametrize_scenes
+from headoff.harness.reference.cases import reference_case
 from headoff.harness.reference.golden import (
     GoldenDetections,
     GoldenMaps,
@@ -30,8 +31,7 @@ MAPS = Tolerance(0.0, 1e-9)
 
 
 def pytest_generate_tests(metafunc):
-    if "oracle_scene" in metafunc.fixturenames:
-        metafunc.parametrize("oracle_scene", case_names(settings_from(metafunc.config)))
+    parametrize_scenes(metafunc, oracle_scene=None)
 
 
 def case_of(settings, scene) -> FamilyCase:

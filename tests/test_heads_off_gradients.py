@@ -24,16 +24,15 @@ from headoff.harness.model.gradients import (
 )
 from headoff.harness.model.mutations import require_rejected, some_heads, with_wrong_heads
 from headoff.harness.model.patched import findings_about
-from headoff.harness.plugin.options import settings_from
-from headoff.harness.reference.cases import case_names, configuration_names, reference_case
+from headoff.harness.plugin.scenes import parametrize_scenes
+from headoff.harness.reference.cases import configuration_names, reference_case
 
 SCENES = 1
 """Images that are tried: gradients of more of them say nothing new, and each takes seconds."""
 
 
 def pytest_generate_tests(metafunc):
-    if "some_scene" in metafunc.fixturenames:
-        metafunc.parametrize("some_scene", case_names(settings_from(metafunc.config))[:SCENES])
+    parametrize_scenes(metafunc, some_scene=SCENES)
 
 
 @pytest.fixture
@@ -42,20 +41,18 @@ def case(some_scene, under_test):
 
 
 def findings_of(under_test, case):
-    return gradient_findings(
-        under_test.attention, case, under_test.device, under_test.dtype, calls=under_test.calls
-    )
+    return under_test.in_model(gradient_findings, case)
 
 
 @pytest.mark.parametrize("configuration", configuration_names())
 def test_expected_gradients(case, under_test, configuration):
     """The largest error of a token's gradient is within what right implementations differ by."""
-    fail_on(findings_about(under_test.once(findings_of, under_test, case), configuration))
+    fail_on(findings_about(findings_of(under_test, case), configuration))
 
 
 def test_attention_is_called_at_every_site(case, under_test):
     """Once in every layer, for every forward pass."""
-    fail_on(findings_about(under_test.once(findings_of, under_test, case), None))
+    fail_on(findings_about(findings_of(under_test, case), None))
 
 
 def test_the_tolerance_rejects_wrong_gradients(case, under_test):

@@ -16,7 +16,8 @@ from headoff.harness.model.importance import (
 )
 from headoff.harness.model.mutations import require_rejected
 from headoff.harness.plugin.options import settings_from
-from headoff.harness.reference.cases import case_names, reference_case
+from headoff.harness.plugin.scenes import parametrize_scenes
+from headoff.harness.reference.cases import reference_case
 from headoff.harness.reference.golden import SCORE_DECIMALS, GoldenScores, in_folder
 
 SCENES = 2
@@ -24,10 +25,7 @@ SCENES = 2
 
 
 def pytest_generate_tests(metafunc):
-    names = case_names(settings_from(metafunc.config))[:SCENES]
-    for name in ("oracle_scene", "some_scene"):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, names)
+    parametrize_scenes(metafunc, oracle_scene=SCENES, some_scene=SCENES)
 
 
 @pytest.fixture
@@ -60,9 +58,7 @@ def test_oracle(snapshot, pytestconfig, oracle_scene):
 
 def test_expected_importance(case, under_test):
     """What the removal of a head costs each object is within what right implementations differ by."""
-    fail_on(
-        importance_findings(under_test.attention, case, under_test.device, under_test.dtype, under_test.calls)
-    )
+    fail_on(under_test.in_model(importance_findings, case))
 
 
 def test_the_tolerance_rejects_scores_of_other_heads(case, under_test):

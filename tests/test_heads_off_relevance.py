@@ -30,6 +30,7 @@ from headoff.harness.model.relevance import (
 )
 from headoff.harness.model.relu_masks import ReluMasks
 from headoff.harness.plugin.options import settings_from
+from headoff.harness.plugin.scenes import parametrize_scenes
 from headoff.harness.reference.cases import (
     MANY_TOKENS,
     METHOD,
@@ -50,12 +51,8 @@ WRONG_HEADS = 2
 
 
 def pytest_generate_tests(metafunc):
-    settings = settings_from(metafunc.config)
-    names = case_names(settings)
-    mapped = None if settings.images else MAPPED
-    for name, count in (("mapped_scene", mapped), ("some_scene", SOME), ("oracle_scene", None)):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, names[:count])
+    mapped = None if settings_from(metafunc.config).images else MAPPED
+    parametrize_scenes(metafunc, mapped_scene=mapped, some_scene=SOME, oracle_scene=None)
 
 
 every_configuration = pytest.mark.parametrize("configuration", cumulative_names())
@@ -72,14 +69,7 @@ def some_case(some_scene, under_test):
 
 
 def findings_of(under_test, case):
-    return relevance_findings(
-        under_test.attention,
-        case,
-        under_test.device,
-        under_test.dtype,
-        pictures=under_test.settings.failures,
-        calls=under_test.calls,
-    )
+    return under_test.in_model(relevance_findings, case, pictures=under_test.settings.failures)
 
 
 # The oracle, and the patch compared with it
@@ -122,12 +112,12 @@ def test_heads_off_truth(snapshot, pytestconfig, oracle_scene, configuration):
 @every_configuration
 def test_expected_maps(case, under_test, configuration):
     """Maps made with the attention's own backward pass are the oracle's."""
-    fail_on(findings_about(under_test.once(findings_of, under_test, case), configuration))
+    fail_on(findings_about(findings_of(under_test, case), configuration))
 
 
 def test_attention_is_called_at_every_site(case, under_test):
     """In every layer at least once for encoding, and for decoding."""
-    fail_on(findings_about(under_test.once(findings_of, under_test, case), None))
+    fail_on(findings_about(findings_of(under_test, case), None))
 
 
 def test_the_tolerance_rejects_wrong_maps(case, under_test):

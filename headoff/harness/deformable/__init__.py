@@ -9,10 +9,12 @@ from headoff.harness.deformable.cases import (
     reduced_cases,
 )
 from headoff.harness.deformable.diagnosis import diagnose
+from headoff.harness.deformable.mutations import SELF_TESTS, undetected
 from headoff.harness.deformable.side_effects import PLAIN, SIDE_EFFECTS, side_effect_findings
 
 __all__ = [
     "PLAIN",
+    "SELF_TESTS",
     "SIDE_EFFECTS",
     "DeformableCase",
     "case_named",
@@ -21,4 +23,5 @@ __all__ = [
     "diagnose",
     "reduced_cases",
     "side_effect_findings",
+    "undetected",
 ]

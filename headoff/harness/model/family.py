@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from headoff.ablation.references import fingerprint_of
-from headoff.deformable import DeformableAttention, Shapes
 from headoff.detections import Detections, detections_from
 from headoff.detector import Attend, AttentionAddress, Call, DeformableCall
 from headoff.detr.checkpoints import ModelChoice
@@ -185,36 +184,15 @@ def _patched(
     """The model on `device`, with the attention called in `dtype` at the sites of its contract."""
     detector = _load(case.model, device, model_dtype(dtype), "sdpa")
     before = detector.attention, detector.deformable_attention
+    in_dtype: Any = InDtype(contract.resolve(attention), dtype)
     if contract is DEFORMABLE:
-        detector.deformable_attention = _DeformableInDtype(contract.resolve(attention), dtype)
+        detector.deformable_attention = in_dtype
     else:
-        detector.attention = InDtype(contract.resolve(attention), dtype)
+        detector.attention = in_dtype
     try:
         yield detector
     finally:
         detector.attention, detector.deformable_attention = before
-
-
-class _DeformableInDtype:
-    """A deformable attention called in `dtype` by a model in another."""
-
-    def __init__(self, attention: DeformableAttention, dtype: torch.dtype) -> None:
-        self.attention = attention
-        self.dtype = dtype
-
-    def __call__(
-        self,
-        value: Tensor,
-        spatial_shapes: Shapes,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        *,
-        head_gate: Tensor | None = None,
-    ) -> Tensor:
-        gate = None if head_gate is None else head_gate.to(self.dtype)
-        tensors = (x.to(self.dtype) for x in (sampling_locations, attention_weights))
-        context = self.attention(value.to(self.dtype), spatial_shapes, *tensors, head_gate=gate)
-        return context.to(value.dtype)
 
 
 def _outputs(detector: FamilyDetector, case: FamilyCase, features: FamilyFeatures) -> dict[str, Tensor]:

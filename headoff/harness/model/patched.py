@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention, resolve_attention
+from headoff.deformable import DeformableAttention
 from headoff.detector import Attend, AttentionAddress, AttentionCall, Detector
 from headoff.detr.checkpoints import ModelChoice
 from headoff.detr.detector import Detr, Features
@@ -38,7 +39,8 @@ def patched(
     """
     detector = _model(case.model, device, model_dtype(dtype))
     before = detector.attention
-    detector.attention = InDtype(resolve_attention(attention), dtype)
+    in_dtype: Any = InDtype(resolve_attention(attention), dtype)
+    detector.attention = in_dtype
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -50,8 +52,8 @@ def patched(
 
 def own_detector(case: ReferenceCase, attention: Attention, device: torch.device, dtype: torch.dtype) -> Detr:
     """The same as a new model, whose weights may be changed."""
-    attention = InDtype(resolve_attention(attention), dtype)
-    return case.model.load_detr(attention=attention, device=device, dtype=model_dtype(dtype))
+    in_dtype: Any = InDtype(resolve_attention(attention), dtype)
+    return case.model.load_detr(attention=in_dtype, device=device, dtype=model_dtype(dtype))
 
 
 def model_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -206,38 +208,33 @@ def findings_about(findings: Sequence[Finding], configuration: str | None) -> li
 
 
 class InDtype:
-    """`attention`, called in `dtype` by a model in another: inputs are converted to it, and the context back.
+    """`attention` of either contract, called in `dtype` by a model in another: tensors are converted, the context back.
 
     float16 cannot hold gradients as small as those of relevance. So the gradient of the context is multiplied by a
-    power of two, the loss scale, and the gradients of query, key and value are divided by it, as in mixed-precision
-    training.
+    power of two, the loss scale, and the gradients of the inputs are divided by it, as in mixed-precision training.
     """
 
-    def __init__(self, attention: Attention, dtype: torch.dtype) -> None:
+    def __init__(self, attention: Attention | DeformableAttention, dtype: torch.dtype) -> None:
         self.attention = attention
         self.dtype = dtype
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        *,
-        head_gate: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, *inputs: Any, head_gate: Tensor | None = None) -> Tensor:
+        """`inputs` as in the contract; bool masks and sizes of levels stay as they are."""
+        first: Tensor = inputs[0]
         if head_gate is not None:
             head_gate = head_gate.to(self.dtype)[(None,) * (4 - head_gate.dim())]
-        if query.dtype == self.dtype:
-            return self.attention(query, key, value, attn_mask, head_gate=head_gate)
+        if first.dtype == self.dtype:
+            return self.attention(*inputs, head_gate=head_gate)
         scale = _LossScale()
-        query_, key_, value_ = (_ToDtype.apply(x, self.dtype, scale) for x in (query, key, value))
-        context = self.attention(query_, key_, value_, attn_mask, head_gate=head_gate)
-        return _FromDtype.apply(context, query.dtype, scale)
+        converted = [
+            _ToDtype.apply(x, self.dtype, scale) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in inputs
+        ]
+        return _FromDtype.apply(self.attention(*converted, head_gate=head_gate), first.dtype, scale)
 
 
 class _LossScale:
-    """Of one call: its backward pass sets the factor at the context and uses it at query, key and value."""
+    """Of one call: its backward pass sets the factor at the context and uses it at the inputs."""
 
     factor = 1.0
 

@@ -8,11 +8,14 @@ from headoff.harness.operator.cases import (
     operator_cases,
     reduced_cases,
 )
-from headoff.harness.operator.compare import operator_findings, unsupported_dtype
+from headoff.harness.operator.compare import PLAIN, operator_findings, unsupported_dtype
 from headoff.harness.operator.diagnosis import diagnose
+from headoff.harness.operator.mutations import SELF_TESTS, undetected
 from headoff.harness.operator.side_effects import SIDE_EFFECTS, side_effect_findings
 
 __all__ = [
+    "PLAIN",
+    "SELF_TESTS",
     "SIDE_EFFECTS",
     "OperatorCase",
     "case_named",
@@ -22,5 +25,6 @@ __all__ = [
     "operator_findings",
     "reduced_cases",
     "side_effect_findings",
+    "undetected",
     "unsupported_dtype",
 ]

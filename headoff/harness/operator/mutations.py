@@ -71,6 +71,10 @@ FAULTS: dict[str, Fault] = {
 }
 
 
+SELF_TESTS = tuple(FAULTS)
+"""Faults that the tolerance is tried on."""
+
+
 def wrong_results(case: OperatorCase, fault: Fault) -> Results:
     """What an attention with this fault returns, in the case's dtype: either the context is wrong or gradients are."""
     truth = truth_of(case).values

@@ -24,6 +24,7 @@ from headoff.harness.plugin.benchmark_hooks import (
 from headoff.harness.plugin.options import add_options, add_short_names, all_settings, text_of, value_of
 from headoff.harness.plugin.reporter import Reporter, is_suite
 from headoff.harness.plugin.run import suite_of
+from headoff.harness.plugin.scenes import parametrize_scenes
 from headoff.harness.process import is_watched
 from headoff.harness.settings import OPTIONS
 
@@ -140,10 +141,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     with one_clear_error():
         settings = all_settings(metafunc.config)
-        if "scene" in metafunc.fixturenames:
-            from headoff.harness.reference.cases import case_names
-
-            metafunc.parametrize("scene", case_names(settings[0]))
+        parametrize_scenes(metafunc, scene=None)
     # Golden files are named by tests, and are of the oracle, whatever the dtype of the patch.
     if len(settings) > 1 and "snapshot" not in metafunc.fixturenames:
         metafunc.parametrize("under_test", settings[0].dtypes, indirect=True, scope="session")

@@ -141,6 +141,16 @@ class Patch:
         self._once[key] = result, self.calls_credited - before
         return result
 
+    def in_model(self, findings_of: Callable[..., list[Finding]], case: Any, **more: Any) -> list[Finding]:
+        """What is wrong with a model that calls this attention, in the words of a suite's function; computed once.
+
+        Args:
+            findings_of: such as `relevance_findings`: called with the attention, the case, device, dtype, and `calls`.
+            case: a reference case.
+            more: further arguments, hashable.
+        """
+        return self.once(_findings_in_model, self, findings_of, case, frozenset(more.items()))
+
     def not_supported(self, what: str, why: str) -> None:
         """Note that the patch raises on `what`, a dtype or a kind of mask that the model never makes.
 
@@ -176,3 +186,9 @@ class Patch:
         self._reported = self.calls_credited
         self.calls.clear()
         return notes
+
+
+def _findings_in_model(
+    patch: Patch, findings_of: Callable[..., list[Finding]], case: Any, more: Iterable[tuple[str, Any]]
+) -> list[Finding]:
+    return findings_of(patch.attention, case, patch.device, patch.dtype, calls=patch.calls, **dict(more))
