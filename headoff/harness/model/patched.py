@@ -218,19 +218,22 @@ class InDtype:
         self.attention = attention
         self.dtype = dtype
 
-    def __call__(self, *inputs: Any, head_gate: Tensor | None = None) -> Tensor:
-        """`inputs` as in the contract; bool masks and sizes of levels stay as they are."""
+    # Any keywords: the detector adapts a callable whose signature does not name those of its contract.
+    def __call__(self, *inputs: Any, **keywords: Any) -> Tensor:
+        """`inputs` and `head_gate` as in the contract; bool masks and sizes of levels stay as they are."""
         first: Tensor = inputs[0]
+        head_gate: Tensor | None = keywords.pop("head_gate", None)
         if head_gate is not None:
             head_gate = head_gate.to(self.dtype)[(None,) * (4 - head_gate.dim())]
         if first.dtype == self.dtype:
-            return self.attention(*inputs, head_gate=head_gate)
+            return self.attention(*inputs, head_gate=head_gate, **keywords)
         scale = _LossScale()
         converted = [
             _ToDtype.apply(x, self.dtype, scale) if isinstance(x, Tensor) and x.is_floating_point() else x
             for x in inputs
         ]
-        return _FromDtype.apply(self.attention(*converted, head_gate=head_gate), first.dtype, scale)
+        context = self.attention(*converted, head_gate=head_gate, **keywords)
+        return _FromDtype.apply(context, first.dtype, scale)
 
 
 class _LossScale:
