@@ -133,9 +133,11 @@ class DeformableCall(NamedTuple):
 
 Call = AttentionCall | DeformableCall
 
-Attend = Callable[[Any], Tensor]
-"""Computes the context (B, H, Q, D) of a `Call`."""
+Attend = Callable[..., Tensor]
+"""Computes the context (B, H, Q, D) of a `Call`. See `Detector.context_of` for a second argument, of headoff's DETR."""
 
+Split = Callable[[Tensor], Tensor]
+"""Copies rows of contexts (B, H, Q, D) of runs of the decoder to the runs that continue them."""
 
 Replacement = Callable[[Any], Tensor]
 """Computes what a head that is off contributes in place of its context, broadcastable to (B, H, Q, D)."""
@@ -282,6 +284,10 @@ class Detector(nn.Module):
     def encode_features(self, features: Any, gate: Tensor | None = None) -> Any:
         """Run the encoder: `Features` to a memory. `gate` (encoder layers, N or 1, heads) gates its self-attention."""
 
+    def prepare(self, memory: Any) -> Any:
+        """The memory with what every decode of it would compute again, while weights and autocast stay the same."""
+        return memory
+
     @abstractmethod
     def decode(
         self,
@@ -362,12 +368,26 @@ class Detector(nn.Module):
             proceed = partial(interceptor, proceed=proceed)
         return proceed(call)
 
-    def context_of(self, call: Call) -> Tensor:
-        """Compute one attention call, and add what heads that are off contribute (see `replacing`)."""
-        context = self.attend(call)
-        if self._replacement is None or call.head_gate is None:
+    def context_of(self, call: Call, split: Split | None = None) -> Tensor:
+        """Compute one attention call, and add what heads that are off contribute (see `replacing`).
+
+        Args:
+            call: the call.
+            split: for runs that differ in the gates of this call, and in nothing before: the call has the rows of the
+                runs before they split, which are attended without gates; its gate, and the context, have those after.
+        """
+        gate = call.head_gate
+        if split is None or gate is None:
+            context = self.attend(call)
+        else:
+            context = split(self.attend(call._replace(head_gate=None))) * gate
+        if self._replacement is None or gate is None:
             return context
-        return context + ((1 - call.head_gate) * self._replacement(call)).to(context.dtype)
+        replacement = self._replacement(call)
+        if split is not None:
+            assert isinstance(call, AttentionCall)
+            replacement = split(replacement.expand(len(call.query), -1, call.rows, -1))
+        return context + ((1 - gate) * replacement).to(context.dtype)
 
     def _call_attention(self, call: Call) -> Tensor:
         if isinstance(call, DeformableCall):

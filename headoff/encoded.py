@@ -50,7 +50,7 @@ class EncodedImage:
         """The output of the encoder with everything on, see `Detector.encode_features`."""
         # Not in inference mode, whose tensors autograd cannot save.
         with torch.inference_mode(False), torch.no_grad():
-            return self.detector.encode_features(self.features)
+            return self.detector.prepare(self.detector.encode_features(self.features))
 
     @cached_property
     def output(self) -> DetectorOutput:

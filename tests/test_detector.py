@@ -11,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
+from headoff.ablation.kinds import attend_uniformly
+from headoff.attention import sdpa
 from headoff.detr import BackboneConfig, Detr, DetrConfig
 from headoff.detr.detector import Features
 from headoff.detr.positions import sine_positions
@@ -266,6 +269,56 @@ def test_sharing_of_the_single_head_sweep():
     gates = stack([none_off(), *single_heads(LAYERS, HEADS)], tiny_detector().head_layout)
     plan = sharing_plan(gates.decoder_self, gates.decoder_cross, LAYERS, len(gates))
     assert plan.runs == tuple((layer + 1) * HEADS + 1 for layer in range(LAYERS))
+
+
+@pytest.mark.parametrize("kind", ["zero", "uniform", "constant"])
+@pytest.mark.parametrize("site", ["decoder_self", "decoder_cross"])
+def test_runs_that_split_by_gates_alone_share_their_attention(site, kind):
+    """Contexts that are gated after a split are those that are gated before it, in every configuration and image."""
+    detector = tiny_detector()
+    memory = detector.encode(*padded_batch())
+    gate = torch.rand(7, LAYERS, QUERIES, HEADS).round(decimals=1)
+    gate[0], gate[1, 1:], gate[2, 1:], gate[3:5, 0] = 1, 1, gate[1, 1:], 0.5
+    gates = Gates(tuple(map(str, range(7))), **{site: gate})
+    steps = detector.plan(gates)
+    steps = steps.self_attention if site == "decoder_self" else steps.cross_attention
+    assert any(step.shares_attention for step in steps)
+    constants = torch.randn(1, HEADS, QUERIES, 4, dtype=torch.float64)
+    replacement = {
+        "zero": None,
+        "uniform": attend_uniformly,
+        "constant": lambda call: constants.repeat(1, 1, call.rows // QUERIES, 1),
+    }[kind]
+    with detector.replacing(replacement), torch.no_grad():
+        shared = detector.decode(memory, gates)
+        with detector.intercepting(lambda call, proceed: proceed(call)):
+            separate = detector.decode(memory, gates)
+        prepared = detector.decode(detector.prepare(memory), gates)
+    for name in ("logits", "boxes"):
+        torch.testing.assert_close(getattr(shared, name), getattr(separate, name), **ROUNDING)
+        torch.testing.assert_close(getattr(prepared, name), getattr(shared, name), **ROUNDING)
+
+
+def test_shared_attention_computes_fewer_rows(monkeypatch):
+    detector = tiny_detector()
+    memory = detector.encode(*padded_batch())
+    gates = stack([none_off(), *single_heads(LAYERS, HEADS)], detector.head_layout)
+    seen = []
+
+    def attend(query, *arguments):
+        seen.append(query.shape[:-1].numel())
+        return scaled_dot_product_attention(query, *arguments)
+
+    monkeypatch.setitem(sdpa.__globals__, "scaled_dot_product_attention", attend)
+    detector.decode(memory, gates)
+    shared = sum(seen)
+    seen.clear()
+    with detector.intercepting(lambda call, proceed: proceed(call)):
+        detector.decode(memory, gates)
+    images_heads_queries = len(memory) * HEADS * QUERIES
+    assert (
+        sum(seen) - shared == images_heads_queries * LAYERS * HEADS
+    )  # of cross-attention, a run less for each head
 
 
 # --- images in a batch --------------------------------------------------------------------------------------

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headoff.attention import Attention
+from headoff.attention import Attention, sdpa
 from headoff.detector import Detector, DetectorOutput, GatesSpec, check_pixels
 from headoff.detr.backbone import FrozenBatchNorm2d, ResNet
 from headoff.detr.config import DetrConfig
 from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import SharingPlan, separate_runs, sharing_plan
 from headoff.detr.transfers import copy_to_device
-from headoff.detr.transformer import Decoder, Encoder
+from headoff.detr.transformer import Decoder, Encoder, KeysValues
 from headoff.devices import autocast
 from headoff.gates import Gates, HeadLayout, read_configurations, stack
 from headoff.images import Preprocessing
@@ -65,8 +65,15 @@ class Features:
         return type(self)(self.tokens.clone(), self.positions.clone(), mask, self.grid)
 
 
+@dataclass(frozen=True)
 class Memory(Features):
-    """Encoder output of B images: `Features` whose tokens have been through the encoder."""
+    """Encoder output of B images: `Features` whose tokens have been through the encoder.
+
+    Attributes:
+        keys_values: of each decoder layer's cross-attention, see `Detr.prepare`.
+    """
+
+    keys_values: tuple[KeysValues, ...] | None = None
 
 
 class BoxHead(nn.Sequential):
@@ -182,6 +189,10 @@ class Detr(Detector):
         tokens = self.encoder(features.tokens, features.positions, self.context_of, features.attn_mask, gate)
         return Memory(tokens, features.positions, features.attn_mask, features.grid)
 
+    def prepare(self, memory: Memory) -> Memory:
+        tokens, positions = memory.tokens, memory.positions
+        return replace(memory, keys_values=self.decoder.project(tokens, positions))
+
     def decode(
         self,
         memory: Memory,
@@ -225,6 +236,9 @@ class Detr(Detector):
             memory.attn_mask,
             plan,
             every_layer=every_layer,
+            keys_values=memory.keys_values,
+            # An attention under test computes all that it is asked for, and interceptors see every run.
+            share_attention=self.attention is sdpa and not self.is_intercepted,
         )
         return states, plan
 

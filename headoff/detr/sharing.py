@@ -22,10 +22,13 @@ class LayerGates:
     Attributes:
         parent: (G,) int64, for every run the index of the run that it continues; None when no run splits.
         gate: (G, queries or 1, heads), or None when every head is on in every run.
+        shares_attention: whether it is faster to attend without gates before the runs split, and to gate the contexts
+            after that, than to attend for every run that splits what is on in it.
     """
 
     parent: Tensor | None
     gate: Tensor | None
+    shares_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,10 @@ class SharingPlan:
         *parents, member = _copy_optional([*(step.parent for step in steps), self.member], device)
         gates = _copy_optional([step.gate for step in steps], device, dtype)
         assert member is not None
-        copies = tuple(LayerGates(parent, gate) for parent, gate in zip(parents, gates, strict=True))
+        copies = tuple(
+            LayerGates(parent, gate, step.shares_attention)
+            for step, parent, gate in zip(steps, parents, gates, strict=True)
+        )
         layers = len(self.self_attention)
         return SharingPlan(copies[:layers], copies[layers:], member, self.runs)
 
@@ -116,8 +122,12 @@ def _split(member: Tensor, gate: Tensor | None) -> tuple[Tensor, LayerGates]:
         0, split_member, torch.arange(len(member)), reduce="amin", include_self=True
     )
     parent = member[first]
-    unchanged = runs == int(member.max()) + 1 and bool((parent == torch.arange(runs)).all())
+    before = int(member.max()) + 1
     run_gate = gate[first]
+    is_gated = not bool((run_gate == 1).all())
+    # Rows of heads that are off need no attention, see `headoff.attention.skipping`.
+    on = float((run_gate != 0).double().mean()) * runs
+    unchanged = runs == before and bool((parent == torch.arange(runs)).all())
     return split_member, LayerGates(
-        None if unchanged else parent, None if bool((run_gate == 1).all()) else run_gate
+        None if unchanged else parent, run_gate if is_gated else None, is_gated and before <= on
     )
