@@ -86,8 +86,9 @@ def test_agreement_is_the_cosine_of_maps():
 
 def test_recorded_attention_is_that_of_explain():
     detector, image = headoff.load("scenes"), headoff.sample_image(0)
-    game = Game.of(detector, image, "decoder_cross", ())
-    weights = attention_at_objects(detector, game.features, game.objects)
+    encoded = headoff.EncodedImage.of(detector, image)
+    game = Game.of(detector, encoded, "decoder_cross", ())
+    weights = attention_at_objects(detector, encoded, game.objects)
     explained = headoff.explain(detector, image, "none", method="raw", heads=True)
     assert explained.objects.queries.tolist() == game.objects.detections.queries.tolist()
     torch.testing.assert_close(weights.float(), explained.heads[0].flatten(-2), rtol=1e-3, atol=1e-6)

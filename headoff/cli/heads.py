@@ -122,6 +122,7 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.cli.detectors import load_detector, provenance
     from headoff.cli.progress import progress_bar
     from headoff.cli.reports import drawing_of, images_to_report, write_reports
+    from headoff.encoded import EncodedImage
     from headoff.errors import SettingError
     from headoff.images import load_image
     from headoff.importance import HeadCards, Measure, SampledShapley, heads, resolve_measure
@@ -148,10 +149,11 @@ def run(settings: argparse.Namespace) -> int:
 
     def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
         picture = load_image(image)
+        encoded = EncodedImage.of(detector, picture)
         with progress_bar("scoring", "coalition", show=progress) as update:
             importance = heads(
                 detector,
-                picture,
+                encoded,
                 site=settings.site,
                 measures=measures,
                 values=[value.name for value in values],
@@ -163,7 +165,7 @@ def run(settings: argparse.Namespace) -> int:
             )
         cards = HeadCards.of(
             detector,
-            picture,
+            encoded,
             importance,
             references=settings.references,
             confidence=settings.confidence,

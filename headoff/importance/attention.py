@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headoff.detector import Attend, AttentionCall, Detector, Features
+from headoff.detector import Attend, AttentionCall, Detector
+from headoff.encoded import EncodedImage
 from headoff.values import Objects
 
 CORE, RIM = 0.75, 1.25
@@ -53,7 +54,7 @@ class AttentionStatistics:
     across_layers: Tensor
 
 
-def attention_at_objects(detector: Detector, features: Features, objects: Objects) -> Tensor:
+def attention_at_objects(detector: Detector, encoded: EncodedImage, objects: Objects) -> Tensor:
     """Cross-attention weights at the objects' queries with everything on: (O, L, H, N) float64 on the CPU."""
     queries = objects.detections.queries.to(detector.device)
     found: dict[int, Tensor] = {}
@@ -64,9 +65,9 @@ def attention_at_objects(detector: Detector, features: Features, objects: Object
         return proceed(call)
 
     with torch.inference_mode(), detector.intercepting(record):
-        detector.decode(detector.encode_features(features))
+        detector.decode(encoded.memory)
     weights = torch.stack([found[layer] for layer in sorted(found)], dim=1)
-    return features.to_grid(weights).flatten(-2).clone()
+    return encoded.features.to_grid(weights).flatten(-2).clone()
 
 
 def attention_statistics(

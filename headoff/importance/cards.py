@@ -42,7 +42,7 @@ class HeadCards:
     def of(
         cls,
         detector: Detector,
-        image: ImageSource,
+        image: ImageSource | EncodedImage,
         importance: HeadImportance,
         *,
         references: References | str | Path | None = None,
@@ -56,7 +56,7 @@ class HeadCards:
                 `resample`, heads contribute their context in the first sampled image.
             importance: its result.
         """
-        encoded = EncodedImage.of(detector, image)
+        encoded = image if isinstance(image, EncodedImage) else EncodedImage.of(detector, image)
         configurations = _configurations(importance)
         sweeps = {
             kind: sweep(

@@ -73,9 +73,7 @@ class Game:
             NonFiniteError: a logit or box is not finite.
         """
         encoded = image if isinstance(image, EncodedImage) else EncodedImage.of(detector, image)
-        with torch.inference_mode():
-            output = detector.decode(encoded.memory)
-        logits, boxes = output.logits[0, 0], output.boxes[0, 0]
+        logits, boxes = encoded.output.logits[0, 0], encoded.output.boxes[0, 0]
         size = (encoded.picture.height, encoded.picture.width)
         found = detections_from(logits, boxes, size, detector.class_names, confidence, detector.scoring)
         objects = Objects.of(found, boxes, confidence)

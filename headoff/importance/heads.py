@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from headoff.ablation import References, ablation_draws, load_references
@@ -14,12 +13,20 @@ from headoff.ablation.references import fingerprint_of, hash_of_image
 from headoff.attention import attention_label
 from headoff.choices import DEFAULT_SITE, AblationKind, Site
 from headoff.detector import Detector
+from headoff.encoded import EncodedImage
 from headoff.errors import SettingError
 from headoff.gates import check_site_exists
 from headoff.gates.validation import check_site
 from headoff.images import ImageSource, load_image
 from headoff.importance.games import Game
-from headoff.importance.measures import Measure, Scores, check_supported, resolve_measure, score_all
+from headoff.importance.measures import (
+    Coalitions,
+    Measure,
+    Scores,
+    check_supported,
+    resolve_measure,
+    scores_of,
+)
 from headoff.importance.result import HeadImportance, Key, Totals
 from headoff.importance.store import ValueStore
 from headoff.sweeps import MEMORY_BUDGET
@@ -31,7 +38,7 @@ DEFAULT_VALUES = ("probability", "logit", "iou", "found", "duplicates")
 
 def heads(
     detector: Detector,
-    image: ImageSource,
+    image: ImageSource | EncodedImage,
     *,
     site: Site = DEFAULT_SITE,
     measures: str | Measure | Sequence[str | Measure] = DEFAULT_MEASURES,
@@ -47,7 +54,7 @@ def heads(
 
     Args:
         detector: see `headoff.load`.
-        image: a path, a `PIL.Image` or an array.
+        image: a path, a `PIL.Image` or an array, or an `EncodedImage`.
         site: where the heads are.
         measures: names (see `headoff.importance.measures`) or measures: `removal`, `alone`, `gradient`,
             `integrated_gradient`, `shapley_columns`, `shapley_layers`, `shapley`.
@@ -86,11 +93,13 @@ def heads(
     _check_names("value", [value.name for value in wanted])
     _check_names("ablation kind", kinds)
     check_supported(chosen, wanted)
-    picture = load_image(image)
+    picture = image.picture if isinstance(image, EncodedImage) else load_image(image)
     draws = {kind: ablation_draws(kind, detector, references, picture) for kind in kinds}
-    game = Game.of(detector, picture, site, wanted, confidence, memory_budget)
+    encoded = image if isinstance(image, EncodedImage) else EncodedImage.of(detector, picture)
+    game = Game.of(detector, encoded, site, wanted, confidence, memory_budget)
+    coalitions = Coalitions.of(chosen, game.shape)
     if progress is not None:
-        game.progress = _total_progress(progress, chosen, game, len(kinds))
+        game.progress = _total_progress(progress, len(coalitions.distinct) * len(kinds))
     scores: dict[Key, Scores] = {}
     totals: dict[tuple[AblationKind, str], Totals] = {}
     for kind in kinds:
@@ -98,14 +107,14 @@ def heads(
         if store is not None and not any(map(callable, specs)):
             kept = _value_store(Path(store), game, kind, references, picture)
         under = game.under(draws[kind], kept)
-        everything = torch.tensor([True, False])[:, None, None].expand(2, *game.shape)
         try:
-            for value, found in zip(wanted, under(everything), strict=True):
-                totals[kind, value.name] = Totals(found[0], found[1])
-            tables = score_all(chosen, under)
+            evaluated = under(coalitions.distinct)
         finally:
             if kept is not None:
                 kept.write()
+        for value, found in zip(wanted, evaluated, strict=True):
+            totals[kind, value.name] = Totals(on=found[-1], off=found[0])
+        tables = scores_of(chosen, under, coalitions, evaluated)
         for name, results in tables.items():
             for value, result in zip(wanted, results, strict=True):
                 if result is not None:
@@ -153,14 +162,7 @@ def _check_names(what: str, names: Sequence[str]) -> None:
             raise SettingError(f"the {what} {name!r} is named {names.count(name)} times: name it once")
 
 
-def _total_progress(
-    progress: Callable[[int, int], None],
-    measures: Sequence[Measure],
-    game: Game,
-    kinds: int,
-) -> Callable[[int], None]:
-    each = torch.cat([measure.coalitions(*game.shape) for measure in measures]).flatten(1)
-    total = (len(each.unique(dim=0)) + 2) * kinds
+def _total_progress(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
     done = 0
 
     def advance(count: int) -> None:

@@ -315,21 +315,41 @@ def check_supported(measures: Sequence[Measure], values: Sequence[Value]) -> Non
             )
 
 
-def score_all(measures: Sequence[Measure], game: Game) -> dict[str, list[Scores | None]]:
-    """The scores of several measures, by name, for each of the game's values: None for a value that a measure does not
-    support. Every coalition is evaluated once.
+@dataclass(frozen=True)
+class Coalitions:
+    """What several measures need of a game, every coalition once.
+
+    Attributes:
+        distinct: (C, L, H) bool, with nobody first and everyone last. They are sorted by layers, so that coalitions of
+            one batch share the decoder's first layers.
+        places: for each measure, the indices of its coalitions.
     """
-    layers, heads = game.shape
-    wanted = [measure.coalitions(layers, heads) for measure in measures]
-    everything = torch.cat(wanted)
-    values: list[Tensor] = [torch.zeros(0, 0)] * len(game.values)
-    place = torch.zeros(0, dtype=torch.long)
-    if len(everything):
-        # Sorted by layers, so that coalitions of one batch share the decoder's first layers.
-        distinct, place = torch.unique(everything.flatten(1), dim=0, return_inverse=True)
-        values = game(distinct.view(-1, layers, heads))
+
+    distinct: Tensor
+    places: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, measures: Sequence[Measure], shape: tuple[int, int]) -> Coalitions:
+        ends = torch.tensor([False, True])[:, None, None].expand(-1, *shape)
+        wanted = [ends, *(measure.coalitions(*shape) for measure in measures)]
+        distinct, place = torch.unique(torch.cat(wanted).flatten(1), dim=0, return_inverse=True)
+        return cls(distinct.view(-1, *shape), place.split([len(one) for one in wanted])[1:])
+
+
+def score_all(measures: Sequence[Measure], game: Game) -> dict[str, list[Scores | None]]:
+    """`scores_of` the values of what the measures need."""
+    coalitions = Coalitions.of(measures, game.shape)
+    return scores_of(measures, game, coalitions, game(coalitions.distinct))
+
+
+def scores_of(
+    measures: Sequence[Measure], game: Game, coalitions: Coalitions, values: Sequence[Tensor]
+) -> dict[str, list[Scores | None]]:
+    """The scores of several measures, by name, for each of the game's values: None for a value that a measure does not
+    support. `values` are those of `coalitions.distinct`.
+    """
     results: dict[str, list[Scores | None]] = {}
-    for measure, indices in zip(measures, place.split([len(one) for one in wanted]), strict=True):
+    for measure, indices in zip(measures, coalitions.places, strict=True):
         supported = [index for index, value in enumerate(game.values) if measure.supports(value)]
         sub_game = replace(game, values=[game.values[index] for index in supported], store=None)
         found = measure.scores(sub_game, [values[index][indices] for index in supported])

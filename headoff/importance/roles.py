@@ -12,18 +12,22 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import torch
 
 from headoff.ablation import References
 from headoff.choices import DEFAULT_SITE, AblationKind, Site
 from headoff.detector import Detector
+from headoff.encoded import EncodedImage
 from headoff.errors import SettingError
-from headoff.images import ImageSource, load_image
-from headoff.importance.attention import STATISTICS, attention_at_objects, attention_statistics
+from headoff.images import ImageSource
+from headoff.importance.attention import (
+    STATISTICS,
+    AttentionStatistics,
+    attention_at_objects,
+    attention_statistics,
+)
 from headoff.importance.games import Game
 from headoff.importance.heads import heads as score_heads
 from headoff.totals import LEVEL, bootstrap_means
-from headoff.values import Objects
 
 
 @dataclass(frozen=True)
@@ -214,10 +218,10 @@ def head_roles(
     }
     objects = 0
     for index, image in enumerate(images):
-        picture = load_image(image)
+        encoded = EncodedImage.of(detector, image)
         found = score_heads(
             detector,
-            picture,
+            encoded,
             site=site,
             measures=("removal", "removal_columns"),
             values=values,
@@ -231,7 +235,7 @@ def head_roles(
                 effects[value].append(found.mean_scores("removal", value).numpy())
                 columns[value].append(found.mean_scores("removal_columns", value)[0].numpy())
             if site == "decoder_cross":
-                statistics = _attention_in(detector, picture, confidence)
+                statistics = _attention_in(detector, encoded, confidence)
                 for name, of in statistics.by_name.items():
                     attention[name].append(of.nanmean(0).numpy())
                 for name, per_image in maps.items():
@@ -262,14 +266,10 @@ def head_roles(
     )
 
 
-def _attention_in(detector: Detector, picture: Any, confidence: float):
-    """`AttentionStatistics` of an image that has objects."""
-    game = Game.of(detector, picture, "decoder_cross", (), confidence)
-    objects: Objects = game.objects
-    weights = attention_at_objects(detector, game.features, objects)
-    grid = game.features.grid
-    with torch.inference_mode():
-        pixels, _ = detector.preprocess([picture])
-    stride = detector.stride(game.features)
-    extent = tuple(count * stride / side for count, side in zip(grid, pixels.shape[-2:], strict=True))
-    return attention_statistics(weights, objects.boxes, grid, extent)  # type: ignore[arg-type]
+def _attention_in(detector: Detector, encoded: EncodedImage, confidence: float) -> AttentionStatistics:
+    """Where heads look in an image that has objects."""
+    objects = Game.of(detector, encoded, "decoder_cross", (), confidence).objects
+    weights = attention_at_objects(detector, encoded, objects)
+    grid, stride = encoded.features.grid, detector.stride(encoded.features)
+    height, width = (count * stride / side for count, side in zip(grid, encoded.resized, strict=True))
+    return attention_statistics(weights, objects.boxes, grid, (height, width))
