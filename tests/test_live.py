@@ -116,12 +116,24 @@ def test_maps_are_those_of_explain_on_the_scale_of_none_off(client, detector):
     explanation = headoff.explain(detector, headoff.sample_image(0), ["none", "H0-3"])
     assert answer["masses"] == pytest.approx(explanation.masses[1, 1].tolist(), rel=1e-3)
     assert answer["shares"] == pytest.approx(explanation.box_shares[1, 1].tolist(), rel=1e-3)
-    assert answer["greatest"] == pytest.approx(float(explanation.maps[0, 1].max()), rel=1e-3)
+    assert answer["greatest"] == pytest.approx([float(explanation.maps[0, 1].max())] * 6, rel=1e-3)
     assert len(answer["maps"]) == 6 and all(
         one.startswith("data:image/png;base64,") for one in answer["maps"]
     )
     # The scale stays: it is not that of what is shown.
     again = client.post("/maps", json=wish(off="all", map=1)).json()
+    assert again["greatest"] == answer["greatest"] and again["masses"] == [0] * 6
+
+
+def test_maps_of_a_head_are_its_attention_after_the_gate(client, detector):
+    answer = client.post("/maps", json=wish(off="L2H3,L4H3=0.5", map=1, head=3)).json()
+    weights = headoff.explain(detector, headoff.sample_image(0), ["none"], method="raw", heads=True).heads
+    greatest = weights[0, 1, :, 3].amax((-2, -1)).tolist()
+    assert answer["greatest"] == pytest.approx(greatest, rel=1e-3)
+    assert answer["masses"] == pytest.approx([1, 1, 0, 1, 0.5, 1], abs=1e-3)
+    assert answer["shares"][2] is None and 0 < answer["shares"][4] < 1
+    # The scale stays that of none off.
+    again = client.post("/maps", json=wish(off="all", map=1, head=3)).json()
     assert again["greatest"] == answer["greatest"] and again["masses"] == [0] * 6
 
 
@@ -149,7 +161,8 @@ def test_requests_that_are_no_requests(client):
         answer = client.post("/boxes", content=body)
         assert answer.status_code in (400, 413) and answer.json()["error"]
     assert client.post("/maps", json=wish()).status_code == 400
-    assert client.post("/maps", json=wish(map=99)).status_code == 400
+    for wrong in ({"map": 99}, {"map": 0, "head": 8}, {"map": 0, "head": -1}, {"map": 0, "head": "1"}):
+        assert client.post("/maps", json=wish(**wrong)).status_code == 400
     assert client.get("/boxes").status_code == 405
     assert client.get("/../../etc/passwd").status_code == 404
 

@@ -74,6 +74,14 @@ await settled();
 const map = $("evidence").src;
 choose("layer", 0);
 seen.map = [map.slice(0, 22), $("evidence").src !== map, $("map-told").textContent, $("evidence").offsetWidth > 0];
+choose("head", 4);
+await settled();
+const attention = () => $("map-told").textContent.startsWith("Attention");
+for (let turn = 0; turn < 400 && !attention(); turn++) await new Promise((done) => setTimeout(done, 25));
+seen.head = [$("evidence").src !== map, $("map-told").textContent];
+press("h");
+seen.next = $("head").value;
+choose("head", -1);
 choose("boxes");
 seen.bare = all(".mark").filter((mark) => mark.offsetWidth).length;
 
@@ -131,6 +139,9 @@ def test_every_control_of_the_live_page(tmp_path, address):
     kind, changed, told, visible = seen["map"]
     assert kind == "data:image/png;base64," and changed and visible
     assert told.startswith("Relevance of #1 circle after layer 0")
+    changed, told = seen["head"]
+    assert changed and told.startswith("Attention of head 4 of layer 0 at the query of #1 circle: ")
+    assert "its greatest there with none off" in told and seen["next"] == "5"
     assert seen["bare"] == 0
     there, text = seen["error"]
     assert there and "names layer 9" in text and seen["recovered"]

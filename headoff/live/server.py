@@ -72,10 +72,18 @@ def application(session: Session) -> Starlette:
 
     async def maps(request: Request) -> Response:
         contents = await _json(request)
-        number = contents.pop("map", None) if isinstance(contents, dict) else None
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise SettingError("a request for maps needs the number of an object: load the page again")
-        return await _in_turn(request, turns["maps"], partial(session.maps, Setting.of(contents), number))
+        number, head = (
+            (contents.pop(name, None) for name in ("map", "head"))
+            if isinstance(contents, dict)
+            else (None, None)
+        )
+        if type(number) is not int or type(head) not in (int, type(None)):
+            raise SettingError(
+                "a request for maps needs the number of an object, and may have that of a head: load the page again"
+            )
+        return await _in_turn(
+            request, turns["maps"], partial(session.maps, Setting.of(contents), number, head)
+        )
 
     async def send(request: Request) -> Response:
         contents = await _body(request, MOST_BYTES)

@@ -6,7 +6,7 @@ import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,8 @@ class LiveImage:
 
     encoded: EncodedImage
     ablations: dict[AblationKind, Ablation]
-    greatest: dict[int, float]
-    """The greatest relevance for each query with nothing off."""
+    greatest: dict[tuple[int, int | None], list[float]]
+    """For each query, and head whose attention was shown (None: relevance), what full colour is in each layer."""
     objects: Detections
 
 
@@ -147,6 +147,7 @@ class Session:
                 site: [layout.layers(site), layout.heads_at(site)] for site in SITES if layout.layers(site)
             },
             "layers": layout.decoder_layers,
+            "heads": layout.heads_at("decoder_cross"),
             "ablations": ABLATION_KINDS,
             "most_bytes": MOST_BYTES,
         }
@@ -216,35 +217,47 @@ class Session:
             **self._commands(setting, configuration),
         }
 
-    def maps(self, setting: Setting, number: int) -> dict[str, Any]:
+    def maps(self, setting: Setting, number: int, head: int | None = None) -> dict[str, Any]:
         """The relevance maps of object `number` after every decoder layer, as pictures, from 0 to the object's greatest
-        relevance with nothing off.
+        relevance with nothing off; or what a `head` of every layer's cross-attention attends to at the object's query,
+        from 0 to its greatest weight in that layer with nothing off.
 
         Raises:
             SettingError, GateError, ImageError: as `boxes` does.
         """
         configuration, _ = self._configuration(setting)
+        heads = self.detector.head_layout.heads_at("decoder_cross")
+        if head is not None and not 0 <= head < heads:
+            raise SettingError(f"there is no head {head}: there are {heads}, counted from 0")
         image = self._image(setting.image)
         query = query_of_object(image.objects, number)
         with self._explaining:
-            asked = [configuration] if query in image.greatest else [none_off(), configuration]
+            known = (query, head) in image.greatest
             explanation = explain(
                 self._explaining_detector(),
                 image.encoded,
-                list(dict.fromkeys(asked)),
+                list(dict.fromkeys([configuration] if known else [none_off(), configuration])),
                 [query],
+                "chefer" if head is None else "raw",
                 confidence=self.confidence,
+                heads=head is not None,
                 ablation=self._ablation(image, setting.ablation),
             )
-            image.greatest.setdefault(query, float(explanation.maps[0].max()))
-        greatest = image.greatest[query]
+            if head is not None:
+                assert explanation.heads is not None
+                explanation = replace(explanation, maps=explanation.heads[:, :, :, head])
+            if not known:
+                by_layer = explanation.maps[0, 0].amax((-2, -1))
+                full = by_layer.max().expand_as(by_layer) if head is None else by_layer
+                image.greatest[query, head] = full.tolist()
+        greatest = image.greatest[query, head]
         masses, shares = explanation.masses[-1, 0].tolist(), explanation.box_shares[-1, 0].tolist()
         return {
             "span": grid_span(explanation),
             "greatest": greatest,
             "maps": [
-                _png(coloured(values / greatest if greatest else values, MapStyle()))
-                for values in explanation.maps[-1, 0]
+                _png(coloured(values / full if full else values, MapStyle()))
+                for values, full in zip(explanation.maps[-1, 0], greatest, strict=True)
             ],
             "masses": rounded(masses),
             "shares": rounded(shares),

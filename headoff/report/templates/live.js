@@ -159,7 +159,8 @@
   // The map comes in a request of its own, when boxes are there. What another change makes stale is dropped.
   const maps = new Map();
   let asking = null; // { key, controller }
-  const mapKey = () => JSON.stringify({ ...wish(), map: state.map });
+  const mapWish = () => ({ ...wish(), map: state.map, head: state.head < 0 ? null : state.head });
+  const mapKey = () => JSON.stringify(mapWish());
 
   async function followMap() {
     const key = mapKey();
@@ -174,7 +175,7 @@
       asking = mine;
       drawMap();
       try {
-        maps.set(key, await ask("maps", { ...wish(), map: state.map }, mine.controller.signal));
+        maps.set(key, await ask("maps", mapWish(), mine.controller.signal));
         if (maps.size > 64) maps.delete(maps.keys().next().value);
       } catch (error) {
         if (error.name !== "AbortError") complain(error);
@@ -200,7 +201,13 @@
     const mass = found.masses[state.layer];
     const share = found.shares[state.layer];
     const short = (number) => Number(number.toPrecision(3));
-    $("map-told").textContent = `Relevance of ${answer.objects[state.map].name} after layer ${state.layer}: ${mass > 0 ? `mass ${short(mass)}, ${Math.round(100 * share)}% of it in the box with none off` : "no image evidence"}. Full colour: ${short(found.greatest)}, its greatest with none off.`;
+    const { name } = answer.objects[state.map];
+    const inside = `${Math.round(100 * share)}% of it in the box with none off`;
+    const full = short(found.greatest[state.layer]);
+    $("map-told").textContent =
+      state.head < 0
+        ? `Relevance of ${name} after layer ${state.layer}: ${mass > 0 ? `mass ${short(mass)}, ${inside}` : "no image evidence"}. Full colour: ${full}, its greatest with none off.`
+        : `Attention of head ${state.head} of layer ${state.layer} at the query of ${name}: ${mass > 0 ? inside : "the head is off"}. Full colour: a weight of ${full}, its greatest there with none off.`;
     document.dispatchEvent(new CustomEvent("mapped"));
   }
 
@@ -251,7 +258,8 @@
     const objects = answer ? answer.objects.map(({ name }, o) => [o, name]) : [];
     options($("object"), [[-1, "all objects"], ...objects.map(([o, name]) => [o, `${name} alone`])]);
     options($("map"), [[-1, "none"], ...objects]);
-    for (const id of ["image", "site", "object", "ablation", "map", "layer"]) $(id).value = state[id];
+    options($("head"), [[-1, "relevance"], ...Array.from({ length: about.heads }, (_, h) => [h, `attention of H${h}`])]);
+    for (const id of ["image", "site", "object", "ablation", "map", "head", "layer"]) $(id).value = state[id];
     for (const id of ["smooth", "boxes"]) $(id).checked = state[id];
     $("layer-now").textContent = state.layer;
   }
@@ -277,6 +285,7 @@
   page.define("object", -1, whole);
   page.define("ablation", about.ablations[0], (value) => about.ablations.includes(value));
   page.define("map", -1, whole);
+  page.define("head", -1, (value) => whole(value) && value < about.heads);
   page.define("layer", about.layers - 1, (value) => Number.isInteger(value) && value >= 0 && value < about.layers);
   page.define("smooth", false, () => true);
   page.define("boxes", true, () => true);
@@ -290,7 +299,7 @@
   });
 
   $("layer").max = about.layers - 1;
-  for (const id of ["image", "site", "object", "ablation", "map", "layer", "smooth", "boxes"])
+  for (const id of ["image", "site", "object", "ablation", "map", "head", "layer", "smooth", "boxes"])
     $(id).addEventListener("input", ({ target }) => {
       const value = target.type === "checkbox" ? target.checked : typeof state[id] === "number" ? Number(target.value) : target.value;
       page.set(id === "image" ? { image: value, object: -1, map: -1 } : { [id]: value });
@@ -322,6 +331,7 @@
     "+": () => setAll(1),
     "-": () => setAll(0),
     o: () => page.set({ map: answer && state.map + 1 < answer.objects.length ? state.map + 1 : -1 }),
+    h: () => page.set({ head: state.head + 1 < about.heads ? state.head + 1 : -1 }),
     ",": by("layer", -1, about.layers),
     ".": by("layer", 1, about.layers),
     s: () => page.set({ smooth: !state.smooth }),
