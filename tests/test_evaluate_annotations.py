@@ -60,6 +60,21 @@ def test_annotations_of_other_images_are_left_out():
     assert 100 not in truth.annotation_ids and any("1 annotation of images" in note for note in notes)
 
 
+def test_boxes_that_cannot_be_right_are_noted():
+    """They are kept, as other tools keep them."""
+    contents = coco_contents()
+    for one, box in zip(contents["annotations"], ([10, 20, 150, 200], [5, 5, 0, 9]), strict=False):
+        one["bbox"] = box  # the first with corners, for an image of 150 x 200
+    truth, notes = read(contents)
+    assert len(truth.image) == 5
+    noted = [note for note in notes if "such as" in note]
+    assert noted == [
+        "1 annotation of 'boxes.json', such as 101: boxes without width or height, which nothing can match",
+        "1 annotation of 'boxes.json', such as 100: boxes beyond their images, although a box is left, top, "
+        "width and height",
+    ]
+
+
 def test_pascal_vocs_names_are_cocos():
     """RT-DETR and others call COCO's classes by these."""
     contents = coco_contents()

@@ -21,6 +21,9 @@ from headoff.wording import counted
 
 SCENES = re.compile(r"scenes:(\d+)(?::(\d+))?")
 
+BEYOND = 2
+"""Pixels that a box may reach beyond its image without a note."""
+
 OTHER_SPELLINGS = {
     "aeroplane": "airplane",
     "diningtable": "dining table",
@@ -151,6 +154,18 @@ def ground_truth(
             f"the box or area of annotation {ids[bad.argmax()]} of {name} is no number: give left, top, width and "
             "height in pixels"
         )
+    limits = sizes[[index for index, _, _ in kept]][:, ::-1] + BEYOND
+    corners = boxes[:, :2] + boxes[:, 2:]
+    for odd, what in (
+        ((boxes[:, 2:] <= 0).any(1), "without width or height, which nothing can match"),
+        (
+            ((boxes[:, :2] < -BEYOND) | (corners > limits)).any(1),
+            "beyond their images, although a box is left, top, width and height",
+        ),
+    ):
+        if odd.any():
+            some = f"{counted(int(odd.sum()), 'annotation')} of {name}, such as {ids[odd.argmax()]}"
+            notes.append(f"{some}: boxes {what}")
     no_area = np.array([area is None for area in given], np.bool_)
     truth = GroundTruth(
         class_names=tuple(class_names),
