@@ -58,6 +58,7 @@ exit codes:
 examples:
   headoff evaluate scenes:1000                                  held-out scenes, which need no files
   headoff evaluate scenes:1000 --set cumulative --set single --set subsets --out results
+  headoff evaluate scenes:1000 --order importance --relevance 40 --faithfulness 20
   headoff evaluate instances_val2017.json val2017/ --model detr-resnet-50 --set cumulative --set single
   headoff evaluate instances_val2017.json val2017/ --model detr-resnet-50 --limit 500
   headoff evaluate boxes.json photos/ --model mine.pth --classes names.txt --off 'only L5H2 on' --ablate uniform
@@ -393,7 +394,6 @@ def _configurations(
             "ablation": settings.ablate,
             "folder": str(settings.importance or ""),
             "images": 0 if settings.importance else count,
-            "confidence": settings.confidence,
         }
 
         def measure() -> list[ImportanceOrder]:

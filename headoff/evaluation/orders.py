@@ -55,6 +55,7 @@ class ImportanceOrder:
         images: how many images they are means of.
         folder: that they were read from; empty where they were measured on a sample of the data set.
         sample: names of the images of that sample.
+        confidence: of the detections in it.
     """
 
     first: First
@@ -67,6 +68,7 @@ class ImportanceOrder:
     images: int
     folder: str = ""
     sample: tuple[str, ...] = ()
+    confidence: float | None = None
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -98,6 +100,7 @@ class ImportanceOrder:
             int(contents["images"]),
             contents["folder"],
             tuple(contents["sample"]),
+            contents["confidence"],
         )
 
     def describe(self) -> str:
@@ -184,7 +187,18 @@ def measured_order(
         )
     mean = aggregate(found).scores[Key(ablation, MEASURE, VALUE)]
     scores, low, high = (tuple(row[0].tolist()) for row in (mean.scores, mean.low, mean.high))
-    return ImportanceOrder(first, site, ablation, VALUE, scores, low, high, len(found), sample=tuple(names))
+    return ImportanceOrder(
+        first,
+        site,
+        ablation,
+        VALUE,
+        scores,
+        low,
+        high,
+        len(found),
+        sample=tuple(names),
+        confidence=confidence,
+    )
 
 
 def read_order(
