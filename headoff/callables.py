@@ -25,6 +25,9 @@ FORMS = "'package.module:name' or 'path/to/file.py:name'"
 _stamps: dict[str, tuple[int, int]] = {}
 _paths: dict[str, str] = {}
 
+# How callables that were imported here were named, by the files that they are in.
+_named: dict[str, str] = {}
+
 
 def import_named(spec: str, registered: Collection[str], kind: str) -> Any:
     """What `spec` names in a module or a file.
@@ -52,7 +55,23 @@ def import_named(spec: str, registered: Collection[str], kind: str) -> Any:
         )
     is_file = source.endswith(".py") or "/" in source or "\\" in source
     module = _import_file(source) if is_file else _import_module(source)
-    return _find_member(module, name, source)
+    found = _find_member(module, name, source)
+    if module.__file__ is not None:
+        _named[module.__file__] = spec
+    return found
+
+
+def failure_in_callable(error: BaseException) -> str | None:
+    """One sentence on an exception that a callable of `import_named` raised in a call; None if none of them did."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in _named]
+    if not frames:
+        return None
+    last = frames[-1]
+    if isinstance(error, SystemExit):
+        return f"{_named[last.filename]} ended the program (line {last.lineno}, sys.exit): an attention must return"
+    message = " ".join(str(error).split())[:300].rstrip(".:; ")
+    raised = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{_named[last.filename]} raised {raised} (line {last.lineno}): correct it"
 
 
 def source_label(named: Any) -> str:

@@ -26,7 +26,7 @@ from headoff.deformable import (
     plain_deformable_attention,
     resolve_deformable_attention,
 )
-from headoff.errors import CheckpointError, GateError, ImageError, SettingError
+from headoff.errors import AttentionError, CheckpointError, GateError, ImageError, SettingError
 from headoff.gates import Configuration, Gates, HeadLayout, Site
 from headoff.images import ImageSource, Preprocessing, preprocess
 from headoff.scoring import SOFTMAX, Scoring
@@ -396,8 +396,9 @@ class Detector(nn.Module):
             context = self._deformable_attention(
                 value, call.spatial_shapes, call.locations, call.weights, head_gate=gate
             )
-            return context.transpose(1, 2)
-        return self._attention(call.query, call.key, call.value, call.attn_mask, head_gate=call.head_gate)
+            return _checked(context, call.weights.shape[:3] + call.value.shape[-1:]).transpose(1, 2)
+        context = self._attention(call.query, call.key, call.value, call.attn_mask, head_gate=call.head_gate)
+        return _checked(context, (*call.query.shape[:-1], call.value.shape[-1]))
 
     @contextmanager
     def intercepting(self, interceptor: Interceptor) -> Iterator[None]:
@@ -497,6 +498,18 @@ class Detector(nn.Module):
 
 GatesSpec = Gates | Configuration | str | Sequence[Configuration | str]
 """Configurations as `Detector.decode` takes them."""
+
+
+def _checked(context: Tensor, shape: Sequence[int]) -> Tensor:
+    """What an attention callable returned; it must be a context of this shape."""
+    if not isinstance(context, Tensor) or context.shape != torch.Size(shape):
+        got = (
+            f"a context of shape {tuple(context.shape)}"
+            if isinstance(context, Tensor)
+            else repr(context)[:80]
+        )
+        raise AttentionError(f"the attention returned {got}: it must return one of shape {tuple(shape)}")
+    return context
 
 
 def check_pixels(pixel_values: Tensor, pixel_mask: Tensor | None) -> None:

@@ -52,12 +52,15 @@ def did_you_mean(wrong: object, known: Iterable[str], *, most: int = 1) -> str:
     return f" (did you mean {' or '.join(map(repr, similar))}?)" if similar else ""
 
 
+_NO_MEMORY = ("not enough memory", "can't allocate memory")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory did not suffice: Python's, torch's on a GPU, or torch's on the CPU."""
     return (
         isinstance(error, MemoryError)
         or "OutOfMemoryError" in type(error).__name__
-        or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
     )
 
 

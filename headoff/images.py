@@ -225,6 +225,10 @@ class Preprocessing:
         return (long, short) if width < height else (short, long)
 
 
+MOST_PIXELS = 100_000_000
+"""Most pixels of a batch's resized images, each: encoding more would take all memory of any machine."""
+
+
 def preprocess(
     images: ImageSource | Sequence[ImageSource],
     preprocessing: Preprocessing | None = None,
@@ -275,9 +279,17 @@ def resize(
 
     Returns:
         uint8 (B, H, W, 3), padded with anything at the bottom and the right, and B (height, width) without the padding.
+
+    Raises:
+        SettingError: they would have more than `MOST_PIXELS`.
     """
     sizes = [preprocessing.resized_size(picture.height, picture.width) for picture in pictures]
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    if height * width > MOST_PIXELS:
+        raise SettingError(
+            f"images would be resized to {height} x {width} pixels, and more than {MOST_PIXELS // 10**6} million do "
+            "not fit: give a smaller short_side (--short-side)"
+        )
     pixels = torch.zeros(len(pictures), height, width, 3, dtype=torch.uint8)
     for i, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
         resized = picture.resize((w, h), RESAMPLING[preprocessing.resample])

@@ -260,6 +260,8 @@ def test_checkpoints_that_are_invalid(capsys, tmp_path, what):
         (("--model", "detr-resnet-5"), "detr-resnet-50"),
         (("--order", "reverse", "--off", "H0"), "--order"),
         (("--site", "decoder_self", "--off", "H0"), "--site"),
+        (("--references", SAMPLE), "--references has no effect"),
+        (("--short-side", "1000000"), "--short-side"),
     ],
 )
 def test_what_cannot_be_asked(capsys, tmp_path, arguments, culprit):
@@ -493,3 +495,67 @@ def test_references_are_gathered_and_used(tmp_path, capsys):
     capsys.readouterr()
     assert main([*sweep, str(folder / "scene-000.png"), "--ablate", "optimal"]) == 2
     assert "were fitted on the image that is judged" in capsys.readouterr().err
+
+
+SIGNATURE = "def attention(query, key, value, attn_mask=None, *, head_gate=None):\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "culprit"),
+    [
+        ("    raise RuntimeError('no such\\nkernel')\n", "raised RuntimeError: no such kernel (line 2)"),
+        ("    import sys; sys.exit(0)\n", "ended the program (line 2"),
+        ("    return None\n", "returned None"),
+        ("    return query[..., :2]\n", "returned a context of shape"),
+    ],
+)
+def test_an_attention_that_fails_is_one_sentence(capsys, tmp_path, body, culprit):
+    """Success, or a traceback through headoff, would say that the fault is elsewhere."""
+    (tmp_path / "patch.py").write_text(SIGNATURE + body)
+    error = rejected(capsys, "detect", SAMPLE, "--attention", f"{tmp_path / 'patch.py'}:attention")
+    assert culprit in error and error.count("\n") == 1
+
+
+def test_faults_of_headoff_keep_their_traceback(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a fault of headoff")
+
+    monkeypatch.setattr("headoff.cli.detectors.load_detector", broken)
+    with pytest.raises(RuntimeError, match="a fault of headoff"):
+        main(["detect", SAMPLE])
+
+
+def test_a_reference_set_replaces_nothing_else(capsys, tmp_path):
+    """`headoff references photo.png --out photo.png` would cost a photo."""
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(Path(SAMPLE).read_bytes())
+    before = photo.read_bytes()
+    assert "is not replaced" in rejected(capsys, "references", str(photo), "--out", str(photo))
+    assert photo.read_bytes() == before
+    assert "is a folder" in rejected(capsys, "references", str(photo), "--out", str(tmp_path))
+
+
+def test_a_reference_set_of_nan_is_not_written(capsys, tmp_path):
+    (tmp_path / "patch.py").write_text(SIGNATURE + "    return query * float('nan')\n")
+    out = tmp_path / "references.safetensors"
+    patch = f"{tmp_path / 'patch.py'}:attention"
+    code, _, error = run(capsys, "references", SAMPLE, "--attention", patch, "--out", str(out))
+    assert code == 2 and "not finite" in error and "Traceback" not in error
+    assert not out.exists()
+
+
+def test_an_output_that_nobody_reads_is_no_error(tmp_path):
+    """`headoff detect ... | true`"""
+    command = f"{sys.executable} -m headoff detect {SAMPLE} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_terminal_without_the_letters_of_a_name(tmp_path):
+    photo = tmp_path / "péché 猫.png"
+    photo.write_bytes(Path(SAMPLE).read_bytes())
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "headoff", "detect", str(photo)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "p\\xe9ch\\xe9 \\u732b.png" in done.stdout

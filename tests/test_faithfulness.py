@@ -45,6 +45,8 @@ from headoff.faithfulness.perturbation import (
 from headoff.faithfulness.sources import sources_of
 from headoff.faithfulness.statistics import compare, estimates, holm, sign_flip_p
 from headoff.faithfulness.truth import Annotations, truth_of_scene
+from headoff.figures.faithfulness import faithfulness_figures
+from headoff.relevance import d_rise, method_names, register_method, resolve_method
 from headoff.relevance.token_grid import TokenGrid
 from headoff.totals import bootstrap_interval
 
@@ -418,6 +420,62 @@ def test_a_resumed_run_is_an_uninterrupted_one_to_the_bit(detector, uninterrupte
     # Now everything is there, and nothing is computed.
     monkeypatch.setattr(ExplainedImage, "of", None)
     assert_equal(faithfulness(detector, "scenes:3:7", store=tmp_path, **OPTIONS), uninterrupted)
+
+
+def test_the_store_knows_methods_by_their_settings(detector, tmp_path):
+    """A method that is registered again under its name, with other settings, is another method."""
+    original = resolve_method("d_rise")
+
+    def found(method):
+        register_method(method)
+        try:
+            return faithfulness(
+                detector,
+                "scenes:1:7",
+                "d_rise",
+                "detected_box",
+                store=tmp_path,
+            )
+        finally:
+            register_method(original)
+
+    few, others = d_rise(6, seed=1), d_rise(6, seed=2)
+    first, second = found(few), found(others)
+    scores = [one.records[0].scores["d_rise", "detected_box"].values for one in (first, second)]
+    assert not scores[0].equal(scores[1])
+    assert first.records[0].seconds and second.records[0].seconds
+    again = found(d_rise(6, seed=1))
+    assert not again.records[0].seconds  # nothing was computed
+    assert again.records[0].scores["d_rise", "detected_box"].values.equal(scores[0])
+
+
+def test_settings_of_methods_are_the_same_in_another_process():
+    """They are keys of files. An address in them would never be found again."""
+    for name in method_names():
+        assert " at 0x" not in json.dumps(resolve_method(name).settings), name
+
+
+def test_a_method_on_fewer_images_is_not_ranked(uninterrupted):
+    """One image on which it happens to do well proves nothing, and does not make all the others equal to it."""
+    measure, better = "tokens_removed", "raw"
+    records = tuple(
+        replace(
+            record,
+            scores={
+                **{key: one for key, one in record.scores.items() if key[0] != better or index == 0},
+            },
+        )
+        for index, record in enumerate(uninterrupted.records)
+    )
+    found = replace(uninterrupted, records=records)
+    assert uninterrupted.ranking(measure)[0] == better  # of all images
+    assert found.ranked(measure) == found.ranking(measure) == found.best(measure) == ("random",)
+    rows = {row[0]: row for _, _, rows in found.tables() for row in rows}
+    assert rows[better][-1].endswith("not ranked") and "**" not in "".join(rows[better])
+    assert "**" in "".join(rows["random"]) and "not ranked" not in rows["random"][-1]
+    for _, figure in faithfulness_figures(found):  # every curve is in the legend all the same
+        names = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+        assert not names or any(better in name for name in names)
 
 
 def test_the_order_of_images_does_not_matter(detector, uninterrupted):

@@ -274,6 +274,20 @@ def test_d_rise_finds_the_patch_that_a_detector_reads():
     assert sum(detector.seen) == 401 and max(detector.seen) == 37
 
 
+def test_d_rise_tells_how_many_masks_are_done():
+    seen = []
+    detector = tiny_detector()
+    explain(
+        detector,
+        WHITE,
+        ["none", "first 2"],
+        [0],
+        method=d_rise(10, batch=4),
+        progress=lambda *now: seen.append(now),
+    )
+    assert seen == [(4, 12), (8, 12), (10, 12), (11, 12), (12, 12)]
+
+
 def test_d_rise_by_its_definition():
     detector, masks = Patch(), Masks(50, cells=5, probability=0.3, seed=4)
     found = explain(detector, WHITE, ["none"], [0], method=d_rise(50, cells=5, probability=0.3, seed=4))

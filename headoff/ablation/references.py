@@ -15,7 +15,7 @@ from torch import Tensor
 from headoff.choices import SITES, Site
 from headoff.detector import Attend, AttentionAddress, AttentionCall, Detector
 from headoff.detr.checkpoints.files import read_tensors
-from headoff.errors import CheckpointError, ImageError, SettingError
+from headoff.errors import AttentionError, CheckpointError, ImageError, SettingError
 from headoff.files import write_file
 from headoff.images import ImageSource, load_image
 
@@ -153,6 +153,11 @@ def gather_references(
             pixels, _ = detector.preprocess([picture])
             detector.decode(detector.encode(pixels))
         for address, (context,) in contexts.items():  # one image, one run: (H, T, D)
+            if not context.isfinite().all():
+                raise AttentionError(
+                    f"the context of {address.site} layer {address.layer} is not finite: check the attention and the "
+                    "weights, or take another dtype"
+                )
             is_encoder = address.site == "encoder_self"
             mean = context.double().mean(1, keepdim=True) if is_encoder else context.double()
             sums[address] = sums.get(address, 0) + mean.cpu()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import warnings
@@ -80,40 +81,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["verify"] and "--" in words:
         place = words.index("--")
         words, pytest_options = words[:place], words[place + 1 :]
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files and classes may have letters that the terminal's encoding lacks.
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="backslashreplace")
     settings = parser().parse_args(words)
     settings.pytest_options = pytest_options
     try:
-        # Warnings of libraries do not concern users of the command line.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=UserWarning)
-            code = settings.run(settings)
-            sys.stdout.flush()  # where the output is full, that shows here
-            return code
+        return _run(settings)
     except HeadoffError as error:
-        print(f"headoff: error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            f"headoff: error: out of memory ({error_line(error)}); give fewer or smaller images, a smaller "
-            "--short-side or --batch, or fewer configurations",
-            file=sys.stderr,
-        )
-        return 2
+        return _failed(str(error))
     except KeyboardInterrupt:
         print("\nheadoff: interrupted; finished reports are complete", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output (`| head`) has closed it, so nothing more can be printed.
-        sys.stderr.close()
+        _discard_output()
         return 0
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (Exception, SystemExit) as error:
+        reason = _reason(error)
+        if reason is None:
             raise
-        print(
-            "headoff: error: the output cannot be written (no space left there); free some", file=sys.stderr
+        return _failed(reason)
+
+
+def _run(settings: argparse.Namespace) -> int:
+    # Warnings of libraries do not concern users of the command line.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)
+        code: int = settings.run(settings)
+        sys.stdout.flush()  # where the output is full, that shows here
+        return code
+
+
+def _discard_output() -> None:
+    """What is left in the buffer goes nowhere: Python flushes it at its end, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _failed(reason: str) -> int:
+    print(f"headoff: error: {reason}", file=sys.stderr)
+    return 2
+
+
+def _reason(error: BaseException) -> str | None:
+    """What went wrong outside headoff, and a remedy; None for what must be a fault of headoff."""
+    if is_out_of_memory(error):
+        return (
+            f"out of memory ({error_line(error)}); give fewer or smaller images, a smaller --short-side or --batch, or "
+            "fewer configurations"
         )
-        # Python flushes at its end, and would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _discard_output()
+        return "the output cannot be written (no space left there); free some"
+    from headoff.callables import failure_in_callable
+
+    return failure_in_callable(error)

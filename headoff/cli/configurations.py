@@ -137,7 +137,16 @@ _IMPORTANCE: dict[str, Literal["least", "most"]] = {
 
 
 def describe_ablation(settings: argparse.Namespace) -> dict[str, str]:
-    """The options of `add_ablation_options` as part of a report's provenance; nothing for zero ablation."""
+    """The options of `add_ablation_options` as part of a report's provenance; nothing for zero ablation.
+
+    Raises:
+        SettingError: --references has no effect.
+    """
+    if settings.references is not None and settings.ablate in ("zero", "uniform"):
+        raise SettingError(
+            f"--references has no effect on --ablate {settings.ablate}: leave it out, or --ablate mean, resample or "
+            "optimal"
+        )
     if settings.ablate == "zero":
         return {}
     source = f", references {settings.references}" if settings.references else ""

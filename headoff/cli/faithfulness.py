@@ -85,6 +85,7 @@ every object (objects.csv), and figures.""",
         "images",
         nargs="*",
         default=["scenes:20"],
+        type=_source,
         metavar="IMAGE|FOLDER|scenes:N",
         help="images, folders of images, or held-out scenes (default scenes:20)",
     )
@@ -260,13 +261,18 @@ def _limits(texts: Sequence[str]) -> dict[str, int]:
     return limits
 
 
-def _images(given: Sequence[str], out: Path) -> list[str | Path]:
+def _source(text: str) -> str | Path:
+    """An argument that names scenes, or is a path."""
+    return text if text.startswith("scenes:") else named_path(text)
+
+
+def _images(given: Sequence[str | Path], out: Path) -> list[str | Path]:
     """Names of scenes as they are, and the images of files and folders."""
     from headoff.cli.images import images_at
 
     found: list[str | Path] = []
-    for text in given:
-        found += [text] if text.startswith("scenes:") else images_at([named_path(text)], out).paths
+    for one in given:
+        found += [one] if isinstance(one, str) else images_at([one], out).paths
     return list(dict.fromkeys(found))
 
 

@@ -68,6 +68,7 @@ def run(settings: argparse.Namespace) -> int:
     import threading
     import webbrowser
 
+    from headoff.ablation import load_references
     from headoff.cli.detectors import load_detector
     from headoff.cli.images import images_at
     from headoff.errors import ImageError, SettingError
@@ -84,6 +85,8 @@ def run(settings: argparse.Namespace) -> int:
 
     # Wrong options are reported before the weights are read.
     images = images_at(settings.images)
+    if settings.references is not None:
+        load_references(settings.references)
     bound = listen(settings.port)
     with bound:
         session = Session(

@@ -6,11 +6,14 @@ Nothing here imports torch, so that `headoff COMMAND --help` is fast.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from headoff.choices import ABLATION_KINDS, DEFAULT_SITE, DTYPES, FIGURE_FORMATS, FIGURES, SITES, Site
 
+LONGEST_NAME = 255
+"""Bytes of the name of a file or folder, in all usual file systems."""
 CONFIGURATION_SETS = ("cumulative", "single", "subsets")
 
 NOTATION = """\
@@ -224,6 +227,8 @@ def named_path(text: str) -> Path:
     """An argument that is a path; an empty one would be the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty path; name a file or folder, or . for the current folder")
+    if "\0" in text or any(len(os.fsencode(part)) > LONGEST_NAME for part in text.split("/")):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}... cannot be the name of a file; name another")
     return Path(text)
 
 

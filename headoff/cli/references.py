@@ -68,12 +68,23 @@ def add_parser(commands: Any) -> None:
 
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
-    from headoff.ablation import fit_optimal, gather_references
+    from headoff.ablation import fit_optimal, gather_references, load_references
     from headoff.cli.detectors import load_detector
     from headoff.cli.images import images_at
     from headoff.cli.progress import progress_bar
+    from headoff.errors import SettingError
     from headoff.wording import counted
 
+    # Wrong options are reported before the weights are read.
+    if settings.out.is_dir():
+        raise SettingError(f"--out {settings.out} is a folder; name a file")
+    if settings.out.exists():
+        try:
+            load_references(settings.out)
+        except SettingError:
+            raise SettingError(
+                f"--out {settings.out} exists and is no reference set, so it is not replaced; name another file"
+            ) from None
     images = images_at(settings.images).paths
     detector = load_detector(settings)
     with progress_bar("gathering", "image") as update:

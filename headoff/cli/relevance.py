@@ -106,7 +106,7 @@ class RelevanceOptions:
         # A name may stand for another, as `best` does.
         for method in dict.fromkeys(resolve_method(name).name for name in self.methods):
             words = "explaining" if len(self.methods) == 1 else f"explaining by {method}"
-            with progress_bar(words, "configuration", show=progress) as update:
+            with progress_bar(words, "step", show=progress) as update:
                 found.append(
                     explain(
                         detector,

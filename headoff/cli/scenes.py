@@ -8,6 +8,7 @@ from typing import Any
 
 from headoff.cli.options import add_detector_options, add_out_option, named_path, positive, whole
 from headoff.errors import SettingError
+from headoff.files import output_errors
 
 SIZE = 192
 
@@ -107,6 +108,7 @@ def run_draw(settings: argparse.Namespace) -> int:
         )
     if settings.size < 16:
         raise SettingError(f"a scene of {settings.size} pixels is too small to draw; use --size 16 or more")
+    _check_folder(settings.out)
     from tqdm import tqdm
 
     from headoff.scenes.samples import write_scenes
@@ -119,11 +121,18 @@ def run_draw(settings: argparse.Namespace) -> int:
     return 0
 
 
+def _check_folder(folder: Path) -> None:
+    """Raises OutputError where it cannot be made."""
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def run_train(settings: argparse.Namespace) -> int:
     """Run `headoff scenes train`."""
     from dataclasses import replace
     from importlib import import_module
 
+    _check_folder(settings.out)
     module_name, recipe_name, config_name = _RECIPES[settings.model]
     try:
         module = import_module(module_name)

@@ -131,8 +131,17 @@ class Faithfulness:
     def _comparisons(self) -> dict[tuple[str, int], Comparison]:
         return {}
 
+    def ranked(self, measure: str) -> tuple[str, ...]:
+        """The methods that were measured on the same images, the most that any was; only these are compared for a rank.
+
+        A mean over a few images (`most`) may be the highest by their choice alone. Raises SettingError.
+        """
+        images = {method: tuple(self.of(method, measure)) for method in self.methods}
+        most = max(images.values(), key=len)
+        return tuple(method for method in self.methods if images[method] == most)
+
     def ranking(self, measure: str, quantity: str | None = None) -> tuple[str, ...]:
-        """The methods by a quantity, the best first; those without a value are left out.
+        """The methods of `ranked` by a quantity, the best first; those without a value are left out.
 
         Raises:
             SettingError: there is no such measure or quantity, or neither a higher nor a lower one is better.
@@ -142,8 +151,10 @@ class Faithfulness:
             raise SettingError(
                 f"{measure} {chosen.name} ranks nothing: neither more nor less of it is better"
             )
-        values = {method: self.estimate(method, measure, chosen.name).value for method in self.methods}
-        known = [method for method in self.methods if math.isfinite(values[method])]
+        values = {
+            method: self.estimate(method, measure, chosen.name).value for method in self.ranked(measure)
+        }
+        known = [method for method in values if math.isfinite(values[method])]
         return tuple(sorted(known, key=lambda m: values[m], reverse=chosen.direction == "higher"))
 
     def best(self, measure: str, quantity: str | None = None) -> tuple[str, ...]:
@@ -221,7 +232,8 @@ class Faithfulness:
     def tables(self) -> Iterator[tuple[Measure, list[str], list[list[str]]]]:
         """For each measure the head and the rows of a table: a row for each method, with values and 95% intervals.
 
-        Between two asterisks on either side are the best and those that do not differ from it significantly.
+        Between two asterisks on either side are the best and those that do not differ from it significantly. Methods
+        that were measured on other images are not ranked.
         """
         for measure in self.measures:
             head = ["method"]
@@ -235,6 +247,7 @@ class Faithfulness:
                 for quantity in measure.quantities
                 if quantity.direction != "neither"
             }
+            ranked = self.ranked(measure.name)
             for method in self.methods:
                 cells = [method]
                 for quantity in measure.quantities:
@@ -242,7 +255,8 @@ class Faithfulness:
                     text = estimate_text(found)
                     cells.append(f"**{text}**" if method in best.get(quantity.name, ()) else text)
                 first = self._estimates[method, measure.name][0]
-                cells.append(f"{first.images:,}, {first.objects:,}")
+                other = "" if method in ranked or not first.images else ", not ranked"
+                cells.append(f"{first.images:,}, {first.objects:,}{other}")
                 rows.append(cells)
             yield measure, head, rows
 

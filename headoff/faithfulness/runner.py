@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 import torch
 
 from headoff.ablation.references import hash_of_image
+from headoff.callables import failure_in_callable
 from headoff.choices import DEAR_METHODS, DEFAULT_FAITHFULNESS
 from headoff.detector import Detector
 from headoff.detr.detector import Detr
-from headoff.errors import ImageError, SettingError, did_you_mean
+from headoff.errors import AttentionError, ImageError, SettingError, did_you_mean
 from headoff.faithfulness.controls import CONTROLS, check_methods, known_methods
 from headoff.faithfulness.explained import MEMORY_BUDGET, ExplainedImage
 from headoff.faithfulness.measures import Measure, Scores, resolve_measure
@@ -383,4 +384,11 @@ def _begin(load: Callable[[], Detector], context: Mapping[str, str], setup: Setu
 def _measure_in_worker(job: Job) -> bytes:
     """What `measure_image` returns, pickled here: torch keeps a file open for every tensor that it sends."""
     detector, context, setup = _worker
-    return pickle.dumps(measure_image(detector, context, setup, job))
+    try:
+        return pickle.dumps(measure_image(detector, context, setup, job))
+    except (Exception, SystemExit) as error:
+        # Told here, as the first process sees no more than the text of the traceback.
+        reason = failure_in_callable(error)
+        if reason is None:
+            raise
+        raise AttentionError(reason) from None

@@ -17,6 +17,10 @@ from headoff.faithfulness.truth import Annotations, Truth, truth_of_scene
 from headoff.images import ImageSource, load_image
 from headoff.scenes.dataset import CLASS_NAMES, draw_scene
 
+_MOST_SCENES = 1_000_000
+_LARGEST = 4096
+"""Pixels of the side of a scene."""
+
 
 class Source(Protocol):
     """An image with a name."""
@@ -104,14 +108,19 @@ def sources_of(
 
 def _scenes(text: str, detector: Detector) -> list[Source]:
     match = re.fullmatch(r"scenes:(\d+)(?::(\d+))?", text)
-    if match is None or int(match[1]) < 1:
+    first, count = (int(match[2] or 0), int(match[1])) if match else (0, 0)
+    if not 1 <= count <= _MOST_SCENES or first > _MOST_SCENES:
         raise SettingError(
-            f"{text!r} names no scenes: give scenes:N or scenes:N:FIRST, such as scenes:100 or scenes:100:5000"
+            f"{text!r} names no scenes: give scenes:N or scenes:N:FIRST, such as scenes:100 or scenes:100:5000, up to "
+            f"{_MOST_SCENES:,}"
         )
     if detector.class_names != CLASS_NAMES:
         raise SettingError(
             "held-out scenes suit only a detector trained on scenes, such as `scenes`: give images, and --annotations"
         )
     side, _ = detector.preprocessing.resized_size(1, 1)  # scenes are square
-    first = int(match[2] or 0)
-    return [SceneSource(seed, side) for seed in range(first, first + int(match[1]))]
+    if side > _LARGEST:
+        raise SettingError(
+            f"scenes of {side} x {side} pixels are too large: give a short side of at most {_LARGEST} (--short-side)"
+        )
+    return [SceneSource(seed, side) for seed in range(first, first + count)]

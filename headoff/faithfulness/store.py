@@ -16,8 +16,10 @@ from torch import Tensor
 
 from headoff.attention import attention_label
 from headoff.detector import Detector
+from headoff.faithfulness.controls import CONTROLS
 from headoff.faithfulness.measures import Measure, Scores
 from headoff.files import write_file
+from headoff.relevance.methods import resolve_method
 
 FORMAT = "headoff faithfulness 1"
 
@@ -63,7 +65,7 @@ class RecordStore:
     """The file of one image.
 
     It is keyed by everything that its numbers depend on: model, image, truth, configuration, confidence and seed in
-    the file's name; method, measure and the measure's settings in the names of its entries. A file that is damaged is
+    the file's name; method and measure with their settings in the names of its entries. A file that is damaged is
     as one that does not exist.
 
     Args:
@@ -126,7 +128,10 @@ class RecordStore:
 
 
 def _key(method: str, measure: Measure) -> str:
-    return digest_of({"method": method, "measure": measure.name, "settings": measure.settings})
+    about: dict[str, Any] = {"method": method, "measure": measure.name, "settings": measure.settings}
+    if method not in CONTROLS:
+        about["method_settings"] = resolve_method(method).settings
+    return digest_of(about)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

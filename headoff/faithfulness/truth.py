@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +106,13 @@ class Annotations:
                 self._images[Path(image["file_name"]).name] = image
             for annotation in contents["annotations"]:
                 name = names[annotation["category_id"]]
+                box = [float(side) for side in annotation["bbox"]]
+                if len(box) != 4 or not all(math.isfinite(side) for side in box) or min(box[2:]) < 0:
+                    raise ValueError(f"the box {box} is not left, top, width and height")
                 if name in labels and not annotation.get("iscrowd"):
                     by_id.setdefault(annotation["image_id"], []).append((labels[name], annotation))
             self._objects = by_id
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SettingError(
                 f"{path} cannot be read as annotations ({error_line(error)}): give a JSON file in COCO's `instances` "
                 "format"

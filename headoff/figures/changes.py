@@ -131,20 +131,24 @@ def plot_head_changes(result: SweepResult, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def head_changes_by_object(result: SweepResult) -> Figure:
+def head_changes_by_object(result: SweepResult, width: float | None = None) -> Figure:
     """A small matrix of layers x heads for each object: how much each head, off alone, changes its probability.
 
     Heads without which the object is not kept have a frame, and a letter for what becomes of it.
+    With a `width` in inches, that of a narrow screen, matrices are one below the other.
     """
     sweep = _single_heads(result)
     grid = np.array(sweep.configurations)
     rows, columns = grid.shape
     values = changes(result)[:, grid]
     count = len(result.baseline)
-    across = min(count, 3)
+    across = min(count, 3) if width is None else 1
     down = -(-count // across)
     figure = Figure(
-        figsize=(1.2 + across * max(0.24 * columns, 1.9), max(0.9 + down * (0.75 + 0.2 * rows), 2.6)),
+        figsize=(
+            width or 1.2 + across * max(0.24 * columns, 1.9),
+            max(0.9 + down * (0.75 + 0.2 * rows), 2.6),
+        ),
         dpi=DPI,
         facecolor="white",
         layout="constrained",

@@ -79,7 +79,8 @@ def plot_faithfulness_curves(found: Faithfulness, measure: str) -> Figure:
         ax.set_visible(False)
     figure.supxlabel(chosen.axis, fontsize=9, color=INK)
     first = quantities[0]
-    order = found.ranking(measure, first.name) if first.direction != "neither" else tuple(methods)
+    order = found.ranking(measure, first.name) if first.direction != "neither" else ()
+    order += tuple(method for method in methods if method not in order)
     handles = [
         Line2D(
             [],

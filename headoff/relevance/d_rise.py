@@ -27,7 +27,7 @@ Shapes: C configurations, O targets, M layers, B masked images, Q queries, N tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -145,6 +145,8 @@ class DRiseEngine:
         self.features = features
         self.method = method
         self.masks = masks
+        self.progress: Callable[[int, int], None] | None = None
+        """Called with (number of masked images that are done, number of masks)."""
         self._picture = picture
         self._batch = batch
         self._compute = torch.promote_types(detector.dtype, torch.float32)
@@ -185,7 +187,7 @@ class DRiseEngine:
         height, width = pixels.shape[-2:]
         stride = detector.stride(self.features)
         weighted = total = torch.zeros(())
-        similarities = []
+        similarities, done = [], 0
         plans = [
             (encoder_gate, members, detector.plan(of_decoder(gates[members])))
             for encoder_gate, members in by_encoder_gate(gates)
@@ -208,6 +210,9 @@ class DRiseEngine:
                 "comb,bhw->comhw", *(x.to(self._compute) for x in (weights, tokens))
             )
             total = total + tokens.to(self._compute).sum(0)
+            done += len(masks)
+            if self.progress is not None:
+                self.progress(done, self.masks.count)
         found = torch.cat(similarities, dim=-1).to(self._compute)
         maps = weighted / total.clamp(min=torch.finfo(self._compute).tiny) - found.mean(-1)[..., None, None]
         # Where similarities differ by rounding only, the image does not matter.

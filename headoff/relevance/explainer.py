@@ -20,6 +20,7 @@ from headoff.errors import SettingError
 from headoff.gates import Configuration, cumulative, none_off, read_configurations, stack
 from headoff.images import ImageSource
 from headoff.outcomes import outcomes_of
+from headoff.relevance.d_rise import DRiseEngine
 from headoff.relevance.engine import Backward
 from headoff.relevance.engines import make_engine
 from headoff.relevance.explanations import Explanation
@@ -71,7 +72,8 @@ def explain(
         zero_rows, backward, kernels, memory_budget: see `headoff.relevance.rules` and `RelevanceEngine`.
         ablation, references: what heads that are off contribute, as for `headoff.sweep`. It is held constant: what
             replaces a head carries no relevance.
-        progress: called with (number of finished configurations, number of configurations).
+        progress: called with (number of finished steps, number of steps): configurations and, before them, the masked
+            images of D-RISE.
 
     Under `with detector.autocasting(dtype):` only the forward passes use mixed precision; relevance is float32.
 
@@ -150,6 +152,16 @@ def explain(
     points: Tensor | None = None
     logits = baseline.logits.new_empty(len(chosen), *baseline.logits.shape)
     boxes = baseline.boxes.new_empty(len(chosen), *baseline.boxes.shape)
+    before = 0
+
+    def prepared(done: int, steps: int) -> None:
+        nonlocal before
+        before = steps
+        if progress is not None:
+            progress(done, steps + len(chosen))
+
+    if isinstance(engine, DRiseEngine):
+        engine.progress = prepared
     with make_ablation(ablation, detector, references, picture).applied_to(detector):
         for done, found in enumerate(engine.run(gates, targets, layers=chosen_layers, heads=heads), start=1):
             logits[found.index], boxes[found.index] = found.logits, found.boxes
@@ -169,7 +181,7 @@ def explain(
                     points = torch.zeros(len(chosen), *found.points.shape, dtype=dtype)
                 points[found.index] = found.points
             if progress is not None:
-                progress(done, len(chosen))
+                progress(before + done, before + len(chosen))
     return Explanation(
         configurations=chosen,
         objects=objects,

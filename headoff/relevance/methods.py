@@ -7,8 +7,8 @@ engines. An `EngineMethod` computes maps in another way, by an engine of its own
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeVar
 
@@ -30,6 +30,15 @@ class Method:
 
     name: str
     summary: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything but name and summary, as JSON types: equal for methods that compute the same.
+
+        A function is named by its place, so that two functions made in one place (closures) look the same.
+        """
+        own = (field.name for field in fields(self) if field.name not in ("name", "summary"))
+        return {name: _plain(getattr(self, name)) for name in own}
 
     def suits(self, detector: Detector) -> bool:
         """Whether the method knows detectors of this kind."""
@@ -80,6 +89,21 @@ class EngineMethod(Method):
     engine: Callable[..., Any]
     signed: bool = False
     takes: tuple[str, ...] = ()
+
+
+def _plain(value: Any) -> Any:
+    """A setting of a method as JSON types, the same in every process."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, partial):
+        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    return [_plain(type(value)), _plain(getattr(value, "__dict__", {}))]
 
 
 _methods: dict[str, Method] = {}
