@@ -208,17 +208,32 @@ def test_resample_draws_every_sampled_image_but_the_judged_one(detector, referen
     )
 
 
-def test_optimal_constants_change_less_than_zero_and_mean_on_the_images_they_were_fitted_on(images):
+@pytest.mark.parametrize(
+    ("site", "steps"), [("decoder_cross", 40), ("decoder_self", 20), ("encoder_self", 10)]
+)
+def test_optimal_constants_change_less_than_zero_and_mean_on_the_images_they_were_fitted_on(
+    images, site, steps
+):
     detector, images = headoff.load("scenes"), images[:2]
     references = gather_references(detector, images, samples=2)
-    fitted = fit_optimal(detector, images, references, value="logit", steps=40)
+    finished = []
+    fitted = fit_optimal(
+        detector,
+        images,
+        references,
+        site=site,
+        value="logit",
+        steps=steps,
+        progress=lambda *counts: finished.append(counts),
+    )
+    assert finished[-1] == (steps, steps) and set(fitted.optimal) == {site}
 
     def change(constants):
         total = 0.0
         for image in images:
             objects = headoff.detect(detector, image)
             ablation = Ablation("optimal", constants)
-            configurations = headoff.single_heads()
+            configurations = headoff.single_heads(site=site)
             base = decoded(detector, image, [none_off()], Ablation("zero"))
             found = decoded(detector, image, configurations, ablation)
             at = [(detection.query, detection.label) for detection in objects]
@@ -226,7 +241,7 @@ def test_optimal_constants_change_less_than_zero_and_mean_on_the_images_they_wer
         return total
 
     optimal = change(ConstantReplacement(fitted.optimal, detector))
-    mean = {"decoder_cross": references.mean["decoder_cross"].mean(2, keepdim=True)}
+    mean = {site: references.mean[site].mean(2, keepdim=True)}
     assert optimal < 0.9 * change(None)
     assert optimal < 0.9 * change(ConstantReplacement(mean, detector))
 
@@ -262,7 +277,10 @@ def test_errors_name_the_culprit_and_the_remedy(tmp_path, detector, references, 
         (lambda: gather_references(detector, []), "needs images"),
         (lambda: gather_references(detector, images, samples=0), "at least 1"),
         (lambda: fit_optimal(detector, images, references, value="duplicates"), "has no gradient"),
-        (lambda: fit_optimal(detector, images, references, site="encoder_self"), "encoder_self"),
+        (
+            lambda: fit_optimal(detector, images, replace(references, mean={}), site="encoder_self"),
+            "has nothing at encoder_self",
+        ),
         (lambda: fit_optimal(other, images, references), "another model"),
         (
             lambda: fit_optimal(detector, [headoff.sample_image(9)], references),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headoff.choices import VALUES, Site
+from headoff.choices import VALUES
 from headoff.cli.options import (
     add_confidence_option,
     add_detector_options,
@@ -15,8 +15,6 @@ from headoff.cli.options import (
     named_path,
     positive,
 )
-
-DECODER_SITES: tuple[Site, ...] = ("decoder_cross", "decoder_self")
 
 EPILOG = """\
 examples:
@@ -53,7 +51,7 @@ def add_parser(commands: Any) -> None:
     )
     group = parser.add_argument_group("optimal constants")
     group.add_argument("--optimal", action="store_true", help="fit them, by gradient descent")
-    add_site_option(group, "the attention that they are fitted for", DECODER_SITES)
+    add_site_option(group, "the attention that they are fitted for")
     group.add_argument(
         "--value",
         choices=VALUES[:4],
