@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 import headoff
 from headoff.errors import SettingError
-from headoff.importance.attention import attention_at_objects, attention_statistics, token_regions
+from headoff.importance.attention import (
+    STATISTICS,
+    attention_at_objects,
+    attention_statistics,
+    token_regions,
+)
 from headoff.importance.games import Game
 from headoff.importance.roles import ROLES, Estimate, HeadRoles, head_roles
 
@@ -56,6 +63,7 @@ def test_statistics_of_maps_that_are_known():
     assert centre["extremity"] == 0
     right = statistics_of(on_token((4, 6), (5, 6)))
     assert right["right"] == 1
+    assert right["distance"] == pytest.approx(math.hypot(0.15, 0.05) / 0.2)
     assert right["offset_x"] == pytest.approx(0.15 / 0.2)
     assert right["offset_y"] == pytest.approx(0, abs=1e-12)
     assert statistics_of(on_token((6, 5)))["bottom"] > 0.5
@@ -114,6 +122,24 @@ def roles_with(effect, error):
     return HeadRoles("decoder_cross", (1, 2), 9, 9, "zero", estimates, columns, {}, None, None, None)
 
 
+def test_effects_by_class_are_means_over_its_objects_and_images():
+    detector, images = headoff.load("scenes"), headoff.sample_images()[:3]
+    found = head_roles(detector, images)
+    scored = [
+        headoff.heads(detector, image, measures="removal_columns", values="iou", ablations="zero")
+        for image in images
+    ]
+    assert found.classes
+    for name, of in found.classes.items():
+        label = detector.class_names.index(name)
+        rows = [one.get().scores[one.objects.labels == label, 0] for one in scored]
+        rows = [row for row in rows if len(row)]
+        assert (of.images, of.objects) == (len(rows), sum(map(len, rows)))
+        expected = torch.stack([row.mean(0) for row in rows]).mean(0)
+        assert of.effects["iou"].mean == pytest.approx(expected.numpy(), abs=1e-6)
+        assert found.roles_for(name, 2) == ()  # of too few images
+
+
 def test_a_role_is_stated_only_where_its_interval_lies_beyond_the_smallest_effect():
     assert roles_with(1.0, 0.01).roles(0, 0) == ROLES
     assert roles_with(1.0, 0.01).roles(0) == ROLES
@@ -138,7 +164,11 @@ def test_roles_of_the_bundled_model():
     assert "box precision" in [role.name for role in found.roles(6)]
     assert found.attention["extremity"].mean.shape == (6, 8)
     rows = list(found.rows())
-    assert len(rows) == 8 * 3 + 48 * (3 + 11)
+    per_head = (
+        3 + len(STATISTICS) + 7 + 1
+    )  # effects, attention, agreement with other heads and of two objects
+    assert len(rows) == 8 * 3 * (1 + len(found.classes)) + 48 * per_head + 40
+    assert {row["class"] for row in rows} == {"", *found.classes}
     assert found.as_dict()["roles"][-1][2] == [role.name for role in found.roles(2)]
     one = headoff.heads(
         detector, headoff.sample_image(0), measures="removal_columns", values="iou", ablations="zero"

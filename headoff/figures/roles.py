@@ -12,6 +12,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from headoff.errors import SettingError
 from headoff.figures.canvas import DPI, figure_of
 from headoff.figures.chart_axes import LABEL_POINTS, clean, draw_cells, legend_above, without_frame
 from headoff.figures.importance import decimals_of, score_text
@@ -34,6 +35,8 @@ def role_figures(found: HeadRoles) -> Iterator[tuple[str, Figure]]:
     yield "effects", plot_effects(found)
     if found.attention:
         yield "attention", plot_attention(found)
+    if found.agreement is not None:
+        yield "agreement", plot_agreement(found)
 
 
 def plot_effects(found: HeadRoles) -> Figure:
@@ -110,6 +113,45 @@ def plot_attention(found: HeadRoles) -> Figure:
     return figure
 
 
+def plot_agreement(found: HeadRoles) -> Figure:
+    """The cosine similarity of the maps of two heads, for every layer; and of a head's maps of two objects, and in two
+    layers.
+
+    Raises:
+        SettingError: the maps were not measured, as at other sites than `decoder_cross`.
+    """
+    if found.agreement is None or found.across_objects is None or found.across_layers is None:
+        raise SettingError(f"the maps of heads were not measured at {found.site}: measure decoder_cross")
+    layers, heads = found.shape
+    figure, axes = _panels(found, layers + 2, max(heads, layers))
+    scale = Normalize(0, 1)
+    alike = [found.agreement.mean[layer] for layer in range(layers)]
+    titles = [f"Layer {layer}: two heads, the same object" for layer in range(layers)]
+    panels = [*alike, found.across_objects.mean, found.across_layers.mean]
+    titles += ["The same head, two objects", "The same head, this layer and the next"]
+    for number, (ax, values, title) in enumerate(zip(axes, panels, titles, strict=True)):
+        cells = [(c, r, _shade(scale, float(values[r, c]))) for r, c in np.ndindex(*values.shape)]
+        draw_cells(ax, cells)
+        without_frame(ax)
+        ax.set_xlim(-0.55, heads - 0.45)
+        ax.set_ylim(len(values) - 0.45, -0.55)
+        for row, column in np.ndindex(*values.shape):
+            value = float(values[row, column])
+            _write(ax, row, column, f"{value:.2f}" if np.isfinite(value) else "", _shade(scale, value))
+        _name(ax, found, [*map(str, range(len(values)))], title)
+        if number < layers:
+            ax.set_ylabel("head")
+        _bar(ax, scale, _BLUES)
+    figure.suptitle(
+        f"Cosine similarity of attention maps: mean over {found.images} images, {found.objects} objects",
+        color=INK,
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
 def _panels(found: HeadRoles, count: int, rows: int) -> tuple[Figure, list[Axes]]:
     across = min(count, 3 if found.shape[1] <= 8 else 1)
     down = -(-count // across)
@@ -144,7 +186,7 @@ def _write(ax: Axes, row: int, column: int, text: str, back: str) -> None:
 
 
 def _shade(scale: Normalize, value: float) -> str:
-    return to_hex(_BLUES(scale(float(value))))
+    return to_hex(_BLUES(scale(float(value)))) if np.isfinite(value) else "#ffffff"
 
 
 def _bar(ax: Axes, scale: Normalize, colours: Colormap) -> None:

@@ -30,6 +30,7 @@ STATISTICS = {
     "right": "right side's share of the attention on the rim",
     "top": "top side's share of the attention on the rim",
     "bottom": "bottom side's share of the attention on the rim",
+    "distance": "mean distance of attention from the box centre, in half sides",
     "offset_x": "centre of attention, to the right of the box centre, in half widths",
     "offset_y": "centre of attention, below the box centre, in half heights",
 }
@@ -89,8 +90,8 @@ def attention_statistics(
     even_rim = even["rim"] / (even["core"] + even["rim"])
     logs = torch.where(weights > 0, weights.log(), 0)
     x, y = _centres(grid, extent)
-    centre_x = torch.einsum("olhn,n->olh", weights, x) - boxes[:, 0, None, None]
-    centre_y = torch.einsum("olhn,n->olh", weights, y) - boxes[:, 1, None, None]
+    right = (x - boxes[:, :1]) / (boxes[:, 2:3] / 2)  # (O, N), from the box centre, in half sides
+    down = (y - boxes[:, 1:2]) / (boxes[:, 3:] / 2)
     by_name = {
         "tokens": (-(weights * logs).sum(-1)).exp(),
         "inside": share["inside"],
@@ -98,8 +99,9 @@ def attention_statistics(
         "outside": 1 - box_and_rim,
         "extremity": share["rim"] / box_and_rim / even_rim[:, None, None],
         **{side: share[side] / share["rim"] for side in ("left", "right", "top", "bottom")},
-        "offset_x": centre_x / (boxes[:, 2, None, None] / 2),
-        "offset_y": centre_y / (boxes[:, 3, None, None] / 2),
+        "distance": torch.einsum("olhn,on->olh", weights, torch.hypot(right, down)),
+        "offset_x": torch.einsum("olhn,on->olh", weights, right),
+        "offset_y": torch.einsum("olhn,on->olh", weights, down),
     }
     assert set(by_name) == set(STATISTICS)
     unit = weights / weights.norm(dim=-1, keepdim=True)

@@ -7,7 +7,7 @@ together, lies beyond the smallest effect of interest.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any
 
@@ -54,6 +54,10 @@ ROLES = (
 )
 
 
+CLASS_IMAGES = 10
+"""Images below which no role is stated for a class: a bootstrap of fewer has too narrow intervals."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The mean over n images of the mean over objects, arrays of any one shape.
@@ -84,6 +88,20 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class ClassEffects:
+    """What the removal of a head from all layers costs the objects of a class.
+
+    Attributes:
+        images, objects: how many have or are one.
+        effects: for each value of `ROLES`: (H,), means over images of means over their objects of the class.
+    """
+
+    images: int
+    objects: int
+    effects: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
 class HeadRoles:
     """Roles of the heads of a site over n images with objects. Arrays are float64.
 
@@ -98,6 +116,7 @@ class HeadRoles:
             `decoder_cross`.
         agreement: (L, H, H), cosine similarity of the maps of two heads of a layer.
         across_objects, across_layers: (L, H) and (L - 1, H), see `AttentionStatistics`.
+        classes: `column_effects` on the objects of one class, for each class of at least two images.
     """
 
     site: Site
@@ -111,46 +130,69 @@ class HeadRoles:
     agreement: Estimate | None
     across_objects: Estimate | None
     across_layers: Estimate | None
+    classes: dict[str, ClassEffects] = field(default_factory=dict)
 
     @property
     def quantile(self) -> float:
         """Standard errors on either side of a mean, so that all heads and roles together have the level `LEVEL`
         (Bonferroni).
         """
-        layers, heads = self.shape
-        tests = (layers + 1) * heads * len(ROLES)
-        return NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / tests)
+        return _quantile((self.shape[0] + 1) * self.shape[1] * len(ROLES))
 
     def roles(self, head: int, layer: int | None = None) -> tuple[Role, ...]:
         """The roles of a head of a layer, or of all layers together (None), that the data supports."""
-        found = []
-        for role in ROLES:
-            effects = self.column_effects if layer is None else self.effects
-            at = (head,) if layer is None else (layer, head)
-            mean, error = (float(x[at]) for x in (effects[role.value].mean, effects[role.value].error))
-            if role.sign * mean - self.quantile * error > role.least:
-                found.append(role)
-        return tuple(found)
+        effects = self.column_effects if layer is None else self.effects
+        return _supported(effects, (head,) if layer is None else (layer, head), self.quantile)
+
+    def roles_for(self, class_name: str, head: int) -> tuple[Role, ...]:
+        """The roles of a head of all layers together for the objects of a class, that the data supports for all heads,
+        roles and classes together; none where the class is in fewer than `CLASS_IMAGES` images.
+        """
+        of = self.classes[class_name]
+        if of.images < CLASS_IMAGES:
+            return ()
+        quantile = _quantile(len(self.classes) * self.shape[1] * len(ROLES))
+        return _supported(of.effects, (head,), quantile)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row for each number: the columns of roles.csv. `layer` is `all` for a head in all layers."""
         layers, heads = self.shape
 
         def row(
-            layer: int | str, head: int, quantity: str, of: Estimate, at: tuple[int, ...]
+            layer: int | str,
+            head: int,
+            quantity: str,
+            of: Estimate,
+            at: tuple[int, ...],
+            class_name: str = "",
         ) -> dict[str, Any]:
             numbers = {name: float(getattr(of, name)[at]) for name in ("mean", "low", "high")}
-            return {"layer": layer, "head": head, "quantity": quantity, **numbers}
+            return {"class": class_name, "layer": layer, "head": head, "quantity": quantity, **numbers}
 
         for head in range(heads):
             for name, estimate in self.column_effects.items():
                 yield row("all", head, f"removal: {name}", estimate, (head,))
+        for class_name, of in self.classes.items():
+            for head in range(heads):
+                for name, estimate in of.effects.items():
+                    yield row("all", head, f"removal: {name}", estimate, (head,), class_name)
         for layer in range(layers):
             for head in range(heads):
                 for name, estimate in self.effects.items():
                     yield row(layer, head, f"removal: {name}", estimate, (layer, head))
                 for name, estimate in self.attention.items():
                     yield row(layer, head, f"attention: {name}", estimate, (layer, head))
+                if self.agreement is not None:
+                    for other in range(heads):
+                        if other != head:
+                            name = f"agreement: with head {other}"
+                            yield row(layer, head, name, self.agreement, (layer, head, other))
+                if self.across_objects is not None:
+                    name = "agreement: of two objects"
+                    yield row(layer, head, name, self.across_objects, (layer, head))
+                if self.across_layers is not None and layer + 1 < layers:
+                    name = "agreement: with the next layer"
+                    yield row(layer, head, name, self.across_layers, (layer, head))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON types; NaN becomes None."""
@@ -177,6 +219,18 @@ class HeadRoles:
             "agreement": plain(self.agreement),
             "across_objects": plain(self.across_objects),
             "across_layers": plain(self.across_layers),
+            "classes": [
+                {
+                    "class": class_name,
+                    "images": of.images,
+                    "objects": of.objects,
+                    "column_effects": {name: plain(effect) for name, effect in of.effects.items()},
+                    "roles": [
+                        [role.name for role in self.roles_for(class_name, head)] for head in range(heads)
+                    ],
+                }
+                for class_name, of in self.classes.items()
+            ],
             "roles": [
                 [[role.name for role in self.roles(head, layer)] for head in range(heads)]
                 for layer in (*range(layers), None)
@@ -216,6 +270,7 @@ def head_roles(
     maps: dict[str, list[np.ndarray]] = {
         name: [] for name in ("agreement", "across_objects", "across_layers")
     }
+    classes: dict[int, list[tuple[int, dict[str, np.ndarray]]]] = {}
     objects = 0
     for index, image in enumerate(images):
         encoded = EncodedImage.of(detector, image)
@@ -234,6 +289,13 @@ def head_roles(
             for value in values:
                 effects[value].append(found.mean_scores("removal", value).numpy())
                 columns[value].append(found.mean_scores("removal_columns", value)[0].numpy())
+            for label in found.objects.labels.unique().tolist():
+                of_class = found.objects.labels == label
+                means = {
+                    value: found.get("removal_columns", value).scores[of_class, 0].mean(0).numpy()
+                    for value in values
+                }
+                classes.setdefault(label, []).append((int(of_class.sum()), means))
             if site == "decoder_cross":
                 statistics = _attention_in(detector, encoded, confidence)
                 for name, of in statistics.by_name.items():
@@ -262,7 +324,29 @@ def head_roles(
         {name: estimate(of) for name, of in effects.items()},
         {name: estimate(of) for name, of in columns.items()},
         {name: estimate(of) for name, of in attention.items()} if looked else {},
-        *(estimate(of) if looked else None for of in maps.values()),
+        **{name: estimate(of) if looked else None for name, of in maps.items()},
+        classes={
+            detector.class_names[label]: ClassEffects(
+                len(classes[label]),
+                sum(count for count, _ in classes[label]),
+                {value: estimate([means[value] for _, means in classes[label]]) for value in values},
+            )
+            for label in sorted(classes)
+            if len(classes[label]) > 1
+        },
+    )
+
+
+def _quantile(tests: int) -> float:
+    return NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / tests)
+
+
+def _supported(effects: dict[str, Estimate], at: tuple[int, ...], quantile: float) -> tuple[Role, ...]:
+    """The roles whose effect at a place lies so many standard errors beyond the smallest that counts."""
+    return tuple(
+        role
+        for role in ROLES
+        if role.sign * effects[role.value].mean[at] - quantile * effects[role.value].error[at] > role.least
     )
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from headoff.figures.captions import listed
 from headoff.files import write_file
-from headoff.importance.roles import ROLES, HeadRoles, Role
+from headoff.importance.roles import CLASS_IMAGES, ROLES, HeadRoles, Role
 from headoff.report.charts import Chart, Table, charts_page, write_charts
 from headoff.report.output import PAGE
 from headoff.report.tables import csv_text
 from headoff.wording import counted
 
-COLUMNS = ("layer", "head", "quantity", "mean", "low", "high")
+COLUMNS = ("class", "layer", "head", "quantity", "mean", "low", "high")
 SCHEMA_VERSION = 1
 
 _DOES = {
@@ -26,6 +26,7 @@ _DOES = {
 _CAPTIONS = {
     "effects": "What the removal of a head costs",
     "attention": "Where heads look",
+    "agreement": "Which heads look alike",
 }
 
 
@@ -43,7 +44,7 @@ def write_roles(folder: Path, found: HeadRoles, provenance: Mapping[str, str]) -
     page = charts_page(
         f"What heads of {found.site} are for",
         headline(found),
-        [_table(found)],
+        [_table(found), *_class_tables(found)],
         charts,
         provenance=provenance,
         files=files,
@@ -90,3 +91,28 @@ def _table(found: HeadRoles) -> Table:
         "What the removal takes from an object: class logit, IoU of its box, duplicates (negative: it has more of "
         "them). Mean over images of the mean over objects, with 95% intervals; bold where the role is supported.",
     )
+
+
+def _class_tables(found: HeadRoles) -> list[Table]:
+    """The effects on objects of each class, a table for each role; none where there is one class alone."""
+    if len(found.classes) < 2:
+        return []
+    tables = []
+    for role in ROLES:
+        rows = []
+        for name, of in found.classes.items():
+            cells = [f"{name} ({of.objects} in {of.images})"]
+            for head in range(found.shape[1]):
+                text = f"{of.effects[role.value].mean[head]:+.2f}".replace("-", "−")
+                cells.append(f"**{text}**" if role in found.roles_for(name, head) else text)
+            rows.append(cells)
+        tables.append(
+            Table(
+                f"A head removed from all layers, by class: {role.name} ({role.value})",
+                ("class (objects in images)", *(f"head {head}" for head in range(found.shape[1]))),
+                rows,
+                f"Bold where the role is supported with all heads, roles and classes together, and the class is in at "
+                f"least {CLASS_IMAGES} images. roles.csv has the intervals.",
+            )
+        )
+    return tables
