@@ -60,8 +60,8 @@ def test_a_model_and_an_image_of_a_users_own_are_judged_as_the_bundled_ones(own)
         assert faulty_layers(sdpa, mine, mine.cumulative, CPU, dtype) == []
     for check in (detection_findings, relevance_findings, gradient_findings):
         found = check(gate_of_the_next_head, mine, CPU, torch.float32)
-        assert {each.configuration for each in found} >= {"first 1 off", "first 2 off"}
-        assert all(each.error > each.budget for each in found if each.error is not None)
+        assert {one.configuration for one in found} >= {"first 1 off", "first 2 off"}
+        assert all(one.error > one.budget for one in found if one.error is not None)
 
 
 def test_results_are_computed_once_and_again_where_the_file_is_damaged(cache, capfd):
@@ -150,8 +150,8 @@ def test_the_wrong_gradient_is_named(own, wrong):
         return eager(*inputs.values(), attn_mask, head_gate=head_gate)
 
     found = faulty_layers(attention, mine, mine.cumulative, CPU, torch.float32)
-    assert found and {each.property for each in found} == {wrong}
-    assert {each.property for each in gradient_findings(attention, mine, CPU, torch.float32)} == {"gradients"}
+    assert found and {one.property for one in found} == {wrong}
+    assert {one.property for one in gradient_findings(attention, mine, CPU, torch.float32)} == {"gradients"}
 
 
 def test_a_head_is_blamed_from_the_configuration_on_where_it_is_off(own):
@@ -268,13 +268,13 @@ def test_an_attention_in_another_dtype_keeps_tiny_gradients(dtype):
     seen = []
 
     def attention(*inputs, head_gate=None):
-        seen.extend(each.dtype for each in inputs[:3])
+        seen.extend(one.dtype for one in inputs[:3])
         return eager(*inputs, head_gate=head_gate)
 
     found = []
-    for each in (InDtype(attention, dtype), eager):
+    for attend in (InDtype(attention, dtype), eager):
         leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-        context = each(*leaves)
+        context = attend(*leaves)
         assert context.dtype == torch.float32
         found.append(torch.autograd.grad(context, leaves, 1e-9 * gradient))
     assert set(seen) == {dtype}

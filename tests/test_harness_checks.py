@@ -12,10 +12,10 @@ from headoff.attention.eager import eager
 from headoff.deformable import gather_attention, grid_sample_attention
 from headoff.errors import SettingError
 from headoff.harness.checks import compiled, concurrent_calls
+from headoff.harness.checks.candidate import CHECKS as REGISTERED
+from headoff.harness.checks.candidate import Candidate, NotApplicable
 from headoff.harness.checks.names import CHECKS
 from headoff.harness.checks.run import outcome_of
-from headoff.harness.checks.subject import CHECKS as REGISTERED
-from headoff.harness.checks.subject import NotApplicable, Subject
 from headoff.harness.contracts import DEFORMABLE, DENSE
 from headoff.harness.fallback import fallbacks, model_calls
 from headoff.harness.settings import read_settings
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def checked(name, attention, contract=DENSE, **keywords):
-    return outcome_of(name, Subject(attention, contract, torch.float32, CPU, **keywords))
+    return outcome_of(name, Candidate(attention, contract, torch.float32, CPU, **keywords))
 
 
 def messages(name, attention, contract=DENSE):
@@ -307,6 +307,6 @@ def test_an_attention_that_raises_is_told_from_a_check_that_fails():
     def raising(query, key, value, attn_mask=None, *, head_gate=None):
         raise ValueError("out of luck")
 
-    (found,) = Subject(raising, DENSE, torch.float32, CPU).raised_alone()
+    (found,) = Candidate(raising, DENSE, torch.float32, CPU).raised_alone()
     assert found.property == "crash" and "ValueError: out of luck" in found.message
-    assert not Subject(eager, DENSE, torch.float32, CPU).raised_alone()
+    assert not Candidate(eager, DENSE, torch.float32, CPU).raised_alone()

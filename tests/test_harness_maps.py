@@ -141,7 +141,7 @@ def test_a_tolerance_that_accepts_zero_maps_is_found_out():
     true = case(random_maps())
     assert accepted_wrongly(true, 1e-3) == []
     problems = accepted_wrongly(true, 1.0)
-    assert len([each for each in problems if "a map of zeros passes" in each]) == 6
+    assert len([one for one in problems if "a map of zeros passes" in one]) == 6
     assert problems[0] == "a case: query 0, after layer 0: a map of zeros passes"
 
 

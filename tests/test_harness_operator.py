@@ -151,7 +151,7 @@ def test_tensors_are_made_anew_and_the_same():
 
 
 @pytest.mark.parametrize("mask", ["none", "bias and padding", "fully masked rows"])
-@pytest.mark.parametrize("wanted", [each for each in WANTED if each not in SHARED])
+@pytest.mark.parametrize("wanted", [one for one in WANTED if one not in SHARED])
 def test_truth_is_what_autograd_finds(mask, wanted):
     """The formulas against the derivative of the oracle's forward pass."""
     case = replace(SMALL, mask=mask, wanted=wanted, dtype=torch.float64)
@@ -439,7 +439,7 @@ def test_drawn_cases_of_any_seed_can_be_made(dtype):
     for seed in range(16):
         for case in operator_cases(dtype, seed)[-DRAWN:]:
             made = tensors_of(case, torch.device("cpu"))
-            assert all(bool(each.isfinite().all()) for each in (made.query, made.key, made.value)), str(case)
+            assert all(bool(one.isfinite().all()) for one in (made.query, made.key, made.value)), str(case)
 
 
 def softmax_by_hand(query, key, value, attn_mask=None, *, head_gate=None):

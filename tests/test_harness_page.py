@@ -130,8 +130,8 @@ def test_failures_of_one_cause_are_one_entry_with_one_example():
 def test_the_example_is_pictured_and_the_order_is_that_of_the_diagnosis():
     first, *others = grouped(validate(document("wrong")))
     assert first.title == "gate at decoder_cross" and first.tests[0]["findings"][0]["pictures"]
-    assert first.worst["error"] == max(each["error"] for each in first.findings)
-    assert [(each.title, len(each.tests)) for each in others] == [
+    assert first.worst["error"] == max(one["error"] for one in first.findings)
+    assert [(one.title, len(one.tests)) for one in others] == [
         ("relevance", 1),
         ("AssertionError: logits differ", 1),
     ]
@@ -142,7 +142,7 @@ def test_messages_that_differ_in_numbers_only_are_one_group_and_errors_come_last
     tests += [ran(n, "failed", message=f"assert {n}.5e-3 < 1 at 0x{n:08x}") for n in range(5)]
     tests += [ran(9, "failed", message="no such thing")]
     groups = grouped(validate(document("wrong", tests=tests, diagnosis=[])))
-    assert [(len(each.tests), each.broken) for each in groups] == [(5, False), (1, False), (1, True)]
+    assert [(len(one.tests), one.broken) for one in groups] == [(5, False), (1, False), (1, True)]
 
 
 def test_every_picture_is_in_the_file_once_however_often_it_is_shown():

@@ -21,7 +21,7 @@ from headoff.attention import resolve_attention
 from headoff.errors import AttentionError
 from headoff.files import marked_folder
 from headoff.harness.plugin import diagnosis
-from headoff.harness.plugin.preflight import first_calls, preflight
+from headoff.harness.plugin.preflight import FirstCall, first_calls, preflight
 
 pytest_plugins = ["pytester"]
 
@@ -257,7 +257,7 @@ def test_what_does_not_come_back_is_one_error(tmp_path):
     file = tmp_path / "kernel.py"
     file.write_text("import time\ndef sleepy(query, key, value, attn_mask=None):\n    time.sleep(600)\n")
     with pytest.raises(AttentionError, match="did not come back from its first calls within 1 s"):
-        preflight(f"{file}:sleepy", "cpu", "float32", 1.0)
+        preflight(FirstCall(f"{file}:sleepy", "cpu", "float32"), 1.0)
 
 
 def test_with_workers_it_is_one_error_as_well(run):

@@ -28,7 +28,7 @@ def run_of(*tests, **about) -> Run:
     for number, (suite, outcome, calls, *findings) in enumerate(tests):
         noted = {
             "calls_credited": calls,
-            "findings": [each.as_dict() for each in findings],
+            "findings": [one.as_dict() for one in findings],
             "calls": {"decoder_cross": 6},
             "message": "something" if outcome == "failed" else "",
         }
@@ -149,7 +149,7 @@ def test_a_document_is_strict_json_with_few_pictures(tmp_path):
     document = json.loads(json.dumps(run.document(), allow_nan=False))
     assert document["tests"][0]["findings"][0]["error"] is None
     assert 0 < len(document["pictures"]) < 10
-    assert [Finding.from_dict(each) for each in document["tests"][0]["findings"]][0].property == "relevance"
+    assert [Finding.from_dict(one) for one in document["tests"][0]["findings"]][0].property == "relevance"
 
 
 def test_suites_are_named_by_their_files():
@@ -187,34 +187,34 @@ def test_the_root_is_found_and_its_place_in_the_model(attention_named):
     case = case_named("gate-first-3", torch.float32, 0)
     failed = Finding("context", "off", str(case), 1.0, 0.1)
     crash = Finding("crash", "raises ValueError", "elsewhere")
-    roots, notes = diagnose_run(
+    causes, notes = diagnose_run(
         run_of(("operator", "failed", 1, crash, failed)), Settings(attention="ungated")
     )
     assert not notes
-    assert roots[0].property == "gate" and "ignored" in roots[0].message
+    assert causes[0].property == "gate" and "ignored" in causes[0].message
     assert (
-        roots[0].site == "decoder_cross"
-        and roots[0].layer == 0
-        and "first 1 off" in str(roots[0].configuration)
+        causes[0].site == "decoder_cross"
+        and causes[0].layer == 0
+        and "first 1 off" in str(causes[0].configuration)
     )
-    assert "crash" in [each.property for each in roots]
-    assert all(each.property in PROPERTIES for each in roots)
+    assert "crash" in [one.property for one in causes]
+    assert all(one.property in PROPERTIES for one in causes)
 
 
 def test_conduct_is_a_root_before_numbers(attention_named):
     attention_named("fine", eager)
     state = Finding("state", "kept the first mask", "fresh-masks")
-    roots, _ = diagnose_run(run_of(("operator", "failed", 1, state)), Settings(attention="fine"))
-    assert [each.property for each in roots] == ["state"]
+    causes, _ = diagnose_run(run_of(("operator", "failed", 1, state)), Settings(attention="fine"))
+    assert [one.property for one in causes] == ["state"]
 
 
 def test_what_cannot_be_found_out_is_a_note(attention_named):
     attention_named("fine", eager)
     settings = Settings(attention="fine", model="no-such-model")
-    roots, notes = diagnose_run(
+    causes, notes = diagnose_run(
         run_of(("relevance", "failed", 1, Finding("relevance", "off", "case"))), settings
     )
-    assert [each.property for each in roots] == ["relevance"]
+    assert [one.property for one in causes] == ["relevance"]
     assert len(notes) == 1 and "no-such-model" in notes[0]
 
 
@@ -224,9 +224,9 @@ def test_settings_are_read_from_the_texts_of_options():
     assert [image.name for image in chosen.images] == ["one.png", "two.png"] and chosen.max_slowdown == 1.5
     assert (chosen.dtype, chosen.dtypes) == ("float32", ("float32",))
     both = read_settings({"dtype": ["bfloat16", "float32", "bfloat16"]})
-    assert [each.dtype for each in both] == ["bfloat16", "float32"]
-    assert {each.dtypes for each in both} == {("bfloat16", "float32")}
-    assert [each.dtype for each in read_settings({"dtype": ["all"]})] == list(DTYPES)
+    assert [one.dtype for one in both] == ["bfloat16", "float32"]
+    assert {one.dtypes for one in both} == {("bfloat16", "float32")}
+    assert [one.dtype for one in read_settings({"dtype": ["all"]})] == list(DTYPES)
 
 
 def test_what_a_models_file_may_not_say_is_part_of_the_model(tmp_path):

@@ -130,9 +130,7 @@ def test_a_fork_does_not_reach_the_gpu_and_only_there_it_is_timed():
     assert "github.event.pull_request.head.repo.full_name == github.repository" in job["if"]
     default = re.search(r"'(\[.*\])'", job["runs-on"])
     assert json.loads(default[1]) == ["self-hosted", "linux", "gpu"]
-    timed = [
-        any("--benchmark" in words for words in commands("\n".join(scripts(each)))) for each in (cpu, gpu)
-    ]
+    timed = [any("--benchmark" in words for words in commands("\n".join(scripts(one)))) for one in (cpu, gpu)]
     assert timed == [False, True]
 
 
@@ -140,7 +138,7 @@ def test_a_fork_does_not_reach_the_gpu_and_only_there_it_is_timed():
 def test_what_is_installed_has_all_that_the_suites_need(path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert load(path)["env"]["HEADOFF"] == project["name"]
-    required = {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}
+    required = {re.match(r"[\w-]+", one)[0] for one in project["dependencies"]}
     assert {"pytest", "pytest-benchmark", "syrupy", "jinja2"} <= required
 
 

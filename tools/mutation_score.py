@@ -200,7 +200,7 @@ def summary(rows: list[dict[str, Any]], command: str) -> str:
         ("False alarms", [f"{r['name']}: {r['caught']}" for r in alarms]),
     ):
         if some:
-            lines += ["", f"{title}:", "", *(f"- {each}" for each in some)]
+            lines += ["", f"{title}:", "", *(f"- {one}" for one in some)]
     return "\n".join(lines)
 
 

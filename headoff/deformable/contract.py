@@ -36,7 +36,7 @@ All levels have the same number of points P. A model whose levels differ in it (
 
 Inputs are never modified. A gate is one number for each batch item, query and head, so it can also be applied to the
 context; `conform` does that for a callable without a `head_gate` parameter. With respect to sampling locations the
-context is continuous but has kinks where a point crosses the line between two cells' centres: its gradient there is
+context is continuous but is not smooth where a point crosses the line between two cells' centres: its gradient there is
 that of either side.
 """
 

@@ -33,14 +33,6 @@ class BackboneConfig:
         return 4 * 2 ** (len(self.depths) - 1 - self.dilate_last)
 
 
-RESNETS = {
-    "resnet50": BackboneConfig(),
-    "resnet50-dc5": BackboneConfig(dilate_last=True),
-    "resnet101": BackboneConfig(depths=(3, 4, 23, 3)),
-    "resnet101-dc5": BackboneConfig(depths=(3, 4, 23, 3), dilate_last=True),
-}
-
-
 @dataclass(frozen=True)
 class DetrConfig:
     """Sizes of a DETR (Carion et al., ECCV 2020). The defaults are the published `detr-resnet-50`.

@@ -59,12 +59,6 @@ def edge_maps(image: ExplainedImage, configuration: str, objects: Objects) -> Te
 
 CONTROLS: dict[str, Control] = {"random": random_maps, "box": box_maps, "edges": edge_maps}
 
-SUMMARIES = {
-    "random": "control: random numbers",
-    "box": "control: a Gaussian at the detected box",
-    "edges": "control: edges of the image",
-}
-
 
 def known_methods(detector: Detector | None = None) -> tuple[str, ...]:
     """All relevance methods, or those that suit a detector, and the controls."""

@@ -36,7 +36,6 @@ from headoff.wording import counted
 
 BLUE = "#1B6CA8"
 LINES = {"AP": BLUE, "AP50": "#DDAA33", "AP75": "#009988"}
-UNMATCHED = "#8A8F99"
 MOST_NAMED = 60
 """Most configurations that are named in a chart."""
 MOST_COLUMNS = 12

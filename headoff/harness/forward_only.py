@@ -78,11 +78,11 @@ def is_forward_only(attention: Any) -> bool:
 
 def has_backward(attention: Any, contract: Contract, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a small call of the user's own callable has a backward pass, right or wrong."""
-    from headoff.harness.checks.subject import Subject
+    from headoff.harness.checks.candidate import Candidate
 
-    subject = Subject(attention, contract, dtype, device)
+    candidate = Candidate(attention, contract, dtype, device)
     try:
-        results = subject.call(attention, subject.tensors(subject.case()))
+        results = candidate.call(attention, candidate.tensors(candidate.case()))
         return results["context"].requires_grad
     except Exception:
         return False

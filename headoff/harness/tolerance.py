@@ -36,14 +36,14 @@ def relative_error(difference: Tensor, size: Tensor) -> Tensor:
     0 where the difference is 0, whatever the size; infinite where the size is 0 and the difference is not, and where
     either is NaN or infinite. So what must be zero must be exactly zero, and NaN is never within a tolerance.
     """
-    difference, size = (each.detach().to("cpu", torch.float64) for each in (difference, size))
+    difference, size = (tensor.detach().to("cpu", torch.float64) for tensor in (difference, size))
     error = torch.where(difference == 0, 0.0, difference / size)
     return torch.where(error.isfinite(), error, torch.inf)
 
 
 def peak_error(found: Tensor, expected: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
     """The largest difference over `dims`, relative to the largest expected number there; see `relative_error`."""
-    found, expected = (each.detach().to("cpu", torch.float64) for each in (found, expected))
+    found, expected = (tensor.detach().to("cpu", torch.float64) for tensor in (found, expected))
     return relative_error((found - expected).abs().amax(dims), expected.abs().amax(dims))
 
 

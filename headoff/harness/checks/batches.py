@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headoff.harness.checks.subject import (
+from headoff.harness.checks.candidate import (
+    Candidate,
     Outcome,
-    Subject,
     about,
     attend,
     check,
@@ -27,20 +27,20 @@ LEADING = 3
 
 
 @check("batch-invariance")
-def batch_invariance(subject: Subject) -> Outcome:
+def batch_invariance(candidate: Candidate) -> Outcome:
     """Whether an item alone has the same bits as in a batch: a note, for other block sizes round otherwise."""
     differ: dict[str, float] = {}
-    for fields in subject.arguments:
-        case = subject.case(**{**fields, "batch": BATCH, "heads": 3, "queries": 18})
-        tensors = subject.tensors(case)
-        of_batch = subject.call(subject.attention, tensors)
+    for fields in candidate.arguments:
+        case = candidate.case(**{**fields, "batch": BATCH, "heads": 3, "queries": 18})
+        tensors = candidate.tensors(case)
+        of_batch = candidate.call(candidate.attention, tensors)
         for item in range(BATCH):
             rows = {
                 name: tensor[item : item + 1]
                 for name, tensor in tensors.named().items()
                 if tensor.dim() >= 4 and tensor.shape[0] == BATCH
             }
-            alone = subject.call(subject.attention, replace(tensors, **rows))
+            alone = candidate.call(candidate.attention, replace(tensors, **rows))
             for name, one in alone.items():
                 other = of_batch[name][item : item + 1]
                 if not same(one.detach(), other.detach()):
@@ -55,40 +55,40 @@ def batch_invariance(subject: Subject) -> Outcome:
 
 
 @check("vmap")
-def vmap(subject: Subject) -> Outcome:
+def vmap(candidate: Candidate) -> Outcome:
     """Mapped over a leading dimension of all tensors, with the gradients of each."""
     outcome = Outcome()
-    for fields in subject.arguments:
-        cases = [subject.case(**{**fields, "seed": subject.seed + number}) for number in range(LEADING)]
-        if found := subject.wrong_alone(cases[:1]):
+    for fields in candidate.arguments:
+        cases = [candidate.case(**{**fields, "seed": candidate.seed + number}) for number in range(LEADING)]
+        if found := candidate.wrong_alone(cases[:1]):
             outcome.findings = found
             return outcome
-        calls = [subject.tensors(case) for case in cases]
+        calls = [candidate.tensors(case) for case in cases]
         when = f"under torch.func.vmap over {LEADING} calls"
         try:
-            results = _mapped(subject, calls)
+            results = _mapped(candidate, calls)
         except Exception as error:
             outcome.findings = [raised("vmap", when, error, cases[0])]
             return outcome
         for number, case in enumerate(cases):
             one = {name: result[number] for name, result in results.items()}
-            if found := subject.wrong(case, one):
+            if found := candidate.wrong(case, one):
                 outcome.findings = about("vmap", f"{when}, in number {number}", found)
                 return outcome
     return outcome
 
 
-def _mapped(subject: Subject, calls: list[Any]) -> dict[str, Tensor]:
+def _mapped(candidate: Candidate, calls: list[Any]) -> dict[str, Tensor]:
     names = list(copied(calls[0]))
     stacked = {name: torch.stack([copied(call)[name] for call in calls]) for name in names}
-    differentiable = [] if subject.forward_only else list(calls[0].gradient_names)
+    differentiable = [] if candidate.forward_only else list(calls[0].gradient_names)
     for name in differentiable:
         stacked[name].requires_grad_()
 
     def one(tensors: dict[str, Tensor]) -> Tensor:
-        return attend(subject.attention, calls[0], tensors)
+        return attend(candidate.attention, calls[0], tensors)
 
-    with torch.set_grad_enabled(not subject.forward_only):
+    with torch.set_grad_enabled(not candidate.forward_only):
         context = torch.func.vmap(one)(stacked)
     results = {"context": context.detach()}
     if differentiable:

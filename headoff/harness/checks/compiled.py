@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from headoff.harness.checks.subject import (
+from headoff.harness.checks.candidate import (
+    Candidate,
     NotApplicable,
     Outcome,
-    Subject,
     about,
     attend,
     check,
@@ -60,34 +60,34 @@ def has_compiler() -> bool:
 
 
 @check("compile")
-def compiles(subject: Subject) -> Outcome:
+def compiles(candidate: Candidate) -> Outcome:
     """One graph for each static size, few for all sizes where they are dynamic, and the right numbers."""
-    outcome = Outcome(subject.wrong_alone([subject.case(**fields) for fields in subject.arguments]))
-    for fields in subject.arguments:
-        outcome.findings = outcome.findings or _static(subject, fields)
-    outcome.findings = outcome.findings or _dynamic(subject, outcome)
+    outcome = Outcome(candidate.wrong_alone([candidate.case(**fields) for fields in candidate.arguments]))
+    for fields in candidate.arguments:
+        outcome.findings = outcome.findings or _static(candidate, fields)
+    outcome.findings = outcome.findings or _dynamic(candidate, outcome)
     if not outcome.findings:
-        _by_inductor(subject, outcome)
+        _by_inductor(candidate, outcome)
     return outcome
 
 
-def _compiled_call(subject: Subject, compiled: Any, case: Case, when: str) -> list[Finding]:
-    tensors = subject.tensors(case)
+def _compiled_call(candidate: Candidate, compiled: Any, case: Case, when: str) -> list[Finding]:
+    tensors = candidate.tensors(case)
     try:
-        results = subject.call(compiled, tensors)
+        results = candidate.call(compiled, tensors)
     except Exception as error:
         return [raised("compile", when, error, case)]
-    return about("compile", when, subject.wrong(case, results))
+    return about("compile", when, candidate.wrong(case, results))
 
 
-def _static(subject: Subject, fields: Any) -> list[Finding]:
+def _static(candidate: Candidate, fields: Any) -> list[Finding]:
     when = "compiled by torch.compile(fullgraph=True) for static shapes"
     graphs = CountedGraphs()
     with _fresh_compiler():
-        compiled = torch.compile(subject.attention, fullgraph=True, dynamic=False, backend=graphs)
+        compiled = torch.compile(candidate.attention, fullgraph=True, dynamic=False, backend=graphs)
         for repeat in range(3):
-            case = subject.case(**{**fields, "seed": subject.seed + repeat})
-            if found := _compiled_call(subject, compiled, case, when):
+            case = candidate.case(**{**fields, "seed": candidate.seed + repeat})
+            if found := _compiled_call(candidate, compiled, case, when):
                 return found
             if graphs.graphs > 1:
                 message = f"{when}, it is compiled again for other numbers of the same sizes"
@@ -95,19 +95,17 @@ def _static(subject: Subject, fields: Any) -> list[Finding]:
     return []
 
 
-def _dynamic(subject: Subject, outcome: Outcome) -> list[Finding]:
+def _dynamic(candidate: Candidate, outcome: Outcome) -> list[Finding]:
     when = "compiled by torch.compile(fullgraph=True, dynamic=True)"
     graphs = CountedGraphs()
     with _fresh_compiler():
-        compiled = torch.compile(subject.attention, fullgraph=True, dynamic=True, backend=graphs)
-        for sizes in subject.sizes:
-            case = subject.case(**sizes)
-            if found := _compiled_call(subject, compiled, case, when):
+        compiled = torch.compile(candidate.attention, fullgraph=True, dynamic=True, backend=graphs)
+        for sizes in candidate.sizes:
+            case = candidate.case(**sizes)
+            if found := _compiled_call(candidate, compiled, case, when):
                 return found
             if graphs.graphs > GRAPHS:
-                message = (
-                    f"{when}, it is compiled {graphs.graphs} times for {subject.sizes.index(sizes) + 1} sizes"
-                )
+                message = f"{when}, it is compiled {graphs.graphs} times for {candidate.sizes.index(sizes) + 1} sizes"
                 return [
                     Finding(
                         "compile",
@@ -118,29 +116,29 @@ def _dynamic(subject: Subject, outcome: Outcome) -> list[Finding]:
                     )
                 ]
     graphs_made = counted(graphs.graphs, "graph")
-    outcome.remarks.append(f"compile: {graphs_made} for {len(subject.sizes)} sizes with dynamic shapes")
+    outcome.remarks.append(f"compile: {graphs_made} for {len(candidate.sizes)} sizes with dynamic shapes")
     return []
 
 
-def _by_inductor(subject: Subject, outcome: Outcome) -> None:
+def _by_inductor(candidate: Candidate, outcome: Outcome) -> None:
     """The numbers of the kernels that are made where nobody chooses a backend; one case, because it takes seconds."""
-    if subject.device.type == "cpu" and not has_compiler():
+    if candidate.device.type == "cpu" and not has_compiler():
         outcome.remarks.append(
             "compile: by the backend aot_eager alone, for Inductor finds no C++ compiler here"
         )
         return
-    case = subject.case()
+    case = candidate.case()
     when = "compiled by torch.compile(fullgraph=True) with Inductor"
     with _fresh_compiler():
-        compiled = torch.compile(subject.attention, fullgraph=True, backend="inductor")
+        compiled = torch.compile(candidate.attention, fullgraph=True, backend="inductor")
         try:
-            results = subject.call(compiled, subject.tensors(case))
+            results = candidate.call(compiled, candidate.tensors(case))
         except Exception as error:
             # By aot_eager the same graph compiles: what is missing are Inductor's tools, or it has an error.
             first = str(error).splitlines()[:1] or [type(error).__name__]
             outcome.remarks.append(f"compile: Inductor failed and was left out ({first[0][:200]})")
             return
-        outcome.findings = about("compile", when, subject.wrong(case, results))
+        outcome.findings = about("compile", when, candidate.wrong(case, results))
     outcome.remarks.append(
         "compile: graphs are counted with aot_eager, and Inductor's numbers compared in one case"
     )
@@ -158,15 +156,15 @@ class _Module(torch.nn.Module):
 
 
 @check("export")
-def exports(subject: Subject) -> Outcome:
+def exports(candidate: Candidate) -> Outcome:
     """The exported program gives the right context, at the sizes it was made with and at others."""
     outcome = Outcome()
-    for fields in subject.arguments:
-        cases = [subject.case(**{**fields, **sizes}) for sizes in ({}, *subject.sizes[-2:])]
-        outcome.findings = outcome.findings or subject.wrong_alone(cases[:1])
+    for fields in candidate.arguments:
+        cases = [candidate.case(**{**fields, **sizes}) for sizes in ({}, *candidate.sizes[-2:])]
+        outcome.findings = outcome.findings or candidate.wrong_alone(cases[:1])
         for dynamic in (False, True):
             outcome.findings = outcome.findings or _exported(
-                subject, cases if dynamic else cases[:1], dynamic
+                candidate, cases if dynamic else cases[:1], dynamic
             )
     if not outcome.findings:
         outcome.remarks.append(
@@ -175,11 +173,11 @@ def exports(subject: Subject) -> Outcome:
     return outcome
 
 
-def _exported(subject: Subject, cases: list[Case], dynamic: bool) -> list[Finding]:
+def _exported(candidate: Candidate, cases: list[Case], dynamic: bool) -> list[Finding]:
     when = f"exported by torch.export.export with {'dynamic' if dynamic else 'static'} shapes"
-    first = copied(subject.tensors(cases[0]))
-    shapes = _dynamic_dimensions(subject, cases) if dynamic else None
-    module = _Module(subject.attention, subject.tensors(cases[0]))
+    first = copied(candidate.tensors(cases[0]))
+    shapes = _dynamic_dimensions(candidate, cases) if dynamic else None
+    module = _Module(candidate.attention, candidate.tensors(cases[0]))
     with _fresh_compiler(), torch.no_grad():
         try:
             program = torch.export.export(module, (first,), dynamic_shapes=shapes, strict=False).module()
@@ -187,19 +185,19 @@ def _exported(subject: Subject, cases: list[Case], dynamic: bool) -> list[Findin
             return [raised("export", when, error, cases[0])]
         for number, case in enumerate(cases):
             # Numbers that the program was not made with.
-            case = replace(case, seed=subject.seed + number + 1)
+            case = replace(case, seed=candidate.seed + number + 1)
             try:
-                context = program(copied(subject.tensors(case)))
+                context = program(copied(candidate.tensors(case)))
             except Exception as error:
                 return [raised("export", when, error, case)]
-            if found := subject.wrong(case, {"context": context}):
+            if found := candidate.wrong(case, {"context": context}):
                 return about("export", when, found)
     return []
 
 
-def _dynamic_dimensions(subject: Subject, cases: list[Case]) -> Any:
+def _dynamic_dimensions(candidate: Candidate, cases: list[Case]) -> Any:
     """The dimensions in which the tensors of the cases differ: those of batch and sequences."""
-    calls = [copied(subject.tensors(case)) for case in cases]
+    calls = [copied(candidate.tensors(case)) for case in cases]
     dimensions = {}
     for name, tensor in calls[0].items():
         others = [other[name] for other in calls[1:]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from headoff.harness.checks.subject import NotApplicable, Outcome, Subject, check, raised
+from headoff.harness.checks.candidate import Candidate, NotApplicable, Outcome, check, raised
 from headoff.harness.contracts import DEFORMABLE
 from headoff.harness.finding import Finding
 from headoff.harness.operator.call import Results
@@ -32,25 +32,27 @@ SWITCH = 1e-5
 """Seconds after which Python lets the other thread run."""
 
 
-def _cases(subject: Subject) -> Iterator[list[Case]]:
+def _cases(candidate: Candidate) -> Iterator[list[Case]]:
     """Two cases that differ in their numbers alone: what is kept by size is shared then.
 
     Large enough to overlap, small enough for many calls.
     """
-    for fields in subject.arguments:
+    for fields in candidate.arguments:
         large = (
-            {"batch": 2, "queries": 40} if subject.contract is DEFORMABLE else {"batch": 4, "queries": 150}
+            {"batch": 2, "queries": 40} if candidate.contract is DEFORMABLE else {"batch": 4, "queries": 150}
         )
-        yield [subject.case(**fields, **large, heads=8, seed=subject.seed + number) for number in range(2)]
+        yield [
+            candidate.case(**fields, **large, heads=8, seed=candidate.seed + number) for number in range(2)
+        ]
 
 
 @check("threads")
-def threads(subject: Subject) -> Outcome:
+def threads(candidate: Candidate) -> Outcome:
     """Two threads that call at once get the bits that each of them gets alone."""
     outcome = Outcome()
     rounds = 0
-    for cases in _cases(subject):
-        calls = [_caller(subject, case) for case in cases]
+    for cases in _cases(candidate):
+        calls = [_caller(candidate, case) for case in cases]
         # In threads as well, one after the other: a thread may have its own number of OpenMP's threads.
         alone = [_in_threads([call])[0] for call in calls]
         again = [_in_threads([call])[0] for call in calls]
@@ -76,9 +78,9 @@ def threads(subject: Subject) -> Outcome:
     return outcome
 
 
-def _caller(subject: Subject, case: Case) -> Callable[[], Results]:
-    tensors = subject.tensors(case)
-    return lambda: {name: one.detach() for name, one in subject.call(subject.attention, tensors).items()}
+def _caller(candidate: Candidate, case: Case) -> Callable[[], Results]:
+    tensors = candidate.tensors(case)
+    return lambda: {name: one.detach() for name, one in candidate.call(candidate.attention, tensors).items()}
 
 
 def _steady(alone: list[Results], again: list[Results]) -> list[str]:
@@ -154,14 +156,14 @@ def _frequent_switches() -> Iterator[None]:
 
 
 @check("streams")
-def streams(subject: Subject) -> Outcome:
+def streams(candidate: Candidate) -> Outcome:
     """Calls on two streams that run at once have the bits of single calls."""
-    if subject.device.type != "cuda":
+    if candidate.device.type != "cuda":
         raise NotApplicable("streams are CUDA's: use --device cuda")
-    device = subject.device
+    device = candidate.device
     outcome = Outcome()
-    for cases in _cases(subject):
-        calls = [_caller(subject, case) for case in cases]
+    for cases in _cases(candidate):
+        calls = [_caller(candidate, case) for case in cases]
         alone, again = ([call() for call in calls] for _ in range(2))
         torch.cuda.synchronize(device)
         names = _steady(alone, again)

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from headoff.harness.checks.subject import NotApplicable, Outcome, Subject, about, check, copied, raised
+from headoff.harness.checks.candidate import Candidate, NotApplicable, Outcome, about, check, copied, raised
 from headoff.harness.contracts import DEFORMABLE
 from headoff.harness.finding import Finding
 
@@ -18,13 +18,13 @@ FOUND = 99
 
 
 @check("graph")
-def graph(subject: Subject) -> Outcome:
+def graph(candidate: Candidate) -> Outcome:
     """Captured once and replayed with new numbers in the same tensors, the context is right."""
-    if subject.device.type != "cuda":
+    if candidate.device.type != "cuda":
         raise NotApplicable("graphs are CUDA's: use --device cuda")
-    device, when = subject.device, "captured in a CUDA graph and replayed with new inputs"
-    for fields in subject.arguments:
-        tensors = subject.tensors(subject.case(**fields))
+    device, when = candidate.device, "captured in a CUDA graph and replayed with new inputs"
+    for fields in candidate.arguments:
+        tensors = candidate.tensors(candidate.case(**fields))
         captured = torch.cuda.CUDAGraph()
         try:
             with torch.no_grad():
@@ -32,55 +32,55 @@ def graph(subject: Subject) -> Outcome:
                 stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):  # what is set up once is set up here
                     for _ in range(3):
-                        tensors.attend(subject.attention, tensors.inputs)
+                        tensors.attend(candidate.attention, tensors.inputs)
                 torch.cuda.current_stream(device).wait_stream(stream)
                 with torch.cuda.graph(captured):
-                    context = tensors.attend(subject.attention, tensors.inputs)
+                    context = tensors.attend(candidate.attention, tensors.inputs)
         except Exception as error:
             return Outcome([raised("graph", when, error)])
         for number in range(1, 4):
-            case = subject.case(**{**fields, "seed": subject.seed + number})
-            for name, tensor in copied(subject.tensors(case)).items():
+            case = candidate.case(**{**fields, "seed": candidate.seed + number})
+            for name, tensor in copied(candidate.tensors(case)).items():
                 getattr(tensors, name).copy_(tensor)
             captured.replay()
             torch.cuda.synchronize(device)
-            if found := subject.wrong(case, {"context": context.clone()}):
+            if found := candidate.wrong(case, {"context": context.clone()}):
                 return Outcome(about("graph", when, found))
     return Outcome()
 
 
 PROGRAM = """
 import sys, torch
-from headoff.harness.checks.subject import Subject
+from headoff.harness.checks.candidate import Candidate
 from headoff.harness.contracts import contract_named
 sys.path[:0] = {path!r}
 contract = contract_named({contract!r})
-subject = Subject(contract.resolve({spec!r}), contract, {dtype}, torch.device({device!r}), {seed}, {forward_only})
-for fields in subject.arguments:
-    for sizes in subject.sizes:
-        subject.call(subject.attention, subject.tensors(subject.case(**{{**fields, **sizes}})))
+candidate = Candidate(contract.resolve({spec!r}), contract, {dtype}, torch.device({device!r}), {seed}, {forward_only})
+for fields in candidate.arguments:
+    for sizes in candidate.sizes:
+        candidate.call(candidate.attention, candidate.tensors(candidate.case(**{{**fields, **sizes}})))
 torch.cuda.synchronize()
 """
 
 
 @check("sanitizer")
-def sanitizer(subject: Subject) -> Outcome:
+def sanitizer(candidate: Candidate) -> Outcome:
     """compute-sanitizer's memcheck of calls of all sizes, in a process of its own."""
-    if subject.device.type != "cuda":
+    if candidate.device.type != "cuda":
         raise NotApplicable("compute-sanitizer is for CUDA: use --device cuda")
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise NotApplicable("compute-sanitizer is not installed")
-    if not subject.spec:
+    if not candidate.spec:
         raise NotApplicable("it has no name to import it by")
     program = PROGRAM.format(
         path=sys.path,
-        contract="deformable" if subject.contract is DEFORMABLE else "dense",
-        spec=subject.spec,
-        dtype=subject.dtype,
-        device=str(subject.device),
-        seed=subject.seed,
-        forward_only=subject.forward_only,
+        contract="deformable" if candidate.contract is DEFORMABLE else "dense",
+        spec=candidate.spec,
+        dtype=candidate.dtype,
+        device=str(candidate.device),
+        seed=candidate.seed,
+        forward_only=candidate.forward_only,
     )
     command = [tool, "--tool", "memcheck", "--error-exitcode", str(FOUND), sys.executable, "-c", program]
     try:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from headoff.harness.checks.subject import NotApplicable, Outcome, Subject, check
+from headoff.harness.checks.candidate import Candidate, NotApplicable, Outcome, check
 from headoff.harness.finding import Finding
 
 OWN = ("aten", "prims", "prim", "inductor", "higher_order", "_c10d_functional", "profiler", "torchvision")
@@ -82,14 +82,14 @@ def _copy(call: Call, *, differentiable: bool) -> Call:
 
 
 @check("opcheck")
-def operators(subject: Subject) -> Outcome:
+def operators(candidate: Candidate) -> Outcome:
     """Schema, fake implementation and autograd registration of each custom operator, with what it was called with."""
     calls: dict[Any, Call] = {}
     differentiated: dict[str, Call] = {}
-    for fields in subject.arguments:
-        tensors = subject.tensors(subject.case(**fields))
+    for fields in candidate.arguments:
+        tensors = candidate.tensors(candidate.case(**fields))
         with _Differentiated() as recorded, _Seen() as seen:
-            subject.call(subject.attention, tensors)
+            candidate.call(candidate.attention, tensors)
         calls = {**seen.calls, **calls}
         differentiated = {**recorded.calls, **differentiated}
     if not calls:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from headoff.harness.checks.subject import (
+from headoff.harness.checks.candidate import (
+    Candidate,
     NotApplicable,
     Outcome,
-    Subject,
     about,
     check,
     raised,
@@ -23,7 +23,7 @@ LOW = torch.bfloat16
 
 
 @check("autocast")
-def autocast(subject: Subject) -> Outcome:
+def autocast(candidate: Candidate) -> Outcome:
     """Float32 inputs under autocast to bfloat16: as right as the same numbers in bfloat16 without autocast are.
 
     The context may be of bfloat16 or of float32; gradients are of float32, like the inputs. An attention that computes
@@ -31,18 +31,18 @@ def autocast(subject: Subject) -> Outcome:
     so that both calls have one truth.
     """
     outcome = Outcome()
-    for fields in subject.arguments:
-        case = subject.case(**{**fields, "dtype": LOW})
+    for fields in candidate.arguments:
+        case = candidate.case(**{**fields, "dtype": LOW})
         single = {
             name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in subject.tensors(case).named().items()
+            for name, tensor in candidate.tensors(case).named().items()
         }
-        tensors = replace(subject.tensors(case), **single)
-        when = f"under torch.autocast({subject.device.type!r}, torch.bfloat16) with inputs in float32"
+        tensors = replace(candidate.tensors(case), **single)
+        when = f"under torch.autocast({candidate.device.type!r}, torch.bfloat16) with inputs in float32"
         try:
-            results = _results(subject, tensors)
+            results = _results(candidate, tensors)
         except Exception as error:
-            if _is_raised(subject, case):
+            if _is_raised(candidate, case):
                 raise NotApplicable("it does not take bfloat16, with autocast or without") from error
             outcome.findings = [raised("autocast", when, error, case)]
             return outcome
@@ -55,7 +55,7 @@ def autocast(subject: Subject) -> Outcome:
             if name != "context" and gradient.dtype != torch.float32:
                 outcome.findings = [_finding(f"{when}, the gradient {name} is of {gradient.dtype}", case)]
                 return outcome
-        found = subject.wrong(case, {**results, "context": context.to(LOW)})
+        found = candidate.wrong(case, {**results, "context": context.to(LOW)})
         outcome.findings = about("autocast", when, found)
         if outcome.findings:
             return outcome
@@ -67,21 +67,21 @@ def _finding(message: str, case: Case) -> Finding:
     return Finding("autocast", message, str(case))
 
 
-def _is_raised(subject: Subject, case: Case) -> bool:
+def _is_raised(candidate: Candidate, case: Case) -> bool:
     """Whether it raises on inputs in bfloat16 without autocast as well."""
     try:
-        subject.call(subject.attention, subject.tensors(case))
+        candidate.call(candidate.attention, candidate.tensors(case))
     except Exception:
         return True
     return False
 
 
-def _results(subject: Subject, tensors: Any) -> dict[str, torch.Tensor]:
-    if subject.forward_only:
-        with torch.autocast(subject.device.type, LOW), torch.no_grad():
-            return {"context": tensors.attend(subject.attention, tensors.inputs)}
+def _results(candidate: Candidate, tensors: Any) -> dict[str, torch.Tensor]:
+    if candidate.forward_only:
+        with torch.autocast(candidate.device.type, LOW), torch.no_grad():
+            return {"context": tensors.attend(candidate.attention, tensors.inputs)}
     inputs = leaves_of(tensors, "all")
-    with torch.autocast(subject.device.type, LOW):
-        context = tensors.attend(subject.attention, inputs.values())
+    with torch.autocast(candidate.device.type, LOW):
+        context = tensors.attend(candidate.attention, inputs.values())
     plain = replace(tensors, grad_context=tensors.grad_context.to(context.dtype))
     return {"context": context, **gradients(context, inputs, plain)}

@@ -37,7 +37,7 @@ def optional_arguments(trial: Trial, case: Case) -> list[Finding]:
 def inputs_untouched(trial: Trial, case: Case) -> list[Finding]:
     """Neither forward nor backward writes into an input or the memory around it, not even to restore it."""
     found = operator_findings(trial.attention, case, trial.device)
-    return [each for each in found if each.property == "in-place"]
+    return [one for one in found if one.property == "in-place"]
 
 
 @side_effect(

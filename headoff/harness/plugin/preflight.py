@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,41 +27,37 @@ SHAPES = {"encoder_self": (144, 144), "decoder_self": (100, 100), "decoder_cross
 """Queries and keys of the first calls, by site: those of the bundled model."""
 
 
+class FirstCall(NamedTuple):
+    """An attention as it is asked for, and what it is called with; of types that JSON knows."""
+
+    attention: str
+    device: str
+    dtype: str
+    contract: str = "dense"
+    forward_only: bool = False
+
+
 def preflight_all(several: Iterable[Settings]) -> None:
     """`preflight` of the attention of these settings, which differ in their dtype. Raises AttentionError."""
-    for settings in several:
-        preflight(
-            settings.attention,
-            settings.device,
-            settings.dtype,
-            settings.timeout,
-            settings.contract,
-            settings.forward_only,
-        )
+    for one in several:
+        asked = FirstCall(one.attention, one.device, one.dtype, one.contract, one.forward_only)
+        preflight(asked, one.timeout)
 
 
 @functools.cache
-def preflight(
-    attention: str,
-    device: str,
-    dtype: str,
-    limit: float,
-    contract: str = "dense",
-    forward_only: bool = False,
-) -> None:
+def preflight(asked: FirstCall, limit: float) -> None:
     """Raise AttentionError, one sentence, where the attention cannot be tested at all.
 
     Args:
         limit: seconds that its import may take, and its first calls.
-        forward_only: whether it needs no backward pass.
     """
-    if attention in contract_named(contract).registered() or is_watched():
-        try_patch(attention, device, dtype, contract, forward_only)  # headoff's own do no harm
+    if asked.attention in contract_named(asked.contract).registered() or is_watched():
+        try_patch(asked)  # headoff's own do no harm
         return
     errors: list[str] = []
     ended = run_in_process(
         f"{__name__}:answer",
-        [attention, device, dtype, contract, forward_only],
+        list(asked),
         lambda event: errors.append(event["error"]),
         limit=limit,
         quiet=True,
@@ -69,19 +65,20 @@ def preflight(
     if ended.interrupted:
         raise KeyboardInterrupt
     if errors or ended.code or ended.running:
-        raise AttentionError(errors[0] if errors else f"{attention} {ended.how}")
+        raise AttentionError(errors[0] if errors else f"{asked.attention} {ended.how}")
 
 
-def try_patch(spec: str, device: str, dtype: str, contract: str, forward_only: bool) -> None:
+def try_patch(asked: FirstCall) -> None:
     """Import an attention and call it. Raises AttentionError, one sentence."""
-    deformable = contract == DEFORMABLE.name
+    deformable = asked.contract == DEFORMABLE.name
     with limited("its import"):
-        attention = contract_named(contract).resolve(spec)
+        attention = contract_named(asked.contract).resolve(asked.attention)
     if not deformable and takes_locations(attention):
-        raise AttentionError(f"{spec} takes sampling_locations: add --contract deformable")
+        raise AttentionError(f"{asked.attention} takes sampling_locations: add --contract deformable")
     try_it: Any = first_deformable_calls if deformable else first_calls
     with limited("its first calls"):
-        try_it(attention, spec, torch.device(device), torch_dtype(dtype), forward_only)
+        dtype = torch_dtype(asked.dtype)
+        try_it(attention, asked.attention, torch.device(asked.device), dtype, asked.forward_only)
 
 
 def takes_locations(attention: Attention) -> bool:
@@ -94,7 +91,7 @@ def takes_locations(attention: Attention) -> bool:
 def answer(arguments: list[Any]) -> int:
     """What the other process does."""
     try:
-        try_patch(*arguments)
+        try_patch(FirstCall(*arguments))
     except HeadoffError as error:
         emit({"error": str(error)})
         return 1

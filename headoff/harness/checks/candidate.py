@@ -35,7 +35,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """The user's own callable (never a counted one: a compiler sees what it gets), and where it is tried.
 
     Attributes:
@@ -106,7 +106,7 @@ class Subject:
         return []
 
 
-Check = Callable[[Subject], Outcome]
+Check = Callable[[Candidate], Outcome]
 
 CHECKS: dict[str, Check] = {}
 """The checks by their name, as `headoff.harness.checks.names` has them."""
