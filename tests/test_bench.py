@@ -25,21 +25,15 @@ from headoff.attention import eager, sdpa
 from headoff.bench import runner as running
 from headoff.bench import suites
 from headoff.bench.attentions import ATTENTIONS, EAGER, FLEX, OWN, SDPA_BACKENDS, TRITON, skipping_attention
+from headoff.bench.calls import AttentionShape, AttentionWorkload, site_shape
 from headoff.bench.cases import Case, Provider
+from headoff.bench.model_workloads import DecoderWorkload, RelevanceWorkload, SweepWorkload
 from headoff.bench.models import SIZES, BenchmarkModel, benchmark_model, with_attention
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs, outputs_and_masks, truth_of
 from headoff.bench.report import TITLES, Measurement, Report
 from headoff.bench.runner import Plan, Runner
 from headoff.bench.suites import check_of, gates_of
-from headoff.bench.workloads import (
-    AttentionShape,
-    AttentionWorkload,
-    DecoderWorkload,
-    RelevanceWorkload,
-    SweepWorkload,
-    site_shape,
-)
 from headoff.cli import bench as command
 from headoff.detr import Detr, DetrConfig
 from headoff.detr.config import BackboneConfig

@@ -20,8 +20,8 @@ import torch
 import headoff
 from headoff.attention import eager, sdpa
 from headoff.bench import pytest_runner as benchmarks
+from headoff.bench.calls import AttentionShape, AttentionWorkload
 from headoff.bench.pytest_runner import BenchmarkRunner
-from headoff.bench.workloads import AttentionShape, AttentionWorkload
 from headoff.harness.finding import WrongAttention
 from headoff.harness.originals import Originals
 from headoff.harness.plugin.patch import Patch

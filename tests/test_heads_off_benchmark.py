@@ -11,14 +11,9 @@ import pytest
 import torch
 
 import headoff
+from headoff.bench.calls import AttentionWorkload, site_shape
+from headoff.bench.model_workloads import DecoderWorkload, RelevanceWorkload, SweepWorkload
 from headoff.bench.pytest_runner import BenchmarkRunner, model_for
-from headoff.bench.workloads import (
-    AttentionWorkload,
-    DecoderWorkload,
-    RelevanceWorkload,
-    SweepWorkload,
-    site_shape,
-)
 from headoff.gates import SITES
 
 pytest.importorskip(

@@ -47,9 +47,10 @@ from torch import Tensor
 
 from headoff.attention import fused
 from headoff.attention.fused import triton_attention
+from headoff.bench.calls import AttentionShape, AttentionWorkload
 from headoff.bench.outputs import ExpectedOutputs
 from headoff.bench.suites import check_of, spread
-from headoff.bench.workloads import AttentionShape, AttentionWorkload, Direction
+from headoff.bench.workloads import Direction
 from headoff.detector import AttentionAddress
 from headoff.errors import HeadoffError
 from headoff.harness.finding import Property

@@ -11,7 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from headoff.bench.workloads import CallWorkload, Direction, mixed
+from headoff.bench.calls import CallWorkload, mixed
+from headoff.bench.workloads import Direction
 from headoff.deformable import DeformableAttention, Shapes, gather_attention, grid_sample_attention
 from headoff.harness.finding import Property
 

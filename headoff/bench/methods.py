@@ -8,8 +8,8 @@ from typing import Any
 
 from headoff.attention import sdpa
 from headoff.bench.cases import Case, Provider
+from headoff.bench.model_workloads import RelevanceWorkload
 from headoff.bench.models import BenchmarkModel, Size
-from headoff.bench.workloads import RelevanceWorkload
 from headoff.gates import none_off
 from headoff.relevance import Explanation, Method, d_rise, integrated_gradients, method_names
 from headoff.relevance.d_rise import MASKS

@@ -21,24 +21,17 @@ from headoff.bench.attentions import (
     SdpaTimesGate,
     skipping_attention,
 )
+from headoff.bench.calls import AttentionShape, AttentionWorkload, site_shape
 from headoff.bench.cases import Case, Provider
 from headoff.bench.deformable import DeformableShape, DeformableWorkload, shapes_for
 from headoff.bench.faithfulness import faithfulness_cases
 from headoff.bench.importance import importance_cases
 from headoff.bench.methods import methods_cases
+from headoff.bench.model_workloads import DecoderWorkload, RelevanceWorkload, SweepWorkload, relevance_outputs
 from headoff.bench.models import BenchmarkModel, Size, with_attention
 from headoff.bench.notebook import Notebook
 from headoff.bench.outputs import ExpectedOutputs
-from headoff.bench.workloads import (
-    AttentionShape,
-    AttentionWorkload,
-    DecoderWorkload,
-    Direction,
-    RelevanceWorkload,
-    SweepWorkload,
-    relevance_outputs,
-    site_shape,
-)
+from headoff.bench.workloads import Direction
 from headoff.deformable import embedding_bag_attention, gather_attention, grid_sample_attention
 from headoff.detector import DetectorOutput
 from headoff.detr.graphs import DecodeGraphs

@@ -46,7 +46,7 @@ what to switch off:
 how it runs:
   Images are read by processes of their own while the model computes, in batches of like sizes; an image is encoded
   once for all configurations. Detections go to OUT/detections batch by batch. After Ctrl-C, a crash or a full disk the
-  same command goes on from there; another command in the same folder is refused. An image that cannot be read is left
+  same command goes on from there; another command in the same folder is rejected. An image that cannot be read is left
   out and named at the end, unless --strict, and tried again by the next run.
   Machines that share a folder: one command each, with --shard 1/4 to --shard 4/4; afterwards once without --shard.
   On a Ray cluster: --engine ray --address auto. Both engines find the same, bit for bit, on the same kind of device

@@ -22,7 +22,7 @@ examples:
   headoff references photos/ --model detr-resnet-50 --optimal --out photos.safetensors
   headoff sweep street.jpg --model detr-resnet-50 --ablate mean --references photos.safetensors
 
-Take images like those that are judged, and other ones: optimal constants are refused for an image that they were
+Take images like those that are judged, and other ones: optimal constants are rejected for an image that they were
 fitted on, and resample never takes the judged image.
 """
 

@@ -32,7 +32,7 @@ PACKAGES = ("headoff", "pytest_benchmark")
 
 IMPORTED = (
     "headoff.bench.deformable",
-    "headoff.bench.workloads",
+    "headoff.bench.model_workloads",
     "headoff.relevance",
     "headoff.sweeps",
     "pytest_benchmark.fixture",
