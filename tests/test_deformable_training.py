@@ -16,7 +16,8 @@ from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
 import headoff
 from headoff.errors import CheckpointError
-from headoff.scenes import dataset, evaluation
+from headoff.evaluation.scenes import evaluate
+from headoff.scenes import dataset
 from headoff.scenes.dataset import CLASS_NAMES, draw_scene
 from headoff.scenes.deformable_training import DeformableRecipe, DeformableTrainer, rt_detr_config
 from headoff.scenes.losses import Targets
@@ -169,7 +170,7 @@ def test_headoff_loads_and_evaluates_what_is_written(tmp_path, monkeypatch):
     assert detector.class_names == CLASS_NAMES and detector.preprocessing.size == (64, 64)
     drawn = []
     monkeypatch.setattr(dataset, "draw_scene", lambda *scene: drawn.append(scene) or draw_scene(*scene))
-    (precision,) = evaluation.evaluate(detector, count=2, configurations=[headoff.none_off()])
+    (precision,) = evaluate(detector, count=2, configurations=[headoff.none_off()])
     assert 0 <= precision.ap <= precision.ap50 <= 1
     assert set(drawn) == {(0, 64, "held_out"), (1, 64, "held_out")}
 

@@ -23,8 +23,8 @@ LAYERS = (
     {"sweeps"},
     {"totals", "relevance"},
     {"importance"},
-    {"effects", "evaluation"},
-    {"faithfulness", "harness"},
+    {"effects", "faithfulness", "harness"},
+    {"evaluation"},
     {"figures", "bench"},
     {"report"},
     {"live"},
@@ -40,6 +40,8 @@ DEFERRED = {
     ("sweeps", "figures"),
     ("relevance", "figures"),
     ("importance", "figures"),
+    # Average precision of masks that are made of maps.
+    ("faithfulness", "evaluation"),
     # Pictures of what is wrong, and pages of results.
     ("harness", "figures"),
     ("evaluation", "report"),
