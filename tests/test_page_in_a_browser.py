@@ -14,10 +14,12 @@ from dataclasses import replace
 
 import pytest
 from explanation_examples import explanation_of
-from sweep_examples import scene_example
+from matplotlib.figure import Figure
+from sweep_examples import crowd, scene_example
 
 from headoff.figures.palette import STATUS_STYLES
 from headoff.gates import all_subsets
+from headoff.report.charts import Chart, charts_page
 from headoff.report.page import render_page
 
 CHROMIUM = next(
@@ -218,6 +220,33 @@ def test_an_address_shows_the_same_on_a_telephone(page, tmp_path):
         "wide": [],
     }
     assert seen["map"].startswith("attention, head 5 of layer 3")
+
+
+@pytest.mark.parametrize("size", ["400,900", "1400,900"])
+def test_tables_of_many_objects_are_not_cut(size, tmp_path):
+    seen, _ = seen_in(
+        tmp_path,
+        render_page(*crowd(40, (60, 80)), {}),
+        """
+        const edge = (element) => element.getBoundingClientRect().right;
+        seen.tables = all("table.outcomes").length;
+        seen.outside = all("table.outcomes :is(th, td)")
+          .filter((cell) => edge(cell) > edge(cell.closest("table")) + 1).length;
+        seen.cut = all("table.outcomes thead .number").filter((cell) => cell.scrollWidth > cell.clientWidth + 1)
+          .map((cell) => cell.textContent);
+        """,
+        size=size,
+    )
+    assert seen == {"tables": 2, "outside": 0, "cut": []}
+
+
+def test_charts_are_whole_on_a_wide_screen(tmp_path):
+    figure = Figure(figsize=(12.3, 3))
+    figure.add_subplot()
+    page = charts_page("Title", "Verdict.", [], [Chart("a", "A chart", figure)], provenance={}, files=[])
+    script = "seen.cut = all('.scroll').filter((room) => room.scrollWidth > room.clientWidth + 1).length;"
+    seen, _ = seen_in(tmp_path, page, script)
+    assert seen == {"cut": 0}
 
 
 def test_a_switch_for_each_head_shows_every_subset_and_says_what_is_next(tmp_path):

@@ -392,7 +392,7 @@ def test_the_page_has_the_charts_of_its_sweep(configurations):
     image, result = crowd(3, (30, 40), configurations=configurations)
     html = render_page(image, result, {})
     read(html)
-    assert html.count("<svg") == (3 if len(configurations) == 48 else 2)
+    assert html.count("<svg") == (4 if len(configurations) == 48 else 2)
     assert survival_chart(result).caption in html.replace("&#39;", "'")
 
 

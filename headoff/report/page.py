@@ -248,10 +248,10 @@ def _charts(result: SweepResult) -> list[dict[str, str]]:
         narrow = Figure(figsize=(NARROW_WIDTH, height), layout="constrained").add_subplot()
         charts[0]["narrow"] = inline_svg(plot_survival(result, narrow), "survival-narrow")
     if shows_objects_apart(result):
-        by_object = [head_changes_by_object(result, width).axes[0] for width in (None, NARROW_WIDTH)]
-        names = "survival-by-object", "survival-by-object-narrow"
-        wide, narrow = (inline_svg(ax, name) for ax, name in zip(by_object, names, strict=True))
-        charts.append({"wide": wide, "narrow": narrow} if height is not None else {"wide": wide})
+        charts.append({"wide": inline_svg(head_changes_by_object(result).axes[0], "survival-by-object")})
+        if height is not None:
+            narrow = head_changes_by_object(result, NARROW_WIDTH).axes[0]
+            charts[1]["narrow"] = inline_svg(narrow, "survival-by-object-narrow")
     return charts
 
 
