@@ -201,7 +201,7 @@ def test_the_root_is_found_and_its_place_in_the_model(attention_named):
     assert all(one.property in PROPERTIES for one in causes)
 
 
-def test_conduct_is_a_root_before_numbers(attention_named):
+def test_side_effects_come_before_numbers(attention_named):
     attention_named("fine", eager)
     state = Finding("state", "kept the first mask", "fresh-masks")
     causes, _ = diagnose_run(run_of(("operator", "failed", 1, state)), Settings(attention="fine"))

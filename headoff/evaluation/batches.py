@@ -13,9 +13,9 @@ from headoff.images import Preprocessing
 def make_batches(sizes: np.ndarray, preprocessing: Preprocessing, batch: int) -> tuple[tuple[int, ...], ...]:
     """Batches of images whose sizes after resizing are alike, so that little is padded.
 
-    They depend on the arguments only: padding changes the detections of an image by rounding, so that an image has the
-    same detections in every run if it is always in the same company. The order is random, so that the first batches
-    stand for all of them: in their time, and in what they find.
+    They depend on the arguments only. Padding changes the detections of an image by rounding, so an image has the same
+    detections in every run only if it is always in a batch with the same images. The order is random: the first batches
+    are a fair sample of all, for estimates of the time and for first results.
 
     Args:
         sizes: (n, 2), (height, width) of the images.

@@ -89,7 +89,7 @@ def bind(
         about: the run's `identity`.
         truth: is written as well.
         names: of the configurations.
-        provenance: what reports say of the run, of which nothing depends.
+        provenance: what reports say of the run; nothing depends on it.
 
     Raises:
         SettingError: the folder has results of another run; the message says what differs.

@@ -99,7 +99,7 @@ class TokenPerturber(Perturber):
     """Image tokens are taken away after the backbone, so that only encoder and decoder run.
 
     Args:
-        fill: what is in their place. `removed`: nothing; nobody attends to them, and the others keep their positions.
+        fill: what is in their place. `removed`: nothing; no query attends to them, and the others keep their positions.
             `zero`: zeros; `mean`: the mean of the image's tokens; both with the position that the token had. Of a
             detector of transformers it is cells of the backbone's maps on all levels that are filled.
 

@@ -1,4 +1,4 @@
-"""What `headoff.faithfulness` found: numbers for each object, image and method, and what they come to."""
+"""What `headoff.faithfulness` found: numbers for each object, image and method, and their means with intervals."""
 
 from __future__ import annotations
 
