@@ -23,11 +23,10 @@ def test_logits_and_boxes_are_those_of_transformers(kind, dtype, tolerance, padd
     torch.testing.assert_close(ours.boxes[0], theirs.pred_boxes, rtol=0, atol=tolerance)
 
 
-def test_padding_counts_in_the_first_model_of_a_process():
+@pytest.mark.parametrize("kind", [pytest.param("dab-detr", marks=pytest.mark.slow), "table-transformer"])
+def test_padding_counts_in_the_first_model_of_a_process(kind):
     """What headoff registers with transformers is registered for all kinds, not only by those that call it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
-    for kind in ("dab-detr", "table-transformer"):
-        done = subprocess.run(
-            [*command, "-k", f"padded-{kind} and float32 and not unpadded"], capture_output=True
-        )
-        assert done.returncode == 0 and b"1 passed" in done.stdout, done.stdout.decode()
+    chosen = ["-k", f"padded-{kind} and float32 and not unpadded"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__, *chosen]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0 and b"1 passed" in done.stdout, done.stdout.decode()
