@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 import torch
-from deformable_mutants import RIGHT, WRONG
+from deformable_mutants import RIGHT, WRONG, changed
 
 from headoff.bench.deformable import DeformableShape, DeformableWorkload
 from headoff.bench.outputs import ExpectedOutputs
 from headoff.deformable import conform, grid_sample_attention
 from headoff.harness.deformable import (
     SIDE_EFFECTS,
+    DeformableCase,
     case_named,
     deformable_cases,
     diagnose,
@@ -21,6 +22,7 @@ from headoff.harness.deformable import (
 )
 from headoff.harness.deformable.known_faults import Steps, context_by, exact_with_gate
 from headoff.harness.deformable.mutations import SELF_TESTS, undetected
+from headoff.harness.deformable.reads import ELSEWHERE, MIXED, SUM, faulty_part
 from headoff.harness.operator import operator_findings
 from headoff.harness.operator.call import tensors_of
 from headoff.harness.operator.compare import comparisons
@@ -62,6 +64,34 @@ def test_the_oracles_steps_are_right_where_none_is_replaced():
     for case in reduced_cases(torch.float64):
         context = context_by(Steps(), exact_with_gate(tensors_of(case)))
         assert comparisons({"context": context}, case, CPU)[0].is_right
+
+
+def _level_1_moved(locations):
+    return locations + 0.1 * (torch.arange(locations.shape[3]) == 1)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weights": lambda weights: weights.roll(2, -1)}, MIXED),
+        ({"weights": lambda weights: weights / weights.square().sum((-2, -1), keepdim=True)}, SUM),
+        ({"locations": lambda locations: locations * 0.7}, ELSEWHERE),
+        ({"locations": _level_1_moved}, ("levels", "the points of level 1 of 3 alone are read wrongly")),
+        ({"weights": lambda weights: weights * torch.tensor([1, 0, 0])[:, None]},
+         ("levels", "nothing is read at the points of level 1 and 2 of 3")),
+    ],
+)  # fmt: skip
+def test_which_part_is_wrong_is_measured(changes, said):
+    attention = changed(**changes)
+    tensors = tensors_of(DeformableCase(name="small", queries=6, heads=2, inputs="inside"))
+
+    def context_of(tensors):
+        context = attention(
+            tensors.value, tensors.spatial_shapes, tensors.sampling_locations, tensors.attention_weights
+        )
+        return context.double()
+
+    assert faulty_part(context_of, tensors) == said
 
 
 def test_a_call_without_queries_may_be_rejected():

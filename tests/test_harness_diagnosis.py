@@ -16,8 +16,9 @@ from headoff.harness.operator.cases import SHARED
 from headoff.harness.operator.compare import allowed_for, compare
 from headoff.harness.operator.conditions import CONDITIONS
 from headoff.harness.operator.diagnosis import Experiments
-from headoff.harness.operator.known_faults import backward_faults, forward_faults
+from headoff.harness.operator.known_faults import backward_faults, forward_faults, right_weights
 from headoff.harness.operator.reference import truth_of
+from headoff.harness.operator.weights import crossing, effective_weights, faulty_part
 from headoff.harness.plugin.diagnosis import causes_of
 from headoff.harness.settings import Settings
 
@@ -246,6 +247,12 @@ UNNAMED = {
 }
 """Patches whose fault is none that is known, or not to be told from another; and the properties that may be said."""
 
+MEASURED = {
+    diagonal_half_a_percent_more: "in effect, the attention weights of a row add up to 1",
+    values_of_next_key: "in effect, the attention weights are wrong, though those of a row add up to 1",
+}
+"""What is measured of the attention weights of some of them."""
+
 UNSTEADY = {
     "keys of the first call": (KeysOfFirstCall, "state"),
     "gate of the first call": (GateOfFirstCall, "state"),
@@ -279,6 +286,7 @@ def test_an_unknown_fault_is_not_named(attention):
     finding = diagnose(attention, failing_cases(attention), "cpu")
     assert finding.property in UNNAMED[attention]
     assert "reproduced" not in finding.message or " or " in finding.message
+    assert MEASURED.get(attention, "") in finding.message
 
 
 @pytest.mark.parametrize("name", UNSTEADY)
@@ -333,6 +341,26 @@ def test_conditions_are_taken_away():
                     is_right = experiments._is_right_on(changed, case)
                     assert is_right or case.wanted in SHARED, (condition.words, str(case))
     assert len(seen) > len(CONDITIONS) / 2
+
+
+def test_weights_in_effect_are_those_of_an_attention():
+    case = replace(SMALL, gate="none", mask="padding", keys=40)
+    tensors = tensors_of(case)
+
+    def context_of(changed, attention=eager):
+        return attention(changed.query, changed.key, changed.value, changed.mask).double()
+
+    weights = effective_weights(context_of, tensors)
+    torch.testing.assert_close(weights, right_weights(tensors), rtol=1e-4, atol=1e-6)
+    found, true = context_of(tensors), truth_of(case).values["context"]
+    assert faulty_part(weights, tensors, 1.01 * found, true).part == "product"
+    assert faulty_part(1.01 * weights, tensors, 1.01 * found, true).part == "sums"
+    assert faulty_part(2 * weights, tensors, found.square(), true) is None
+    dims = {"batch item": 0, "head": 1, "channel": 3}
+    assert not crossing(context_of, tensors, dims)
+    for what, dim in dims.items():
+        rolled = crossing(lambda changed, dim=dim: context_of(changed).roll(1, dim), tensors, dims)
+        assert rolled == f"values of one {what} reach the context of another"
 
 
 def test_no_failing_cases_no_diagnosis():

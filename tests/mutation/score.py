@@ -119,8 +119,10 @@ def main(arguments: list[str]) -> None:
         "--not-of",
         type=int,
         nargs=2,
+        action="append",
+        default=[],
         metavar=("SEED", "COUNT"),
-        help="none of this draw: the suites have seen it",
+        help="none of this draw: the suites have seen it; can be repeated",
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     parser.add_argument(
@@ -143,7 +145,7 @@ def main(arguments: list[str]) -> None:
     if chosen.right:
         _right(chosen)
         return
-    without = frozenset(mutant.name for mutant in drawn(*chosen.not_of)) if chosen.not_of else frozenset()
+    without = frozenset(mutant.name for seen in chosen.not_of for mutant in drawn(*seen))
     names = [mutant.name for mutant in drawn(chosen.seed, chosen.count, without)]
     known = {row["mutant"]: row for row in rows_in(chosen.results) if "status" in row}
     if chosen.again:

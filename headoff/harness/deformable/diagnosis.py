@@ -16,6 +16,7 @@ import torch
 from headoff.harness.deformable.call import DeformableTensors
 from headoff.harness.deformable.cases import GRADIENTS, DeformableCase, deformable_cases, reduced_cases
 from headoff.harness.deformable.known_faults import BACKWARD, FORWARD, Fault, exact_with_gate
+from headoff.harness.deformable.reads import MOST_POINTS, MOST_TOKENS, faulty_part
 from headoff.harness.finding import Finding, Property
 from headoff.harness.operator.call import Results, call, context_alone, tensors_of
 from headoff.harness.operator.compare import (
@@ -27,11 +28,15 @@ from headoff.harness.operator.compare import (
     describe,
     operator_findings,
 )
-from headoff.harness.operator.diagnosis import Diagnosis
+from headoff.harness.operator.diagnosis import RESIDUAL_OF_ROUNDINGS, Diagnosis
 from headoff.harness.operator.reference import truth_of
+from headoff.harness.operator.weights import crossing
 
 TRIED = 16
 """Failing cases, the smallest first, that a cause must explain."""
+
+AGREEING = 3
+"""Failing cases that must agree in which part of the context is wrong."""
 
 SMALL = 600
 """Weights of the suite's own cases on which an explanation is tried."""
@@ -39,7 +44,7 @@ SMALL = 600
 
 RESIDUAL, RESIDUAL_IN_HALF = 0.01, 0.1
 """A fault is reproduced where the patch is within the tolerance around its answer, or where so little of its error is
-left (root mean squares)."""
+left (root mean squares); of roundings more may be left."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Observation:
             true = self.case.by_head(truth.values[name])
             found = found.detach().cpu().double()
             most = RESIDUAL_IN_HALF if self.case.dtype.itemsize == 2 else RESIDUAL
+            if fault.property == "precision":
+                most = RESIDUAL_OF_ROUNDINGS
             if not _rms(found - expected) <= most * _rms(found - true):
                 return False
         return True
@@ -139,7 +146,9 @@ def diagnose(
     causes = _causes(wrong, failing, right, device)
     if causes:
         conditions = []  # the cause says when it matters
-    kind = causes[0].property if causes else wrong[0]
+    kind, measured = causes[0].property if causes else wrong[0], ""
+    if wrong == ("context",) and not causes and not conditions:
+        kind, measured = _faulty_part(attention, failing, device, grads) or (kind, measured)
     simplest = failing[0]
     worst = max(
         (simplest.comparisons[name] for name in wrong if name in simplest.comparisons),
@@ -155,6 +164,7 @@ def diagnose(
         simplest.case,
         describe(worst, simplest.case),
         not grads,
+        measured,
     )
     error, budget = worst.decisive
     return Finding(
@@ -165,6 +175,41 @@ def diagnose(
         budget=budget,
         head=worst.place[1],
     )
+
+
+def _faulty_part(
+    attention: Any, failing: Sequence[Observation], device: torch.device, grads: bool
+) -> tuple[Property, str] | None:
+    """Whether levels, places or weights are wrong, where the simplest calls without a gate agree."""
+    said: list[tuple[Property, str] | None] = []
+    for each in failing:
+        case = each.case
+        if (
+            case.gate == "none"
+            and case.tokens <= MOST_TOKENS
+            and len(case.shapes) * case.points <= MOST_POINTS
+            and len(said) < AGREEING
+        ):
+
+            def context_of(tensors: DeformableTensors, case: DeformableCase = case) -> torch.Tensor | None:
+                return _context(attention, tensors, case, grads)
+
+            tensors = tensors_of(case, device)
+            crossed = crossing(context_of, tensors, {"batch item": 0, "head": 2, "channel": 3})
+            said.append(("context", crossed) if crossed else faulty_part(context_of, tensors))
+    if len(set(said)) != 1:
+        return None
+    return said[0]
+
+
+def _context(attention: Any, tensors: Any, case: DeformableCase, grads: bool) -> torch.Tensor | None:
+    """On the CPU in float64; None where the patch raises, or gives something of another shape."""
+    try:
+        results = call(attention, tensors, case.wanted) if grads else None
+        context = results["context"] if results else context_alone(attention, tensors)
+    except Exception:
+        return None
+    return None if tuple(context.shape) != case.context_shape else context.detach().cpu().double()
 
 
 def _causes(

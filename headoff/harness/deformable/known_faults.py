@@ -45,6 +45,14 @@ def exact_with_gate(tensors: DeformableTensors) -> DeformableTensors:
     return replace(exact, gate=on.expand(batch, queries, heads, 1))
 
 
+CORNERS = {"upper left": (0, 0), "upper right": (1, 0), "lower left": (0, 1), "lower right": (1, 1)}
+"""Which of the cells around a point is the right one, and which the lower one."""
+
+ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bfloat16": lambda tensor: tensor.bfloat16().double(),
+    "float16": lambda tensor: tensor.half().double(),
+}
+
 # The right attention, in steps that a fault may replace
 
 Step = Callable[..., Tensor]
@@ -70,6 +78,8 @@ class Steps:
     gate: Step = lambda gate: gate
     gated: Step = lambda weights, gate: weights * gate[..., None]
     levels: Callable[[Levels], Levels] = lambda levels: levels
+    shares: Callable[[Tensor, Tensor, int, int], Tensor] = lambda x, y, right, up: x * y
+    """Of a cell, from its linear weights along x and y, and whether it is the right and the lower one."""
     inside: Step = lambda x, y, size: (x >= 0) & (x < size[..., 0]) & (y >= 0) & (y < size[..., 1])
     token: Step = lambda x, y, size: y * size[..., 0] + x
     context: Step = lambda context: context
@@ -87,11 +97,11 @@ def context_by(steps: Steps, tensors: DeformableTensors) -> Tensor:
     fraction = position - cell
     weights = steps.gated(steps.weights(tensors.attention_weights), steps.gate(tensors.gate))
     context: Any = 0.0
-    for right, up in ((0, 0), (1, 0), (0, 1), (1, 1)):
+    for right, up in CORNERS.values():
         x, y = cell[..., 0] + right, cell[..., 1] + up
-        share = (fraction[..., 0] if right else 1 - fraction[..., 0]) * (
-            fraction[..., 1] if up else 1 - fraction[..., 1]
-        )
+        along_x = fraction[..., 0] if right else 1 - fraction[..., 0]
+        along_y = fraction[..., 1] if up else 1 - fraction[..., 1]
+        share = steps.shares(along_x, along_y, right, up)
         if steps.clamped:
             x, y = x.clamp(torch.zeros(()), size[..., 0] - 1), y.clamp(torch.zeros(()), size[..., 1] - 1)
         share = torch.where(steps.inside(x, y, size), share, 0.0)
@@ -149,6 +159,25 @@ FORWARD: tuple[Fault, ...] = (
         "sampling", "locations are taken to be from -1 to 1",
         position=lambda places, size: ((places + 1) * size - 1) / 2,
     ),
+    _forward("sampling", "positions are half a level too far",
+             position=lambda places, size: places * size + size / 2 - 0.5),
+    _forward("sampling", "positions are half as far from the first row and column",
+             position=lambda places, size: places * size / 2 - 0.5),
+    *(
+        _forward("sampling", f"the {corner} cell alone of the four around a point is read",
+                 shares=lambda x, y, right, up, place=place: x * y * ((right, up) == place))
+        for corner, place in CORNERS.items()
+    ),
+    _forward("sampling", "the four cells around a point get each other's shares",
+             shares=lambda x, y, right, up: (1 - x) * (1 - y)),
+    _forward("sampling", "the four cells around a point get each other's shares along x",
+             shares=lambda x, y, right, up: (1 - x) * y),
+    _forward("sampling", "the four cells around a point get each other's shares along y",
+             shares=lambda x, y, right, up: x * (1 - y)),
+    _forward("sampling", "the four cells around a point count alike, with 1 each",
+             shares=lambda x, y, right, up: torch.ones_like(x)),
+    _forward("sampling", "shares along x are left out", shares=lambda x, y, right, up: y),
+    _forward("sampling", "shares along y are left out", shares=lambda x, y, right, up: x),
     _forward("sampling", "the nearest cell is read, without interpolation",
              position=lambda places, size: (places * size - 0.5).round()),
     _forward("sampling", "positions are truncated to cells, not rounded down", cell=torch.trunc),
@@ -177,6 +206,8 @@ FORWARD: tuple[Fault, ...] = (
              token=lambda x, y, size: y * size[..., 1] + x),
     _forward("levels", "the first level alone is used",
              weights=lambda weights: weights * (torch.arange(weights.shape[-2])[:, None] == 0)),
+    _forward("levels", "the last level alone is used", weights=lambda weights:
+             weights * (torch.arange(weights.shape[-2])[:, None] == weights.shape[-2] - 1)),
     _forward("levels", "the last level is left out", weights=lambda weights: _last_zero(weights, -2)),
     _forward("weights", "the attention weights are ignored", weights=torch.ones_like),
     _forward("weights", "points are averaged, whatever their weights",
@@ -211,6 +242,12 @@ FORWARD: tuple[Fault, ...] = (
     _forward("gate", "all from 0.5 counts as 1, the rest as 0", gate=lambda gate: (gate >= 0.5).double()),
     _forward("gate", "it is applied twice", gate=torch.square),
     _forward("gate", "on and off are confused", gate=lambda gate: 1 - gate),
+    *(
+        _forward("precision", f"{what} rounded to {name}", **{step: rounded})
+        for name, rounded in ROUNDINGS.items()
+        for step, what in (("value", "the value is"), ("weights", "attention weights are"),
+                           ("locations", "sampling locations are"), ("context", "the context is"))
+    ),
     _forward("context", "it is zero", context=torch.zeros_like),
     _forward("context", "heads and channels of the value are confused",
              value=lambda value: value.flatten(2).unflatten(2, value.shape[:1:-1]).mT),

@@ -36,6 +36,7 @@ from headoff.harness.operator.compare import (
 from headoff.harness.operator.conditions import CONDITIONS, Condition
 from headoff.harness.operator.known_faults import Fault, backward_faults, fitted_faults, forward_faults
 from headoff.harness.operator.reference import truth_for, truth_of
+from headoff.harness.operator.weights import KEYS, crossing, effective_weights, faulty_part, in_words
 from headoff.harness.torch_settings import watched_settings
 
 SIZES = (64, 100, 200, 600)
@@ -98,7 +99,8 @@ squares, `EXACT`), or `RESIDUAL` of it and no more than `ROUNDINGS` times what r
 are roundings are judged by what is left alone."""
 
 PAIRS = 3
-"""Failing cases that must be right without something before it is said that only with it they fail."""
+"""Failing cases that must be right without something before it is said that only with it they fail; and that must agree
+in which part of the context is wrong."""
 
 REPEATS = 3
 """How often a call is repeated with the same inputs."""
@@ -143,6 +145,7 @@ class Diagnosis:
         case: the simplest that fails.
         details: error, tolerance and place in that case.
         without_gradients: whether it is so only where no gradient is asked for.
+        measured: which part of the context is wrong, where there is no cause.
     """
 
     wrong: Property
@@ -154,6 +157,7 @@ class Diagnosis:
     case: Case
     details: str
     without_gradients: bool = False
+    measured: str = ""
 
     @property
     def message(self) -> str:
@@ -166,6 +170,7 @@ class Diagnosis:
             gradients = "the context is right, " if self.outputs[0] != "context" else ""
             names = NAMES[self.outputs[0]] if len(self.outputs) == 1 else " and ".join(self.outputs)
             text = f"{gradients}{names} {'is' if len(self.outputs) == 1 else 'are'} wrong{only}"
+            text += f": {self.measured}" if self.measured else ""
             text += f" ({self.failing} of {self.tried} cases tried)"
         return (
             f"{WITHOUT_GRADIENTS if self.without_gradients else ''}{text}; {self.details}; case {self.case}"
@@ -356,6 +361,7 @@ class Experiments:
         if causes:
             conditions = only_with
         kind = properties.pop() if len(properties) == 1 else _property(wrong, conditions)
+        measured = self._measured(failing) if kind == "context" and not causes else ""
         shown = next((each for each in failing if each.case == simplest), failing[0])
         worst = max((shown.comparisons[name] for name in wrong if name in shown.comparisons),
                     key=lambda each: each.excess)  # fmt: skip
@@ -369,6 +375,7 @@ class Experiments:
             shown.case,
             describe(worst, shown.case),
             self.without_gradients,
+            measured,
         )
         error, budget = worst.decisive
         return Finding(
@@ -380,6 +387,25 @@ class Experiments:
             site=shown.case.site,
             head=worst.place[1],
         )
+
+    def _measured(self, failing: Sequence[Observation]) -> str:
+        """Which part of the context is wrong, where the simplest calls without a gate agree."""
+        if not any(each.results["context"].isfinite().all() for each in failing):
+            return "it is infinite or NaN"
+        measured, crossed = [], set()
+        plain = [each for each in failing if each.case.gate == "none" and each.case.keys in KEYS]
+        for each in plain[:PAIRS]:
+            case, true = each.case, truth_of(each.case).values["context"]
+            tensors = tensors_of(case, self.device)
+
+            def context_of(tensors: CallTensors, case: OperatorCase = case) -> Tensor | None:
+                return self._call(tensors, case).get("context")
+
+            crossed.add(crossing(context_of, tensors, {"batch item": 0, "head": 1, "channel": 3}))
+            weights = effective_weights(context_of, tensors)
+            if weights is not None:
+                measured.append(faulty_part(weights, each.tensors, each.results["context"], true))
+        return in_words(measured) or (crossed.pop() if len(crossed) == 1 else "")
 
     def _necessary(self, failing: Sequence[Observation]) -> list[Condition]:
         """What all failing cases have, and without which the smallest of them are right."""

@@ -121,6 +121,11 @@ BACKWARD: dict[str, Step] = {
 }
 
 
+def right_weights(tensors: CallTensors) -> Tensor:
+    """The gated attention weights (B, H, Q, S) of a call, float64."""
+    return _run(FORWARD, _start(tensors)).gated
+
+
 # Slips with gate and mask: what is read in their place, in the forward pass or in the backward pass
 
 
@@ -376,6 +381,10 @@ FORWARD_ALONE: dict[Property, dict[str, Steps]] = {
         "it is over the queries": {
             "softmax": lambda s: s.filled.softmax(-2 if s.queries == s.keys else -1).nan_to_num(0.0)},
         "it is over the heads": {"softmax": lambda s: s.filled.softmax(1).nan_to_num(0.0)},
+        "it is over the batch items": {"softmax": lambda s: s.filled.softmax(0).nan_to_num(0.0)},
+        "the weights are multiplied by their sum, not divided by it": {
+            "softmax": lambda s: _exponentials(s) * _total(s)},
+        "there is none: scores are the weights": {"softmax": lambda s: s.filled},
         "no maximum is subtracted, and exponentials overflow": {"softmax": _overflowing},
         "no maximum is subtracted, and NaN is replaced by 0": {
             "softmax": lambda s: _overflowing(s).nan_to_num(0.0, 0.0, 0.0)},
@@ -430,6 +439,8 @@ FORWARD_ALONE: dict[Property, dict[str, Steps]] = {
             lambda s, context: context.transpose(1, 2).reshape(context.shape)),
     },
     "context": {
+        "key and value are swapped": {
+            "scores": lambda s: s.query @ s.value.mT * s.scale, "context": lambda s: s.gated @ s.key},
         "it is zero": _context(lambda s, context: torch.zeros_like(context)),
         "it is the query": {"context": lambda s: s.query},
     },
@@ -485,6 +496,7 @@ def _roundings() -> Iterator[Fault]:
             "query and key are rounded": of_scores,
             "values are rounded": of_values,
             "scores are rounded": {"scores": lambda s, r=r: r(FORWARD["scores"](s))},
+            "scores with the mask are rounded": {"masked": lambda s, r=r: r(s.scores + s.mask)},
             "scores less their maximum are rounded": {
                 "filled": lambda s, r=r: r((f := FORWARD["filled"](s)) - f.amax(-1, keepdim=True))},
             "weights are rounded": {"gated": lambda s, r=r: r(s.weights) * s.gate},
