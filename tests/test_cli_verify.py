@@ -207,6 +207,14 @@ def test_what_cannot_be_is_one_sentence(folder, capsys, arguments, said):
     assert not (folder / "page.html").exists()
 
 
+def test_why_there_is_no_verdict_is_in_the_report(folder):
+    done = verify(folder, "kernel.py:crashing", "--report", "out.html")
+    assert done.returncode == 2 and "raised ValueError: out of luck" in done.stderr
+    document = json.loads((folder / "out.json").read_text())
+    assert document["verdict"] == "incomplete" and "raised ValueError: out of luck" in document["headline"]
+    assert "raised ValueError: out of luck" in (folder / "out.html").read_text()
+
+
 def test_every_suite_is_there_and_goes_into_the_wheel():
     import tomllib
 

@@ -80,6 +80,9 @@ def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequen
         interactive=interactive,
     )
     if errors:
+        if report:
+            run.broken = errors[0]
+            write_report(run.document(), report)
         raise AttentionError(errors[0])
     run.interrupted |= ended.interrupted
     if not run.collected and not run.interrupted and not ended.running:
@@ -88,7 +91,7 @@ def judge(texts: Mapping[str, Any], files: Sequence[str], pytest_options: Sequen
         run.end(ended.how if ended.running or not run.finished else "")
     document = run.document()
     _print(document, values.get("failures", Settings.failures), report)
-    if report and run.tests:
+    if report:
         write_report(document, report)
     return INTERRUPTED if run.interrupted else EXIT_CODES[document["verdict"]]
 
