@@ -515,7 +515,7 @@ def test_errors_name_the_culprit_and_the_remedy(detector, image):
     ]:
         with pytest.raises(headoff.HeadoffError, match=message):
             headoff.heads(detector, image, **options)
-    with pytest.raises(SettingError, match="no standard error"):
+    with pytest.raises(SettingError, match="standard errors"):
         SampledShapley(pairs=1)
     with pytest.raises(SettingError, match="too many"):
         resolve_measure("shapley_layers").coalitions(6, 16)

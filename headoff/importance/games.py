@@ -116,6 +116,8 @@ class Game:
                 if row is not None:
                     results[index] = row
             missing = torch.tensor([i for i, row in enumerate(known) if row is None], dtype=torch.long)
+        if not sum(widths):  # nothing was detected
+            missing = missing[:0]
         self._advance(len(coalitions) - len(missing))
         at_once = configurations_at_once(self.detector, self.features, self.memory_budget)
         for batch in missing.split(at_once) if len(missing) else ():

@@ -26,6 +26,7 @@ from headoff.importance.shapley import (
     shapley_values,
 )
 from headoff.values import Value
+from headoff.wording import counted
 
 NODES = 64
 """Of the midpoint rule of the integrated gradient."""
@@ -234,7 +235,9 @@ class SampledShapley(Measure):
 
     def __init__(self, pairs: int = PERMUTATIONS, seed: int = 0) -> None:
         if pairs < 2:
-            raise SettingError(f"{pairs} pairs of permutations have no standard error: give at least 2")
+            raise SettingError(
+                f"{counted(pairs, 'pair')} of permutations cannot give standard errors: give at least 2"
+            )
         self.pairs = pairs
         self.seed = seed
 
@@ -243,6 +246,13 @@ class SampledShapley(Measure):
         return [p for pair in range(self.pairs) for p in antithetic_permutations(players, self.seed, pair)]
 
     def coalitions(self, layers: int, heads: int) -> Tensor:
+        count = 2 * self.pairs * (layers * heads + 1)
+        if count > MOST_SAMPLED:
+            most = MOST_SAMPLED // (2 * (layers * heads + 1))
+            raise SettingError(
+                f"{self.pairs:,} pairs of permutations need {count:,} coalitions, which is too many: give at most "
+                f"{most:,} pairs"
+            )
         found = [permutation_coalitions(p) for p in self.permutations(layers * heads)]
         return torch.cat(found).view(-1, layers, heads)
 
@@ -263,6 +273,9 @@ class SampledShapley(Measure):
 
 MOST_COALITIONS = 2**17
 """Coalitions of an exact measure; more take hours and gigabytes."""
+
+MOST_SAMPLED = 2**20
+"""Coalitions of a sampled one, which can be interrupted."""
 
 
 def _check_count(heads: int, layers: int) -> None:
