@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headoff.ablation import Ablation, References, make_ablation
+from headoff.ablation import Ablation, References, ablation_draws, make_ablation
 from headoff.choices import AblationKind
 from headoff.dataframes import dataframe
 from headoff.detections import Detections, detections_from
@@ -26,11 +26,14 @@ from headoff.encoded import EncodedImage
 from headoff.errors import SettingError
 from headoff.gates import Configuration, Gates, cumulative, none_off, read_configurations, stack
 from headoff.images import ImageSource, load_image
-from headoff.outcomes import KEEP_IOU, TOUCH_IOU, ConfigurationOutcome, outcomes_of
+from headoff.outcomes import KEEP_IOU, TOUCH_IOU, ConfigurationOutcome, Status, outcomes_of
 from headoff.wording import counted
 
 if TYPE_CHECKING:
     import pandas
+
+FOUND = (Status.KEPT, Status.MOVED, Status.DUPLICATED)
+"""What is said of an object that is still detected."""
 
 MEMORY_BUDGET = 256 * 2**20
 """Default limit of decoder activations in bytes; see `configurations_at_once`."""
@@ -49,6 +52,8 @@ class SweepResult:
         outcomes: what became of each object, per configuration.
         confidence: the score above which a query's prediction is a detection.
         ablation: what heads that are off contributed, see `headoff.ablation`.
+        draws: with `resample`, the outcomes of every sampled image, the first of which the other attributes show; empty
+            where there is one.
     """
 
     configurations: tuple[Configuration, ...]
@@ -59,6 +64,7 @@ class SweepResult:
     outcomes: tuple[ConfigurationOutcome, ...]
     confidence: float
     ablation: AblationKind = "zero"
+    draws: tuple[tuple[ConfigurationOutcome, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.configurations)
@@ -83,10 +89,14 @@ class SweepResult:
         return torch.tensor(rows, dtype=torch.float32).reshape(len(self), len(self.baseline)).T
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One row for each object under each configuration, as in objects.csv."""
-        for configuration, outcome in zip(self.configurations, self.outcomes, strict=True):
+        """One row for each object under each configuration, as in objects.csv. `mean_query_score` and `share_found` are
+        over the sampled images of `resample`.
+        """
+        draws = self.draws or (self.outcomes,)
+        for at, (configuration, outcome) in enumerate(zip(self.configurations, self.outcomes, strict=True)):
             for found in outcome.outcomes:
                 new = found.new_label
+                drawn = [draw[at].outcomes[found.object] for draw in draws]
                 yield {
                     "configuration": configuration.name,
                     "text": configuration.text,
@@ -99,6 +109,9 @@ class SweepResult:
                     "score": found.score,
                     "query_score": found.query_score,
                     "new_class": None if new is None else self.class_names[new],
+                    "draws": len(draws),
+                    "mean_query_score": sum(one.query_score for one in drawn) / len(draws),
+                    "share_found": sum(one.status in FOUND for one in drawn) / len(draws),
                 }
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -135,6 +148,7 @@ class SweepResult:
                     self.configurations, self.detections, self.outcomes, strict=True
                 )
             ],
+            "draws": [[outcome.as_dict() for outcome in draw] for draw in self.draws],
         }
 
 
@@ -151,6 +165,7 @@ def sweep(
     autocast: torch.dtype | None = None,
     ablation: AblationKind | Ablation = "zero",
     references: References | str | Path | None = None,
+    draws: int = 1,
     graphs: DecodeGraphs | None = None,
 ) -> SweepResult:
     """Run a detector on one image under every configuration.
@@ -173,6 +188,8 @@ def sweep(
         ablation: what heads that are off contribute: `zero`, `mean`, `resample` (of the first other sampled image),
             `uniform` or `optimal`; see `headoff.ablation`.
         references: the reference set of `mean`, `resample` and `optimal`, or its file.
+        draws: of `resample`: how many of the other sampled images heads that are off take their contexts from, one
+            after the other; all that there are at most.
         graphs: one object for all images of a folder, whose decodes are then CUDA graphs on a GPU.
 
     Raises:
@@ -189,7 +206,7 @@ def sweep(
         configuration.check(layout)
     picture = image.picture if isinstance(image, EncodedImage) else load_image(image)
     image_size = (picture.height, picture.width)
-    replaced = make_ablation(ablation, detector, references, picture)
+    replaced, *others = _draws(ablation, detector, references, picture, draws)
     with torch.inference_mode(), detector.autocasting(autocast), replaced.applied_to(detector):
         encoded = image if isinstance(image, EncodedImage) else EncodedImage.of(detector, picture)
         features, memory = encoded.features, encoded.memory
@@ -216,24 +233,57 @@ def sweep(
         parts = [torch.cat((one.logits[:, 0], one.boxes[:, 0]), dim=-1) for one in (known, output) if one]
         predictions = torch.cat(parts).cpu()
         logits, boxes = predictions[..., :-4].contiguous(), predictions[..., -4:].contiguous()
-    found = [
-        detections_from(one, box, image_size, detector.class_names, confidence, detector.scoring)
-        for one, box in zip(logits, boxes, strict=True)
-    ]
-    baseline = found[0]
+
+    def detections_of(logits: Tensor, boxes: Tensor) -> list[Detections]:
+        return [
+            detections_from(one, box, image_size, detector.class_names, confidence, detector.scoring)
+            for one, box in zip(logits, boxes, strict=True)
+        ]
+
+    def became(logits: Tensor, found: list[Detections]) -> tuple[ConfigurationOutcome, ...]:
+        return tuple(
+            outcomes_of(baseline, detections, one, keep_iou, touch_iou)
+            for detections, one in zip(found, logits, strict=True)
+        )
+
+    baseline, *found = detections_of(logits, boxes)
+    outcomes = became(logits[1:], found)
+    drawn = [outcomes]
+    for other in others:
+        with torch.inference_mode(), detector.autocasting(autocast), other.applied_to(detector):
+            output = decode_all(
+                detector, features, stack(chosen, layout), memory_budget=memory_budget, memory=memory
+            )
+        again = output.logits[:, 0].cpu(), output.boxes[:, 0].cpu()
+        drawn.append(became(again[0], detections_of(*again)))
     return SweepResult(
         configurations=chosen,
         logits=logits[1:],
         boxes=boxes[1:],
-        detections=tuple(found[1:]),
+        detections=tuple(found),
         baseline=baseline,
-        outcomes=tuple(
-            outcomes_of(baseline, detections, one, keep_iou, touch_iou)
-            for detections, one in zip(found[1:], logits[1:], strict=True)
-        ),
+        outcomes=outcomes,
         confidence=confidence,
         ablation=replaced.kind,
+        draws=tuple(drawn) if others else (),
     )
+
+
+def _draws(
+    ablation: AblationKind | Ablation,
+    detector: Detector,
+    references: References | str | Path | None,
+    picture: ImageSource,
+    draws: int,
+) -> tuple[Ablation, ...]:
+    """What heads that are off contribute, in each of the sampled images."""
+    if draws == 1:
+        return (make_ablation(ablation, detector, references, picture),)
+    if ablation != "resample" or draws < 1:
+        raise SettingError(
+            f"{draws} draws need the ablation kind resample and at least 1 of them: no other kind draws images"
+        )
+    return ablation_draws(ablation, detector, references, picture)[:draws]
 
 
 def query_of_object(objects: Detections, index: int) -> int:

@@ -182,6 +182,28 @@ def test_relevance_is_of_the_ablated_model(detector, images):
     torch.testing.assert_close(fast.maps[0, 0, 0].flatten(), by_hand, rtol=1e-6, atol=1e-12)
 
 
+def test_a_sweep_of_several_draws_has_their_mean(detector, references, images):
+    options = {"ablation": "resample", "references": references}
+    configurations = ["none", "H2", "first 6"]
+    found = headoff.sweep(detector, images[1], configurations, draws=2, **options)
+    one = headoff.sweep(detector, images[1], configurations, **options)
+    assert len(found.draws) == 2 and one.draws == () and torch.equal(found.logits, one.logits)
+    each = [
+        headoff.sweep(detector, images[1], configurations, ablation=draw).survival()
+        for draw in ablation_draws("resample", detector, references, images[1])
+    ]
+    assert not torch.equal(*each)
+    rows = list(found.rows())
+    expected = torch.stack(each).mean(0).T.flatten().tolist()
+    assert [row["mean_query_score"] for row in rows] == pytest.approx(expected, abs=1e-6)
+    assert {row["draws"] for row in rows} == {2} and all(row["share_found"] in (0, 0.5, 1) for row in rows)
+    assert all(row["share_found"] == 1 for row in rows if row["configuration"] == "none off")
+    assert len(found.as_dict()["draws"]) == 2
+    for wrong in ({"draws": 2}, {"draws": 0, **options}):
+        with pytest.raises(SettingError, match="draws need the ablation kind resample"):
+            headoff.sweep(detector, images[1], configurations, **wrong)
+
+
 def test_a_reference_set_survives_its_file(tmp_path, references, detector, images):
     fitted = replace(references, optimal={"decoder_cross": torch.ones(6, 8, 1, 16)})
     fitted.save(tmp_path / "r.safetensors")

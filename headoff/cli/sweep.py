@@ -16,6 +16,7 @@ from headoff.cli.options import (
     add_configuration_options,
     add_detector_options,
     add_report_options,
+    positive,
     whole,
 )
 
@@ -62,6 +63,14 @@ def add_parser(commands: Any) -> None:
         "lists them",
     )
     add_ablation_options(group)
+    group.add_argument(
+        "--draws",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="with --ablate resample: how many other images heads take their context from, one after the other; the "
+        "page shows the first, objects.csv and sweep.json have the mean over all (default 1)",
+    )
     add_confidence_option(parser)
     add_detector_options(parser)
     add_autocast_option(parser)
@@ -77,12 +86,15 @@ def run(settings: argparse.Namespace) -> int:
     from headoff.cli.relevance import RelevanceOptions
     from headoff.cli.reports import drawing_of, images_to_report, sweep_summary, write_reports
     from headoff.detr.graphs import DecodeGraphs
+    from headoff.errors import SettingError
     from headoff.gates import order_of
     from headoff.images import load_image
     from headoff.report import write_report
 
     # Wrong options are reported before the weights are read.
     images = images_to_report(settings)
+    if settings.draws > 1 and settings.ablate != "resample":
+        raise SettingError("--draws is for --ablate resample: no other kind draws images")
     check_autocast(settings)
     choice = ConfigurationChoice.from_options(settings)
     drawing = drawing_of(settings)
@@ -108,6 +120,7 @@ def run(settings: argparse.Namespace) -> int:
             confidence=settings.confidence,
             ablation=settings.ablate,
             references=settings.references,
+            draws=settings.draws,
             graphs=graphs,
         )
         if relevance is None:
@@ -143,4 +156,6 @@ def _describe(settings: argparse.Namespace) -> dict[str, str]:
     options = {**describe_configurations(settings), "confidence": f"{settings.confidence:g}"}
     if settings.object is not None:
         options["object"] = f"only #{settings.object}"
+    if settings.draws > 1:
+        options["draws"] = str(settings.draws)
     return options | describe_ablation(settings)

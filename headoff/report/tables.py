@@ -23,6 +23,7 @@ DETECTION_COLUMNS = (
 OBJECT_COLUMNS = (
     *("image", "configuration", "text", "object", "query", "label", "class"),
     *("status", "iou", "score", "query_score", "new_class"),
+    *("draws", "mean_query_score", "share_found"),
 )
 RELEVANCE_COLUMNS = (
     *("image", "configuration", "text", "method", "target"),
