@@ -563,6 +563,7 @@ def test_the_command_names_what_it_left_out(tmp_path, capsys):
     [
         (["--order", "reverse", "--set", "single"], "--order is that of the cumulative sweep"),
         (["--order", "importance:best"], "use importance:least or importance:most"),
+        (["--order", "importance", "--importance-value", "AP"], "AP is of a data set"),
         (["--importance", "."], "give --order importance as well"),
         (["--order", "importance", "--importance", ".", "--importance-images", "3"], "leave one of them out"),
         (["--site", "decoder_self", "--off", "H1"], "--site says where --set"),

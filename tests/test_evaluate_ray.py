@@ -104,6 +104,20 @@ def test_both_engines_find_the_same(tmp_path, cpus):
     assert not sys.modules["ray"].is_initialized()
 
 
+@pytest.mark.slow  # a minute: actors start again and again
+def test_a_batch_that_ends_every_actor_is_one_sentence(tmp_path):
+    flag = tmp_path / "alive"
+    flag.touch()
+    again = PATCH.format(flag=str(flag)).replace(".unlink()", ".stat()")  # the flag stays
+    (tmp_path / "patch.py").write_text(again)
+    detector = headoff.load("scenes", attention=f"{tmp_path}/patch.py:attention", short_side=96)
+    options = {"out": tmp_path / "out", "engine": RayEngine(cpus=2), "threads": 1}
+    with pytest.raises(SettingError, match=r"have died 4 times .*'0.png'.*--engine local"):
+        headoff.evaluate(detector, "scenes:2", **options)
+    flag.unlink()
+    assert headoff.evaluate(detector, "scenes:2", **options).is_complete
+
+
 @pytest.mark.slow  # a minute: nodes start, and Ray waits before it takes one for dead
 def test_a_node_that_is_killed_changes_nothing(tmp_path):
     """What it computed is computed by the other one, in the same run."""

@@ -57,7 +57,7 @@ def test_an_order_is_that_of_the_mean_over_a_sample(detector, measured):
             detector,
             draw_scene(int(seed), SIDE, "held_out").image,
             measures="shapley_columns",
-            values="probability",
+            values="found",
             ablations="zero",
         ).mean_scores()[0]
         for seed in drawn
@@ -139,7 +139,7 @@ def test_an_order_can_be_measured_on_other_images(detector, tmp_path, capsys):
         "--measure",
         "shapley_columns",
         "--value",
-        "probability",
+        "found",
         "--ablate",
         "zero",
         "--figures",
@@ -155,7 +155,7 @@ def test_an_order_can_be_measured_on_other_images(detector, tmp_path, capsys):
         detector,
         images / "20.png",
         measures="shapley_columns",
-        values="probability",
+        values="found",
         ablations="zero",
     )
     np.testing.assert_allclose(one.scores, alone.mean_scores()[0], rtol=1e-4, atol=1e-6)
@@ -208,9 +208,12 @@ def test_shapley_values_of_ap_make_an_order_too(tmp_path):
     found = read_order(tmp_path, "decoder_cross", "least")
     assert found.heads == (1, 0, 2) and found.value == "AP" and found.images == 50
     with pytest.raises(
-        SettingError, match="has no Shapley values of encoder_self under zero .*decoder_cross zero"
+        SettingError,
+        match="no Shapley values of found or AP of encoder_self under zero .*decoder_cross",
     ):
         read_order(tmp_path, "encoder_self", "least")
+    with pytest.raises(SettingError, match="no Shapley values of iou of decoder_cross .* --value iou"):
+        read_order(tmp_path, "decoder_cross", "least", value="iou")
     with pytest.raises(SettingError, match="under mean ablation"):
         read_order(tmp_path, "decoder_cross", "least", "mean")
     lines = (tmp_path / "heads.csv").read_text().splitlines()
@@ -225,5 +228,7 @@ def test_shapley_values_of_ap_make_an_order_too(tmp_path):
 def test_images_without_objects_have_no_importance(detector, data):
     with pytest.raises(SettingError, match="nothing is detected in any of 2 images"):
         measured_order(detector, data, "decoder_cross", "least", images=2, confidence=1.0)
+    by_iou = measured_order(detector, data, "decoder_cross", "most", images=1, value="iou")
+    assert by_iou.value == "iou" and by_iou.heads != tuple(range(8))
     with pytest.raises(SettingError, match="on 0 images"):
         measured_order(detector, data, "decoder_cross", "least", images=0)

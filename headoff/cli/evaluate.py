@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from headoff.choices import DEFAULT_SITE, METHODS, SITES, Site
+from headoff.choices import DEFAULT_SITE, METHODS, SITES, VALUES, Site
 from headoff.cli.options import (
     CONFIGURATION_SETS,
     NOTATION,
@@ -165,6 +165,12 @@ a page, summary.json, CSV tables, and all detections in Parquet.""",
         type=positive,
         metavar="N",
         help="images of that sample, always the same ones (default 32)",
+    )
+    group.add_argument(
+        "--importance-value",
+        choices=(*VALUES, "AP"),
+        help="what heads contribute to (default found: class probability x IoU of the box; AP: of a folder of `headoff "
+        "evaluate --set subsets`)",
     )
     group.add_argument(
         "--site",
@@ -360,11 +366,18 @@ def _choices(settings: argparse.Namespace) -> list[ConfigurationChoice]:
     if settings.site and not sets:
         raise SettingError("--site says where --set switches heads off: give --set as well")
     order, by_importance = read_order(settings.order)
-    if by_importance is None and (settings.importance or settings.importance_images):
+    if by_importance is None and (
+        settings.importance or settings.importance_images or settings.importance_value
+    ):
         raise SettingError("--importance makes an order by importance: give --order importance as well")
     if settings.importance and settings.importance_images:
         raise SettingError(
             "--importance-images are a sample of these images, and --importance is of others: leave one of them out"
+        )
+    if settings.importance_value == "AP" and not settings.importance:
+        raise SettingError(
+            "AP is of a data set and not of an image: evaluate others with --set subsets, and give that folder as "
+            "--importance"
         )
     # What is equal has the name of the first, and the cumulative sweep is known by its names.
     names = sorted(dict.fromkeys(sets), key=lambda name: name != "cumulative")
@@ -383,7 +396,7 @@ def _configurations(
 ) -> list[Configuration]:
     """The configurations, of which a cumulative sweep by importance has the order that the folder is bound to."""
     from headoff.cli.progress import progress_bar
-    from headoff.evaluation.orders import IMAGES, STORE, bound_orders, measured_order, read_order
+    from headoff.evaluation.orders import IMAGES, STORE, VALUE, bound_orders, measured_order, read_order
 
     by_site = {choice.site: choice.by_importance for choice in choices if choice.by_importance is not None}
     orders: dict[Site, tuple[int, ...]] = {}
@@ -392,13 +405,17 @@ def _configurations(
         about = {
             "first": by_site,
             "ablation": settings.ablate,
+            "value": settings.importance_value,
             "folder": str(settings.importance or ""),
             "images": 0 if settings.importance else count,
         }
 
         def measure() -> list[ImportanceOrder]:
             if settings.importance:
-                return [read_order(settings.importance, *one, settings.ablate) for one in by_site.items()]
+                return [
+                    read_order(settings.importance, *one, settings.ablate, settings.importance_value)
+                    for one in by_site.items()
+                ]
             with progress_bar("measuring importance", "image") as update:
                 return [
                     measured_order(
@@ -406,6 +423,7 @@ def _configurations(
                         data,
                         *one,
                         images=count,
+                        value=settings.importance_value or VALUE,
                         ablation=settings.ablate,
                         references=settings.references,
                         confidence=settings.confidence,

@@ -35,9 +35,12 @@ FILE = "importance.json"
 STORE = "importance"
 """A folder in that of results, with the values of coalitions in the images of a sample."""
 MEASURE = "shapley_columns"
-VALUE = "probability"
-VALUES = (VALUE, "AP")
-"""Values whose Shapley values make an order, the first that a folder has: of `headoff heads`, of `headoff evaluate`."""
+VALUE = "found"
+"""The probability of the object's class times the IoU of the best box: AP is of boxes, too. On scenes an order by
+probability alone switches a head off third that places boxes, and AP falls from 0.82 to 0.20 (docs/evaluate.md)."""
+KNOWN = (VALUE, "AP")
+"""Values whose Shapley values make an order by default, the first that a folder has: of `headoff heads`, of `headoff
+evaluate`."""
 IMAGES = 32
 """Images of a sample by default."""
 
@@ -50,7 +53,7 @@ class ImportanceOrder:
         first: the heads that go off first, the least or the most important ones.
         site: where the heads are.
         ablation: what heads that are off contribute.
-        value: what is measured, one of `VALUES`.
+        value: what is measured: a name in `headoff.choices.VALUES`, or AP.
         scores, low, high: of each head; no intervals (NaN) of one image.
         images: how many images they are means of.
         folder: that they were read from; empty where they were measured on a sample of the data set.
@@ -124,6 +127,7 @@ def measured_order(
     first: First,
     *,
     images: int = IMAGES,
+    value: str = VALUE,
     ablation: AblationKind = "zero",
     references: References | str | Path | None = None,
     confidence: float = 0.5,
@@ -139,6 +143,7 @@ def measured_order(
         site: where the heads are.
         first: the heads that go off first.
         images: how many are drawn, at random but always the same for a `seed`; those that cannot be read are left out.
+        value: what is measured, see `headoff.values`.
         ablation, references: what heads that are off contribute, see `headoff.sweep`.
         confidence: of the detections with nothing off, whose probabilities are measured.
         seed: of the sample.
@@ -169,7 +174,7 @@ def measured_order(
             picture,
             site=site,
             measures=MEASURE,
-            values=VALUE,
+            values=value,
             ablations=ablation,
             references=references,
             confidence=confidence,
@@ -185,13 +190,13 @@ def measured_order(
             f"nothing is detected in any of {counted(len(chosen), 'image')}, so heads have no importance there: draw "
             "more of them, or name a folder of `headoff heads`"
         )
-    mean = aggregate(found).scores[Key(ablation, MEASURE, VALUE)]
+    mean = aggregate(found).scores[Key(ablation, MEASURE, value)]
     scores, low, high = (tuple(row[0].tolist()) for row in (mean.scores, mean.low, mean.high))
     return ImportanceOrder(
         first,
         site,
         ablation,
-        VALUE,
+        value,
         scores,
         low,
         high,
@@ -202,7 +207,11 @@ def measured_order(
 
 
 def read_order(
-    folder: str | Path, site: Site, first: First, ablation: AblationKind = "zero"
+    folder: str | Path,
+    site: Site,
+    first: First,
+    ablation: AblationKind = "zero",
+    value: str | None = None,
 ) -> ImportanceOrder:
     """The order of the heads of a site, by the results of `headoff heads` or `headoff evaluate --set subsets`.
 
@@ -211,25 +220,25 @@ def read_order(
         site: where the heads are.
         first: the heads that go off first.
         ablation: what heads that are off contribute.
+        value: what was measured; by default the first of `KNOWN` that the folder has.
 
     Raises:
         SettingError: there is no heads.csv, or it lacks Shapley values of heads in all layers of the site under the
-            ablation, by one of `VALUES`.
+            ablation, by that value.
     """
     path = Path(folder) / "heads.csv"
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         has = sorted({(row["site"], row["ablation"], row["measure"], row["value"]) for row in rows})
-        value = next(
-            (one for one in VALUES if (site, ablation, MEASURE, one) in has),
-            None,
-        )
+        wants = KNOWN if value is None else (value,)
+        value = next((one for one in wants if (site, ablation, MEASURE, one) in has), None)
         if value is None:
             listed = "; ".join(" ".join(one) for one in has[:6]) + ("; ..." if len(has) > 6 else "")
             raise SettingError(
-                f"{str(path)!r} has no Shapley values of {site} under {ablation} ablation (it has {listed or 'none'}): "
-                f"make them by `headoff heads --measure {MEASURE} --value {VALUE} --site {site} --ablate {ablation}`"
+                f"{str(path)!r} has no Shapley values of {' or '.join(wants)} of {site} under {ablation} ablation (it "
+                f"has {listed or 'none'}): make them by `headoff heads --measure {MEASURE} --value {wants[0]} --site "
+                f"{site} --ablate {ablation}`"
             )
         wanted = [
             row
@@ -245,6 +254,8 @@ def read_order(
         scores = tuple(float(np.mean([float(row["score"]) for row in some])) for some in by_head)
         low, high = (tuple(float(some[0].get(end) or "nan") for some in by_head) for end in ("low", "high"))
         images = int(wanted[0].get("images") or 1)
+    except SettingError:
+        raise
     except FileNotFoundError:
         raise SettingError(
             f"there is no heads.csv in {str(folder)!r}: name a results folder of `headoff heads`"

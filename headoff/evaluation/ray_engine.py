@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ ACTORS_SHARE = 0.75
 """Of the CPUs that actors compute on, how much they take of Ray's. The rest is for reading: if actors took all, tasks
 would wait for CPUs, and actors for tasks, indefinitely and without a message.
 """
+
+MOST_ATTEMPTS = 4
+"""How often a batch is begun whose actors die. Ray would go on indefinitely, without a message."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,13 @@ class RayEngine:
             most = min(self.workers or len(batches), len(batches))
             pool = Pool.of(_nodes(ray), work.threads, device == "cuda", most)
             load = self.load or Sent(ray.put(_pickled(detector)))
+            attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote()
             rows = ray.data.from_items(
                 [{"batch": number} for number in batches], override_num_blocks=len(batches)
             )
             shards = rows.map(_Read(work).row, num_cpus=READER_CPUS).map(
                 _Compute,  # type: ignore[arg-type]
-                fn_constructor_args=(work, load, device, folder.absolute()),
+                fn_constructor_args=(work, load, device, folder.absolute(), attempts),
                 concurrency=pool.actors,
                 num_cpus=pool.cpus,
                 num_gpus=pool.gpus,
@@ -178,18 +183,39 @@ class _Read:
         return {"read": pickle.dumps(read)}
 
 
+class _Attempts:
+    """Counts how often each batch was begun, in an actor."""
+
+    def __init__(self) -> None:
+        self.begun: Counter[int] = Counter()
+
+    def begin(self, number: int) -> int:
+        self.begun[number] += 1
+        return self.begun[number]
+
+
 class _Compute:
     """Computes and writes batches, in an actor."""
 
-    def __init__(self, work: Work, load: Callable[[], Detector], device: str, folder: Path) -> None:
+    def __init__(
+        self, work: Work, load: Callable[[], Detector], device: str, folder: Path, attempts: Any
+    ) -> None:
         torch.set_num_threads(work.threads)
-        self.folder = folder
+        self.folder, self.attempts = folder, attempts
         self.worker = Worker(work, load().to(device))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        import ray
+
         found = pickle.loads(row["read"])
         try:
             if isinstance(found, ReadBatch):
+                if ray.get(self.attempts.begin.remote(found.number)) > MOST_ATTEMPTS:
+                    names = ", ".join(repr(self.worker.work.names[index]) for index in found.images[:3])
+                    raise SettingError(
+                        f"actors of Ray have died {MOST_ATTEMPTS} times while they computed a batch ({names}, ...): "
+                        "give them more memory, or check the attention with --engine local"
+                    )
                 found = self.worker.compute(found).write(self.folder)
         except HeadoffError as error:
             found = error
