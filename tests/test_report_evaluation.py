@@ -20,7 +20,7 @@ from headoff.figures.evaluation import (
     plot_precision,
     plot_subset_precision,
 )
-from headoff.gates import heads_off, none_off
+from headoff.gates import cumulative, heads_off, none_off
 from headoff.report.drawing import Drawing
 from headoff.report.evaluation import opened_with, sweep_command, worst_images, write_summary
 
@@ -154,6 +154,25 @@ def test_only_the_baseline(tmp_path):
     scores = score(source, resamples=10)
     assert [stem for stem, *_ in evaluation_figures(scores)] == ["precision"]
     write_summary(tmp_path, source, scores, provenance={})
+
+
+def test_sweeps_at_several_sites_have_figures_each():
+    found = (*cumulative(HEADS, (2, 0, 1)), *cumulative(HEADS, site="decoder_self")[1:])
+    scores = score(FakeResults(found), resamples=0)
+    stems = [stem for stem, *_ in evaluation_figures(scores)]
+    for name in ("precision", "outcomes_truth", "outcomes_none_off", "classes"):
+        assert {f"{name}_decoder_self", f"{name}_decoder_cross"} <= set(stems)
+    assert len(stems) == len(set(stems)) == 8
+    by_site = [plot_precision(scores, site=site) for site in ("decoder_cross", "decoder_self")]
+    for ax, site in zip(by_site, ("decoder_cross", "decoder_self"), strict=True):
+        (line,) = [one for one in ax.lines if one.get_color() == "#1B6CA8"]
+        assert line.get_ydata().tolist() == [
+            one["AP"]
+            for one in scores.configurations
+            if not one.configuration.clauses or one.configuration.clauses[0].site == site
+        ]
+    # An order that is not that of the numbers is named.
+    assert [text.get_text() for text in by_site[0].texts][1:] == ["H2", "H0", "H1"] and not by_site[1].texts
 
 
 def test_figures_take_axes(scores):

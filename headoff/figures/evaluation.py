@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from headoff.choices import Site
 from headoff.errors import SettingError
 from headoff.evaluation.importance import HeadScores, head_scores
 from headoff.evaluation.outcomes import STATUSES
@@ -43,27 +44,41 @@ MOST_COLUMNS = 12
 _BAND = "95% interval (bootstrap over images)"
 
 
-def cumulative_in(scores: Scores) -> tuple[int, ...]:
-    """Indices of the cumulative sweep among the configurations, with no heads off first; empty if there is none."""
-    return _sweep_in(scores, CumulativeSweep)[1]
+def cumulative_in(scores: Scores, site: Site | None = None) -> tuple[int, ...]:
+    """Indices of the cumulative sweep (of a site) among the configurations, with no heads off first; empty if there is
+    none.
+    """
+    return _sweep_in(scores, CumulativeSweep, site)[1]
 
 
-def _sweep_in(scores: Scores, wanted: type) -> tuple[Any, tuple[int, ...]]:
+def _sweep_in(scores: Scores, wanted: type, site: Site | None = None) -> tuple[Any, tuple[int, ...]]:
     for kind, indices in sweeps_among([one.configuration for one in scores.configurations]):
-        if isinstance(kind, wanted):
+        if isinstance(kind, wanted) and site in (None, _site_of(scores, indices)):
             return kind, indices
     return None, ()
 
 
-def plot_precision(scores: Scores, ax: Axes | None = None) -> Axes:
+def _site_of(scores: Scores, indices: Sequence[int]) -> Site:
+    configurations = (scores.configurations[index].configuration for index in indices)
+    return next(clause.site for one in configurations for clause in one.clauses)
+
+
+def _sites_of(scores: Scores, wanted: type) -> list[Site]:
+    """Where there is such a sweep."""
+    sweeps = sweeps_among([one.configuration for one in scores.configurations])
+    return [_site_of(scores, indices) for kind, indices in sweeps if isinstance(kind, wanted)]
+
+
+def plot_precision(scores: Scores, ax: Axes | None = None, *, site: Site | None = None) -> Axes:
     """AP, AP50 and AP75 over the number of heads off, with 95% intervals as bands, and which head goes next.
 
-    Without a cumulative sweep: AP of up to 60 configurations as points with bars, or, of more, in falling order.
+    It is the cumulative sweep of a site, by default the first one. Without one: AP of up to 60 configurations as points
+    with bars, or, of more, in falling order.
 
     Returns:
         `ax`, or the axes of a new figure.
     """
-    chosen = cumulative_in(scores)
+    chosen = cumulative_in(scores, site)
     if not chosen:
         return _precision_by_name(scores, ax)
     ax = new_axes(7.2, 3.8) if ax is None else ax
@@ -114,13 +129,13 @@ def _precision_by_name(scores: Scores, ax: Axes | None) -> Axes:
     return ax
 
 
-def plot_subset_precision(scores: Scores, ax: Axes | None = None) -> Axes:
+def plot_subset_precision(scores: Scores, ax: Axes | None = None, *, site: Site | None = None) -> Axes:
     """AP of every subset of heads, over the number of heads off; the best and the worst of each number are named.
 
     Raises:
         SettingError: the configurations do not have all subsets of heads.
     """
-    kind, indices = _sweep_in(scores, SubsetSweep)
+    kind, indices = _sweep_in(scores, SubsetSweep, site)
     if kind is None:
         raise SettingError("there is no sweep over all subsets of heads to draw: use --set subsets")
     count = len(kind.heads)
@@ -247,7 +262,11 @@ def plot_heads_interactions(found: HeadScores, ax: Axes | None = None) -> Axes:
 
 
 def plot_class_losses(
-    scores: Scores, ax: Axes | None = None, configurations: Sequence[int] | None = None
+    scores: Scores,
+    ax: Axes | None = None,
+    configurations: Sequence[int] | None = None,
+    *,
+    site: Site | None = None,
 ) -> Axes:
     """AP lost of each class (rows, the most lost first) under configurations (columns).
 
@@ -255,8 +274,9 @@ def plot_class_losses(
         scores: of a data set.
         ax: axes to draw in; by default those of a new figure.
         configurations: their indices; by default those of the cumulative sweep, or up to 12 with the most AP lost.
+        site: of the cumulative sweep, by default the first one.
     """
-    chosen = list(cumulative_in(scores)[1:]) if configurations is None else list(configurations)
+    chosen = list(cumulative_in(scores, site)[1:]) if configurations is None else list(configurations)
     numbered = configurations is None and bool(chosen)
     if not chosen:
         losses = [scores.loss(index)[0] for index in range(len(scores))]
@@ -300,7 +320,9 @@ def plot_class_losses(
     return ax
 
 
-def plot_outcome_rates(scores: Scores, ax: Axes | None = None, *, reference: str = REFERENCES[0]) -> Axes:
+def plot_outcome_rates(
+    scores: Scores, ax: Axes | None = None, *, reference: str = REFERENCES[0], site: Site | None = None
+) -> Axes:
     """What becomes of objects: a stacked bar for each configuration of the cumulative sweep, else for up to 60.
 
     Unmatched detections, which belong to no object, are a line, in numbers for one object.
@@ -309,6 +331,7 @@ def plot_outcome_rates(scores: Scores, ax: Axes | None = None, *, reference: str
         scores: of a data set.
         ax: axes to draw in; by default those of a new figure.
         reference: `none off`: objects are the detections with nothing off; `truth`: the true objects.
+        site: of the cumulative sweep, by default the first one.
 
     Raises:
         SettingError: there is no such reference.
@@ -317,8 +340,9 @@ def plot_outcome_rates(scores: Scores, ax: Axes | None = None, *, reference: str
         raise SettingError(
             f"objects cannot be those of {reference!r}: use {' or '.join(map(repr, REFERENCES))}"
         )
-    chosen = list(cumulative_in(scores)) or list(range(min(len(scores), MOST_NAMED)))
-    numbered = bool(cumulative_in(scores))
+    cumulative = cumulative_in(scores, site)
+    chosen = list(cumulative) or list(range(min(len(scores), MOST_NAMED)))
+    numbered = bool(cumulative)
     ax = new_axes(7.2 if numbered else max(7.2, 1.5 + 0.17 * len(chosen)), 3.8) if ax is None else ax
     clean(ax, grid="y")
     rates = np.stack([scores.configurations[index].outcomes[reference].rates for index in chosen])
@@ -443,10 +467,20 @@ def evaluation_figures(
     faithfulness: SampleStatistics | None = None,
 ) -> Iterator[tuple[str, str, Figure]]:
     """All figures that the configurations allow, one at a time, each with the stem of its file and a caption."""
-    yield "precision", "Average precision with heads off.", figure_of(plot_precision(scores))
-    if _sweep_in(scores, SubsetSweep)[0] is not None:
-        caption = "AP of every subset of heads, each in all layers."
-        yield "subsets", caption, figure_of(plot_subset_precision(scores))
+    # Of sweeps at several sites each has its own.
+    sites: list[Site | None] = [*_sites_of(scores, CumulativeSweep)] or [None]
+    for site in sites:
+        stem, at = _naming(site, sites)
+        yield (
+            f"precision{stem}",
+            f"Average precision with heads off{at}.",
+            figure_of(plot_precision(scores, site=site)),
+        )
+    subsets: list[Site | None] = [*_sites_of(scores, SubsetSweep)]
+    for site in subsets:
+        stem, at = _naming(site, subsets)
+        caption = f"AP of every subset of heads{at}, each in all layers."
+        yield f"subsets{stem}", caption, figure_of(plot_subset_precision(scores, site=site))
     for found in head_scores(scores):
         caption = (
             "AP that is lost without a single head, paired by image."
@@ -458,19 +492,27 @@ def evaluation_figures(
         if found.interactions is not None:
             caption = "What pairs of heads add to the AP beyond what each adds."
             yield f"interactions_{found.site}", caption, figure_of(plot_heads_interactions(found))
-    if len(scores) > 1:
+    for site in sites if len(scores) > 1 else []:
+        stem, at = _naming(site, sites)
         for reference in REFERENCES:
             what = "the detections with nothing off" if reference == REFERENCES[0] else "the true objects"
-            stem = f"outcomes_{reference.replace(' ', '_')}"
-            caption = f"What becomes of {what}."
-            yield stem, caption, figure_of(plot_outcome_rates(scores, reference=reference))
-        yield "classes", "AP lost of each class.", figure_of(plot_class_losses(scores))
+            yield (
+                f"outcomes_{reference.replace(' ', '_')}{stem}",
+                f"What becomes of {what}{at}.",
+                figure_of(plot_outcome_rates(scores, reference=reference, site=site)),
+            )
+        yield f"classes{stem}", f"AP lost of each class{at}.", figure_of(plot_class_losses(scores, site=site))
     if relevance is not None:
         caption = "Where relevance is, after the last layer."
         yield "relevance", caption, figure_of(plot_relevance_statistics(relevance))
     if faithfulness is not None:
         caption = "Whether relevance is faithful: insertion and deletion of image tokens."
         yield "faithfulness", caption, figure_of(plot_faithfulness_statistics(faithfulness))
+
+
+def _naming(site: Site | None, sites: Sequence[Site | None]) -> tuple[str, str]:
+    """What the names of figures and captions end in, where there are several sites."""
+    return (f"_{site}", f" at {site}") if len(sites) > 1 else ("", "")
 
 
 __all__ = [
