@@ -3,7 +3,8 @@
 transformers' own `forward` computes everything. An image is encoded by stopping it where it calls its decoder, whose
 arguments are the memory. All configurations are decoded in one call of that decoder: their queries are concatenated
 along the query axis, where only self-attention lets them see each other, and there every configuration is a batch item.
-So the memory is not copied, and its values are projected once.
+So the memory is not copied, and its values are projected once. Until the first gate acts, all configurations have the
+same rows, and modules compute those of one.
 
 Shapes: B images, G configurations, Q object queries, N memory tokens, H heads, D channels of a head.
 """
@@ -11,9 +12,11 @@ Shapes: B images, G configurations, Q object queries, N memory tokens, H heads, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -184,11 +187,46 @@ class FamilyPlan:
         runs: G.
         gates: (G, layers, Q or 1, H) for each decoder site, or None where everything is on.
         member: (C,) int64, the run of each configuration; None if configuration c is run c.
+        first: where the first gate acts, as `_order` has it; None if runs share nothing.
     """
 
     runs: int
     gates: Mapping[Site, Tensor | None]
     member: Tensor | None = None
+    first: tuple[int, int] | None = None
+
+
+@dataclass
+class _Pass:
+    """A pass through encoder or decoder, of which the modules within need to know.
+
+    Attributes:
+        gates: (G, layers, rows or 1, H) for each site, or None where everything is on.
+        runs: G.
+        is_padded: whether an image is padded.
+        backbone: its output; None until it has run.
+        stops: whether the pass ends where the decoder is called.
+        rows: Q.
+        first: see `FamilyPlan`; None from then on.
+    """
+
+    gates: Mapping[Site, Tensor | None]
+    runs: int
+    is_padded: bool
+    backbone: Any = None
+    stops: bool = False
+    rows: int = 0
+    first: tuple[int, int] | None = None
+
+
+_OUTSIDE = _Pass({}, 1, False)
+_pass: ContextVar[_Pass] = ContextVar("pass", default=_OUTSIDE)
+"""The pass that this thread computes. Modules are those of all threads, and so have none of it."""
+
+
+def _order(address: AttentionAddress) -> tuple[int, int]:
+    """Attention calls of a decoder are in the order of these."""
+    return address.layer, ("decoder_self", "decoder_cross").index(address.site)
 
 
 def _made_again(
@@ -246,9 +284,6 @@ class FamilyDetector(Detector):
         self.encoder_is_attention = adapter.encoder_is_attention
         self.model = model
         self._preprocessing = preprocessing
-        self._gates: Mapping[Site, Tensor | None] = {}
-        self._runs = 1
-        self._is_padded = False
         modules: dict[Site, Sequence[nn.Module]] = {
             "encoder_self": adapter.encoder_attention(model),
             "decoder_self": adapter.decoder_self(model),
@@ -265,9 +300,15 @@ class FamilyDetector(Detector):
         )
         # Whether cross-attention is to all memory tokens, and not to sampling points.
         self._is_dense = not hasattr(modules["decoder_cross"][0], "sampling_offsets")
+        addresses: dict[nn.Module, AttentionAddress] = {}
         for site in SITES:
             for layer, module in enumerate(modules[site]):
-                intercept(module, Place(self, AttentionAddress(site, layer)))
+                address = addresses[module] = AttentionAddress(site, layer)
+                intercept(module, Place(self, address))
+        for module in _by_row(model.model.decoder, addresses):
+            module.forward = partial(self._once, module.forward, addresses.get(module))
+        model.model.backbone.forward = partial(_known_backbone, model.model.backbone.forward)
+        model.model.decoder.register_forward_pre_hook(_stop, with_kwargs=True)
         register_interface()
         config._attn_implementation = INTERFACE
 
@@ -335,15 +376,10 @@ class FamilyDetector(Detector):
         pixel_values = pixel_values.to(self.device, self.dtype)
         padded = pixel_mask is not None and not bool(pixel_mask.all())
         mask = pixel_mask.to(self.device, torch.int64) if padded and pixel_mask is not None else None
-        kept: list[Any] = []
-        handle = self.model.model.backbone.register_forward_hook(lambda *call: kept.append(call[-1]))
-        try:
-            memory = self._encode(pixel_values, mask, None)
-        finally:
-            handle.remove()
-        shapes = self.adapter.shapes(kept[0], memory.arguments)
+        memory, backbone = self._encode(pixel_values, mask)
+        shapes = self.adapter.shapes(backbone, memory.arguments)
         made_by = self.attention, self.deformable_attention
-        return FamilyFeatures(pixel_values, mask, kept[0], shapes, (memory, made_by))
+        return FamilyFeatures(pixel_values, mask, backbone, shapes, (memory, made_by))
 
     def encode_features(self, features: FamilyFeatures, gate: Tensor | None = None) -> FamilyMemory:
         memory, made_by = features.memory
@@ -353,31 +389,45 @@ class FamilyDetector(Detector):
             gate = gate.to(self.device, self.dtype)
         elif not self.is_intercepted and made_by == (self.attention, self.deformable_attention):
             return memory
-        with _returning(self.model.model.backbone, features.backbone):
-            return self._encode(features.pixel_values, features.pixel_mask, gate)
+        memory, _ = self._encode(features.pixel_values, features.pixel_mask, gate, features.backbone)
+        return memory
 
-    def _encode(self, pixel_values: Tensor, mask: Tensor | None, gate: Tensor | None) -> FamilyMemory:
-        """Run the model until it calls its decoder. `gate` (encoder layers, N or 1, H)."""
+    def _encode(
+        self, pixel_values: Tensor, mask: Tensor | None, gate: Tensor | None = None, backbone: Any = None
+    ) -> tuple[FamilyMemory, Any]:
+        """Run the model until it calls its decoder: the memory, and the backbone's output, which may be given.
+
+        `gate` (encoder layers, N or 1, H).
+        """
         gates: dict[Site, Tensor | None] = {"encoder_self": None if gate is None else gate[None]}
-        with self._in_call(gates, 1, mask is not None), autocast(self.device, self.autocast_dtype):
-            arguments = _until_called(
-                self.model.model.decoder, lambda: self.model.model(pixel_values, pixel_mask=mask)
-            )
+        here = _Pass(gates, 1, mask is not None, backbone, stops=True)
+        arguments: Mapping[str, Any] | None = None
+        with _during(here), autocast(self.device, self.autocast_dtype):
+            try:
+                self.model.model(pixel_values, pixel_mask=mask)
+            except _Called as called:
+                arguments = called.arguments
+        assert arguments is not None, "the model did not call its decoder"
         # Some models make float32 queries, whatever their weights.
         arguments = _to(dict(arguments), self.device, self.dtype)
-        return FamilyMemory(arguments, len(pixel_values), mask is not None)
+        return FamilyMemory(arguments, len(pixel_values), mask is not None), here.backbone
 
     def decode(self, memory: FamilyMemory, gates: GatesSpec | FamilyPlan | None = None) -> DetectorOutput:
         if gates is not None and not isinstance(gates, Gates | FamilyPlan):
             gates = stack(read_configurations(gates), self.head_layout)
         plan = self.plan(gates) if isinstance(gates, Gates) else gates or FamilyPlan(1, {})
         arguments = dict(memory.arguments)
+        rows = arguments[self.adapter.per_query[0]].shape[1]
+        sizes = {
+            x.shape[1] for name, x in arguments.items() if _has_rows(x) and name not in self.adapter.per_query
+        }
+        # Interceptors and replacements get calls with the rows of all runs; and rows must be known by their number.
+        known = self.is_intercepted or self.replacement is not None or sizes & {rows, plan.runs * rows}
+        first = None if known else plan.first
         for name in self.adapter.per_query:
-            arguments[name] = arguments[name].repeat(1, plan.runs, *(1,) * (arguments[name].ndim - 2))
-        with (
-            self._in_call(plan.gates, plan.runs, memory.is_padded),
-            autocast(self.device, self.autocast_dtype),
-        ):
+            arguments[name] = _repeated(arguments[name], plan.runs)
+        here = _Pass(plan.gates, plan.runs, memory.is_padded, rows=rows, first=first)
+        with _during(here), autocast(self.device, self.autocast_dtype):
             output = self.model.model.decoder(**arguments)
         logits, boxes = self.adapter.predict(self.model, arguments, output)
         logits, boxes = (x.unflatten(1, (plan.runs, -1)).transpose(0, 1) for x in (logits, boxes))
@@ -399,52 +449,78 @@ class FamilyDetector(Detector):
             else:
                 first = [int((member == run).nonzero()[0]) for run in range(len(distinct))]
                 gates = gates[first]
+        acts = [
+            _order(AttentionAddress(site, layer))
+            for site in sites
+            if (gate := gates.site(site)) is not None
+            for layer in range(gate.shape[1])
+            if bool((gate[:, layer] != 1).any())
+        ]
         moved = gates.to(self.device, self.dtype)
         return FamilyPlan(
             len(gates),
             {site: moved.site(site) for site in sites},
             None if member is None else member.to(self.device),
+            min(acts) if acts and share and len(gates) > 1 else None,
         )
 
-    @contextmanager
-    def _in_call(self, gates: Mapping[Site, Tensor | None], runs: int, padded: bool) -> Iterator[None]:
-        """Within this context attention calls are those of `runs` configurations with `gates` (G, layers, rows, H)."""
-        before = self._gates, self._runs, self._is_padded
-        self._gates, self._runs, self._is_padded = gates, runs, padded
-        try:
-            yield
-        finally:
-            self._gates, self._runs, self._is_padded = before
+    def _once(
+        self, forward: Callable[..., Any], address: AttentionAddress | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What a module of the decoder returns, with rows computed for one run while all runs have the same.
 
-    def _gate(self, address: AttentionAddress, rows: int, dtype: torch.dtype) -> Tensor | None:
-        """The gate of a call, of 4 dimensions; `rows` are the call's queries.
-
-        At decoder_self it is (G, H, Q or 1, 1), elsewhere (1, H, rows or 1, 1).
+        `address` if the module is attention. Where a gate acts, deformable attention still computes one run, see
+        `sampled_context`.
         """
-        gates = self._gates.get(address.site)
-        if gates is None:
+        here = _pass.get()
+        if here.first is not None and address is not None and self._is_dense_at(address):
+            if _order(address) >= here.first:
+                here.first = None
+        if here.first is None:
+            return forward(*args, **kwargs)
+        rows, runs = here.rows, here.runs
+
+        def one(x: Tensor) -> Tensor:
+            return x[:, :rows] if _has_rows(x) and x.shape[1] == runs * rows else x
+
+        def all_runs(x: Tensor) -> Tensor:
+            return _repeated(x, runs) if _has_rows(x) and x.shape[1] == rows else x
+
+        output = forward(
+            *pytree.tree_map_only(Tensor, one, args), **pytree.tree_map_only(Tensor, one, kwargs)
+        )
+        return pytree.tree_map_only(Tensor, all_runs, output)
+
+    def _is_dense_at(self, address: AttentionAddress) -> bool:
+        return self._is_dense or address.site != "decoder_cross"
+
+    def _gate(self, address: AttentionAddress, dtype: torch.dtype) -> Tensor | None:
+        """The gate of a call (G, H, rows or 1, 1); None where all are on, or runs have not parted."""
+        here = _pass.get()
+        gates = here.gates.get(address.site)
+        if gates is None or (here.first is not None and _order(address) < here.first):
             return None
-        gate = gates[:, address.layer].to(dtype)  # (G, Q or 1, H)
-        if address.site == "decoder_cross":
-            gate = gate.expand(-1, rows // self._runs, -1).flatten(0, 1)[None]
-        return gate.transpose(1, 2).unsqueeze(-1)
+        return gates[:, address.layer].to(dtype).transpose(1, 2).unsqueeze(-1)
 
     def dense_context(
         self, address: AttentionAddress, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         """The context (B, H, T, D) of a call in a module of the model; `mask` as transformers makes it."""
-        gate = self._gate(address, query.shape[2], query.dtype)
-        attn_mask = _as_keys(mask) if self._is_padded and address.site != "decoder_self" else None
-        if address.site != "decoder_self" or self._runs == 1:
+        here = _pass.get()
+        gate = self._gate(address, query.dtype)
+        attn_mask = _as_keys(mask) if here.is_padded and address.site != "decoder_self" else None
+        runs = here.runs if here.first is None else 1
+        if address.site != "decoder_self" or runs == 1:
+            gate = _in_line(gate, query.shape[2])
             return self.context_of(AttentionCall(address, query, key, value, attn_mask, gate))
         images = len(query)
         query, key, value = (
-            x.unflatten(2, (self._runs, -1)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)
+            x.unflatten(2, (runs, -1)).transpose(1, 2).flatten(0, 1) for x in (query, key, value)
         )
         if gate is not None:
             gate = gate.repeat(images, 1, 1, 1)
         context = self.context_of(AttentionCall(address, query, key, value, None, gate))
-        return context.unflatten(0, (images, self._runs)).transpose(1, 2).flatten(2, 3)
+        return context.unflatten(0, (images, runs)).transpose(1, 2).flatten(2, 3)
 
     def sampled_context(
         self,
@@ -455,10 +531,41 @@ class FamilyDetector(Detector):
         weights: Tensor,
     ) -> Tensor:
         """The context (B, H, T, D) of deformable attention; arguments as in `headoff.deformable.contract`."""
-        gate = self._gate(address, locations.shape[1], value.dtype)
-        return self.context_of(
-            DeformableCall(address, value.transpose(1, 2), spatial_shapes, locations, weights, gate)
-        )
+        here = _pass.get()
+        gate = self._gate(address, value.dtype)
+        call = DeformableCall(address, value.transpose(1, 2), spatial_shapes, locations, weights, None)
+        if here.first is None or gate is None:
+            return self.context_of(call._replace(head_gate=_in_line(gate, locations.shape[1])))
+        # Runs part here: their contexts differ by the gate alone.
+        here.first = None
+        return (self.context_of(call)[:, :, None] * gate.transpose(0, 1)).flatten(2, 3)
+
+
+def _in_line(gate: Tensor | None, rows: int) -> Tensor | None:
+    """The gate (G, H, Q or 1, 1) of `rows` queries, those of all runs, as (1, H, rows or 1, 1)."""
+    if gate is None or len(gate) == 1:
+        return gate
+    return gate.expand(-1, -1, rows // len(gate), -1).transpose(0, 1).flatten(1, 2)[None]
+
+
+def _by_row(module: nn.Module, attention: Container[nn.Module]) -> Iterator[nn.Module]:
+    """Modules whose output has a row for each row of their input: those in `attention`, and the outermost without."""
+    for child in module.children():
+        if child in attention:
+            yield child
+        elif isinstance(child, nn.ModuleList) or any(one in attention for one in child.modules()):
+            yield from _by_row(child, attention)
+        else:
+            yield child
+
+
+def _has_rows(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 1
+
+
+def _repeated(x: Tensor, runs: int) -> Tensor:
+    """(B, Q, ...) to (B, G * Q, ...)."""
+    return x.repeat(1, runs, *(1,) * (x.ndim - 2))
 
 
 def _heads(module: Any) -> int:
@@ -495,28 +602,28 @@ class _Called(Exception):
         self.arguments = arguments
 
 
-def _until_called(module: nn.Module, run: Callable[[], Any]) -> Mapping[str, Any]:
-    """The keyword arguments of the call of `module` in `run()`, which is not finished."""
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the decoder: the end of a pass that only encodes."""
+    if _pass.get().stops:
         assert not args, "transformers calls its decoders with keyword arguments"
         raise _Called(kwargs)
 
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        run()
-    except _Called as called:
-        return called.arguments
-    finally:
-        handle.remove()
-    raise AssertionError("the model did not call its decoder")
+
+def _known_backbone(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In place of the backbone's `forward`, which runs once in a pass, or not at all where its output is given."""
+    here = _pass.get()
+    if here is _OUTSIDE:
+        return forward(*args, **kwargs)
+    if here.backbone is None:
+        here.backbone = forward(*args, **kwargs)
+    return here.backbone
 
 
 @contextmanager
-def _returning(module: Any, output: Any) -> Iterator[None]:
-    """Within this context the module's `forward` returns `output`, and computes nothing."""
-    module.forward = lambda *args, **kwargs: output
+def _during(here: _Pass) -> Iterator[None]:
+    """Within this context, modules are called in that pass."""
+    token = _pass.set(here)
     try:
         yield
     finally:
-        del module.forward
+        _pass.reset(token)
