@@ -1,6 +1,9 @@
 """Gates of detectors of transformers: what they switch off, and what they never reach."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -275,6 +278,95 @@ def test_detections_are_those_of_the_image_processor(kind):
         if detector.scoring.kind == "sigmoid":
             assert len(set(found.queries.tolist())) < len(found)
             assert len(found) <= (detector.scoring.most or QUERIES * CLASSES)
+
+
+@contextmanager
+def attending(detector, around):
+    """Within this context `around()` is called before each attention callable, which gets the rows of its call."""
+    before = detector.attention, detector.deformable_attention
+
+    def dense(query, key, value, attn_mask=None, *, head_gate=None):
+        around(query.shape[0] * query.shape[2])
+        return before[0](query, key, value, attn_mask, head_gate=head_gate)
+
+    def deformable(value, shapes, locations, weights, *, head_gate=None):
+        around(locations.shape[0] * locations.shape[1])
+        return before[1](value, shapes, locations, weights, head_gate=head_gate)
+
+    detector.attention, detector.deformable_attention = dense, deformable
+    try:
+        yield
+    finally:
+        detector.attention, detector.deformable_attention = before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_those_of_one_run_until_a_gate_acts(kind):
+    detector, memory = encoded(kind)
+    dense = detector.adapter.decoder_cross(detector.model)[0].__class__.__name__.find("Deformable") < 0
+    one, all_runs = len(memory) * QUERIES, 3 * len(memory) * QUERIES
+    for site, layer in (("decoder_cross", 0), ("decoder_self", 1), ("decoder_cross", LAYERS - 1)):
+        heads = heads_off(0, site=site, layers=[layer]), heads_off(1, site=site, layers=[layer])
+        plan = detector.plan(stack([parse_configuration("none"), *heads], detector.head_layout))
+        apart = replace(plan, first=None)
+        expected, rows = detector.decode(memory, apart), []
+        with attending(detector, rows.append):
+            found = detector.decode(memory, plan)
+        for ours, theirs in ((found.logits, expected.logits), (found.boxes, expected.boxes)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance_of(kind))
+        # Two calls in each layer. Deformable attention is gated after it.
+        shared = 2 * layer + (site == "decoder_cross") + (site == "decoder_cross" and not dense)
+        assert rows == [one] * shared + [all_runs] * (2 * LAYERS - shared)
+
+
+@pytest.mark.parametrize("kind", ["conditional_detr", "rt_detr"])
+def test_gradients_do_not_depend_on_what_is_computed_once(kind):
+    detector, memory = encoded(kind)
+    gates = [parse_configuration(text) for text in ("none", "H0", "L1H1")]
+    plan = detector.plan(stack(gates, detector.head_layout))
+    tokens = memory.arguments["encoder_hidden_states"].clone().requires_grad_()
+    memory = replace(memory, arguments={**memory.arguments, "encoder_hidden_states": tokens})
+    found, expected = (
+        torch.autograd.grad(detector.decode(memory, one).logits.square().sum(), tokens)[0]
+        for one in (plan, replace(plan, first=None))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["conditional_detr", "rt_detr"])
+def test_threads_may_use_a_detector_together(kind):
+    """Under gates of their own, and while another one encodes; they meet before every attention call."""
+    detector, memory = encoded(kind)
+    pixels, mask = batch(detector.dtype)
+    jobs = [
+        lambda: detector.decode(memory, ["none", "H0"]),
+        lambda: detector.decode(memory, "decoder_self L0H1"),
+        lambda: detector.decode(detector.encode(pixels[:, :, :32], mask[:, :32]), ["H1", "H2", "none"]),
+    ]
+    with torch.inference_mode():
+        expected = [job() for job in jobs]
+    together, met = threading.Barrier(len(jobs)), []
+
+    def meet(_):
+        try:
+            together.wait(20)
+            met.append(True)
+        except threading.BrokenBarrierError:  # another one has ended
+            pass
+
+    def run(job):
+        with torch.inference_mode():
+            try:
+                return job()
+            finally:
+                together.abort()
+
+    with attending(detector, meet), ThreadPoolExecutor(len(jobs)) as threads:
+        found = list(threads.map(run, jobs))
+    assert len(met) >= 2 * len(jobs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=1e-9)
+        torch.testing.assert_close(one.boxes, other.boxes, rtol=0, atol=1e-9)
 
 
 def test_configurations_with_the_same_gates_are_computed_once():
