@@ -12,7 +12,7 @@ PACKAGE = Path(headoff.__file__).parent
 
 LAYERS = (
     {"errors", "wording", "choices", "signatures", "scoring", "boxes"},
-    {"files", "devices", "callables", "dataframes", "images", "gates", "timing"},
+    {"files", "devices", "callables", "dataframes", "images", "gates", "templates", "timing"},
     {"attention"},
     {"deformable"},
     {"detector"},

@@ -40,7 +40,7 @@ from headoff.report.story import sentences
 from headoff.report.switches import switches
 from headoff.report.tables import object_assignments
 from headoff.sweeps import SweepResult
-from headoff.wording import counted
+from headoff.templates import template as template_of
 
 MOST_PICTURES = 256
 """Most configurations with a picture on the page: all subsets of eight heads. Others have numbers only."""
@@ -126,16 +126,8 @@ def render_page(
 
 @cache
 def template(name: str) -> jinja2.Template:
-    """A template of this package. Values are escaped, as names come from checkpoints and files."""
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_read),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["counted"] = counted
-    return environment.get_template(name)
+    """A template of this package."""
+    return template_of(name, _read)
 
 
 def png_of(figure: Figure) -> bytes:

@@ -24,7 +24,8 @@ from headoff.harness.report.document import (
     validate,
 )
 from headoff.harness.report.failures import PROPERTIES, Group, excess, grouped, measure, places, skipped
-from headoff.wording import counted, format_bytes, format_ratio, format_seconds, format_times
+from headoff.templates import template
+from headoff.wording import format_bytes, format_ratio, format_seconds, format_times
 
 LEAST_SPAN = 1.25
 """The scale reaches at least this far from 1 to both sides: two per cent are not to look like a landslide."""
@@ -176,17 +177,7 @@ def _shortened(message: str) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_read),
-        # Everything that is put in is escaped: messages and ids are made of other people's code.
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["counted"] = counted
-    environment.filters["seconds"] = format_seconds
-    return environment.get_template("page.html")
+    return template("page.html", _read)
 
 
 def _read(name: str) -> str:
