@@ -514,6 +514,11 @@ def _checked(context: Tensor, shape: Sequence[int]) -> Tensor:
 
 def check_pixels(pixel_values: Tensor, pixel_mask: Tensor | None) -> None:
     """Raise ImageError unless the arguments are those of `Detector.encode`."""
+    for given in (pixel_values, pixel_mask):
+        if given is not None and not isinstance(given, Tensor) or given is pixel_values is None:
+            raise ImageError(
+                f"pixel values and their mask are tensors, and a {type(given).__name__} is not: use detector.preprocess"
+            )
     if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or not pixel_values.is_floating_point():
         raise ImageError(
             f"pixel values are {pixel_values.dtype} of shape {tuple(pixel_values.shape)}, and the detector needs "

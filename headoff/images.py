@@ -9,10 +9,10 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Literal, NoReturn, TypeAlias
+from typing import IO, Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
@@ -258,7 +258,8 @@ def preprocess(
     preprocessing = preprocessing or Preprocessing()
     if not dtype.is_floating_point:
         raise SettingError(f"pixel values cannot be of {dtype}: give a floating point dtype")
-    several = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else images
+    is_one = isinstance(images, str | os.PathLike | Image.Image | np.ndarray)
+    several: Any = images if isinstance(images, Iterable) and not is_one else [images]
     # What is RGB has been through load_image, or is meant as it is.
     pictures = [
         image if isinstance(image, Image.Image) and image.mode == "RGB" else load_image(image)

@@ -14,6 +14,11 @@ def number_ranges(numbers: Iterable[int], separator: str = ", ") -> str:
     return separator.join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def with_article(noun: str) -> str:
+    """`a head`, `an object`."""
+    return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"
+
+
 def counted(number: int, noun: str) -> str:
     """A count and its noun: `1 check`, `3,000 checks`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

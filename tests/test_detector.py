@@ -20,7 +20,16 @@ from headoff.detr.detector import Features
 from headoff.detr.positions import sine_positions
 from headoff.detr.sharing import sharing_plan
 from headoff.errors import CheckpointError, GateError, ImageError
-from headoff.gates import Gates, cumulative, first_off, none_off, single_heads, stack
+from headoff.gates import (
+    Gates,
+    cumulative,
+    first_off,
+    none_off,
+    parse_configuration,
+    read_configurations,
+    single_heads,
+    stack,
+)
 
 DEVICES = [
     "cpu",
@@ -508,3 +517,20 @@ class TestArguments:
         for image in (picture, tmp_path / "red.png", str(tmp_path / "red.png"), np.asarray(picture)):
             found, mask = detector.preprocess(image)
             assert torch.equal(found, expected) and mask.all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda detector: detector.preprocess(None), ImageError, "NoneType"),
+        (lambda detector: detector.preprocess(3), ImageError, "int"),
+        (lambda detector: detector.encode(None), ImageError, "NoneType"),
+        (lambda detector: detector.encode(np.zeros((1, 3, 8, 8), np.float32)), ImageError, "ndarray"),
+        (lambda detector: detector.encode(torch.zeros(1, 3, 8, 8), [[True]]), ImageError, "list"),
+        (lambda detector: read_configurations(3), GateError, "3 is no configuration"),
+        (lambda detector: parse_configuration("object x: H0"), GateError, "an object number"),
+    ],
+)
+def test_arguments_of_another_type_are_one_sentence(call, error, words):
+    with pytest.raises(error, match=words):
+        call(tiny_detector())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from headoff.detector import Detector
@@ -89,7 +90,8 @@ def sources_of(
         SettingError: there are no images, scenes do not suit the detector, or the annotations cannot be read.
     """
     known = None if annotations is None else Annotations(annotations, detector.class_names)
-    several: list[Any] = [images] if isinstance(images, str | Path | Image.Image) else list(images)
+    is_one = isinstance(images, str | Path | Image.Image | np.ndarray) or not isinstance(images, Iterable)
+    several: list[Any] = [images] if is_one else list(images)
     found: list[Source] = []
     for image in several:
         if isinstance(image, str) and image.startswith("scenes:"):

@@ -52,6 +52,7 @@ from headoff.gates.clauses import Clause, Heads
 from headoff.gates.configurations import Configuration, first_off, last_off, none_off, off_matrix
 from headoff.gates.orders import Order, check_order, random_order
 from headoff.gates.validation import MAX_NUMBER
+from headoff.wording import with_article
 
 T = TypeVar("T")
 
@@ -73,6 +74,8 @@ def read_configurations(
         GateError: a text cannot be read, or nothing is given.
     """
     several = (given,) if isinstance(given, Configuration | str) else given
+    if not isinstance(several, Iterable):
+        raise GateError(f"{given!r} is no configuration: give texts such as 'first 3', or configurations")
     read = (one if isinstance(one, Configuration) else parse_configuration(one) for one in several)
     configurations = tuple(dict.fromkeys(read))
     if not configurations:
@@ -338,11 +341,11 @@ def _ranges(reader: _Reader, noun: str, where: str, separator: str = r"\+") -> t
     """Numbers and ranges of numbers, such as 0-2+5."""
 
     def numbers() -> range:
-        first = reader.number(f"a {noun} number {where}")
+        first = reader.number(f"{with_article(noun)} number {where}")
         if not reader.take("-"):
             return range(first, first + 1)
         start = reader.here()
-        last = reader.number(f"a {noun} number after '-'")
+        last = reader.number(f"{with_article(noun)} number after '-'")
         if last < first:
             reader.fail(f"expected a {noun} number of at least {first} to end the range", start)
         return range(first, last + 1)

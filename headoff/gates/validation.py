@@ -6,6 +6,7 @@ from typing import Any
 
 from headoff.choices import SITES, Site
 from headoff.errors import GateError
+from headoff.wording import with_article
 
 # No detector has as many layers, heads or queries; a larger number is a typing error, and would fill the memory.
 MAX_NUMBER = 9999
@@ -35,7 +36,7 @@ def numbers(noun: str, values: Iterable[int] | None) -> tuple[int, ...] | None:
         return None
     if isinstance(values, (str, int)):
         raise GateError(f"{noun} numbers must be a list: {values!r} is not")
-    indices = tuple(sorted({number(f"a {noun} number", value) for value in values}))
+    indices = tuple(sorted({number(f"{with_article(noun)} number", value) for value in values}))
     if not indices:
         raise GateError(f"the list of {noun} numbers is empty: name at least one, or None for all")
     return indices

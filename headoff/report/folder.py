@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from headoff.errors import OutputError
@@ -16,6 +16,8 @@ from headoff.report.output import FINISHED, INDEX, PAGE, THUMBNAIL, replacing
 from headoff.report.page import png_of, template
 from headoff.report.tables import TOTAL_COLUMNS, csv_text, total_rows
 from headoff.totals import ImageSums, add_up
+
+T = TypeVar("T")
 
 TOTALS_TABLE = "totals.csv"
 TOTALS_CHART = "totals.png"
@@ -44,17 +46,7 @@ def folder_index(
         OutputError: an entry has no finished report, or the page cannot be written.
     """
     folder, reports = Path(folder), [Path(entry) for entry in entries]
-    cards, sums = [], []
-    for entry in reports:
-        try:
-            contents = json.loads((entry / FINISHED).read_text(encoding="utf-8"))
-            cards.append(card_of(folder, entry, contents))
-            sums.append(ImageSums.of(contents))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(
-                f"{str(entry)!r} holds no finished results (its {FINISHED} is missing or damaged): "
-                "run the sweep of that image again"
-            ) from error
+    cards, sums = read_reports(folder, reports, FINISHED, ImageSums.of, "run the sweep of that image again")
     same = len({tuple(image.names) for image in sums}) == 1
     total = add_up(sums) if same else None
     with output_errors(folder), replacing(folder) as new:
@@ -82,7 +74,32 @@ def folder_index(
     return folder / PAGE
 
 
-def card_of(folder: Path, entry: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
+def read_reports(
+    folder: Path,
+    reports: Sequence[Path],
+    finished: str,
+    read: Callable[[Mapping[str, Any]], T],
+    remedy: str,
+) -> tuple[list[dict[str, Any]], list[T]]:
+    """For each report what the index in `folder` shows of it, and what `read` makes of its JSON, named `finished`.
+
+    Raises:
+        OutputError: a report has none, or a damaged one; its remedy is `remedy`.
+    """
+    cards, found = [], []
+    for entry in reports:
+        try:
+            contents = json.loads((entry / finished).read_text(encoding="utf-8"))
+            cards.append(_card_of(folder, entry, contents))
+            found.append(read(contents))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{str(entry)!r} holds no finished results (its {finished} is missing or damaged): {remedy}"
+            ) from error
+    return cards, found
+
+
+def _card_of(folder: Path, entry: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
     """What an index shows of the report in `entry`, whose JSON has `contents`."""
     name = PurePath(contents["provenance"].get("image", "")).name or entry.name
     if entry.is_relative_to(folder):

@@ -9,7 +9,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from headoff.choices import FigureFormat, Figures
-from headoff.errors import OutputError
 from headoff.figures.canvas import DPI
 from headoff.figures.importance_sheets import importance_figures
 from headoff.figures.pictures import small_picture
@@ -18,7 +17,7 @@ from headoff.importance.aggregate import ImageMeans, add_up_means
 from headoff.importance.cards import HeadCards
 from headoff.importance.result import HeadImportance
 from headoff.report.drawing import Drawing
-from headoff.report.folder import card_of
+from headoff.report.folder import read_reports
 from headoff.report.heads_data import heads_data, totals_data
 from headoff.report.heads_story import heads_headline, totals_headline
 from headoff.report.links import link_pages
@@ -120,20 +119,14 @@ def heads_index(
         SettingError: the entries were not scored alike.
     """
     folder, reports = Path(folder), [Path(entry) for entry in entries]
-    links, means = [], []
-    provenance: dict[str, str] = {}
-    for entry in reports:
-        try:
-            contents = json.loads((entry / HEADS_FINISHED).read_text(encoding="utf-8"))
-            links.append(card_of(folder, entry, contents))
-            means.append(ImageMeans.of(contents))
-            provenance = provenance or dict(contents["provenance"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(
-                f"{str(entry)!r} holds no finished results (its {HEADS_FINISHED} is missing or damaged): "
-                "score the heads on that image again"
-            ) from error
-    totals = add_up_means(means)
+    links, found = read_reports(
+        folder,
+        reports,
+        HEADS_FINISHED,
+        lambda contents: (ImageMeans.of(contents), dict(contents["provenance"])),
+        "score the heads on that image again",
+    )
+    totals, provenance = add_up_means([means for means, _ in found]), found[0][1]
     with new_report(folder) as write:
         write(TABLE, csv_text(HEAD_TOTAL_COLUMNS, map(cells, totals.rows())))
         page = render_heads_page(
