@@ -150,7 +150,9 @@ def test_an_order_can_be_measured_on_other_images(detector, tmp_path, capsys):
     assert main([*heads, str(images / "20.png"), "--out", str(tmp_path / "one")]) == 0
     several = read_order(tmp_path / "several", "decoder_cross", "most")
     one = read_order(tmp_path / "one", "decoder_cross", "least")
-    assert several.images == 2 and not np.isnan(several.low).any() and several.describe().endswith("several.")
+    assert (
+        several.images == 2 and not np.isnan(several.low).any() and several.describe().endswith("several'.")
+    )
     alone = headoff.heads(
         detector,
         images / "20.png",

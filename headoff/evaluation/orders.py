@@ -18,7 +18,7 @@ import numpy as np
 from headoff.ablation import References
 from headoff.ablation.kinds import references_for
 from headoff.ablation.references import hash_of_image
-from headoff.choices import AblationKind, Site
+from headoff.choices import VALUES, AblationKind, Site
 from headoff.detector import Detector
 from headoff.errors import ImageError, SettingError, error_line
 from headoff.evaluation.manifest import MANIFEST
@@ -27,6 +27,7 @@ from headoff.files import write_new_file
 from headoff.gates import order_by_score
 from headoff.importance import HeadImportance, aggregate, heads
 from headoff.importance.result import Key
+from headoff.values import resolve_value
 from headoff.wording import counted
 
 First = Literal["least", "most"]
@@ -108,12 +109,13 @@ class ImportanceOrder:
 
     def describe(self) -> str:
         """The order, what was measured, and on what."""
+        what = resolve_value(self.value).title if self.value in VALUES else "average precision"
         text = (
             f"Heads of {self.site} go off in the order {', '.join(map(str, self.heads))}, the {self.first} important "
-            f"first. Importance is the Shapley value of {self.value} of a head in all layers, the mean over "
+            f"first. Importance is a head's Shapley value, in all layers, for {self.value} ({what}), over "
         )
         if self.folder:
-            return f"{text}{counted(self.images, 'image')} of {self.folder}."
+            return f"{text}{counted(self.images, 'image')}, of {self.folder!r}."
         return (
             f"{text}a sample of {counted(self.images, 'image')} of those that are judged. That favours the order: for "
             "one that was not chosen by these images, measure it on others (headoff heads) and give --importance."

@@ -429,7 +429,7 @@ def plot_faithfulness_statistics(found: SampleStatistics, ax: Axes | None = None
     objects = counted(most, "detection") if least == most else f"{least:,} to {counted(most, 'detection')}"
     title = f"{objects} under the configuration in a sample of {counted(int(found.images.max()), 'image')}"
     # In two columns, of the method and of the control.
-    legend_above(ax, handles, entry=3.4, title=title)
+    legend_above(ax, handles, entry=2.6, title=title)
     return ax
 
 
