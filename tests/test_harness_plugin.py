@@ -21,6 +21,7 @@ from headoff.attention import resolve_attention
 from headoff.errors import AttentionError
 from headoff.files import marked_folder
 from headoff.harness.plugin import diagnosis
+from headoff.harness.plugin import preflight as preflights
 from headoff.harness.plugin.preflight import FirstCall, first_calls, preflight
 
 pytest_plugins = ["pytester"]
@@ -110,11 +111,18 @@ one_way = OneWay.apply
 
 
 @pytest.fixture
-def run(pytester, at_a_desk):
-    """`run(*options, seed=0, suite=SUITE)` runs a suite, by default of four tests of which three call the patch."""
+def run(pytester, at_a_desk, monkeypatch):
+    """`run(*options, seed=0, suite=SUITE)` runs a suite, by default of four tests of which three call the patch.
+
+    First calls are made in this process, as under `headoff verify`, unless they are made `apart`: another process takes
+    seconds to import torch.
+    """
     pytester.makepyfile(kernel=KERNEL)
 
-    def run_suite(*options: str, seed: int = 0, suite: str = SUITE, files=()) -> pytest.RunResult:
+    def run_suite(
+        *options: str, seed: int = 0, suite: str = SUITE, files=(), apart: bool = False
+    ) -> pytest.RunResult:
+        monkeypatch.setattr(preflights, "is_watched", lambda: not apart)
         pytester.makepyfile(test_heads_off_mine=suite.replace("{seed}", str(seed)), **dict(files))
         # syrupy keeps the running session in a global: give the outer one its own back.
         outer = syrupy._syrupy
@@ -209,7 +217,7 @@ def test_notes_of_the_tests_reach_the_summary(run, pytester):
 def test_workers_find_and_note_the_same(run, pytester, no_search):
     pytest.importorskip("xdist")
     options = ("--attention", "kernel.py:wrong", "--report", "out.json")
-    alone, shared = (run(*options, "-n", count, suite=SUITE + NOTES) for count in ("0", "2"))
+    alone, shared = (run(*options, "-n", count, suite=SUITE + NOTES) for count in ("0", "1"))
     shared.assert_outcomes(passed=4, failed=1)
     assert section(shared) == section(alone)
     assert_noted(json.loads((pytester.path / "out.json").read_text()))
@@ -223,7 +231,7 @@ def test_workers_find_and_note_the_same(run, pytester, no_search):
     ],
 )
 def test_what_cannot_be_tested_is_one_error(run, name, said):
-    result = run("--attention", name)
+    result = run("--attention", name, apart="killed" in name)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     errors = [line for line in result.errlines if line.strip()]
     assert len(errors) == 1 and errors[0].startswith("ERROR: headoff: ") and said in errors[0]
