@@ -308,6 +308,21 @@ def test_runs_that_split_by_gates_alone_share_their_attention(site, kind):
         torch.testing.assert_close(getattr(prepared, name), getattr(shared, name), **ROUNDING)
 
 
+def test_a_feed_forward_block_in_parts_is_the_whole(monkeypatch):
+    block = tiny_detector().decoder.layers[0].feedforward
+    x = torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    monkeypatch.setattr("headoff.detr.transformer.ROWS", 7)
+    kept = x.clone()
+    with torch.no_grad():
+        parts = block(x)
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(parts, block(x), **ROUNDING)
+    seen = []
+    with block.expand.register_forward_hook(lambda *call: seen.append(call[-1])), torch.no_grad():
+        block(x)
+    assert seen[0].shape == (2, 3, 5, 24) and seen[0].min() < 0  # whole, and before the ReLU
+
+
 def test_shared_attention_computes_fewer_rows(monkeypatch):
     detector = tiny_detector()
     memory = detector.encode(*padded_batch())
