@@ -42,6 +42,7 @@ class Adapter:
         encoder_is_attention: whether the encoder is attention from memory tokens to memory tokens, so that relevance
             goes through it. Otherwise relevance ends at the memory tokens.
         shapes: (h, w) of each level of the memory, from the output of the backbone and the arguments of the decoder.
+        unread: linear layers of the decoder whose output `predict` does not read, and which need not be computed.
         preprocessing: how images become pixels where the checkpoint does not say it, from the model's configuration.
     """
 
@@ -56,6 +57,7 @@ class Adapter:
     predict: Callable[[Any, Mapping[str, Any], Any], tuple[Tensor, Tensor]]
     encoder_is_attention: bool
     shapes: Callable[[Any, Mapping[str, Any]], tuple[tuple[int, int], ...]]
+    unread: Callable[[Any], Sequence[Any]] = lambda model: ()
     preprocessing: Callable[[Any], Preprocessing] = lambda config: Preprocessing(rounding="transformers")
 
 

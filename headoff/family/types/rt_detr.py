@@ -4,7 +4,7 @@ level, convolutions that fuse the levels, queries chosen from the memory, deform
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +26,14 @@ def predict(model: Any, arguments: Mapping[str, Any], output: Any) -> tuple[Tens
     return output.intermediate_logits[:, -1], output.intermediate_reference_points[:, -1]
 
 
-def adapter(model_type: str, class_name: str) -> Adapter:
+def _unread(model: Any) -> list[nn.Module]:
+    """The class heads of all layers but the last."""
+    return list(model.model.decoder.class_embed)[:-1]
+
+
+def adapter(
+    model_type: str, class_name: str, unread: Callable[[Any], Sequence[Any]] = lambda model: ()
+) -> Adapter:
     """The adapter of a type that has RT-DETR's encoder and decoder."""
     return Adapter(
         model_type=model_type,
@@ -39,6 +46,7 @@ def adapter(model_type: str, class_name: str) -> Adapter:
         decoder_cross=lambda model: layers_of(model.model.decoder, "encoder_attn"),
         predict=predict,
         encoder_is_attention=False,
+        unread=unread,
         shapes=shapes_of_levels,
         # transformers' image processor for these types does not normalise.
         preprocessing=lambda config: Preprocessing(
@@ -47,5 +55,5 @@ def adapter(model_type: str, class_name: str) -> Adapter:
     )
 
 
-register_adapter(adapter("rt_detr", "RTDetrForObjectDetection"))
-register_adapter(adapter("rt_detr_v2", "RTDetrV2ForObjectDetection"))
+register_adapter(adapter("rt_detr", "RTDetrForObjectDetection", _unread))
+register_adapter(adapter("rt_detr_v2", "RTDetrV2ForObjectDetection", _unread))
