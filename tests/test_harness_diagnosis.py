@@ -18,7 +18,13 @@ from headoff.harness.operator.conditions import CONDITIONS
 from headoff.harness.operator.diagnosis import Experiments
 from headoff.harness.operator.known_faults import backward_faults, forward_faults, right_weights
 from headoff.harness.operator.reference import truth_of
-from headoff.harness.operator.weights import crossing, effective_weights, faulty_part
+from headoff.harness.operator.weights import (
+    Measured,
+    crossing,
+    effective_weights,
+    faulty_part,
+    in_words,
+)
 from headoff.harness.plugin.diagnosis import causes_of
 from headoff.harness.settings import Settings
 
@@ -358,6 +364,12 @@ def test_weights_in_effect_are_those_of_an_attention():
     assert faulty_part(2 * weights, tensors, found.square(), true) is None
     dims = {"batch item": 0, "head": 1, "channel": 3}
     assert not crossing(context_of, tensors, dims)
+    made_of_keys = replace(tensors, value=tensors.key)
+    said = crossing(lambda changed: context_of(made_of_keys), tensors, dims)
+    assert said == "it is not 0 where all values are"
+    sums, others = faulty_part(1.01 * weights, tensors, 1.01 * found, true), Measured("weights", 1.0, 1.0)
+    assert in_words([sums, others]) == "in effect, the attention weights are wrong"
+    assert in_words([sums, None]) == in_words([]) == ""
     for what, dim in dims.items():
         rolled = crossing(lambda changed, dim=dim: context_of(changed).roll(1, dim), tensors, dims)
         assert rolled == f"values of one {what} reach the context of another"

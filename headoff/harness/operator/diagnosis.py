@@ -391,7 +391,7 @@ class Experiments:
     def _measured(self, failing: Sequence[Observation]) -> str:
         """Which part of the context is wrong, where the simplest calls without a gate agree."""
         if not any(each.results["context"].isfinite().all() for each in failing):
-            return "it is infinite or NaN"
+            return "it has infinite numbers or NaN"
         measured, crossed = [], set()
         plain = [each for each in failing if each.case.gate == "none" and each.case.keys in KEYS]
         for each in plain[:PAIRS]:

@@ -51,9 +51,16 @@ def effective_weights(
 def crossing(context_of: Callable[[Any], Tensor | None], tensors: Any, dims: Mapping[str, int]) -> str:
     """Whether values of one batch item, head or channel reach the context of another, in words; else nothing.
 
+    Values that are all 0 give a context of 0: where they do not, it is made of something else, and that is said.
+
     Args:
         dims: which dimension of value and context each of them is.
     """
+    nothing = context_of(replace(tensors, value=torch.zeros_like(tensors.value)))
+    if nothing is None or not nothing.isfinite().all():
+        return ""
+    if nothing.any():
+        return "it is not 0 where all values are"
     for what, dim in dims.items():
         value = torch.zeros_like(tensors.value)
         value.narrow(dim, 0, 1).copy_(tensors.value.narrow(dim, 0, 1))
@@ -79,6 +86,7 @@ PARTS = {
     "rows without keys": "rows without keys have attention weights in effect",
     "sums": "in effect, the attention weights of a row add up to {least:.6g} to {most:.6g}, not to 1",
     "weights": "in effect, the attention weights are wrong, though those of a row add up to 1",
+    "sums or weights": "in effect, the attention weights are wrong",
 }
 """In words. What is wrong in effect may be the weights or which values they are multiplied with."""
 
@@ -110,9 +118,11 @@ def faulty_part(weights: Tensor, tensors: CallTensors, found: Tensor, true: Tens
 def in_words(measured: Sequence[Measured | None]) -> str:
     """What was measured in several calls, where it is the same in all of them; else nothing."""
     known = [each for each in measured if each is not None]
-    if not known or len(known) < len(measured) or len({each.part for each in known}) > 1:
+    parts = {each.part for each in known}
+    part = "sums or weights" if parts == {"sums", "weights"} else next(iter(parts), "")
+    if len(known) < len(measured) or (len(parts) != 1 and part != "sums or weights"):
         return ""
-    return PARTS[known[0].part].format(least=min(x.least for x in known), most=max(x.most for x in known))
+    return PARTS[part].format(least=min(x.least for x in known), most=max(x.most for x in known))
 
 
 def rms(difference: Tensor) -> float:
