@@ -24,6 +24,8 @@ from headoff.figures import relevance_figures
 from headoff.figures.colouring import OPACITY, SMOOTHING, MapStyle, coloured
 from headoff.figures.object_views import object_views
 from headoff.figures.relevance import NOTHING_TO_EXPLAIN, plot_head_attention, plot_map, plot_relevance_grid
+from headoff.figures.relevance_sheets import MOST_OBJECTS
+from headoff.gates import none_off
 from headoff.relevance import load_explanation
 from headoff.report import maps as report_maps
 from headoff.report import write_report
@@ -333,3 +335,13 @@ def test_an_explanation_of_something_else_is_rejected(tmp_path):
     with pytest.raises(SettingError, match="other configurations"):
         write_report(tmp_path / "out", IMAGE, RESULT, provenance={}, explanation=other)
     assert not (tmp_path / "out").exists()
+
+
+def test_of_many_objects_the_best_are_drawn():
+    """Six to a figure; figures of a hundred objects would take minutes."""
+    image, result = crowd(40, (60, 80), configurations=[none_off()])
+    figures = list(
+        relevance_figures(image, explanation_of(result), style=MapStyle(), baseline=result.baseline)
+    )
+    assert MOST_OBJECTS == 24
+    assert [figure.stem.partition("-objects-")[2] for figure in figures] == ["0-5", "6-11", "12-17", "18-23"]

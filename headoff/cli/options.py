@@ -150,7 +150,7 @@ def add_drawing_options(group: argparse._ArgumentGroup) -> None:
         "--figures",
         choices=FIGURES,
         help="`none`: numbers only; `page`: the page, which draws everything from data (default); `all`: also every "
-        "figure as a file, for papers (default with --format or --dpi)",
+        "figure as a file, for papers (default with --format or --dpi); maps are drawn of the 24 best objects",
     )
     group.add_argument(
         "--format", choices=FIGURE_FORMATS, help="format of the files of figures (default png)"

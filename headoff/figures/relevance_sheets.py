@@ -15,6 +15,9 @@ from headoff.figures.sheets import MOST_PICTURES, SweepFigure
 from headoff.images import ImageSource
 from headoff.relevance.explanations import Explanation
 
+MOST_OBJECTS = 24
+"""Most objects whose maps are drawn, the best detections: a hundred under nine configurations would be 153 figures, and
+take minutes. The page and the tables have all of them."""
 OBJECTS_PER_FIGURE = 6
 """Most objects in a figure; further objects are in further figures."""
 
@@ -29,10 +32,10 @@ def relevance_figures(
 ) -> Iterator[SweepFigure]:
     """A grid of objects and layers for every configuration, and, if there are weights, one of heads for every object.
 
-    As for sweeps, only the first `MOST_PICTURES` configurations are drawn; tables have all of them.
+    Only the first `MOST_PICTURES` configurations and `MOST_OBJECTS` objects are drawn; tables have all of them.
     """
     picture = small_picture(image)
-    objects = len(explanation.objects)
+    objects = min(len(explanation.objects), MOST_OBJECTS)
     digits = max(2, len(str(len(explanation) - 1)))
     for number, configuration in enumerate(explanation.configurations[:MOST_PICTURES]):
         title = configuration.name
