@@ -92,6 +92,47 @@ def test_a_wrong_deformable_attention_is_found(attention):
         assert any("memory" in finding.message for finding in found)
 
 
+class _GateLeftOutBackward(torch.autograd.Function):
+    """The context with a gate, and the gradient as if there were none."""
+
+    @staticmethod
+    def forward(ctx, gated, ungated):
+        return gated.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, gradient
+
+
+def dense_gate_left_out_backward(query, key, value, attn_mask=None, *, head_gate=None):
+    gated = eager(query, key, value, attn_mask, head_gate=head_gate)
+    return _GateLeftOutBackward.apply(gated, eager(query, key, value, attn_mask))
+
+
+def deformable_gate_left_out_backward(value, shapes, locations, weights, *, head_gate=None):
+    gated = gather_attention(value, shapes, locations, weights, head_gate=head_gate)
+    return _GateLeftOutBackward.apply(gated, gather_attention(value, shapes, locations, weights))
+
+
+def locations_without_gradient(value, shapes, locations, weights, *, head_gate=None):
+    return gather_attention(value, shapes, locations.detach(), weights, head_gate=head_gate)
+
+
+@pytest.mark.parametrize(
+    ("kind", "contract", "attention"),
+    (
+        ("conditional_detr", DENSE, dense_gate_left_out_backward),
+        ("rt_detr", DEFORMABLE, deformable_gate_left_out_backward),
+        ("deformable_detr two-stage", DEFORMABLE, locations_without_gradient),
+    ),
+)
+def test_an_attention_that_is_wrong_in_its_backward_pass_alone_is_found(kind, contract, attention):
+    found, _ = found_by(kind, contract, attention)
+    assert found and all("gradient of the" in finding.message for finding in found), found
+    if attention is not locations_without_gradient:
+        assert {finding.configuration for finding in found} == {"first 2 off"}
+
+
 def test_an_exception_is_a_finding():
     def raises(*arguments, head_gate=None):
         raise ValueError("no such shape")

@@ -93,8 +93,8 @@ def test_relevance(snapshot, pytestconfig, golden_case, configuration):
 
 
 def test_heads_off_family(case, under_test):
-    """Under every configuration, the decoder's logits and boxes; with none and some of its heads off, the encoder's
-    memory; and the attention is called at every site.
+    """Under every configuration, the decoder's logits and boxes; with none and half of the heads off, their gradients;
+    with none and some of its heads off, the encoder's memory; and the attention is called at every site.
     """
     fail_on(
         family_findings(

@@ -2,7 +2,8 @@
 
 A two-stage model takes its queries from the memory, those with the highest scores, and rounding may exchange two of
 them. So the decoder under test starts from the oracle's memory and queries, under every configuration; the encoder is
-compared by itself, by the memory that it gives.
+compared by itself, by the memory that it gives. Gradients are those of the decoder's output with respect to that memory
+and those queries.
 
 The attention under test is called at the sites of its contract: dense or deformable. It is called in the dtype under
 test, and all else computes in float32 at least, as in `headoff.harness.model.patched`.
@@ -45,7 +46,13 @@ from headoff.wording import counted
 
 CONFIDENCE = 0.5
 MEMORY, LOGITS, BOXES = "memory", "logits", "boxes"
+OF_MEMORY, OF_QUERIES = "gradient of the memory", "gradient of the queries"
 """What is compared."""
+
+GRADIENT_FLOOR = 0.01
+"""Of a gradient's norm. Where rounding changes sides of ReLUs and sampling points, single numbers of a gradient change
+much, and its norm little. What is smaller than this, the suite of single calls finds.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +97,11 @@ class FamilyCase:
             heads_off(0, 1, site="decoder_self").named("heads of decoder_self off"),
             half_self.for_queries(query).named("half a head of decoder_self off for one query"),
         )
+
+    @property
+    def differentiated(self) -> tuple[Configuration, Configuration]:
+        """With none off, and with the first half of the heads off."""
+        return self.configurations[0], self.configurations[self.detector.head_layout.heads // 2]
 
     @property
     def bundled(self) -> bool:
@@ -208,10 +220,31 @@ def _outputs(detector: FamilyDetector, case: FamilyCase, features: FamilyFeature
                 memories.append(_tokens(detector.encode_features(features, gate)))
         memory, _ = case.features.memory
         output = detector.decode(memory.to(detector.device, detector.dtype), case.configurations)
-    found = {LOGITS: output.logits[:, 0], BOXES: output.boxes[:, 0]}
+    found = {LOGITS: output.logits[:, 0], BOXES: output.boxes[:, 0], **_gradients(detector, case)}
     if memories:
         found[MEMORY] = torch.cat(memories)
     return {name: x.double().cpu() for name, x in found.items()}
+
+
+def _gradients(detector: FamilyDetector, case: FamilyCase) -> dict[str, Tensor]:
+    """Gradients (n, ...) of the same weighted sum of logits and boxes, under each configuration of
+    `FamilyCase.differentiated`.
+    """
+    memory = case.features.memory[0].to(detector.device, detector.dtype).clone()
+    queries = detector.adapter.per_query[0]
+    inputs = [memory.arguments[name].requires_grad_() for name in ("encoder_hidden_states", queries)]
+    found = []
+    for configuration in case.differentiated:
+        with torch.enable_grad():
+            output = detector.decode(memory, configuration)
+            numbers = torch.cat((output.logits, output.boxes), -1)
+            weights = torch.randn(
+                numbers.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            )
+            found.append(torch.autograd.grad((numbers * weights.to(numbers)).sum(), inputs))
+    return {
+        name: torch.cat(x) for name, x in zip((OF_MEMORY, OF_QUERIES), zip(*found, strict=True), strict=True)
+    }
 
 
 def _tokens(memory: FamilyMemory) -> Tensor:
@@ -254,12 +287,13 @@ def family_findings(
 def _compare(case: FamilyCase, found: dict[str, Tensor], allowed: dict[str, Tolerance]) -> list[Finding]:
     findings = []
     for name, expected in case.expected.items():
-        errors = _errors(found[name], expected)
+        errors = _errors(name, found[name], expected)
         wrong = (errors > allowed[name].allowed).nonzero().flatten().tolist()
         if not wrong:
             continue
         worst = max(wrong, key=lambda index: float(errors[index]))
-        configuration = None if name == MEMORY else case.configurations[worst].name
+        tried = case.differentiated if name in (OF_MEMORY, OF_QUERIES) else case.configurations
+        configuration = None if name == MEMORY else tried[worst].name
         others = f" (and {counted(len(wrong) - 1, 'other configuration')})" if len(wrong) > 1 else ""
         under = (
             f"with {'heads of the encoder off' if worst else 'none off'}"
@@ -269,7 +303,8 @@ def _compare(case: FamilyCase, found: dict[str, Tensor], allowed: dict[str, Tole
         findings.append(
             Finding(
                 "detections",
-                f"{case.name}: {name} {under} off by {float(errors[worst]):.1e} of the largest number (allowed "
+                f"{case.name}: {name} {under} off by {float(errors[worst]):.1e} of "
+                f"{'its norm' if name in (OF_MEMORY, OF_QUERIES) else 'the largest number'} (allowed "
                 f"{allowed[name].allowed:.1e})",
                 case=case.name,
                 error=float(errors[worst]),
@@ -280,8 +315,10 @@ def _compare(case: FamilyCase, found: dict[str, Tensor], allowed: dict[str, Tole
     return findings
 
 
-def _errors(found: Tensor, expected: Tensor) -> Tensor:
-    """The largest difference in each item, relative to the largest number."""
+def _errors(name: str, found: Tensor, expected: Tensor) -> Tensor:
+    """The largest difference in each item, relative to the largest number; of gradients, that of norms."""
+    if name in (OF_MEMORY, OF_QUERIES):
+        return (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     return peak_error(found, expected, tuple(range(1, expected.ndim)))
 
 
@@ -298,9 +335,10 @@ def tolerances(
         with _patched(case, implementation, contract, device, dtype) as detector:
             found = _outputs(detector, case, case.features.to(device, detector.dtype))
         for name, expected in case.expected.items():
-            largest[name] = max(largest[name], float(_errors(found[name], expected).max()))
+            largest[name] = max(largest[name], float(_errors(name, found[name], expected).max()))
     unit = torch.finfo(dtype).eps
-    return {name: Tolerance(error, unit) for name, error in largest.items()}
+    floors = {name: GRADIENT_FLOOR if name in (OF_MEMORY, OF_QUERIES) else unit for name in largest}
+    return {name: Tolerance(error, floors[name]) for name, error in largest.items()}
 
 
 def undetected(case: FamilyCase, contract: Contract, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -311,5 +349,5 @@ def undetected(case: FamilyCase, contract: Contract, device: torch.device, dtype
     return [
         f"the logits under '{case.configurations[other].name}' pass as those under '{case.configurations[one].name}'"
         for one, other in pairs
-        if float(_errors(logits[other : other + 1], logits[one : one + 1])[0]) <= allowed
+        if float(_errors(LOGITS, logits[other : other + 1], logits[one : one + 1])[0]) <= allowed
     ]
