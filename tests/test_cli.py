@@ -559,3 +559,41 @@ def test_a_terminal_without_the_letters_of_a_name(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "p\\xe9ch\\xe9 \\u732b.png" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (("faithfulness", "scenes:99999999999999999999"), "names no scenes"),
+        (("faithfulness", "scenes:1", "--short-side", "100000"), "too large"),
+        (("faithfulness", SAMPLE, "--annotations", "{boxes}"), "cannot be read as annotations"),
+        (("faithfulness", SAMPLE, "--annotations", "{deep}"), "cannot be read as annotations"),
+        (("live", "--no-browser", "--references", "{text}"), "is no reference set"),
+        (("scenes", "draw", "--out", "{text}"), "cannot be written"),
+        (("scenes", "train", "--out", "{text}/below"), "cannot be written"),
+        (("roles", SAMPLE, "--references", SAMPLE), "--references has no effect"),
+    ],
+)
+def test_what_cannot_be_asked_of_other_commands(capsys, tmp_path, arguments, culprit):
+    box = {"image_id": 1, "category_id": 1, "bbox": [0, 0, float("nan"), 3]}
+    names = [{"id": 1, "name": "star"}]
+    files = {
+        "boxes": json.dumps({"images": [], "annotations": [box], "categories": names}),
+        "deep": "[" * 100_000,
+        "text": "text",
+    }
+    for name, contents in files.items():
+        (tmp_path / name).write_text(contents)
+    out = () if arguments[0] in ("scenes", "live") else ("--out", str(tmp_path / "out"))
+    given = [word.format(**{name: tmp_path / name for name in files}) for word in arguments]
+    assert culprit in rejected(capsys, *given, *out)
+    assert not (tmp_path / "out").exists() and (tmp_path / "text").read_text() == "text"
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\0b", "x" * 300])
+def test_names_that_no_file_can_have(capsys, name):
+    for arguments in (("sweep", SAMPLE, "--out", name), ("faithfulness", name)):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        error = capsys.readouterr().err
+        assert left.value.code == 2 and error.startswith("headoff: error: ") and error.count("\n") == 1
