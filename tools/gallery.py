@@ -116,6 +116,10 @@ CRASH = (
     "By hand it ends its process as well, with 144 queries and keys and an additive mask of (1, 8, 144, 144), without "
     "gradients; without a mask it is right, and so is `flex_compiled`, which gives the mask to flex_attention itself"
 )
+XFORMERS = (
+    "xformers is not among the packages of the extra, for each of its releases needs one release of torch. On a CPU it "
+    "has no kernel: 0.0.32.post2 with torch 2.8.0 raises NotImplementedError"
+)
 MEMORY_EFFICIENT = "memory-efficient-attention-pytorch"
 TWO_DIMENSIONS = (
     "The adapter expands every mask to four dimensions. A mask of two dimensions is one of keys to this code, (batch, "
@@ -149,6 +153,7 @@ ENTRIES = (
     Entry("ring_attention_pytorch_plain", "ring-attention-pytorch"),
     Entry("ring_attention_pytorch_flash", "ring-attention-pytorch"),
     Entry("flash_attention_softmax_n_flash", "flash-attention-softmax-n", gpu=True),
+    Entry("xformers_memory_efficient", "xformers", gpu=True, note=XFORMERS),
     Entry("deformable_transformers", "transformers"),
     Entry("deformable_transformers_v2", "transformers"),
     Entry("deformable_rfdetr", "rfdetr"),
