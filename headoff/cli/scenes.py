@@ -132,7 +132,6 @@ def run_train(settings: argparse.Namespace) -> int:
     from dataclasses import replace
     from importlib import import_module
 
-    _check_folder(settings.out)
     module_name, recipe_name, config_name = _RECIPES[settings.model]
     try:
         module = import_module(module_name)
@@ -144,6 +143,7 @@ def run_train(settings: argparse.Namespace) -> int:
     recipe, config = getattr(module, recipe_name)(seed=settings.seed), getattr(module, config_name)
     if settings.hours and recipe.steps:
         raise SettingError("this model is trained by steps; give --steps instead of --hours")
+    _check_folder(settings.out)
     chosen = {
         name: value for name in ("steps", "hours", "batch", "pool") if (value := getattr(settings, name))
     }
