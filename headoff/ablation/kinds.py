@@ -139,8 +139,8 @@ class ConstantReplacement:
         address = call.address
         if address not in self._contexts:
             raise SettingError(
-                f"the ablation has nothing for {address.site} of layer {address.layer}: gather a reference set that has, "
-                f"for optimal constants with `headoff references FOLDER --optimal --site {address.site}`"
+                f"the ablation has nothing for {address.site} of layer {address.layer}: gather a reference set with it, "
+                f"for optimal constants by `headoff references FOLDER --optimal --site {address.site}`"
             )
         context, rows = self._contexts[address], call.rows
         if context.shape[1] == 1:
