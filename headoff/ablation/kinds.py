@@ -139,7 +139,7 @@ class ConstantReplacement:
         address = call.address
         if address not in self._contexts:
             raise SettingError(
-                f"the ablation has nothing for {address.site} of layer {address.layer}: gather a reference set with it, "
+                f"the ablation has nothing for {address.site} of layer {address.layer}: gather a set with it, "
                 f"for optimal constants by `headoff references FOLDER --optimal --site {address.site}`"
             )
         context, rows = self._contexts[address], call.rows
