@@ -229,6 +229,21 @@ MOST_PIXELS = 100_000_000
 """Most pixels of a batch's resized images, each: encoding more would take all memory of any machine."""
 
 
+def padded_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) that holds all pictures of a batch, of their resized `sizes`.
+
+    Raises:
+        SettingError: it has more than `MOST_PIXELS`.
+    """
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
+    if height * width > MOST_PIXELS:
+        raise SettingError(
+            f"images would be resized to {height} x {width} pixels, and more than {MOST_PIXELS // 10**6} million do "
+            "not fit: give a smaller short_side (--short-side)"
+        )
+    return height, width
+
+
 def preprocess(
     images: ImageSource | Sequence[ImageSource],
     preprocessing: Preprocessing | None = None,
@@ -285,12 +300,7 @@ def resize(
         SettingError: they would have more than `MOST_PIXELS`.
     """
     sizes = [preprocessing.resized_size(picture.height, picture.width) for picture in pictures]
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    if height * width > MOST_PIXELS:
-        raise SettingError(
-            f"images would be resized to {height} x {width} pixels, and more than {MOST_PIXELS // 10**6} million do "
-            "not fit: give a smaller short_side (--short-side)"
-        )
+    height, width = padded_size(sizes)
     pixels = torch.zeros(len(pictures), height, width, 3, dtype=torch.uint8)
     for i, (picture, (h, w)) in enumerate(zip(pictures, sizes, strict=True)):
         resized = picture.resize((w, h), RESAMPLING[preprocessing.resample])

@@ -480,6 +480,13 @@ def test_wrong_arguments_are_one_sentence(detector, tmp_path):
         evaluate("scenes:0")
     with pytest.raises(SettingError, match="'scenes:-1' names no scenes"):
         evaluate("scenes:-1")
+    with pytest.raises(SettingError, match="'scenes:99999999' names no scenes"):
+        evaluate("scenes:99999999")
+    huge = headoff.load("scenes", short_side=100_000)
+    with pytest.raises(SettingError, match="too large: give a short side of at most 4096"):
+        headoff.evaluate(huge, "scenes:1", out=tmp_path / "out")
+    with pytest.raises(SettingError, match="more than 100 million do not fit"):
+        headoff.evaluate(huge, annotations, images, out=tmp_path / "out")
     with pytest.raises(ImageError, match="no folder of images"):
         evaluate(annotations, tmp_path / "nowhere")
     with pytest.raises(ImageError, match="none of the 7 images"):
@@ -514,6 +521,9 @@ def test_numbers_that_are_not_finite_end_the_run(tmp_path):
         headoff.evaluate(
             headoff.load("scenes", attention=attention), "scenes:1", configurations="H1", out=tmp_path
         )
+    # Nothing came of that run, so another may take its folder.
+    results = headoff.evaluate(headoff.load("scenes"), "scenes:1", configurations="H2", out=tmp_path)
+    assert results.is_complete and [one.name for one in results.configurations] == ["none off", "H2 off"]
 
 
 # The command.

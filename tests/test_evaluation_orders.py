@@ -87,6 +87,7 @@ def test_shards_and_a_run_that_goes_on_have_the_order_that_was_measured(
     contents = json.loads((out / "summary.json").read_text())
     (found,) = contents["orders"]
     assert found["heads"] == list(measured.heads) and found["scores"] == list(measured.scores)
+    assert f"; {', '.join(f'H{head}' for head in measured.heads[:4])} off cost " in contents["verdict"]
     assert main([*BY_IMPORTANCE, "--out", str(out), "--batch", "2", "--importance-images", "3"]) == 2
     assert "measured otherwise: images was 2 and is 3" in capsys.readouterr().err
     (out / "importance.json").unlink()

@@ -18,9 +18,6 @@ _RECIPES = {
 }
 """Module, recipe and configuration of the models that can be trained; imported when they are."""
 
-MOST_PIXELS = 4096
-"""Side of the largest scene: one of 100,000 pixels would need more memory than there is."""
-
 
 def hours(text: str) -> float:
     """A positive number of hours, for argparse."""
@@ -102,9 +99,11 @@ def add_parser(commands: Any) -> None:
 
 def run_draw(settings: argparse.Namespace) -> int:
     """Run `headoff scenes draw`."""
-    if settings.size > MOST_PIXELS:
+    from headoff.scenes.held_out import LARGEST_SIDE
+
+    if settings.size > LARGEST_SIDE:
         raise SettingError(
-            f"--size {settings.size} is too large: give a side of at most {MOST_PIXELS} pixels"
+            f"--size {settings.size} is too large: give a side of at most {LARGEST_SIDE} pixels"
         )
     if settings.size < 16:
         raise SettingError(f"a scene of {settings.size} pixels is too small to draw; use --size 16 or more")

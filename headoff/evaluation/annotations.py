@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ import numpy as np
 from headoff.errors import SettingError, did_you_mean, error_line
 from headoff.evaluation.tables import GroundTruth
 from headoff.wording import counted
-
-SCENES = re.compile(r"scenes:(\d+)(?::(\d+))?")
 
 BEYOND = 2
 """Pixels that a box may reach beyond its image without a note."""
@@ -64,14 +61,6 @@ def read_annotations(
             f"annotations {str(path)!r} cannot be read ({error_line(error)}): download or write them again"
         ) from error
     return ground_truth(contents, class_names, limit, repr(str(path)))
-
-
-def scenes_in(text: str) -> tuple[int, int] | None:
-    """(count, first seed) of `scenes:N` or `scenes:N:FIRST`; None for a file. Raises SettingError for other scenes."""
-    found = SCENES.fullmatch(text)
-    if found is None and text.startswith("scenes:") and not Path(text).exists():
-        raise SettingError(f"{text!r} names no scenes: give scenes:N or scenes:N:FIRST, such as scenes:1000")
-    return None if found is None else (int(found[1]), int(found[2] or 0))
 
 
 def scene_truth(count: int, first_seed: int, side: int) -> GroundTruth:

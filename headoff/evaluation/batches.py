@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from headoff.errors import SettingError
-from headoff.images import Preprocessing
+from headoff.images import Preprocessing, padded_size
 
 
 def make_batches(sizes: np.ndarray, preprocessing: Preprocessing, batch: int) -> tuple[tuple[int, ...], ...]:
@@ -26,13 +26,15 @@ def make_batches(sizes: np.ndarray, preprocessing: Preprocessing, batch: int) ->
         Indices of the images of each batch, ascending.
 
     Raises:
-        SettingError: `batch` is below 1.
+        SettingError: `batch` is below 1, or images are resized to more than a detector can take.
     """
     if batch < 1:
         raise SettingError(f"a batch of {batch} images cannot be computed: give 1 or more")
     resized = [preprocessing.resized_size(height, width) for height, width in sizes.tolist()]
     order = sorted(range(len(resized)), key=lambda index: (resized[index], index))
     batches = [tuple(sorted(order[start : start + batch])) for start in range(0, len(order), batch)]
+    for batch_of_like_sizes in batches:
+        padded_size([resized[index] for index in batch_of_like_sizes])
     random.Random(0).shuffle(batches)
     return tuple(batches)
 

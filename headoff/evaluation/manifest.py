@@ -22,7 +22,7 @@ from headoff.errors import SettingError, error_line
 from headoff.evaluation.shards import FOLDER
 from headoff.evaluation.tables import GroundTruth
 from headoff.evaluation.work import Work
-from headoff.files import write_file, write_new_file
+from headoff.files import output_errors, write_file, write_new_file
 
 FORMAT = "headoff evaluation 1"
 MANIFEST = "manifest.json"
@@ -116,6 +116,16 @@ def bind(
             f"{str(folder)!r} has the results of another run, with which these would be mixed: {listed}{more}. "
             "Name another folder, or give the options of that run"
         )
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove the manifest of a run that ended before it had any detections: it binds nothing.
+
+    Only for a process that has the folder for itself.
+    """
+    if not any((folder / FOLDER).glob("batch-*.parquet")):
+        with output_errors(folder / MANIFEST):
+            (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from headoff.choices import AblationKind
 from headoff.detector import Detector
 from headoff.errors import HeadoffError, ImageError, SettingError
 from headoff.evaluation import manifest
-from headoff.evaluation.annotations import read_annotations, scene_truth, scenes_in
+from headoff.evaluation.annotations import read_annotations, scene_truth
 from headoff.evaluation.batches import make_batches, shard_of
 from headoff.evaluation.engines import Engine, LocalEngine
 from headoff.evaluation.results import Results
@@ -28,6 +28,7 @@ from headoff.evaluation.tables import GroundTruth
 from headoff.evaluation.work import Work
 from headoff.files import lock, output_errors
 from headoff.gates import Configuration, cumulative, none_off, read_configurations, stack
+from headoff.scenes.held_out import held_out_scenes
 from headoff.sweeps import MEMORY_BUDGET
 from headoff.wording import counted
 
@@ -71,25 +72,14 @@ def open_data_set(
     """
     if limit is not None and limit < 1:
         raise SettingError(f"{limit} images cannot be evaluated: give 1 or more")
-    scenes = scenes_in(str(annotations))
+    scenes = held_out_scenes(str(annotations), detector)
     if scenes is not None:
-        from headoff.scenes.dataset import CLASS_NAMES
-
-        count, first = scenes
-        count = count if limit is None else min(count, limit)
         if images is not None:
             raise SettingError(
                 f"{annotations} are drawn, and need no folder of images: leave {str(images)!r} out"
             )
-        if count < 1:
-            raise SettingError(f"{annotations!r} are no scenes: give 1 or more, as in scenes:1000")
-        if detector.class_names != CLASS_NAMES:
-            raise SettingError(
-                f"this detector knows {len(detector.class_names)} other classes; only one trained on the scenes can be "
-                "evaluated on them"
-            )
-        side, _ = detector.preprocessing.resized_size(1, 1)  # scenes are square
-        return DataSet(scene_truth(count, first, side), Scenes(first, side))
+        count = scenes.count if limit is None else min(scenes.count, limit)
+        return DataSet(scene_truth(count, scenes.first, scenes.side), Scenes(scenes.first, scenes.side))
     if images is None:
         raise SettingError(f"the folder of the images of {str(annotations)!r} is missing: name it as well")
     folder = Path(images)
@@ -195,6 +185,8 @@ def evaluate(
         contexts.enter_context(lock(folder, shared=shard is not None))
         if shard is not None:
             contexts.enter_context(lock(folder / f"shard {shard[0]} of {shard[1]}"))
+        else:
+            manifest.remove_unused(folder)
         device = contexts.enter_context(computes.connected(detector))
         about = manifest.identity(work, detector, device, data.truth)
         manifest.bind(

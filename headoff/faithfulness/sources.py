@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,8 @@ from headoff.errors import SettingError
 from headoff.faithfulness.measures import Needs
 from headoff.faithfulness.truth import Annotations, Truth, truth_of_scene
 from headoff.images import ImageSource, load_image
-from headoff.scenes.dataset import CLASS_NAMES, draw_scene
-
-_MOST_SCENES = 1_000_000
-_LARGEST = 4096
-"""Pixels of the side of a scene."""
+from headoff.scenes.dataset import draw_scene
+from headoff.scenes.held_out import held_out_scenes
 
 
 class Source(Protocol):
@@ -94,8 +90,10 @@ def sources_of(
     several: list[Any] = [images] if is_one else list(images)
     found: list[Source] = []
     for image in several:
-        if isinstance(image, str) and image.startswith("scenes:"):
-            found += _scenes(image, detector)
+        scenes = held_out_scenes(image, detector) if isinstance(image, str) else None
+        if scenes is not None:
+            seeds = range(scenes.first, scenes.first + scenes.count)
+            found += [SceneSource(seed, scenes.side) for seed in seeds]
         elif hasattr(image, "load") and hasattr(image, "name"):
             found.append(image)
         elif isinstance(image, str | Path):
@@ -106,23 +104,3 @@ def sources_of(
     if not found:
         raise SettingError("there are no images to measure on: give at least one")
     return found
-
-
-def _scenes(text: str, detector: Detector) -> list[Source]:
-    match = re.fullmatch(r"scenes:(\d+)(?::(\d+))?", text)
-    first, count = (int(match[2] or 0), int(match[1])) if match else (0, 0)
-    if not 1 <= count <= _MOST_SCENES or first > _MOST_SCENES:
-        raise SettingError(
-            f"{text!r} names no scenes: give scenes:N or scenes:N:FIRST, such as scenes:100 or scenes:100:5000, up to "
-            f"{_MOST_SCENES:,}"
-        )
-    if detector.class_names != CLASS_NAMES:
-        raise SettingError(
-            "held-out scenes suit only a detector trained on scenes, such as `scenes`: give images, and --annotations"
-        )
-    side, _ = detector.preprocessing.resized_size(1, 1)  # scenes are square
-    if side > _LARGEST:
-        raise SettingError(
-            f"scenes of {side} x {side} pixels are too large: give a short side of at most {_LARGEST} (--short-side)"
-        )
-    return [SceneSource(seed, side) for seed in range(first, first + count)]

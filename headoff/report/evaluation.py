@@ -23,7 +23,7 @@ from headoff.evaluation.relevance import SampleStatistics
 from headoff.evaluation.scores import REFERENCES, Scores, SourceOfDetections
 from headoff.evaluation.sources import Files, Scenes
 from headoff.figures.evaluation import cumulative_in, evaluation_figures
-from headoff.gates import Configuration, CumulativeSweep, sweeps_among
+from headoff.gates import Configuration, CumulativeSweep, order_of, sweeps_among
 from headoff.outcomes import Status
 from headoff.report.drawing import Drawing
 from headoff.report.output import PAGE, SUMMARY, new_report
@@ -119,7 +119,11 @@ def evaluation_headline(scores: Scores) -> str:
     if cumulative:
         half = len(cumulative) // 2
         lost = scores.loss(cumulative[half])
-        text += f"; the first {half} of {len(cumulative) - 1} heads off cost {_lost(lost)}"
+        order = order_of([scores.configurations[index].configuration for index in cumulative])[:half]
+        if order == tuple(range(len(order))):
+            text += f"; the first {half} of {len(cumulative) - 1} heads off cost {_lost(lost)}"
+        else:
+            text += f"; {', '.join(f'H{head}' for head in order)} off cost {_lost(lost)}"
     text += "."
     single = [found for found in head_scores(scores) if found.layers]
     if single:
