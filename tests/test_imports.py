@@ -11,7 +11,7 @@ import headoff
 PACKAGE = Path(headoff.__file__).parent
 
 LAYERS = (
-    {"errors", "wording", "choices", "signatures", "scoring", "boxes"},
+    {"errors", "versions", "wording", "choices", "signatures", "scoring", "boxes"},
     {"files", "devices", "callables", "dataframes", "images", "gates", "templates", "timing"},
     {"attention"},
     {"deformable"},

@@ -18,6 +18,7 @@ from headoff.outcomes import Status
 from headoff.report import SCHEMA_VERSION, folder_index, is_finished, verdict, write_report
 from headoff.report.page import render_page
 from headoff.report.story import sentences
+from headoff.versions import versions
 
 PROVENANCE = {"image": "a <b> & c.png", "model": "scenes", "command": "headoff sweep 'a <b> & c.png'"}
 VOID = {"meta", "img", "input", "source", "br", "link"}
@@ -168,6 +169,14 @@ def contents(folder):
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
+
+
+def test_without_provenance_the_image_and_versions_are_named(tmp_path):
+    image, result = crowd(1, (30, 40), configurations=[heads_off(3)])
+    image.save(tmp_path / "street.png")
+    write_report(tmp_path / "out", tmp_path / "street.png", result, figures="none")
+    made_with = json.loads((tmp_path / "out" / "sweep.json").read_text())["provenance"]
+    assert made_with == {"image": "street.png", **versions()} and {"headoff", "torch"} < set(made_with)
 
 
 @pytest.mark.usefixtures("blank_figures")

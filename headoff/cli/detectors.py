@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 
 import torch
 
-from headoff import __version__
 from headoff.attention import attention_label
 from headoff.detector import Detector
 from headoff.detr.checkpoints import ModelChoice, class_names_in
 from headoff.devices import chosen_device, set_threads
+from headoff.versions import versions
 
 
 def load_detector(settings: argparse.Namespace, *, quiet: bool = False) -> Detector:
@@ -49,9 +48,7 @@ def provenance(settings: argparse.Namespace, detector: Detector) -> dict[str, st
         "attention": attention_label(detector.attention),
         "device": str(detector.device),
         "dtype": str(detector.dtype).removeprefix("torch."),
-        "headoff": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions(),
     }
     if detector.device.type == "cuda":
         made_with["gpu"] = torch.cuda.get_device_name(detector.device)

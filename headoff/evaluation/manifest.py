@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import io
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -169,11 +168,6 @@ def read_truth(folder: Path) -> GroundTruth:
     for name in ("class_names", "names"):
         contents[name] = tuple(contents[name].tolist())
     return GroundTruth(**contents)
-
-
-def versions() -> dict[str, str]:
-    """For provenance."""
-    return {"headoff": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _differs(before: Any, now: Any) -> str:

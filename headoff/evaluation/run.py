@@ -30,6 +30,7 @@ from headoff.files import lock, output_errors
 from headoff.gates import Configuration, cumulative, none_off, read_configurations, stack
 from headoff.scenes.held_out import held_out_scenes
 from headoff.sweeps import MEMORY_BUDGET
+from headoff.versions import versions
 from headoff.wording import counted
 
 BATCH = 8
@@ -189,9 +190,7 @@ def evaluate(
             manifest.remove_unused(folder)
         device = contexts.enter_context(computes.connected(detector))
         about = manifest.identity(work, detector, device, data.truth)
-        manifest.bind(
-            folder, about, data.truth, [one.name for one in chosen], provenance or manifest.versions()
-        )
+        manifest.bind(folder, about, data.truth, [one.name for one in chosen], provenance or versions())
         _remove_parts(folder, work, share)
         missing, finished = _missing_batches(folder, work, share)
         total = sum(len(work.batches[number]) for number in share)

@@ -45,6 +45,7 @@ from headoff.report.tables import (
     sweep_json,
 )
 from headoff.sweeps import SweepResult
+from headoff.versions import versions
 
 FINISHED = "sweep.json"
 """The last file of the report on a sweep."""
@@ -71,7 +72,7 @@ def write_report(
     image: ImageSource,
     result: SweepResult,
     *,
-    provenance: Mapping[str, str],
+    provenance: Mapping[str, str] | None = None,
     figures: Figures = "page",
     format: FigureFormat = "png",
     dpi: int = DPI,
@@ -92,7 +93,8 @@ def write_report(
         image: the image of the sweep.
         result: the sweep.
         provenance: the origin of the results, shown in this order: `image`, `model`, `attention`, `device`, `dtype`,
-            `confidence`, `order`, versions, `command`. `image` is also the page's title.
+            `confidence`, `order`, versions, `command`. `image` is also the page's title. By default, the image's name
+            and versions.
         figures: `page` writes the page, which draws everything from data; `all` also every figure as a file in
             figures/, for papers; `none` writes numbers only.
         format, dpi: of the files of figures: `png`, `svg` or `pdf`, and pixels an inch.
@@ -119,6 +121,9 @@ def write_report(
             "the explanations by other methods are of other configurations, objects or layers: make all of the same"
         )
     folder = Path(folder)
+    if provenance is None:
+        named = {"image": Path(image).name} if isinstance(image, str | os.PathLike) else {}
+        provenance = {**named, **versions()}
     name = provenance.get("image", "")
     picture = small_picture(image)
     with new_report(folder) as write:
