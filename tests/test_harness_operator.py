@@ -69,11 +69,11 @@ def test_masks_broadcast_and_only_some_have_fully_masked_rows(kind):
     mask = mask_values(kind, torch.Generator().manual_seed(0), (2, 3, 7, 11))
     assert mask.dim() >= 2
     attended = (mask if mask.dtype == torch.bool else mask != -math.inf).expand(2, 3, 7, 11)
-    keyless = (
+    fully_masked = (
         "fully masked" in kind or kind == "all masked" or (kind.startswith("bool") and kind.endswith("1"))
     )
     if kind.rstrip("1") != "bool ":  # of one number, which is True
-        assert bool(attended.any(-1).all()) != keyless
+        assert bool(attended.any(-1).all()) != fully_masked
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -192,11 +192,11 @@ def test_truth_does_not_depend_on_the_chunks(monkeypatch):
 def test_scales_are_zero_exactly_where_nothing_can_be_rounded():
     case = replace(SMALL, gate="first-1", mask="additive fully masked rows")
     truth = truth_of(case)
-    keyless = (tensors_of(case).mask == -math.inf).all(-1)[:, 0]
+    fully_masked = (tensors_of(case).mask == -math.inf).all(-1)[:, 0]
     assert (truth.scales["context"][:, 0] == 0).all()
     for head in (1, 2):
-        assert torch.equal((truth.scales["context"][:, head] == 0).all(-1), keyless)
-        assert torch.equal((truth.scales["dq"][:, head] == 0).all(-1), keyless)
+        assert torch.equal((truth.scales["context"][:, head] == 0).all(-1), fully_masked)
+        assert torch.equal((truth.scales["dq"][:, head] == 0).all(-1), fully_masked)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

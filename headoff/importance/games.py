@@ -262,8 +262,8 @@ class Game:
                 if not found.shape[1]:
                     results.append(torch.zeros(runs, layers, heads, dtype=torch.float64))
                 elif is_encoder:
-                    each = [_gate_gradients(found[0, o], contexts, 1) for o in column.tolist()]
-                    results.append(torch.cat(each))
+                    item = [_gate_gradients(found[0, o], contexts, 1) for o in column.tolist()]
+                    results.append(torch.cat(item))
                 else:
                     results.append(_gate_gradients(found[torch.arange(runs), column].sum(), contexts, runs))
         return results

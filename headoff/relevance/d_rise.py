@@ -239,8 +239,8 @@ class DRiseEngine:
 
     def _at_once(self, pixels: Tensor, configurations: int) -> int:
         numbers = _BACKBONE_NUMBERS * pixels[0, 0].numel() * pixels.element_size()
-        each = numbers + configurations * self.detector.decoder_bytes(self.features)
-        return max(1, min(self._batch, self._budget // 2 // each))
+        item = numbers + configurations * self.detector.decoder_bytes(self.features)
+        return max(1, min(self._batch, self._budget // 2 // item))
 
 
 def d_rise(

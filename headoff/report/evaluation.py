@@ -445,8 +445,8 @@ def _write_contributions(path: Path, scores: Scores) -> None:
         "name": [scores.truth.names[index] for index in scores.images],
     }
     for one in scores.configurations:
-        each = one["AP"] / len(scores.images) + one.influence[scores.images]
-        columns[one.configuration.text] = each.astype(np.float32)
+        item = one["AP"] / len(scores.images) + one.influence[scores.images]
+        columns[one.configuration.text] = item.astype(np.float32)
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 

@@ -127,21 +127,21 @@ def diagnose(
     dtype, seed = failed[0].dtype, failed[0].seed
     own = [case for case in deformable_cases(dtype, seed + 1) if case.weights <= SMALL and case.queries]
     family = dict.fromkeys([*(case for case, _ in numbers), *reduced_cases(dtype, seed), *own[::3]])
-    tried = [each for case in family if (each := _observed(attention, case, device, grads)) is not None]
+    tried = [item for case in family if (item := _observed(attention, case, device, grads)) is not None]
     outputs: tuple[str, ...] = ("context",)
-    if not any(each.fails(outputs) for each in tried):
+    if not any(item.fails(outputs) for item in tried):
         outputs = tuple(GRADIENTS.values())
-    failing = [each for each in tried if each.fails(outputs)]
+    failing = [item for item in tried if item.fails(outputs)]
     if not failing:
         return numbers[0][1]
     # The simplest first: few kinds of anything, then few weights.
-    failing.sort(key=lambda each: (str(each.case).count(", "), each.case.weights))
-    right = [each for each in tried if not each.fails(("context", *GRADIENTS.values()))]
-    wrong = tuple(name for name in outputs if any(each.fails([name]) for each in failing))
+    failing.sort(key=lambda item: (str(item.case).count(", "), item.case.weights))
+    right = [item for item in tried if not item.fails(("context", *GRADIENTS.values()))]
+    wrong = tuple(name for name in outputs if any(item.fails([name]) for item in failing))
     conditions = [
         words
         for words, holds in CONDITIONS.items()
-        if all(holds(each) for each in failing) and not any(holds(each) for each in right)
+        if all(holds(item) for item in failing) and not any(holds(item) for item in right)
     ][:1]
     causes = _causes(wrong, failing, right, device)
     if causes:
@@ -182,8 +182,8 @@ def _faulty_part(
 ) -> tuple[Property, str] | None:
     """Whether levels, places or weights are wrong, where the simplest calls without a gate agree."""
     said: list[tuple[Property, str] | None] = []
-    for each in failing:
-        case = each.case
+    for item in failing:
+        case = item.case
         if (
             case.gate == "none"
             and case.tokens <= MOST_TOKENS
@@ -222,12 +222,12 @@ def _causes(
     causes: list[Fault] = []
     for name in wrong:
         faults = FORWARD if name == "context" else [fault for fault in BACKWARD if fault.property == name]
-        own = [each for each in failing if each.fails([name])]
+        own = [item for item in failing if item.fails([name])]
         fitting = [
             fault
             for fault in faults
-            if all(each.agrees(fault, device) for each in own)
-            and all(each.agrees(fault, device) for each in right)
+            if all(item.agrees(fault, device) for item in own)
+            and all(item.agrees(fault, device) for item in right)
         ]
         if len({fault.property for fault in fitting}) != 1 or len(fitting) > 2:
             return []
@@ -239,35 +239,35 @@ def _rms(difference: torch.Tensor) -> float:
     return float(difference.square().mean().sqrt())
 
 
-def _strided(each: Observation) -> bool:
-    return not all(tensor.is_contiguous() for tensor in each.tensors.inputs)
+def _strided(item: Observation) -> bool:
+    return not all(tensor.is_contiguous() for tensor in item.tensors.inputs)
 
 
 CONDITIONS: dict[str, Callable[[Observation], bool]] = {
-    "a gate": lambda each: each.tensors.gate is not None,
-    "a gate that differs between queries": lambda each: _differs(each, 1),
-    "a gate that differs between batch items": lambda each: _differs(each, 0),
-    "several levels": lambda each: len(each.case.shapes) > 1,
-    "several batch items": lambda each: each.case.batch > 1,
-    "points outside": lambda each: each.case.inputs in ("normal", "borders", "outside", "far", "corners"),
+    "a gate": lambda item: item.tensors.gate is not None,
+    "a gate that differs between queries": lambda item: _differs(item, 1),
+    "a gate that differs between batch items": lambda item: _differs(item, 0),
+    "several levels": lambda item: len(item.case.shapes) > 1,
+    "several batch items": lambda item: item.case.batch > 1,
+    "points outside": lambda item: item.case.inputs in ("normal", "borders", "outside", "far", "corners"),
     "inputs that are not contiguous": _strided,
-    "a gradient of the context that is not contiguous": lambda each: (
-        not each.tensors.grad_context.is_contiguous()
+    "a gradient of the context that is not contiguous": lambda item: (
+        not item.tensors.grad_context.is_contiguous()
     ),
-    "attention weights that do not add up to 1": lambda each: each.case.weight_kind in ("any", "filled up"),
-    "levels of one row or column": lambda each: any(1 in shape for shape in each.case.shapes),
-    "levels that are not square": lambda each: any(h != w for h, w in each.case.shapes),
-    "more than 4 points": lambda each: each.case.points > 4,
-    "a number of points that is no power of 2": lambda each: each.case.points & (each.case.points - 1) != 0,
-    "a number of channels that is no power of 2": lambda each: (
-        each.case.channels & (each.case.channels - 1) != 0
+    "attention weights that do not add up to 1": lambda item: item.case.weight_kind in ("any", "filled up"),
+    "levels of one row or column": lambda item: any(1 in shape for shape in item.case.shapes),
+    "levels that are not square": lambda item: any(h != w for h, w in item.case.shapes),
+    "more than 4 points": lambda item: item.case.points > 4,
+    "a number of points that is no power of 2": lambda item: item.case.points & (item.case.points - 1) != 0,
+    "a number of channels that is no power of 2": lambda item: (
+        item.case.channels & (item.case.channels - 1) != 0
     ),
-    "more than 32 channels": lambda each: each.case.channels > 32,
-    "a number of heads that is no power of 2": lambda each: each.case.heads & (each.case.heads - 1) != 0,
+    "more than 32 channels": lambda item: item.case.channels > 32,
+    "a number of heads that is no power of 2": lambda item: item.case.heads & (item.case.heads - 1) != 0,
 }
 """What failing cases may have in common."""
 
 
-def _differs(each: Observation, dim: int) -> bool:
-    gate = each.tensors.gate
+def _differs(item: Observation, dim: int) -> bool:
+    gate = item.tensors.gate
     return gate is not None and bool((gate != gate.narrow(dim, 0, 1)).any())

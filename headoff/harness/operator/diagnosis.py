@@ -232,7 +232,7 @@ class Experiments:
     def _findings(self, case: OperatorCase) -> list[Finding]:
         with watched_settings():
             findings = operator_findings(self.attention, case, self.device)
-        return [each for each in findings if _is_without_gradients(each) or not self.without_gradients]
+        return [item for item in findings if _is_without_gradients(item) or not self.without_gradients]
 
     def _call(self, tensors: CallTensors, case: OperatorCase) -> Results:
         """Results on the CPU in float64; none where the patch raises, or gives something of another shape."""
@@ -252,7 +252,7 @@ class Experiments:
         results = self._call(tensors_of(case, self.device), case)
         if not results:
             return None
-        compared = {each.name: each for each in comparisons(results, case, self.device)}
+        compared = {item.name: item for item in comparisons(results, case, self.device)}
         return Observation(case, tensors_of(case), results, compared)
 
     def observe(self, case: OperatorCase) -> Observation | None:
@@ -274,7 +274,7 @@ class Experiments:
                 if not (name := self._differing(before, again)):
                     continue
                 largest = max(cases, key=lambda case: case.weights)
-                pairs = ((self._observe(each), self._observe(each)) for each in (case, largest))
+                pairs = ((self._observe(item), self._observe(item)) for item in (case, largest))
                 is_random = any(self._differing(*pair) for pair in pairs)
                 when = "between two calls" if is_random else "after other calls,"
                 message = f"{NAMES[name]} differs {when} with the same inputs; case {case}"
@@ -293,7 +293,7 @@ class Experiments:
         result, again = one.results[name], other.results[name]
         if not torch.equal(result.isfinite(), again.isfinite()):
             return False
-        result, again = (each.nan_to_num(0.0, 0.0, 0.0) for each in (result, again))
+        result, again = (item.nan_to_num(0.0, 0.0, 0.0) for item in (result, again))
         return self._agree(name, again, result, _scale(one.case, name, result), one.case)
 
     def _state(self, case: OperatorCase) -> Finding | None:
@@ -305,7 +305,7 @@ class Experiments:
         seed = replace(case, seed=case.seed + 1)
         gate = replace(case, gate="fractions" if case.gate == "none" else "none")
         mask = replace(case, mask="padding" if case.mask == "none" else "none")
-        orders = [(one, other) for each in (seed, gate, mask) for one, other in ((each, case), (case, each))]
+        orders = [(one, other) for item in (seed, gate, mask) for one, other in ((item, case), (case, item))]
         for number, (first, second) in enumerate([*orders, (gate, replace(gate, gate="per item"))]):
             sizes: list[Fields] = [
                 {"queries": q + number, "keys": k + 64 * number} for q, k in ((8, 16), (31, 48))
@@ -343,28 +343,28 @@ class Experiments:
         family += [case for case in variants if case.weights <= max(LARGEST, simplest.weights)]
         small = [case for case in operator_cases(simplest.dtype, simplest.seed + 1) if case.weights <= SMALL]
         family += small[::2]
-        tried = [each for case in dict.fromkeys(family) if (each := self.observe(case)) is not None]
+        tried = [item for case in dict.fromkeys(family) if (item := self.observe(case)) is not None]
         # The context, if it is ever wrong; for gradients follow from it.
-        outputs = ["context"] if any(each.fails(["context"]) for each in tried) else ["dq", "dk", "dv"]
-        failing = sorted((each for each in tried if each.fails(outputs)), key=lambda each: each.case.weights)
+        outputs = ["context"] if any(item.fails(["context"]) for item in tried) else ["dq", "dk", "dv"]
+        failing = sorted((item for item in tried if item.fails(outputs)), key=lambda item: item.case.weights)
         if not failing:
             return None
         if unsteady := self._unrepeated(list(self.observed)[::-4], 1):
             return unsteady
         conditions = self._necessary(failing)
-        causes, only_with = self._causes(failing, [each for each in tried if not each.fails()], conditions)
+        causes, only_with = self._causes(failing, [item for item in tried if not item.fails()], conditions)
         properties = {fault.property for fault in causes}
         if len(causes) > 2 or len(properties) > 1:
             causes = []
-        apart = [each for each in failing if len(set(each.case.gradient_names.values())) == 3] or failing
-        wrong = [name for name in outputs if any(each.fails([name]) for each in apart)]
+        apart = [item for item in failing if len(set(item.case.gradient_names.values())) == 3] or failing
+        wrong = [name for name in outputs if any(item.fails([name]) for item in apart)]
         if causes:
             conditions = only_with
         kind = properties.pop() if len(properties) == 1 else _property(wrong, conditions)
         measured = self._measured(failing) if kind == "context" and not causes else ""
-        shown = next((each for each in failing if each.case == simplest), failing[0])
+        shown = next((item for item in failing if item.case == simplest), failing[0])
         worst = max((shown.comparisons[name] for name in wrong if name in shown.comparisons),
-                    key=lambda each: each.excess)  # fmt: skip
+                    key=lambda item: item.excess)  # fmt: skip
         self.diagnosis = Diagnosis(
             kind,
             tuple(wrong),
@@ -390,12 +390,12 @@ class Experiments:
 
     def _measured(self, failing: Sequence[Observation]) -> str:
         """Which part of the context is wrong, where the simplest calls without a gate agree."""
-        if not any(each.results["context"].isfinite().all() for each in failing):
+        if not any(item.results["context"].isfinite().all() for item in failing):
             return "it has infinite numbers or NaN"
         measured, crossed = [], set()
-        plain = [each for each in failing if each.case.gate == "none" and each.case.keys in KEYS]
-        for each in plain[:PAIRS]:
-            case, true = each.case, truth_of(each.case).values["context"]
+        plain = [item for item in failing if item.case.gate == "none" and item.case.keys in KEYS]
+        for item in plain[:PAIRS]:
+            case, true = item.case, truth_of(item.case).values["context"]
             tensors = tensors_of(case, self.device)
 
             def context_of(tensors: CallTensors, case: OperatorCase = case) -> Tensor | None:
@@ -404,14 +404,14 @@ class Experiments:
             crossed.add(crossing(context_of, tensors, {"batch item": 0, "head": 1, "channel": 3}))
             weights = effective_weights(context_of, tensors)
             if weights is not None:
-                measured.append(faulty_part(weights, each.tensors, each.results["context"], true))
+                measured.append(faulty_part(weights, item.tensors, item.results["context"], true))
         return in_words(measured) or (crossed.pop() if len(crossed) == 1 else "")
 
     def _necessary(self, failing: Sequence[Observation]) -> list[Condition]:
         """What all failing cases have, and without which the smallest of them are right."""
         necessary: list[Condition] = []
         # Where only unusual numbers are wrong, a size may matter by what it makes of them.
-        is_unusual = all(each.case.inputs != "normal" for each in failing)
+        is_unusual = all(item.case.inputs != "normal" for item in failing)
         for condition in CONDITIONS:
             barely = condition.barely
             if (
@@ -419,10 +419,10 @@ class Experiments:
                 and not any(condition.words in special.implies for special in necessary)
                 # A call of another size has other strides.
                 and not (condition.property in ("sizes", None) and any(x.property == "layout" for x in necessary))
-                and all(condition.holds(each.tensors) for each in failing)
+                and all(condition.holds(item.tensors) for item in failing)
                 and all(
-                    self._is_right_on(without(each.tensors), each.case)
-                    for each in failing[:PAIRS]
+                    self._is_right_on(without(item.tensors), item.case)
+                    for item in failing[:PAIRS]
                     for without in condition.without
                 )
                 # What grows with a size has no size from which on it is wrong.
@@ -463,13 +463,13 @@ class Experiments:
         faults += fitted_faults(found, middle.tensors)
         everywhere, conditional = [], []
         for fault in faults:
-            if not all(self._reproduces(fault, each) for each in failing):
+            if not all(self._reproduces(fault, item) for item in failing):
                 continue
-            visible = [each for each in right if not self._is_right(fault, each)]
+            visible = [item for item in right if not self._is_right(fault, item)]
             if not visible:
                 everywhere.append(fault)
             elif necessary and not any(
-                all(condition.holds(each.tensors) for condition in necessary) for each in visible
+                all(condition.holds(item.tensors) for condition in necessary) for item in visible
             ):
                 conditional.append(fault)
         return (everywhere, []) if everywhere else (conditional, necessary)
@@ -500,7 +500,7 @@ class Experiments:
     def _agree(self, name: str, found: Tensor, expected: Tensor, scale: Tensor, case: OperatorCase) -> bool:
         """To the tolerance of the case; what is smaller than any number of its dtype is zero."""
         found, expected = (
-            torch.where(each.abs() < torch.finfo(case.dtype).tiny, 0.0, each) for each in (found, expected)
+            torch.where(item.abs() < torch.finfo(case.dtype).tiny, 0.0, item) for item in (found, expected)
         )
         allowed = allowed_for(case, self.device)[name]
         return compare(name, found, expected, scale, allowed, case.dtype).is_right
@@ -531,7 +531,7 @@ def _is_without_gradients(finding: Finding) -> bool:
 
 def _property(outputs: Sequence[str], conditions: Sequence[Condition]) -> Property:
     if outputs == ["context"]:
-        return next((each.property for each in conditions if each.property), "context")
+        return next((item.property for item in conditions if item.property), "context")
     if len(outputs) == 1:
         return outputs[0]  # type: ignore[return-value]
     return "softmax backward" if "dq" in outputs else "dk"

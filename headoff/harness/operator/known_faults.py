@@ -102,10 +102,10 @@ FORWARD: dict[str, Step] = {
     "scale": lambda s: s.channels**-0.5,
     "scores": lambda s: s.query @ s.key.mT * s.scale,
     "masked": lambda s: s.scores + s.mask,
-    "keyless": lambda s: (s.masked == -math.inf).all(-1, keepdim=True),
-    "filled": lambda s: s.masked.masked_fill(s.keyless, 0.0),
+    "fully_masked": lambda s: (s.masked == -math.inf).all(-1, keepdim=True),
+    "filled": lambda s: s.masked.masked_fill(s.fully_masked, 0.0),
     "softmax": lambda s: s.filled.softmax(-1),
-    "weights": lambda s: s.softmax.masked_fill(s.keyless, 0.0),
+    "weights": lambda s: s.softmax.masked_fill(s.fully_masked, 0.0),
     "gated": lambda s: s.weights * s.gate,
     "context": lambda s: s.gated @ s.value,
 }
@@ -197,13 +197,13 @@ def _longer(attended: Tensor) -> Tensor:
 def _low(low: float) -> Steps:
     return {
         "masked": lambda s: (s.scores + s.mask).clamp(min=low) if s.has_mask else s.scores,
-        "keyless": lambda s: (s.mask == -math.inf).all(-1, keepdim=True),
+        "fully_masked": lambda s: (s.mask == -math.inf).all(-1, keepdim=True),
     }
 
 
 def _fully_masked(answer: Step) -> Steps:
     """`answer` is the softmax of fully masked rows."""
-    return {"weights": lambda s: torch.where(s.keyless, answer(s), s.softmax)}
+    return {"weights": lambda s: torch.where(s.fully_masked, answer(s), s.softmax)}
 
 
 GATE: dict[str, Steps] = {
@@ -253,7 +253,7 @@ MASK: dict[str, Steps] = {
     "fully masked rows are NaN": _fully_masked(lambda s: torch.full_like(s.softmax, math.nan)),
     "fully masked rows attend as if nothing were masked": _fully_masked(lambda s: s.scores.softmax(-1)),
     "fully masked rows attend to the first key": _fully_masked(lambda s: (torch.arange(s.keys) == 0).double()),
-    "one fully masked row makes the whole call zero": {"weights": lambda s: s.softmax * (not s.keyless.any())},
+    "one fully masked row makes the whole call zero": {"weights": lambda s: s.softmax * (not s.fully_masked.any())},
     "weights are masked after the softmax and not normalised again": {
         "masked": lambda s: s.scores if s.is_bool else s.scores + s.mask,
         "weights": lambda s: s.softmax.masked_fill(s.mask == -math.inf, 0.0)},
@@ -357,7 +357,7 @@ FORWARD_ALONE: dict[Property, dict[str, Steps]] = {
         "a head that is off gives the mean of its values": {
             "context": lambda s: torch.lerp(s.value.mean(2, keepdim=True), s.weights @ s.value, s.gate)},
         "where it is 0, the head attends to all keys equally": {
-            "filled": lambda s: s.masked.masked_fill(s.keyless | (s.gate == 0), 0.0),
+            "filled": lambda s: s.masked.masked_fill(s.fully_masked | (s.gate == 0), 0.0),
             "gated": lambda s: s.weights * torch.where(s.gate == 0, 1.0, s.gate)},
         "where it is 0, the query is returned": _context(lambda s, context: torch.where(s.gate == 0, s.query, context)),
         **{f"it is applied again for each block of {n} keys": {"gate": lambda s, n=n: s.gate ** -(-s.keys // n)}

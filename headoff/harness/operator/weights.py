@@ -117,8 +117,8 @@ def faulty_part(weights: Tensor, tensors: CallTensors, found: Tensor, true: Tens
 
 def in_words(measured: Sequence[Measured | None]) -> str:
     """What was measured in several calls, where it is the same in all of them; else nothing."""
-    known = [each for each in measured if each is not None]
-    parts = {each.part for each in known}
+    known = [item for item in measured if item is not None]
+    parts = {item.part for item in known}
     part = "sums or weights" if parts == {"sums", "weights"} else next(iter(parts), "")
     if len(known) < len(measured) or (len(parts) != 1 and part != "sums or weights"):
         return ""
