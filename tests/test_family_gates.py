@@ -333,6 +333,26 @@ def test_gradients_do_not_depend_on_what_is_computed_once(kind):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_prepared_and_computed_in_parts_is_the_same(kind, monkeypatch):
+    detector, memory = encoded(kind)
+    gates = stack([parse_configuration(text) for text in ("none", "H0", "L1H1")], detector.head_layout)
+    tokens = memory.arguments["encoder_hidden_states"]
+    with torch.no_grad():
+        expected = detector.decode(memory, gates)
+        prepared = detector.prepare(memory)
+        for module, value in prepared.values[2].items():
+            assert torch.equal(module(tokens), value)
+        monkeypatch.setattr("headoff.family.detector.ROWS", 1)  # one run at a time
+        found = detector.decode(prepared, gates)
+        other = detector.decode(
+            replace(prepared, arguments={**prepared.arguments, "encoder_hidden_states": tokens + 1}), gates
+        )
+    for ours, theirs in ((found.logits, expected.logits), (found.boxes, expected.boxes)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance_of(kind))
+    assert not torch.allclose(other.logits, expected.logits)
+
+
 @pytest.mark.parametrize("kind", ["conditional_detr", "rt_detr"])
 def test_threads_may_use_a_detector_together(kind):
     """Under gates of their own, and while another one encodes; they meet before every attention call."""

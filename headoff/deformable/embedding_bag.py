@@ -32,11 +32,12 @@ def embedding_bag_attention(
     weights = attention_weights.to(compute)
     if head_gate is not None:
         weights = weights * head_gate[..., None].to(compute)
-    weights = (weights[..., None] * fractions).flatten(3)  # (B, Q, H, L * P * 4)
+    # Corners before points, as they are in memory.
+    weights = (weights[:, :, :, :, None] * fractions.transpose(-1, -2)).flatten(3)  # (B, Q, H, L * 4 * P)
     # Row (b * N + n) * H + h of the table is what head h of token n has.
     head = torch.arange(heads, device=value.device)[:, None]
     image = torch.arange(batch, device=value.device)[:, None, None, None] * (tokens * heads)
-    rows = indices.flatten(3).mul_(heads).add_(head)
+    rows = indices.transpose(-1, -2).flatten(3).mul_(heads).add_(head)
     if batch > 1:
         rows.add_(image)
     context = embedding_bag(

@@ -69,14 +69,8 @@ def corners(spatial_shapes: Shapes, sampling_locations: Tensor) -> tuple[Tensor,
 
 def _by_level_and_corner(parts: Sequence[Tensor]) -> Tensor:
     """The (B, Q, H, P) of all levels' four corners as (B, Q, H, L, P, 4)."""
-    if parts[0].requires_grad:
-        return torch.stack(tuple(parts), -1).unflatten(-1, (-1, 4)).transpose(3, 4)
-    # On a CPU this takes a quarter of the time of `stack`, which copies number by number along the last dimension.
-    levels, points = len(parts) // 4, parts[0].shape[-1]
-    result = parts[0].new_empty(*parts[0].shape[:-1], levels, points, 4)
-    for index, part in enumerate(parts):
-        result[..., index // 4, :, index % 4] = part
-    return result
+    # In memory corners come before points: whole runs of points are copied, and not number by number.
+    return torch.stack(tuple(parts), -2).unflatten(-2, (-1, 4)).transpose(-1, -2)
 
 
 def _cells(locations: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

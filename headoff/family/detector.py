@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -52,21 +52,24 @@ class FamilyMemory:
         arguments: what transformers' model gives to its decoder.
         images: B.
         is_padded: whether an image is padded.
+        values: tokens, the autocast dtype, and what each deformable cross-attention projects these tokens to under it;
+            see `FamilyDetector.prepare`.
     """
 
     arguments: Mapping[str, Any]
     images: int
     is_padded: bool
+    values: tuple[Tensor, torch.dtype | None, Mapping[nn.Module, Tensor]] | None = None
 
     def __len__(self) -> int:
         return self.images
 
     def clone(self) -> Self:
-        return replace(self, arguments=_clone(self.arguments))
+        return replace(self, arguments=_clone(self.arguments), values=None)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """The same on a device, floating point numbers in `dtype`."""
-        return replace(self, arguments=_to(self.arguments, device, dtype))
+        return replace(self, arguments=_to(self.arguments, device, dtype), values=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,6 +211,8 @@ class _Pass:
         stops: whether the pass ends where the decoder is called.
         rows: Q.
         first: see `FamilyPlan`; None from then on.
+        tokens: of the memory.
+        values: of `tokens`, by the modules that project them, as far as they are known.
     """
 
     gates: Mapping[Site, Tensor | None]
@@ -217,7 +222,14 @@ class _Pass:
     stops: bool = False
     rows: int = 0
     first: tuple[int, int] | None = None
+    tokens: Tensor | None = None
+    values: Mapping[nn.Module, Tensor] = field(default_factory=dict)
 
+
+TOKENS = "encoder_hidden_states"
+"""What transformers' decoders call the memory's tokens."""
+ROWS = 1024
+"""Rows of queries that the CPU computes at a time in modules of several layers."""
 
 _OUTSIDE = _Pass({}, 1, False)
 _pass: ContextVar[_Pass] = ContextVar("pass", default=_OUTSIDE)
@@ -306,7 +318,17 @@ class FamilyDetector(Detector):
                 address = addresses[module] = AttentionAddress(site, layer)
                 intercept(module, Place(self, address))
         for module in _by_row(model.model.decoder, addresses):
-            module.forward = partial(self._once, module.forward, addresses.get(module))
+            forward = module.forward
+            if module not in addresses and any(module.children()):
+                forward = partial(_in_parts, forward)
+            module.forward = partial(self._once, forward, addresses.get(module))
+        self._projections = [
+            module.get_submodule("value_proj")
+            for module in modules["decoder_cross"]
+            if hasattr(module, "value_proj")
+        ]
+        for module in self._projections:
+            module.forward = partial(_known_value, module, module.forward)
         for module in adapter.unread(model):
             module.forward = partial(_unread, module, module.forward)
         model.model.backbone.forward = partial(_known_backbone, model.model.backbone.forward)
@@ -418,6 +440,12 @@ class FamilyDetector(Detector):
         arguments = _to(dict(arguments), self.device, self.dtype)
         return FamilyMemory(arguments, len(pixel_values), mask is not None), here.backbone
 
+    def prepare(self, memory: FamilyMemory) -> FamilyMemory:
+        tokens = memory.arguments[TOKENS]
+        with autocast(self.device, self.autocast_dtype):
+            values = {module: module(tokens) for module in self._projections}
+        return replace(memory, values=(tokens, self.autocast_dtype, values))
+
     def decode(self, memory: FamilyMemory, gates: GatesSpec | FamilyPlan | None = None) -> DetectorOutput:
         if gates is not None and not isinstance(gates, Gates | FamilyPlan):
             gates = stack(read_configurations(gates), self.head_layout)
@@ -432,7 +460,13 @@ class FamilyDetector(Detector):
         first = None if known else plan.first
         for name in self.adapter.per_query:
             arguments[name] = _repeated(arguments[name], plan.runs)
-        here = _Pass(plan.gates, plan.runs, memory.is_padded, rows=rows, first=first)
+        here = _Pass(
+            plan.gates, plan.runs, memory.is_padded, rows=rows, first=first, tokens=arguments[TOKENS]
+        )
+        if memory.values is not None:
+            tokens, dtype, values = memory.values
+            if tokens is here.tokens and dtype == self.autocast_dtype:
+                here.values = values
         with _during(here), autocast(self.device, self.autocast_dtype):
             output = self.model.model.decoder(**arguments)
         logits, boxes = self.adapter.predict(self.model, arguments, output)
@@ -565,6 +599,22 @@ def _by_row(module: nn.Module, attention: Container[nn.Module]) -> Iterator[nn.M
             yield child
 
 
+def _in_parts(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a module of several layers returns, computed for a few runs at a time on the CPU.
+
+    What such a module keeps between its layers fits into a cache then, which it does not for all runs.
+    """
+    rows = _pass.get().rows
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if not rows or torch.is_grad_enabled() or not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] % rows:
+        return forward(*args, **kwargs)
+    size = rows * max(1, ROWS // rows)
+    if x.shape[1] <= size or x.device.type != "cpu":
+        return forward(x)
+    parts = [forward(part) for part in x.split(size, 1)]
+    return pytree.tree_map(lambda *outputs: torch.cat(outputs, 1), *parts)
+
+
 def _has_rows(x: Any) -> bool:
     return isinstance(x, Tensor) and x.ndim > 1
 
@@ -630,6 +680,13 @@ def _unread(module: nn.Linear, forward: Callable[..., Any], x: Tensor) -> Tensor
     return (
         forward(x) if _pass.get() is _OUTSIDE else x.new_zeros(()).expand(*x.shape[:-1], module.out_features)
     )
+
+
+def _known_value(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> Tensor:
+    """In place of the `forward` of a projection of the memory's tokens, which may be known."""
+    here = _pass.get()
+    known = here.values.get(module)
+    return known if known is not None and x is here.tokens else forward(x)
 
 
 @contextmanager
