@@ -54,7 +54,7 @@ def check_site_exists(layout: HeadLayout, site: Site, subject: str) -> None:
     if not layout.layers(site):
         present = [other for other in SITES if layout.layers(other)]
         raise GateError(
-            f"{subject} is about {site}, where this detector has no attention: use {' or '.join(present)}"
+            f"{subject} names {site}, where this detector has no attention: use {' or '.join(present)}"
         )
 
 

@@ -84,7 +84,7 @@ def heads(
         >>> found.get("shapley_columns", "probability").scores  # (objects, 1, heads)
     """
     check_site(site)
-    check_site_exists(detector.head_layout, site, "the site of headoff.heads")
+    check_site_exists(detector.head_layout, site, "site")
     chosen = [resolve_measure(m) for m in ([measures] if isinstance(measures, str | Measure) else measures)]
     specs = [values] if isinstance(values, str) or callable(values) else list(values)
     wanted = [resolve_value(spec) for spec in specs]
