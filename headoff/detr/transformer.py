@@ -335,7 +335,8 @@ class Decoder(nn.Module):
 def _linear_dtype(x: Tensor) -> torch.dtype:
     """The dtype of what linear layers make of `x`."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
 _ALL_ON = LayerGates(None, None)
