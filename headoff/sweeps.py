@@ -334,8 +334,8 @@ def decode_all(
     for encoder_gate, members in by_encoder_gate(gates):
         known = encoder_gate is None and memory is not None
         encoded = memory if known else detector.encode_features(features, encoder_gate)
-        if graphs is None and len(members) > at_once:
-            encoded = detector.prepare(encoded)
+        if not known and graphs is None and len(members) > at_once:
+            encoded = detector.prepare(encoded)  # as a memory that is given is
         for batch in members.split(at_once):
             chosen = gates[batch]
             decoder_gates = Gates(chosen.names, None, chosen.decoder_self, chosen.decoder_cross)

@@ -96,7 +96,7 @@ def bind(
     """
     path = folder / MANIFEST
     if not path.exists():
-        if any((folder / FOLDER).glob("batch-*.parquet")):
+        if _has_detections(folder):
             raise SettingError(
                 f"{str(folder)!r} has detections, and no {MANIFEST} that says of what: name another folder"
             )
@@ -122,7 +122,7 @@ def remove_unused(folder: Path) -> None:
 
     Only for a process that has the folder for itself.
     """
-    if not any((folder / FOLDER).glob("batch-*.parquet")):
+    if not _has_detections(folder):
         with output_errors(folder / MANIFEST):
             (folder / MANIFEST).unlink(missing_ok=True)
 
@@ -168,6 +168,10 @@ def read_truth(folder: Path) -> GroundTruth:
     for name in ("class_names", "names"):
         contents[name] = tuple(contents[name].tolist())
     return GroundTruth(**contents)
+
+
+def _has_detections(folder: Path) -> bool:
+    return any((folder / FOLDER).glob("batch-*.parquet"))
 
 
 def _differs(before: Any, now: Any) -> str:
