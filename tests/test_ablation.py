@@ -231,7 +231,8 @@ def test_resample_draws_every_sampled_image_but_the_judged_one(detector, referen
 
 
 @pytest.mark.parametrize(
-    ("site", "steps"), [("decoder_cross", 40), ("decoder_self", 20), ("encoder_self", 10)]
+    ("site", "steps"),
+    [("decoder_cross", 40), ("decoder_self", 20), pytest.param("encoder_self", 10, marks=pytest.mark.slow)],
 )
 def test_optimal_constants_change_less_than_zero_and_mean_on_the_images_they_were_fitted_on(
     images, site, steps

@@ -705,11 +705,11 @@ def specialised(kernel, arguments, options):
 
 COMPILED = [
     (80, torch.bfloat16, 32, "padding", 96),
-    (90, torch.bfloat16, 32, "padding", 64),
+    pytest.param(90, torch.bfloat16, 32, "padding", 64, marks=pytest.mark.slow),
     (90, torch.float16, 128, "additive", 64),
-    (90, torch.float32, 32, "padding", 64),
+    pytest.param(90, torch.float32, 32, "padding", 64, marks=pytest.mark.slow),
     (90, torch.float32, 128, "padding", 64),
-    (90, torch.float32, 128, "no mask", 0),
+    pytest.param(90, torch.float32, 128, "no mask", 0, marks=pytest.mark.slow),
 ]
 """Capability, dtype, channels, mask, and bytes of a thread that may be spilled."""
 

@@ -170,7 +170,9 @@ def test_what_is_assumed_of_a_model_is_said(run, tmp_path):
     assert json.loads(Path("told.json").read_text())["about"]["heads"] == "4 in each layer"
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "workers"])
+@pytest.mark.parametrize(
+    "workers", [(), pytest.param(("-n", "1"), marks=pytest.mark.slow)], ids=["alone", "workers"]
+)
 def test_pictures_of_an_earlier_run_are_removed_by_runs_that_draw_others(run, pytester, workers):
     if workers:
         pytest.importorskip("xdist")

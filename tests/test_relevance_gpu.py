@@ -341,7 +341,7 @@ def test_on_a_device_that_is_not_the_current_one():
 
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_ahead_of_time(arch):
     """Kernels compile to machine code, with and without optional arguments; this needs no GPU."""
     from triton.backends.compiler import GPUTarget
