@@ -303,13 +303,15 @@ def heads_in_loop():
         gate = query.new_ones(()) if head_gate is None else head_gate
         gate = gate.expand(batch, heads, queries, 1)
         mask = None if attn_mask is None else attn_mask.expand(batch, heads, queries, key.shape[2])
+        # The gradient of a tensor that is indexed in a loop would be as large as that tensor for every item.
+        items = [[item.unbind() for item in x.unbind()] for x in (query, key, value)]
         rows = []
         for b in range(batch):
             for h in range(heads):
                 if bool((gate[b, h] == 0).all()):
-                    rows.append(query[b, h] * 0)
+                    rows.append(items[0][b][h] * 0)
                     continue
-                inputs = (x[b, h][None, None] for x in (query, key, value))
+                inputs = (x[b][h][None, None] for x in items)
                 part = None if mask is None else mask[b, h][None, None]
                 rows.append(eager(*inputs, part, head_gate=gate[b, h][None, None])[0, 0])
         return torch.stack(rows).view(query.shape)
