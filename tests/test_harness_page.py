@@ -329,15 +329,16 @@ def test_wrong_answers_that_tolerances_accept_come_with_the_verdict():
 
 
 def damage(**changes):
-    return {**document("wrong"), **changes}
+    """Makes a document that is wrong in one entry; pictures are not drawn before a test needs them."""
+    return lambda: {**document("wrong"), **changes}
 
 
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (None, "no entry 'format'"),
-        ([], "no entry 'format'"),
-        ({"format": "headoff relevance maps 1"}, "its format is 'headoff relevance maps 1'"),
+        (lambda: None, "no entry 'format'"),
+        (list, "no entry 'format'"),
+        (lambda: {"format": "headoff relevance maps 1"}, "its format is 'headoff relevance maps 1'"),
         (damage(verdict="good"), "verdict is 'good', not one of right, wrong, slower, incomplete"),
         (damage(headline=3), "headline is 3, not a text"),
         (damage(notes="none"), "notes is 'none', not a list"),
@@ -348,10 +349,11 @@ def damage(**changes):
         (damage(benchmarks=[{}]), r"benchmarks\[0\]\.name is missing"),
         (damage(pictures={"a.png": "aGVsbG8="}), r"pictures\['a.png'\] is not a PNG"),
         (damage(pictures={"a.png": "no base64"}), r"pictures\['a.png'\] is not a PNG"),
-        ({key: value for key, value in document().items() if key != "tests"}, "tests is missing"),
+        (lambda: {key: value for key, value in document().items() if key != "tests"}, "tests is missing"),
     ],
 )
 def test_what_is_not_such_a_document_is_said_in_a_sentence(wrong, words):
+    wrong = wrong()
     for function in (validate, render, summary):
         with pytest.raises(SettingError, match=words):
             function(wrong)
