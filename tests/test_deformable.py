@@ -9,6 +9,7 @@ import torch
 
 from headoff.deformable import (
     conform,
+    embedding_bag,
     embedding_bag_attention,
     gather_attention,
     grid_sample_attention,
@@ -65,6 +66,16 @@ def test_context_and_gradients_are_those_of_the_definition(attention):
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("at_once", [1, 72], ids=["one query", "two queries"])
+@pytest.mark.parametrize("gates", [5, 1], ids=["by query", "for all queries"])
+def test_queries_of_an_embedding_bag_are_computed_some_at_once(monkeypatch, at_once, gates):
+    value, locations, weights, gate = inputs()
+    gate = gate[:, :gates]
+    whole = embedding_bag_attention(value, SHAPES, locations, weights, head_gate=gate)
+    monkeypatch.setattr(embedding_bag, "AT_ONCE", at_once)
+    assert torch.equal(embedding_bag_attention(value, SHAPES, locations, weights, head_gate=gate), whole)
 
 
 @pytest.mark.parametrize("attention", REFERENCES)

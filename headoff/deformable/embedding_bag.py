@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from headoff.deformable.contract import Shapes, host_shapes
-from headoff.deformable.gather import corners
+from headoff.deformable.gather import corner_by_corner
+
+AT_ONCE = 2**18
+"""Sampling points whose corners are computed at once: what is written of them is then read again from a CPU's cache."""
 
 
 def embedding_bag_attention(
@@ -26,24 +31,37 @@ def embedding_bag_attention(
     See `headoff.deformable.contract`. Differentiable with respect to all tensors. Raises what torch raises for shapes
     and dtypes that do not fit.
     """
-    batch, tokens, heads, channels = value.shape
+    batch = value.shape[0]
+    queries = sampling_locations.shape[1]
     compute = torch.promote_types(value.dtype, torch.float32)
-    indices, fractions = corners(host_shapes(spatial_shapes), sampling_locations.to(compute))
-    weights = attention_weights.to(compute)
-    if head_gate is not None:
-        weights = weights * head_gate[..., None].to(compute)
-    # Corners before points, as they are in memory.
-    weights = (weights[:, :, :, :, None] * fractions.transpose(-1, -2)).flatten(3)  # (B, Q, H, L * 4 * P)
+    table = value.to(compute)
+    points = math.prod(sampling_locations.shape[2:5])
+    at_once = max(1, AT_ONCE // (batch * points))
+    contexts = []
+    for start in range(0, max(queries, 1), at_once):
+        rows = slice(start, start + at_once)
+        weights = attention_weights[:, rows].to(compute)
+        if head_gate is not None:
+            gate = head_gate if head_gate.shape[1] == 1 else head_gate[:, rows]
+            weights = weights * gate[..., None].to(compute)
+        contexts.append(
+            _context(table, host_shapes(spatial_shapes), sampling_locations[:, rows].to(compute), weights)
+        )
+    return torch.cat(contexts, 1).to(value.dtype)
+
+
+def _context(value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, weights: Tensor) -> Tensor:
+    """Context (B, Q, H, D) of some queries."""
+    batch, tokens, heads, channels = value.shape
+    four = corner_by_corner(spatial_shapes, sampling_locations, weights)
+    indices, products = (torch.stack(parts, 3).flatten(3) for parts in zip(*four, strict=True))
     # Row (b * N + n) * H + h of the table is what head h of token n has.
-    head = torch.arange(heads, device=value.device)[:, None]
-    image = torch.arange(batch, device=value.device)[:, None, None, None] * (tokens * heads)
-    rows = indices.transpose(-1, -2).flatten(3).mul_(heads).add_(head)
-    if batch > 1:
-        rows.add_(image)
+    first = torch.arange(batch, dtype=torch.int32, device=value.device)[:, None] * (tokens * heads)
+    first = first + torch.arange(heads, dtype=torch.int32, device=value.device)
     context = embedding_bag(
-        rows.flatten(0, 2),
-        value.to(compute).reshape(-1, channels),
-        per_sample_weights=weights.flatten(0, 2),
+        indices.mul_(heads).add_(first[:, None, :, None]).flatten(0, 2),
+        value.reshape(-1, channels),
+        per_sample_weights=products.flatten(0, 2),
         mode="sum",
     )
-    return context.view(batch, -1, heads, channels).to(value.dtype)
+    return context.view(batch, -1, heads, channels)

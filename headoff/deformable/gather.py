@@ -5,12 +5,10 @@ All levels are taken together, and nothing is left to `grid_sample`: what a CUDA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from headoff.deformable.contract import Shapes, host_shapes
+from headoff.deformable.contract import Shapes, host_shapes, level_tensors
 
 
 def gather_attention(
@@ -53,37 +51,51 @@ def corners(spatial_shapes: Shapes, sampling_locations: Tensor) -> tuple[Tensor,
         shape, which are 0 there. They add up to 1 for a point among the centres of its level's cells. The weights
         are differentiable with respect to the locations.
     """
-    tokens: list[Tensor] = []
-    fractions: list[Tensor] = []
-    first = 0
-    # Level by level, as numbers broadcast faster than tensors of the levels' sizes.
-    for level, (height, width) in enumerate(spatial_shapes):
-        left, right, in_left, in_right = _cells(sampling_locations[:, :, :, level, :, 0], width)
-        upper, lower, in_upper, in_lower = _cells(sampling_locations[:, :, :, level, :, 1], height)
-        upper, lower = upper.mul_(width).add_(first), lower.mul_(width).add_(first)
-        tokens += upper + left, upper + right, lower + left, lower + right
-        fractions += in_left * in_upper, in_right * in_upper, in_left * in_lower, in_right * in_lower
-        first += height * width
-    return _by_level_and_corner(tokens), _by_level_and_corner(fractions)
+    four = corner_by_corner(spatial_shapes, sampling_locations)
+    tokens, weights = (torch.stack(parts, -1) for parts in zip(*four, strict=True))
+    return tokens.long(), weights
 
 
-def _by_level_and_corner(parts: Sequence[Tensor]) -> Tensor:
-    """The (B, Q, H, P) of all levels' four corners as (B, Q, H, L, P, 4)."""
-    # In memory corners come before points: whole runs of points are copied, and not number by number.
-    return torch.stack(tuple(parts), -2).unflatten(-2, (-1, 4)).transpose(-1, -2)
+def corner_by_corner(
+    spatial_shapes: Shapes, sampling_locations: Tensor, factors: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """What `corners` gives, for the upper left, upper right, lower left and lower right corner, with int32 tokens.
+
+    Args:
+        factors: (B, Q, H, L, P), which the weights are multiplied by.
+    """
+    like = heads, levels, points = sampling_locations.shape[2:5]
+    sizes, tokens_before = level_tensors(spatial_shapes, sampling_locations.device)
+    # All heads and levels in one dimension: a short innermost dimension is slow on a CPU.
+    height, width, first = (
+        x[:, None].expand(heads, levels, points).flatten() for x in (*sizes.unbind(1), tokens_before)
+    )
+    x, y = (one.flatten(2) for one in sampling_locations.unbind(-1))
+    columns, rows = _cells(x, width), _cells(y, height)
+    rows = [(row * width.int() + first.int(), weight) for row, weight in rows]
+    if factors is not None:
+        rows = [(row, weight * factors.flatten(2)) for row, weight in rows]
+    return [
+        ((row + column).unflatten(2, like), (in_row * in_column).unflatten(2, like))
+        for row, in_row in rows
+        for column, in_column in columns
+    ]
 
 
-def _cells(locations: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cells(locations: Tensor, size: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The two cells around each location along one side, from 0 to `size` - 1, and their linear weights.
 
     A weight is 0 where its cell is outside. NaN has cell 0, and stays NaN.
     """
+    size = size.to(locations.dtype)
     position = locations * size - 0.5
     low = position.detach().floor()
     fraction = position - low
-    first = (1 - fraction).masked_fill((low < 0) | (low >= size), 0)
-    second = fraction.masked_fill((low < -1) | (low >= size - 1), 0)
+    high = low + 1
+    weights = [
+        (1 - fraction).masked_fill((low < 0) | (low >= size), 0),
+        fraction.masked_fill((high < 0) | (high >= size), 0),
+    ]
     # Clamped as floats: a point may be further away than integers reach.
-    low = low.nan_to_num_(0)
-    high = (low + 1).clamp_(0, size - 1)
-    return low.clamp_(0, size - 1).long(), high.long(), first, second
+    nearest = [cell.clamp_(min=0).minimum(size - 1).nan_to_num_(0).int() for cell in (low, high)]
+    return list(zip(nearest, weights, strict=True))
