@@ -15,7 +15,7 @@ from headoff.harness.operator.call import tensors_of
 from headoff.harness.operator.cases import SHARED
 from headoff.harness.operator.compare import allowed_for, compare
 from headoff.harness.operator.conditions import CONDITIONS
-from headoff.harness.operator.diagnosis import Experiments
+from headoff.harness.operator.diagnosis import OperatorExperiments
 from headoff.harness.operator.known_faults import backward_faults, forward_faults, right_weights
 from headoff.harness.operator.reference import truth_of
 from headoff.harness.operator.weights import (
@@ -330,7 +330,7 @@ def test_known_faults_have_names_of_their_own():
 
 def test_conditions_are_taken_away():
     """A call without something has it no longer, and is a call like any other: a right attention is right."""
-    seen, experiments = set(), Experiments(eager, torch.device("cpu"))
+    seen, experiments = set(), OperatorExperiments(eager, torch.device("cpu"))
     for case in operator_cases():
         if case.weights > 10_000:
             continue
@@ -412,7 +412,7 @@ def test_side_effects_come_first_and_keep_numbers_from_being_explained():
 
 
 def test_a_diagnosis_counts_what_it_tried():
-    experiments = Experiments(gate_ignored, torch.device("cpu"))
+    experiments = OperatorExperiments(gate_ignored, torch.device("cpu"))
     finding = experiments.explain(failing_cases(gate_ignored))
     diagnosis = experiments.diagnosis
     assert 10 < diagnosis.failing < diagnosis.tried

@@ -82,7 +82,7 @@ def diagnosis(name: str, seed: int) -> dict[str, Any]:
     from headoff.harness.finding import Finding
     from headoff.harness.operator import SIDE_EFFECTS as SIDE_EFFECT_CHECKS
     from headoff.harness.operator import case_of_text, side_effect_findings
-    from headoff.harness.operator.diagnosis import Experiments
+    from headoff.harness.operator.diagnosis import OperatorExperiments
     from headoff.harness.plugin.diagnosis import NUMBERS, SIDE_EFFECTS, UNSTEADY
     from headoff.harness.torch_settings import watched_settings
 
@@ -106,7 +106,7 @@ def diagnosis(name: str, seed: int) -> dict[str, Any]:
             key=lambda finding: SIDE_EFFECTS.index(finding.property),
             default=None,
         )
-        experiments = Experiments(attention, CPU)
+        experiments = OperatorExperiments(attention, CPU)
         tried = time.perf_counter()
         if first is None:
             cases = [case_of_text(finding.case, seed) for finding in found if finding.property in NUMBERS]

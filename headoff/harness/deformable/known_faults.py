@@ -18,23 +18,22 @@ from headoff.harness.deformable.call import DeformableTensors
 from headoff.harness.deformable.cases import DeformableCase
 from headoff.harness.finding import Property
 from headoff.harness.operator.call import Results
+from headoff.harness.operator.fault import Fault
 from headoff.harness.operator.reference import truth_for
 
 
 @dataclass(frozen=True, eq=False)
-class Fault:
+class DeformableFault(Fault):
     """One way to be wrong.
 
     Args:
-        property: what of the attention is wrong.
-        clause: what is wrong with it, after "property: ".
-        answer: what a patch with this fault gives for a case: its context, or gradients. Takes the exact tensors, which
-            have a gate, and the case.
+        of_exact: the answer. Takes the exact tensors, which have a gate, and the case.
     """
 
-    property: Property
-    clause: str
-    answer: Callable[[DeformableTensors, DeformableCase], Results]
+    of_exact: Callable[[DeformableTensors, DeformableCase], Results]
+
+    def answer(self, tensors: DeformableTensors, case: DeformableCase) -> Results:
+        return self.of_exact(exact_with_gate(tensors), case)
 
 
 def exact_with_gate(tensors: DeformableTensors) -> DeformableTensors:
@@ -112,8 +111,10 @@ def context_by(steps: Steps, tensors: DeformableTensors) -> Tensor:
     return steps.context(context)
 
 
-def _forward(name: Property, clause: str, **steps: Any) -> Fault:
-    return Fault(name, clause, lambda tensors, case: {"context": context_by(Steps(**steps), tensors)})
+def _forward(name: Property, clause: str, **steps: Any) -> DeformableFault:
+    return DeformableFault(
+        name, clause, lambda tensors, case: {"context": context_by(Steps(**steps), tensors)}
+    )
 
 
 def _as_heads_before_queries(gate: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ def _rest(context: Tensor, size: int) -> Tensor:
     return context * (torch.arange(context.shape[-1]) < context.shape[-1] // size * size)
 
 
-FORWARD: tuple[Fault, ...] = (
+FORWARD: tuple[DeformableFault, ...] = (
     _forward(
         "sampling", "x and y of the sampling locations are swapped", locations=lambda places: places.flip(-1)
     ),
@@ -271,19 +272,21 @@ FORWARD: tuple[Fault, ...] = (
 Change = Callable[[Tensor, DeformableTensors], Tensor]
 
 
-def _gradient(name: Property, clause: str, change: Change) -> Fault:
+def _gradient(name: Property, clause: str, change: Change) -> DeformableFault:
     """A gradient that is `change` of the right one and the tensors of the call."""
-    return Fault(name, clause, lambda tensors, case: {name: change(_right(name, tensors, case), tensors)})
+    return DeformableFault(
+        name, clause, lambda tensors, case: {name: change(_right(name, tensors, case), tensors)}
+    )
 
 
-def _lacking(name: Property, clause: str, **changed: Callable[[Tensor], Tensor]) -> Fault:
+def _lacking(name: Property, clause: str, **changed: Callable[[Tensor], Tensor]) -> DeformableFault:
     """A gradient that is right for other inputs."""
 
     def answer(tensors: DeformableTensors, case: DeformableCase) -> Results:
         others: dict[str, Any] = {of: change(getattr(tensors, of)) for of, change in changed.items()}
         return {name: _right(name, replace(tensors, **others), case)}
 
-    return Fault(name, clause, answer)
+    return DeformableFault(name, clause, answer)
 
 
 def _right(name: str, tensors: DeformableTensors, case: DeformableCase) -> Tensor:
@@ -295,7 +298,7 @@ def _size(tensors: DeformableTensors) -> Tensor:
     return level_tensors(tensors.spatial_shapes, torch.device("cpu"))[0].flip(1)[:, None].double()
 
 
-BACKWARD: tuple[Fault, ...] = (
+BACKWARD: tuple[DeformableFault, ...] = (
     _gradient("dlocations", "dlocations is zero", lambda right, t: torch.zeros_like(right)),
     _gradient("dlocations", "x and y of dlocations are swapped", lambda right, t: right.flip(-1)),
     _gradient("dlocations", "dlocations is not multiplied by the levels' sizes",
@@ -335,5 +338,5 @@ BACKWARD: tuple[Fault, ...] = (
 )  # fmt: skip
 
 
-FAULTS: dict[str, Fault] = {f"{fault.property}: {fault.clause}": fault for fault in (*FORWARD, *BACKWARD)}
+FAULTS: dict[str, DeformableFault] = {str(fault): fault for fault in (*FORWARD, *BACKWARD)}
 """All by name."""

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from headoff.harness.deformable.cases import DeformableCase, reduced_cases
-from headoff.harness.deformable.known_faults import FAULTS, Fault, exact_with_gate
-from headoff.harness.operator.call import Results, tensors_of
-from headoff.harness.operator.mutations import accepts_all
-from headoff.harness.operator.reference import truth_of
-
-
-def wrong_results(case: DeformableCase, fault: Fault) -> Results:
-    """What an attention with this fault returns, in the case's dtype: either the context is wrong or gradients are."""
-    truth = truth_of(case).values
-    results = {**truth, **fault.answer(exact_with_gate(tensors_of(case)), case)}
-    return {name: results[name].to(case.dtype) for name in truth}
+from headoff.harness.deformable.cases import reduced_cases
+from headoff.harness.deformable.known_faults import FAULTS
+from headoff.harness.operator.mutations import accepts_all, wrong_results
 
 
 def undetected(fault: str, dtype: torch.dtype, device: torch.device, seed: int) -> bool:

@@ -1,6 +1,6 @@
 """Cases of a single attention call: sizes, dtype, gate, mask, inputs and their strides, and which gradients are wanted.
 
-Cases combine several difficulties, so that few are enough; `headoff.harness.operator.diagnosis` takes the difficulties
+Cases combine several difficulties, so that few are enough; `headoff.harness.operator.variants` takes the difficulties
 away again to find what a failure is due to. In addition to the chosen cases there are random combinations, others for
 another seed, for faults that need two difficulties at once.
 """

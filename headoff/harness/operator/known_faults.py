@@ -21,6 +21,7 @@ from torch import Tensor
 from headoff.harness.finding import Property
 from headoff.harness.operator.call import CallTensors, Results
 from headoff.harness.operator.cases import OperatorCase
+from headoff.harness.operator.fault import Fault
 
 Step = Callable[[SimpleNamespace], Any]
 Steps = Mapping[str, Step]
@@ -32,25 +33,20 @@ LIMITS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 32768)
 
 
 @dataclass(frozen=True, eq=False)
-class Fault:
+class OperatorFault(Fault):
     """One way to be wrong.
 
     Args:
-        property: what of the attention is wrong.
-        clause: what is wrong with it, after "property: ".
         steps: the steps (of `FORWARD` and `BACKWARD`) that replace the right ones.
         is_backward: whether only gradients are wrong.
         rounding: the eps of the dtype that the fault rounds to; 0 for a fault that is no rounding.
     """
 
-    property: Property
-    clause: str
     steps: Steps
     is_backward: bool = False
     rounding: float = 0.0
 
     def answer(self, tensors: CallTensors, case: OperatorCase) -> Results:
-        """Context, or gradients by name, float64 on the CPU, that a patch with this fault gives for `case`."""
         s = _start(tensors)
         if not self.is_backward:
             return {"context": _run({**FORWARD, **self.steps}, s).context}
@@ -487,7 +483,7 @@ ROUNDINGS: dict[str, tuple[float, Change]] = {
 """Eps and rounding of dtypes that computations may be in."""
 
 
-def _roundings() -> Iterator[Fault]:
+def _roundings() -> Iterator[OperatorFault]:
     for name, (eps, r) in ROUNDINGS.items():
         of_scores: Steps = {"scores": lambda s, r=r: r(s.query) @ r(s.key).mT * s.scale}
         of_values: Steps = {"context": lambda s, r=r: s.gated @ r(s.value)}
@@ -518,9 +514,9 @@ def _roundings() -> Iterator[Fault]:
         }  # fmt: skip
         for is_backward, faults in ((False, forward), (True, backward)):
             for what, steps in faults.items():
-                yield Fault("precision", f"{what} to {name}", steps, is_backward, eps)
+                yield OperatorFault("precision", f"{what} to {name}", steps, is_backward, eps)
     of_key: Steps = {"scores": lambda s: s.query @ _eight_bits(s.key).mT * s.scale}
-    yield Fault("precision", "the key is quantised to 8 bits per head", of_key, rounding=2**-7)
+    yield OperatorFault("precision", "the key is quantised to 8 bits per head", of_key, rounding=2**-7)
 
 
 # Slips with the backward pass alone
@@ -602,25 +598,27 @@ def _of_backward(clause: str) -> Property:
     return first if first in ("dq", "dk", "dv") and not together else "softmax backward"  # type: ignore[return-value]
 
 
-def forward_faults(dtype: torch.dtype) -> list[Fault]:
+def forward_faults(dtype: torch.dtype) -> list[OperatorFault]:
     """All faults of the forward pass that a patch may have in `dtype`."""
     groups = [("gate", GATE), ("mask", MASK), *FORWARD_ALONE.items()]
-    faults = [Fault(prop, clause, steps) for prop, group in groups for clause, steps in group.items()]
+    faults = [OperatorFault(prop, clause, steps) for prop, group in groups for clause, steps in group.items()]
     return faults + [f for f in _roundings() if not f.is_backward and f.rounding > torch.finfo(dtype).eps]
 
 
-def backward_faults(dtype: torch.dtype) -> list[Fault]:
+def backward_faults(dtype: torch.dtype) -> list[OperatorFault]:
     """All faults of the backward pass that a patch may have in `dtype`: the context is right."""
-    faults = [Fault(_of_backward(clause), clause, steps, True) for clause, steps in BACKWARD_ALONE.items()]
+    faults = [
+        OperatorFault(_of_backward(clause), clause, steps, True) for clause, steps in BACKWARD_ALONE.items()
+    ]
     for what, group in (("gate", GATE), ("mask", MASK)):
         faults += [
-            Fault("softmax backward", f"the {what} in the backward pass: {clause}", steps, True)
+            OperatorFault("softmax backward", f"the {what} in the backward pass: {clause}", steps, True)
             for clause, steps in group.items()
         ]
     return faults + [f for f in _roundings() if f.is_backward and f.rounding > torch.finfo(dtype).eps]
 
 
-def known_fault(prop: str, clause: str) -> Fault:
+def known_fault(prop: str, clause: str) -> OperatorFault:
     """The fault of that property and clause."""
     faults = (*forward_faults(torch.float64), *backward_faults(torch.float64))
     return next(fault for fault in faults if (fault.property, fault.clause) == (prop, clause))
@@ -629,7 +627,7 @@ def known_fault(prop: str, clause: str) -> Fault:
 # Factors that are fitted to a wrong answer
 
 
-def fitted_faults(found: Results, tensors: CallTensors) -> Iterator[Fault]:
+def fitted_faults(found: Results, tensors: CallTensors) -> Iterator[OperatorFault]:
     """The factor of the scale, or of a result, that brings the right answer nearest to what was `found`.
 
     Args:
@@ -644,11 +642,17 @@ def fitted_faults(found: Results, tensors: CallTensors) -> Iterator[Fault]:
         if math.isfinite(times) and abs(times) > 1e-3:
             clause = f"{'it' if name == 'context' else name} is {times:.6g} times the true one"
             step = {**FORWARD, **BACKWARD}[name]
-            yield Fault(name, clause, {name: lambda s, t=times, step=step: t * step(s)}, name != "context")
+            yield OperatorFault(
+                name, clause, {name: lambda s, t=times, step=step: t * step(s)}, name != "context"
+            )
     if "context" in found and (factor := _fitted_factor(found["context"], tensors)) is not None:
-        yield Fault("scale", f"it is {factor:.6g} / sqrt(D)", scaled(lambda s: factor * s.channels**-0.5))
+        yield OperatorFault(
+            "scale", f"it is {factor:.6g} / sqrt(D)", scaled(lambda s: factor * s.channels**-0.5)
+        )
         constant = factor * tensors.query.shape[-1] ** -0.5
-        yield Fault("scale", f"it is {constant:.6g} for any number of channels", scaled(lambda s: constant))
+        yield OperatorFault(
+            "scale", f"it is {constant:.6g} for any number of channels", scaled(lambda s: constant)
+        )
 
 
 def _fitted_factor(found: Tensor, tensors: CallTensors) -> float | None:

@@ -13,26 +13,32 @@ from dataclasses import replace
 import torch
 
 from headoff.harness.operator.call import Results, tensors_of
-from headoff.harness.operator.cases import Case, OperatorCase, reduced_cases
+from headoff.harness.operator.cases import Case, reduced_cases
 from headoff.harness.operator.compare import comparisons
-from headoff.harness.operator.known_faults import Fault, hidden_keys, known_fault, scaled
+from headoff.harness.operator.fault import Fault
+from headoff.harness.operator.known_faults import OperatorFault, hidden_keys, known_fault, scaled
 from headoff.harness.operator.reference import truth_of
 
 
-def _key_dropped(place: int) -> Fault:
-    return Fault("sizes", f"key {place} is dropped", hidden_keys(lambda s: torch.arange(s.keys) == place))
+def _key_dropped(place: int) -> OperatorFault:
+    return OperatorFault(
+        "sizes", f"key {place} is dropped", hidden_keys(lambda s: torch.arange(s.keys) == place)
+    )
 
 
-def _scale_off(relative: float) -> Fault:
-    return Fault("scale", f"it is off by {relative:g}", scaled(lambda s: (1 + relative) * s.channels**-0.5))
+def _scale_off(relative: float) -> OperatorFault:
+    return OperatorFault(
+        "scale", f"it is off by {relative:g}", scaled(lambda s: (1 + relative) * s.channels**-0.5)
+    )
 
 
-def _known(*names: tuple[str, str]) -> dict[str, Fault]:
-    return {f"{prop}: {clause}": known_fault(prop, clause) for prop, clause in names}
+def _known(*names: tuple[str, str]) -> dict[str, OperatorFault]:
+    faults = (known_fault(prop, clause) for prop, clause in names)
+    return {str(fault): fault for fault in faults}
 
 
-OF_WEIGHTS: dict[str, Fault] = {
-    "one head's gate flipped": Fault(
+OF_WEIGHTS: dict[str, OperatorFault] = {
+    "one head's gate flipped": OperatorFault(
         "gate",
         "one head's gate flipped",
         {"gate": lambda s: torch.cat([s.gate[:, :-1], 1 - s.gate[:, -1:]], 1)},
@@ -47,14 +53,16 @@ OF_WEIGHTS: dict[str, Fault] = {
         ("sizes", "the first key is dropped"),
         ("sizes", "the last key is dropped"),
     ),
-    **{f"sizes: {fault.clause}": fault for fault in (_key_dropped(15), _key_dropped(63))},
-    **{f"scale: {fault.clause}": fault for fault in (_scale_off(1e-2), _scale_off(1e-4))},
+    **{
+        str(fault): fault
+        for fault in (_key_dropped(15), _key_dropped(63), _scale_off(1e-2), _scale_off(1e-4))
+    },
 }
 """Faults of the weights, which both passes may have."""
 
 BACKWARD = ", in the backward pass"
 
-FAULTS: dict[str, Fault] = {
+FAULTS: dict[str, OperatorFault] = {
     **OF_WEIGHTS,
     **{name + BACKWARD: replace(fault, is_backward=True) for name, fault in OF_WEIGHTS.items()},
     **_known(
@@ -75,7 +83,7 @@ SELF_TESTS = tuple(FAULTS)
 """Faults that the tolerance is tried on."""
 
 
-def wrong_results(case: OperatorCase, fault: Fault) -> Results:
+def wrong_results(case: Case, fault: Fault) -> Results:
     """What an attention with this fault returns, in the case's dtype: either the context is wrong or gradients are."""
     truth = truth_of(case).values
     results = {**truth, **fault.answer(tensors_of(case), case)}
