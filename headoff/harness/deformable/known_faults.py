@@ -19,6 +19,7 @@ from headoff.harness.deformable.cases import DeformableCase
 from headoff.harness.finding import Property
 from headoff.harness.operator.call import Results
 from headoff.harness.operator.fault import Fault
+from headoff.harness.operator.known_faults.precision import ROUNDINGS
 from headoff.harness.operator.reference import truth_for
 
 
@@ -46,11 +47,6 @@ def exact_with_gate(tensors: DeformableTensors) -> DeformableTensors:
 
 CORNERS = {"upper left": (0, 0), "upper right": (1, 0), "lower left": (0, 1), "lower right": (1, 1)}
 """Which of the cells around a point is the right one, and which the lower one."""
-
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "bfloat16": lambda tensor: tensor.bfloat16().double(),
-    "float16": lambda tensor: tensor.half().double(),
-}
 
 # The right attention, in steps that a fault may replace
 
@@ -244,8 +240,8 @@ FORWARD: tuple[DeformableFault, ...] = (
     _forward("gate", "it is applied twice", gate=torch.square),
     _forward("gate", "on and off are confused", gate=lambda gate: 1 - gate),
     *(
-        _forward("precision", f"{what} rounded to {name}", **{step: rounded})
-        for name, rounded in ROUNDINGS.items()
+        _forward("precision", f"{what} rounded to {name}", **{step: ROUNDINGS[name][1]})
+        for name in ("bfloat16", "float16")
         for step, what in (("value", "the value is"), ("weights", "attention weights are"),
                            ("locations", "sampling locations are"), ("context", "the context is"))
     ),

@@ -16,7 +16,8 @@ from headoff.harness.operator.call import Results, tensors_of
 from headoff.harness.operator.cases import Case, reduced_cases
 from headoff.harness.operator.compare import comparisons
 from headoff.harness.operator.fault import Fault
-from headoff.harness.operator.known_faults import OperatorFault, hidden_keys, known_fault, scaled
+from headoff.harness.operator.known_faults import OperatorFault, known_fault
+from headoff.harness.operator.known_faults.forward import hidden_keys, scaled
 from headoff.harness.operator.reference import truth_of
 
 
