@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -74,6 +74,24 @@ class _Wrong:
     allowed: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """What an attention gives for a call of the model.
+
+    Args:
+        allowed: by result, what it may be off by in units of eps times the scale.
+        loss_scale: what the gradients have to be divided by.
+        found: the results, of the right shapes unless it `raised`.
+        raised: a finding about an exception, or about another shape.
+    """
+
+    call: ModelCall
+    allowed: dict[str, float]
+    loss_scale: float
+    found: Results
+    raised: Finding | None
+
+
 def faulty_layers(
     attention: Attention,
     case: ReferenceCase,
@@ -86,26 +104,16 @@ def faulty_layers(
     Each says which of context, dq, dk and dv are wrong, from which layer and configuration on, and in which heads.
     Where the context is wrong, wrong gradients are mentioned but are not the finding's property.
     """
-    attention = resolve_attention(attention)
     chosen = tuple(configurations)
     wrong: dict[Site, list[_Wrong]] = defaultdict(list)
     findings: list[Finding] = []
-    for call, allowed in zip(calls_of(case, chosen), _allowed(case, chosen, device, dtype), strict=True):
-        site, layer = call.address
-        name = f"{case.name}, {site} of layer {layer}"
-        tensors, scale = _tensors(call, device, dtype)
-        found: Results = {}
-        raised: list[Finding] = []
-        with failures_as(raised, "context", name):
-            found = attend(attention, tensors)
-        if not raised and found["context"].shape != call.query.shape:
-            shapes = f"{tuple(found['context'].shape)}, expected {tuple(call.query.shape)}"
-            raised = [Finding("shape", f"the context is of shape {shapes}", case=name)]
-        if not raised:
-            wrong[site] += _compare(found, call, dtype, scale, allowed)
+    for tried in _attempts(attention, case, chosen, device, dtype):
+        site, layer = tried.call.address
+        if tried.raised is None:
+            wrong[site] += _compare(tried, dtype)
         elif not any(finding.site == site for finding in findings):
-            message = f"{site}: in layer {layer}, {raised[0].message}"
-            findings.append(Finding(raised[0].property, message, case=name, site=site, layer=layer))
+            message = f"{site}: in layer {layer}, {tried.raised.message}"
+            findings.append(replace(tried.raised, message=message, site=site, layer=layer))
     return findings + [_finding(case, chosen, site, some) for site, some in wrong.items() if some]
 
 
@@ -116,16 +124,40 @@ def largest_excess(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """The largest error of any of the model's calls, in multiples of what is allowed; infinite where one raises."""
-    attention, chosen = resolve_attention(attention), tuple(configurations)
+    """The largest error of any of the model's calls, in multiples of what is allowed.
+
+    Infinite where one raises, or is of another shape.
+    """
     largest = 0.0
-    for call, allowed in zip(calls_of(case, chosen), _allowed(case, chosen, device, dtype), strict=True):
-        try:
-            errors = _errors(attend(attention, _tensors(call, device, dtype)[0]), call, dtype)
-        except Exception:
+    for tried in _attempts(attention, case, tuple(configurations), device, dtype):
+        if tried.raised is not None:
             return math.inf
-        largest = max(largest, *(float(error.max()) / allowed[name] for name, error in errors.items()))
+        errors = _errors(tried.found, tried.call, dtype)
+        largest = max(largest, *(float(error.max()) / tried.allowed[name] for name, error in errors.items()))
     return largest
+
+
+def _attempts(
+    attention: Attention,
+    case: ReferenceCase,
+    configurations: tuple[Configuration, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[_Attempt]:
+    """Each call of the model, given to the attention."""
+    attention = resolve_attention(attention)
+    calls, allowances = calls_of(case, configurations), _allowed(case, configurations, device, dtype)
+    for call, allowed in zip(calls, allowances, strict=True):
+        name = f"{case.name}, {call.address.site} of layer {call.address.layer}"
+        tensors, scale = _tensors(call, device, dtype)
+        found: Results = {}
+        raised: list[Finding] = []
+        with failures_as(raised, "context", name):
+            found = attend(attention, tensors)
+        if not raised and found["context"].shape != call.query.shape:
+            shapes = f"{tuple(found['context'].shape)}, expected {tuple(call.query.shape)}"
+            raised = [Finding("shape", f"the context is of shape {shapes}", case=name)]
+        yield _Attempt(call, allowed, scale, found, next(iter(raised), None))
 
 
 @functools.lru_cache(maxsize=8)
@@ -253,14 +285,13 @@ def _errors(found: Results, call: ModelCall, dtype: torch.dtype) -> dict[str, Te
     }
 
 
-def _compare(
-    found: Results, call: ModelCall, dtype: torch.dtype, loss_scale: float, allowed: dict[str, float]
-) -> list[_Wrong]:
+def _compare(tried: _Attempt, dtype: torch.dtype) -> list[_Wrong]:
+    call, allowed = tried.call, tried.allowed
     expected, unit = _expected(call, dtype), torch.finfo(dtype).eps
     wrong = []
-    for name, relative in _errors(found, call, dtype).items():
+    for name, relative in _errors(tried.found, call, dtype).items():
         errors, scale = _by_item(call, name, relative), _by_item(call, name, expected.scales[name]) * unit
-        factor = 1.0 if name == "context" else loss_scale
+        factor = 1.0 if name == "context" else tried.loss_scale
         largest, places = errors.max(-1)
         for item, head in (largest > allowed[name]).nonzero().tolist():
             of_all = call.end_to_end and name in ("dk", "dv")
