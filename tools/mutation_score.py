@@ -13,14 +13,11 @@ scores mutants that are made mechanically from right implementations and drawn b
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import random
 import sys
-import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,9 @@ from mutation.runs import rows_in, run  # noqa: E402
 from mutation.score import main as score_drawn  # noqa: E402
 
 RIGHT_SCENES = 3
+FAILING = 3
+"""Failing cases that a diagnosis gets."""
+
 BEGIN, END = "<!-- mutation score: begin -->", "<!-- mutation score: end -->"
 SUITES = ("operator", "calls", "detections", "relevance", "gradients")
 REVIEWED = ROOT / "tests" / "mutants" / "diagnoses.toml"
@@ -74,53 +74,20 @@ def caught(kind: str, name: str, seed: int) -> dict[str, str]:
 
 
 def diagnosis(name: str, seed: int) -> dict[str, Any]:
-    """What a run would say first, found as in a run: side effects, then a few failing cases, then calls."""
+    """What a run would say first, and of what a diagnosis it is the sentence."""
     from mutants import WRONG
-    from mutants.judging import CPU, Judge
+    from mutation.judging import explanation
 
-    from headoff.attention import resolve_attention
-    from headoff.harness.finding import Finding
-    from headoff.harness.operator import SIDE_EFFECTS as SIDE_EFFECT_CHECKS
-    from headoff.harness.operator import case_of_text, side_effect_findings
-    from headoff.harness.operator.diagnosis import OperatorExperiments
-    from headoff.harness.plugin.diagnosis import NUMBERS, SIDE_EFFECTS, UNSTEADY
-    from headoff.harness.torch_settings import watched_settings
-
-    def findings() -> Iterator[Finding]:
-        judge = Judge(seed, dtype=dtype)
-        for check in SIDE_EFFECT_CHECKS:
-            found = side_effect_findings(attention, check, dtype, CPU, seed)
-            yield from found
-            if any(finding.property in UNSTEADY for finding in found):
-                return
-        wrong = (f for f in judge.numbers(attention) if f.property in (*NUMBERS, *SIDE_EFFECTS))
-        yield from itertools.islice(wrong, 3)
-        yield from judge.calls(attention)
-
-    attention, dtype = resolve_attention(WRONG[name].make()), WRONG[name].dtype
-    started = time.perf_counter()
-    with watched_settings():
-        found = list(findings())
-        first = min(
-            (finding for finding in found if finding.property in SIDE_EFFECTS),
-            key=lambda finding: SIDE_EFFECTS.index(finding.property),
-            default=None,
-        )
-        experiments = OperatorExperiments(attention, CPU)
-        tried = time.perf_counter()
-        if first is None:
-            cases = [case_of_text(finding.case, seed) for finding in found if finding.property in NUMBERS]
-            first = experiments.explain([case for case in cases if case]) or next(iter(found), None)
-        seconds = time.perf_counter() - tried
-    details = experiments.diagnosis
+    said = explanation(WRONG[name].make, "dense", WRONG[name].dtype, seed, failing=FAILING)
+    first, details = said.finding, said.diagnosis
     return {
         "property": first.property if first else None,
         "sentence": first.message.split("; ")[0].replace(f"{ROOT}/", "") if first else "",
         "causes": [fault.clause for fault in details.causes] if details else [],
         "outputs": list(details.outputs) if details else [],
         "conditions": list(details.conditions) if details else [],
-        "seconds": round(seconds, 1),
-        "seconds_to_find": round(tried - started, 1),
+        "seconds": round(said.seconds, 1),
+        "seconds_to_find": round(said.seconds_to_find, 1),
     }
 
 

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -19,18 +19,31 @@ from mutants.judging import CPU, Judge
 
 from headoff.attention import resolve_attention
 from headoff.deformable import conform
-from headoff.harness import deformable
+from headoff.harness import deformable, operator
+from headoff.harness.contracts import CONTRACTS
+from headoff.harness.deformable.diagnosis import DeformableExperiments
 from headoff.harness.finding import Finding
 from headoff.harness.model.attention_calls import largest_excess
 from headoff.harness.operator import SIDE_EFFECTS, operator_cases, side_effect_findings
 from headoff.harness.operator.call import call, tensors_of
 from headoff.harness.operator.compare import comparisons, operator_findings
+from headoff.harness.operator.diagnosis import OperatorExperiments
+from headoff.harness.operator.experiments import Diagnosis, Experiments
+from headoff.harness.plugin.diagnosis import UNSTEADY, failing_cases, side_effects_of
+from headoff.harness.settings import Settings
 from headoff.harness.torch_settings import watched_settings
 from mutation.differences import crashes_at_once, difference
 from mutation.sources import SOURCES, Mutant, Source
 
 SECONDS, SECONDS_OF_SUITES = 60, 600
 """For all of a mutant's calls that say whether it differs, what takes longer hangs; and for the suites."""
+
+SUITES: dict[str, Any] = {"dense": operator, "deformable": deformable}
+EXPERIMENTS: dict[str, type[Experiments]] = {
+    "dense": OperatorExperiments,
+    "deformable": DeformableExperiments,
+}
+"""Those of single calls, by contract."""
 
 EXPLAINED = 24
 """Failing cases that a diagnosis gets."""
@@ -110,7 +123,7 @@ def excess_in_detr(mutant: Mutant) -> float:
 
 def caught(source: Source, make: Callable[[], Any], dtype: torch.dtype, seed: int) -> dict[str, str]:
     """The first suite that finds something wrong, and what."""
-    return dict(itertools.islice(_rejections(suites(source, dtype, seed), make), 1))
+    return dict(itertools.islice(_rejections(suites(source.contract, dtype, seed), make), 1))
 
 
 def _rejections(
@@ -124,9 +137,9 @@ def _rejections(
             yield name, f"{first.property}: {first.message}"
 
 
-def suites(source: Source, dtype: torch.dtype, seed: int) -> dict[str, Callable[[Any], Iterator[Finding]]]:
-    """The suites that judge a source's contract, numbers of single calls first, because they are the quickest."""
-    if source.contract == "deformable":
+def suites(contract: str, dtype: torch.dtype, seed: int) -> dict[str, Callable[[Any], Iterator[Finding]]]:
+    """The suites that judge a contract, numbers of single calls first, because they are the quickest."""
+    if contract == "deformable":
         return {
             "deformable": lambda attention: _deformable_numbers(attention, dtype, seed),
             "side effects": lambda attention: _deformable_side_effects(attention, dtype, seed),
@@ -210,27 +223,60 @@ def _single_calls(contract: str, suite: str, seed: int) -> list[Callable[[Any], 
     return [functools.partial(findings, name=name, dtype=dtype, device=CPU, seed=seed) for name in checks]
 
 
-def explanation(mutant: Mutant, dtype: torch.dtype, seed: int = 0) -> str:
-    """What a run would say first of a mutant: side effects, then the diagnosis of failing cases, then all else."""
-    from headoff.harness.contracts import CONTRACTS
-    from headoff.harness.plugin.diagnosis import NUMBERS, causes_of
-    from headoff.harness.settings import Settings
+@dataclass(frozen=True)
+class Explanation:
+    """What a run would say first of an attention.
 
-    source = mutant.source
-    found: list[Finding] = []
+    Attributes:
+        finding: None where nothing is wrong.
+        diagnosis: of wrong numbers, where these are said first.
+        seconds_to_find, seconds: what the checks took, and what the diagnosis.
+    """
+
+    finding: Finding | None
+    diagnosis: Diagnosis | None
+    seconds_to_find: float
+    seconds: float
+
+    def __str__(self) -> str:
+        """The property, and what a diagnosis says before its details."""
+        return f"{self.finding.property}: {self.finding.message.split('; ')[0]}" if self.finding else ""
+
+
+def explanation(
+    make: Callable[[], Any], contract: str, dtype: torch.dtype, seed: int = 0, failing: int = EXPLAINED
+) -> Explanation:
+    """Found as in a run: side effects, then `failing` cases, of which there is a diagnosis, then all else."""
+    started = time.perf_counter()
+    settings = Settings(seed=seed, contract=contract)
     with watched_settings():
-        for name, check in suites(source, dtype, seed).items():
-            if name not in ("operator", "deformable", "side effects") and found:
-                break
-            for finding in check(mutant.make()):
-                found.append(finding)
-                if sum(f.property in NUMBERS for f in found) > EXPLAINED or name not in (
-                    "operator",
-                    "deformable",
-                ):
-                    break
-        attention = CONTRACTS[source.contract].resolve(mutant.make())
-        settings = Settings(seed=seed, contract=source.contract)
-        causes = causes_of(attention, found, settings) or found
-    first = causes[0]
-    return f"{first.property}: {first.message.split('; ')[0]}"
+        attention = CONTRACTS[contract].resolve(make())
+        found = _findings(attention, contract, dtype, seed, failing)
+        experiments = EXPERIMENTS[contract](attention, CPU)
+        tried = time.perf_counter()
+        side_effects = side_effects_of(found)
+        if side_effects:
+            first: Finding | None = side_effects[0]
+        else:
+            first = experiments.explain(failing_cases(found, settings)) or next(iter(found), None)
+    return Explanation(first, experiments.diagnosis, tried - started, time.perf_counter() - tried)
+
+
+def _findings(attention: Any, contract: str, dtype: torch.dtype, seed: int, failing: int) -> list[Finding]:
+    found: list[Finding] = []
+    suite = SUITES[contract]
+    for check in suite.SIDE_EFFECTS:
+        found += suite.side_effect_findings(attention, check, dtype, CPU, seed)
+        if any(finding.property in UNSTEADY for finding in found):
+            return found
+    (_, numbers), _, *others = suites(contract, dtype, seed).items()
+    crashes, wrong = [], []
+    for finding in numbers(attention):
+        (crashes if finding.property == "crash" else wrong).append(finding)
+        if len(wrong) == failing:
+            break
+    found += wrong
+    for name, check in others:
+        if name == "calls" or not found:
+            found += check(attention)
+    return found + crashes

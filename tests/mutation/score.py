@@ -51,7 +51,8 @@ def _explained(task: tuple[str, str]) -> Row:
 
     name, dtype = task
     mutant = mutant_named(name)
-    return {"mutant": name, "diff": mutant.diff, "explanation": explanation(mutant, getattr(torch, dtype))}
+    said = explanation(mutant.make, mutant.source.contract, getattr(torch, dtype))
+    return {"mutant": name, "diff": mutant.diff, "explanation": str(said)}
 
 
 def wilson(hits: int, of: int) -> tuple[float, float]:

@@ -58,8 +58,7 @@ def causes_of(attention: Attention, found: Sequence[Finding], settings: Settings
 
     Where results depend on more than the inputs, wrong numbers are not explained by numbers.
     """
-    side_effects = _first_of_each(finding for finding in found if finding.property in SIDE_EFFECTS)
-    side_effects.sort(key=lambda finding: SIDE_EFFECTS.index(finding.property))
+    side_effects = side_effects_of(found)
     numbers = None
     if not any(finding.property in UNSTEADY for finding in side_effects):
         numbers = explanation_of_numbers(attention, found, settings)
@@ -68,23 +67,37 @@ def causes_of(attention: Attention, found: Sequence[Finding], settings: Settings
     return [*side_effects, *([numbers] if numbers else []), *crash]
 
 
+def side_effects_of(found: Iterable[Finding]) -> list[Finding]:
+    """The first side effect of each property; what others may follow from comes before them."""
+    side_effects = _first_of_each(finding for finding in found if finding.property in SIDE_EFFECTS)
+    return sorted(side_effects, key=lambda finding: SIDE_EFFECTS.index(finding.property))
+
+
+def failing_cases(found: Iterable[Finding], settings: Settings) -> list[Any]:
+    """The cases of single calls that gave wrong numbers."""
+    texts = (finding.case for finding in found if finding.property in NUMBERS)
+    cases = (_suite(settings).case_of_text(text, settings.seed) for text in texts)
+    return [case for case in cases if case is not None]
+
+
+def _suite(settings: Settings) -> Any:
+    from headoff.harness import deformable, operator
+
+    return deformable if settings.of_contract is DEFORMABLE else operator
+
+
 def explanation_of_numbers(
     attention: Attention, found: Sequence[Finding], settings: Settings
 ) -> Finding | None:
     """Why single calls give wrong numbers; None where they do not."""
     import torch
 
-    from headoff.harness import deformable, operator
     from headoff.harness.torch_settings import watched_settings
 
-    suite: Any = deformable if settings.of_contract is DEFORMABLE else operator
-    cases = [
-        suite.case_of_text(finding.case, settings.seed) for finding in found if finding.property in NUMBERS
-    ]
-    known = [case for case in cases if case is not None]
+    cases = failing_cases(found, settings)
     with watched_settings():  # the attention may be one that changes them
         torch.set_num_threads(1)  # the cases are so small that threads would only wait for each other
-        return suite.diagnose(attention, known, settings.device) if known else None
+        return _suite(settings).diagnose(attention, cases, settings.device) if cases else None
 
 
 def places_in_model(attention: Attention, settings: Settings) -> list[Finding]:
