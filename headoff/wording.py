@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import groupby
 
 
@@ -78,17 +78,33 @@ def _special(value: float) -> str:
     return "NaN" if math.isnan(value) else "infinite" if math.isinf(value) else ""
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table that is aligned for a terminal as well, all but the first column to the right."""
-    lines = [head, *rows]
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+def markdown_table(
+    head: Sequence[object],
+    rows: Iterable[Sequence[object]],
+    *,
+    padded: bool = True,
+    right: Container[int] | None = None,
+) -> list[str]:
+    """The lines of a Markdown table.
+
+    Args:
+        padded: whether cells are filled up to the width of their column, which a terminal needs and a page does not.
+        right: columns that are aligned to the right: by default all but the first where padded, and else none.
+    """
+    lines = [[str(cell) for cell in cells] for cells in (head, *rows)]
+    if right is None:
+        right = range(1, len(lines[0])) if padded else ()
+    widths = [max(3, *map(len, column)) if padded else 0 for column in zip(*lines, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         aligned = [
-            cell.rjust(width) if place else cell.ljust(width)
+            cell.rjust(width) if place in right else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return f"| {' | '.join(aligned)} |"
 
-    rule = ["-" * (width - 1) + (":" if place else "-") for place, width in enumerate(widths)]
-    return [line(cells) for cells in (head, rule, *lines[1:])]
+    if padded:
+        rule = ["-" * (width - 1) + (":" if place in right else "-") for place, width in enumerate(widths)]
+    else:
+        rule = ["---:" if place in right else "---" for place in range(len(widths))]
+    return [line(cells) for cells in (lines[0], rule, *lines[1:])]

@@ -31,6 +31,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from headoff.wording import markdown_table  # noqa: E402
+
 ADAPTERS = ROOT / "docs" / "gallery"
 BY_HAND = ADAPTERS / "by_hand"
 PAGE = ROOT / "docs" / "gallery.md"
@@ -41,6 +44,8 @@ SECONDS = 1.0
 
 LONGEST = 120
 """Characters of a cause in the table."""
+
+TABLE = ("adapter", "code of", "verdict", "cause", "time, forward", "time, backward")
 
 
 @dataclass(frozen=True)
@@ -336,22 +341,14 @@ def page() -> str:
         said = cause(entry, result)
         if verdict == "right":
             said = "" if "but its" not in said else said
-        rows.append(
-            f"| [{entry.name}](#{entry.name}) | {origin} | {strong} | {short(said)} | {ratio(result, 'forward')} | "
-            f"{ratio(result, 'backward')} |"
-        )
+        times = (ratio(result, direction) for direction in ("forward", "backward"))
+        rows.append((f"[{entry.name}](#{entry.name})", origin, strong, short(said), *times))
         sections.append(section(entry, result, said))
     return (
         HEAD
         + "\n".join([f"Measured on: {one}, one thread." for one in sorted(dates)])
         + "\n\n"
-        + "\n".join(
-            [
-                "| adapter | code of | verdict | cause | time, forward | time, backward |",
-                "| --- | --- | --- | --- | --- | --- |",
-                *rows,
-            ]
-        )
+        + "\n".join(markdown_table(TABLE, rows, padded=False))
         + "\n\n"
         + "\n\n".join(sections)
         + "\n"

@@ -27,6 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from mutation.runs import rows_in, run  # noqa: E402
 from mutation.score import main as score_drawn  # noqa: E402
 
+from headoff.wording import markdown_table  # noqa: E402
+
 RIGHT_SCENES = 3
 FAILING = 3
 """Failing cases that a diagnosis gets."""
@@ -147,16 +149,17 @@ def summary(rows: list[dict[str, Any]], command: str) -> str:
         f"{len(wrong) - len(missed)} of {len(wrong)} wrong attentions are caught.{alarmed if right else ''}"
         + (f" Not run for this table: {', '.join(not_run)}." if not_run else ""),
         "",
-        "| family | mutants | run | " + " | ".join(SUITES) + " | any | " + " | ".join(VERDICTS) + " |",
-        "| --- " * (len(SUITES) + len(VERDICTS) + 4) + "|",
     ]
+    by_family = []
     for family in [*sorted(FAMILIES), "all"]:
         names = {name for name, entry in WRONG.items() if family in ("all", entry.family)}
         some = [row["caught"] for row in wrong if row["name"] in names]
         said = Counter(verdict_on(row, reviewed) for row in diagnosed if row["name"] in names)
         counts = [sum(suite in caught for caught in some) for suite in SUITES]
-        cells = [len(names), len(some), *counts, sum(map(bool, some)), *(said[v] for v in VERDICTS)]
-        lines.append(f"| {family} | " + " | ".join(map(str, cells)) + " |")
+        verdicts = [said[verdict] for verdict in VERDICTS]
+        by_family.append((family, len(names), len(some), *counts, sum(map(bool, some)), *verdicts))
+    head = ("family", "mutants", "run", *SUITES, "any", *VERDICTS)
+    lines += markdown_table(head, by_family, padded=False)
     seconds = sorted(row["seconds"] for row in diagnosed) or [0.0]
     lines += [
         "",
@@ -183,18 +186,17 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         f"Written by `{command}`: every attention of `tests/mutants`, the suites that catch it, what the diagnosis "
         "says and whether that is true. [harness.md](harness.md) has the summary.",
         "",
-        "| mutant | what is wrong | caught by | diagnosis | which is |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    wrong = []
     for name, entry in sorted(WRONG.items(), key=lambda item: (item[1].family, item[0])):
         row, found = by.get(("diagnosis", name)), by.get(("wrong", name), {"caught": {}})["caught"]
-        said = f"{row['property']}: {row['sentence']} | {verdict_on(row, reviewed)}" if row else "|"
-        cells = f"`{name}` | {entry.fault} | {', '.join(s for s in SUITES if s in found)}".replace(
-            "<", "&lt;"
-        )
-        lines.append(f"| {cells} | {said} |")
-    lines += ["", "## Right attentions", "", "| attention | style |", "| --- | --- |"]
-    lines += [f"| `{name}` | {RIGHT[name].style} |" for kind, name in by if kind == "right"]
+        said = (f"{row['property']}: {row['sentence']}", verdict_on(row, reviewed)) if row else ("", "")
+        caught_by = ", ".join(suite for suite in SUITES if suite in found)
+        wrong.append((f"`{name}`", entry.fault.replace("<", "&lt;"), caught_by, *said))
+    head = ("mutant", "what is wrong", "caught by", "diagnosis", "which is")
+    lines += [*markdown_table(head, wrong, padded=False), "", "## Right attentions", ""]
+    right = [(f"`{name}`", RIGHT[name].style) for kind, name in by if kind == "right"]
+    lines += markdown_table(("attention", "style"), right, padded=False)
     return "\n".join(lines) + "\n"
 
 

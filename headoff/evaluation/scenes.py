@@ -12,6 +12,7 @@ from headoff.evaluation import run
 from headoff.evaluation.engines import LocalEngine
 from headoff.evaluation.scores import score
 from headoff.gates import Configuration, cumulative
+from headoff.wording import markdown_table
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ def evaluate(
 
 def table(precisions: Sequence[Precision]) -> str:
     """The figures as a Markdown table."""
-    lines = ["| heads off | AP | AP50 | AP75 | detections per scene |", "| --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {p.configuration} | {p.ap:.3f} | {p.ap50:.3f} | {p.ap75:.3f} | {p.detections_per_scene:.1f} |"
+    rows = (
+        (p.configuration, f"{p.ap:.3f}", f"{p.ap50:.3f}", f"{p.ap75:.3f}", f"{p.detections_per_scene:.1f}")
         for p in precisions
-    ]
-    return "\n".join(lines)
+    )
+    head = ("heads off", "AP", "AP50", "AP75", "detections per scene")
+    return "\n".join(markdown_table(head, rows, padded=False))

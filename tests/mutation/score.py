@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from headoff.wording import markdown_table
 from mutation.runs import Row, rows_in, run
 from mutation.sources import BY_NAME, ROOT, Mutant, drawn
 
@@ -89,16 +90,16 @@ def summary(rows: list[Row]) -> str:
         f"{proportion(sum(bool(row['caught']) for row in great), len(great))}",
         f"- first suite to reject: {', '.join(f'{name} {count}' for name, count in suites.most_common())}",
         "",
-        "| operator | raise | equivalent | differ | rejected |",
-        "| --- | --- | --- | --- | --- |",
     ]
+    by_operator = []
     for operator in sorted({row["operator"] for row in rows}):
         some = [row for row in rows if row["operator"] == operator]
         counts = Counter(row["status"] for row in some)
         caught = sum(row["status"] == "differs" and bool(row["caught"]) for row in some)
-        lines.append(
-            f"| {operator} | {counts['crashes']} | {counts['equivalent']} | {counts['differs']} | {caught} |"
-        )
+        by_operator.append((operator, counts["crashes"], counts["equivalent"], counts["differs"], caught))
+    lines += markdown_table(
+        ("operator", "raise", "equivalent", "differ", "rejected"), by_operator, padded=False
+    )
     if survivors:
         lines += ["", "Survivors:", ""]
         lines += [

@@ -8,7 +8,7 @@ from typing import Any
 
 from headoff.harness.report.document import VERDICTS, BenchmarkRecord, Document, printable, tally, validate
 from headoff.harness.report.failures import first_line, grouped, places
-from headoff.wording import counted, format_ratio
+from headoff.wording import counted, format_ratio, markdown_table
 
 MOST_CAUSES = 5
 MOST_RATIOS = 20
@@ -68,17 +68,14 @@ def _ratios(benchmarks: list[BenchmarkRecord]) -> str:
     # The slower ones are what a reader must not miss.
     ranks = list(tally(benchmarks))
     ordered = sorted(benchmarks, key=lambda record: ranks.index(record["verdict"]))
-    lines = [
-        "| benchmark | heads off | patch / baseline | interval | verdict |",
-        "| --- | ---: | ---: | --- | --- |",
-    ]
+    rows = []
     for record in ordered[:MOST_RATIOS]:
         interval = f"{format_ratio(record['low'])} to {format_ratio(record['high'])}"
         verdict = record["verdict"] + (", and wrong" if record.get("outputs") == "wrong" else "")
         off = "" if record["heads_off"] is None else record["heads_off"]
-        lines.append(
-            f"| {_text(record['name'])} | {off} | {format_ratio(record['ratio'])} | {interval} | {verdict} |"
-        )
+        rows.append((_text(record["name"]), off, format_ratio(record["ratio"]), interval, verdict))
+    head = ("benchmark", "heads off", "patch / baseline", "interval", "verdict")
+    lines = markdown_table(head, rows, padded=False, right=(1, 2))
     if len(ordered) > MOST_RATIOS:
         lines.append(f"\n{len(ordered) - MOST_RATIOS} more are in the report.")
     return "\n".join(lines)
