@@ -295,6 +295,15 @@ def test_an_unknown_fault_is_not_named(attention):
     assert MEASURED.get(attention, "") in finding.message
 
 
+def test_an_infinite_result_is_that_of_no_finite_fault():
+    def infinite(*args, **kwargs):
+        return eager(*args, **kwargs) + torch.inf
+
+    experiments = OperatorExperiments(infinite, torch.device("cpu"))
+    observation = experiments.observe(SMALL)
+    assert not any(experiments.reproduces(fault, observation) for fault in forward_faults(torch.float32))
+
+
 @pytest.mark.parametrize("name", UNSTEADY)
 def test_what_depends_on_more_than_the_inputs_gets_no_numeric_cause(name):
     make, prop = UNSTEADY[name]

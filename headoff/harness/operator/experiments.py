@@ -184,9 +184,10 @@ class Experiments(ABC, Generic[CaseType]):
         answer = fault.answer(observation.tensors, case)
         for name in answer.keys() & observation.comparisons.keys():
             found, expected, true = observation.results[name], answer[name], truth.values[name]
-            if not torch.equal(found.isnan(), expected.isnan()):
-                return False
-            found, expected = found.nan_to_num(0.0), expected.nan_to_num(0.0)
+            for is_special in (torch.isnan, torch.isinf):
+                if not torch.equal(is_special(found), is_special(expected)):
+                    return False
+            found, expected = (item.nan_to_num(0.0, 0.0, 0.0) for item in (found, expected))
             is_right = observation.comparisons[name].is_right
             if is_right and self.agree(name, expected, true, truth.scales[name], case):
                 continue  # the fault does not show in this result
