@@ -30,6 +30,7 @@ from headoff.cli import (
     sweep,
     verify,
 )
+from headoff.cli.messages import error
 from headoff.errors import HeadoffError, error_line, is_out_of_memory
 
 EPILOG = """\
@@ -120,7 +121,7 @@ def _discard_output() -> None:
 
 
 def _failed(reason: str) -> int:
-    print(f"headoff: error: {reason}", file=sys.stderr)
+    error(reason)
     return 2
 
 

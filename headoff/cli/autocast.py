@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
 from headoff.cli.relevance import RelevanceOptions
+from headoff.cli.reports import ImageReport
 from headoff.detector import Detector
 from headoff.devices import torch_dtype
 from headoff.effects import effect_on_detections, effect_on_maps
 from headoff.errors import SettingError
 from headoff.gates import Configuration
-from headoff.importance.curves import RemovalCurves
 from headoff.relevance import Explanation, explain
 from headoff.sweeps import SweepResult, sweep
 
@@ -66,28 +65,18 @@ class Autocast:
         self.messages.append(effect_on_detections(full, result).sentence(f"autocast to {self.name}"))
         return result
 
-    def write_report(
-        self,
-        options: RelevanceOptions,
-        folder: Path,
-        picture: Image.Image,
-        detector: Detector,
-        result: SweepResult,
-        provenance: Mapping[str, str],
-        progress: bool,
-        curves: RemovalCurves | None = None,
-    ) -> Explanation:
-        """`RelevanceOptions.write_report`; only the forward passes run under autocast, relevance is float32."""
+    def explain(
+        self, options: RelevanceOptions, detector: Detector, result: SweepResult, report: ImageReport
+    ) -> list[Explanation]:
+        """`RelevanceOptions.explain`; only the forward passes run under autocast, relevance is float32."""
         with detector.autocasting(self.dtype):
-            explanation = options.write_report(
-                folder, picture, detector, result, provenance, progress, curves
-            )
+            found = options.explain(detector, result, report)
         if self.dtype is not None:
             full = explain(
                 detector,
-                picture,
+                report.picture,
                 result.configurations,
-                explanation.objects,
+                found[0].objects,
                 options.methods[0],
                 options.layers,  # type: ignore[arg-type]
                 target=options.target,
@@ -96,12 +85,12 @@ class Autocast:
                 ablation=options.ablation,
                 references=options.references,
             )
-            self.messages.append(effect_on_maps(full, explanation).sentence(f"autocast to {self.name}"))
-        return explanation
+            self.messages.append(effect_on_maps(full, found[0]).sentence(f"autocast to {self.name}"))
+        return found
 
-    def summary(self, image: Path, text: str, single_image: bool) -> str:
+    def summary(self, text: str, report: ImageReport) -> str:
         """`text` and the messages. For one image of several, whose texts are not printed, print the messages."""
-        if not single_image:
+        if not report.alone:
             for message in self.messages:
-                tqdm.write(f"{image}: {message}")
+                tqdm.write(f"{report.image}: {message}")
         return "\n".join([text, *self.messages])

@@ -28,10 +28,10 @@ def add_parser(commands: Any) -> None:
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
     import json
-    import sys
 
     from headoff.cli.detectors import load_detector
     from headoff.cli.images import images_at
+    from headoff.cli.messages import error, left_out
     from headoff.cli.tables import columns
     from headoff.detections import detect
     from headoff.errors import ImageError
@@ -43,10 +43,10 @@ def run(settings: argparse.Namespace) -> int:
     for path in images.paths:
         try:
             detections = detect(detector, path, settings.confidence)
-        except ImageError as error:
+        except ImageError as failure:
             if images.common is None:
                 raise
-            print(f"headoff: error: {error}", file=sys.stderr)
+            error(failure)
             failed += 1
             continue
         if settings.json:
@@ -65,9 +65,7 @@ def run(settings: argparse.Namespace) -> int:
         ]
         if rows:
             print(columns(rows))
-    if failed:
-        print(f"{counted(failed, 'image')} left out, see above", file=sys.stderr)
-    return 2 if failed else 0
+    return left_out(failed)
 
 
 def _corners(box: tuple[float, float, float, float]) -> str:

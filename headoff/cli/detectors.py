@@ -8,6 +8,7 @@ import sys
 import torch
 
 from headoff.attention import attention_label
+from headoff.cli.messages import note
 from headoff.detector import Detector
 from headoff.detr.checkpoints import ModelChoice, class_names_in
 from headoff.devices import chosen_device, set_threads
@@ -23,7 +24,7 @@ def load_detector(settings: argparse.Namespace, *, quiet: bool = False) -> Detec
         attention=settings.attention, device=chosen_device(settings.device), dtype=settings.dtype
     )
     for assumption in () if quiet else detector.assumptions:
-        print(f"headoff: note: {settings.model}: {assumption}", file=sys.stderr)
+        note(f"{settings.model}: {assumption}")
     return detector
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from headoff.choices import DEFAULT_SITE, METHODS, SITES, VALUES, Site
+from headoff.cli.messages import note
 from headoff.cli.options import (
     CONFIGURATION_SETS,
     NOTATION,
@@ -236,8 +237,8 @@ def run_evaluate(settings: argparse.Namespace) -> int:
     )
     detector = load_detector(here)
     data = open_data_set(settings.annotations, settings.images, detector, settings.limit)
-    for note in data.notes:
-        print(f"headoff: note: {note}", file=sys.stderr)
+    for text in data.notes:
+        note(text)
     made_with = {
         **provenance(settings, detector),
         "annotations": str(settings.annotations),
@@ -435,7 +436,7 @@ def _configurations(
 
         for found in bound_orders(settings.out, about, measure):
             orders[found.site] = found.heads
-            print(f"headoff: note: {found.describe()}", file=sys.stderr)
+            note(found.describe())
     return [
         one
         for choice in choices

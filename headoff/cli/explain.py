@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,20 +125,11 @@ def add_parser(commands: Any) -> None:
 
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
-    from headoff.cli.autocast import Autocast, check_autocast
-    from headoff.cli.configurations import ConfigurationChoice, describe_ablation, describe_configurations
-    from headoff.cli.detectors import load_detector, provenance
+    from headoff.cli.configurations import describe_ablation, describe_configurations
     from headoff.cli.relevance import RelevanceOptions, parse_layers, parse_methods
-    from headoff.cli.reports import drawing_of, images_to_report, write_reports
+    from headoff.cli.sweeps import report_sweeps
     from headoff.figures.colouring import MapStyle
-    from headoff.images import load_image
-    from headoff.relevance import method_names
 
-    # Wrong options are reported before the weights are read.
-    images = images_to_report(settings)
-    check_autocast(settings)
-    choice = ConfigurationChoice.from_options(settings)
-    drawing = drawing_of(settings)
     relevance = RelevanceOptions(
         methods=parse_methods(settings.method),
         target=settings.target,
@@ -153,44 +142,18 @@ def run(settings: argparse.Namespace) -> int:
         maps=settings.maps,
         ablation=settings.ablate,
         references=settings.references,
-        drawing=drawing,
     )
-    detector = load_detector(settings)
-    if settings.method == "all":
-        relevance = replace(relevance, methods=method_names(detector))
-    relevance.check(detector.head_layout)
-    autocast = Autocast(settings.autocast)
-
-    def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
-        picture = load_image(image)
-        configurations, curves = choice.for_image(detector, picture, settings, settings.object or ())
-        result = autocast.sweep(
-            detector,
-            picture,
-            configurations,
-            confidence=settings.confidence,
-            ablation=settings.ablate,
-            references=settings.references,
-        )
-        explanation = autocast.write_report(
-            relevance, folder, picture, detector, result, made_with, progress, curves
-        )
-        return autocast.summary(image, _summary(image, explanation), progress)
-
-    made_with = {
-        **provenance(settings, detector),
+    described = {
         **describe_configurations(settings),
         **describe_ablation(settings),
         "confidence": f"{settings.confidence:g}",
-        **autocast.describe(),
-        **relevance.describe(),
-        **drawing.describe(),
     }
-    return write_reports(settings, images, made_with, write)
+    return report_sweeps(settings, relevance, described, _summary, objects=relevance.objects)
 
 
-def _summary(image: Path, explanation: Explanation) -> str:
+def _summary(image: Path, _: object, explanation: Explanation | None) -> str:
     """The relevance after the last layer, one line for each configuration and object."""
+    assert explanation is not None
     objects = explanation.objects
     if not len(objects):
         return f"{image}: no object is detected with none off, so there is nothing to explain"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headoff.choices import DEAR_METHODS, DEFAULT_FAITHFULNESS, METHODS
+from headoff.cli.messages import error
 from headoff.cli.options import (
     add_confidence_option,
     add_detector_options,
@@ -145,8 +146,6 @@ every object (objects.csv), and figures.""",
 
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
-    import sys
-
     from headoff.cli.detectors import load_detector, model_choice, provenance
     from headoff.cli.progress import progress_bar
     from headoff.devices import chosen_device
@@ -213,7 +212,7 @@ def run(settings: argparse.Namespace) -> int:
     print(found.table())
     print(_costs(found))
     for name, reason in found.failures.items():
-        print(f"headoff: error: {name} is left out: {reason}", file=sys.stderr)
+        error(f"{name} is left out: {reason}")
     page = "table.md" if settings.figures == "none" else "index.html"
     print(f"report: {settings.out / page}, all numbers: {settings.out / 'faithfulness.json'}")
     return 2 if found.failures else 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,19 +119,16 @@ def run(settings: argparse.Namespace) -> int:
     """Run the command."""
     from headoff.ablation import ablation_draws
     from headoff.cli.detectors import load_detector, provenance
-    from headoff.cli.progress import progress_bar
-    from headoff.cli.reports import drawing_of, images_to_report, write_reports
+    from headoff.cli.reports import ImageReport, Reports
     from headoff.encoded import EncodedImage
     from headoff.errors import SettingError
-    from headoff.images import load_image
     from headoff.importance import HeadCards, Measure, SampledShapley, heads, resolve_measure
     from headoff.importance.measures import check_supported
     from headoff.report import heads_index, write_heads_report
     from headoff.values import resolve_value
 
     # Wrong options are reported before the weights are read.
-    images = images_to_report(settings)
-    drawing = drawing_of(settings)
+    reports = Reports.of(settings)
     measures: list[Measure] = [resolve_measure(name) for name in _names(settings.measure, "--measure")]
     values = [resolve_value(name) for name in _names(settings.value, "--value")]
     check_supported(measures, values)
@@ -147,10 +143,9 @@ def run(settings: argparse.Namespace) -> int:
     for kind in kinds:
         ablation_draws(kind, detector, settings.references)
 
-    def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
-        picture = load_image(image)
-        encoded = EncodedImage.of(detector, picture)
-        with progress_bar("scoring", "coalition", show=progress) as update:
+    def write(report: ImageReport) -> str:
+        encoded = EncodedImage.of(detector, report.picture)
+        with report.progress_bar("scoring", "coalition") as update:
             importance = heads(
                 detector,
                 encoded,
@@ -170,17 +165,8 @@ def run(settings: argparse.Namespace) -> int:
             references=settings.references,
             confidence=settings.confidence,
         )
-        with progress_bar("drawing", "figure", show=progress) as update:
-            write_heads_report(
-                folder,
-                picture,
-                importance,
-                provenance=made_with,
-                cards=cards,
-                progress=update,
-                **asdict(drawing),
-            )
-        return summary(image, importance)
+        report.write(write_heads_report, importance, cards=cards)
+        return summary(report.image, importance)
 
     made_with = {
         **provenance(settings, detector),
@@ -190,9 +176,8 @@ def run(settings: argparse.Namespace) -> int:
         "values": ", ".join(value.name for value in values),
         "ablation": ", ".join(kinds) + (f", references {settings.references}" if settings.references else ""),
         "confidence": f"{settings.confidence:g}",
-        **drawing.describe(),
     }
-    return write_reports(settings, images, made_with, write, heads_index)
+    return reports.write(made_with, write, heads_index)
 
 
 def summary(image: Path, importance: HeadImportance) -> str:

@@ -1,26 +1,22 @@
-"""The options about relevance maps, and the report with them."""
+"""The options about relevance maps, and the explanations that they ask for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
-from headoff.choices import METHODS, AblationKind, Pick
-from headoff.cli.progress import progress_bar
+from headoff.choices import AblationKind, Pick
+from headoff.cli.reports import ImageReport
 from headoff.detector import Detector
 from headoff.encoded import EncodedImage
 from headoff.errors import SettingError
 from headoff.figures.colouring import MapStyle
-from headoff.gates import HeadLayout
-from headoff.importance.curves import RemovalCurves
-from headoff.relevance import Explanation, explain, make_target, resolve_method
-from headoff.report import write_report
-from headoff.report.drawing import Drawing
+from headoff.relevance import Explanation, explain, make_target, method_names, resolve_method
 from headoff.sweeps import SweepResult, query_of_object
+
+ALL = ("all",)
+"""In the place of methods: all of them."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +24,13 @@ class RelevanceOptions:
     """Arguments of `headoff.explain`, and how maps are drawn.
 
     Attributes:
-        methods: see `headoff.explain`; the first is that of the report, others can be chosen on its page.
+        methods: see `headoff.explain`; the first is that of the report, others can be chosen on its page. `ALL` alone
+            stands for all that the detector has.
         target, layers, pick, heads: see `headoff.explain`.
         queries, objects: explain only these; all detected objects if both are empty.
         style: how maps are drawn.
         maps: format of the file of raw maps.
         ablation, references: see `headoff.explain`.
-        drawing: what the report draws.
 
     Raises:
         SettingError: an option is invalid for every detector.
@@ -51,15 +47,15 @@ class RelevanceOptions:
     maps: Literal["npz", "safetensors"] = "npz"
     ablation: AblationKind = "zero"
     references: Path | None = None
-    drawing: Drawing = Drawing()
 
     def __post_init__(self) -> None:
-        for method in self.methods:
+        for method in () if self.methods == ALL else self.methods:
             resolve_method(method)
         make_target(self.target, 0, 0)
 
-    def check(self, layout: HeadLayout) -> None:
-        """Raise SettingError for queries and layers that this detector does not have."""
+    def of(self, detector: Detector) -> RelevanceOptions:
+        """These options for a detector. Raises SettingError for queries and layers that it does not have."""
+        layout = detector.head_layout
         layers = () if isinstance(self.layers, str) else self.layers
         for noun, numbers, count in (
             ("query", self.queries, layout.queries),
@@ -70,6 +66,7 @@ class RelevanceOptions:
                     raise SettingError(
                         f"there is no {noun} {number}: this detector's go from 0 to {count - 1}, use one of those"
                     )
+        return replace(self, methods=method_names(detector)) if self.methods == ALL else self
 
     def describe(self) -> dict[str, str]:
         """These options as part of a report's provenance."""
@@ -87,26 +84,17 @@ class RelevanceOptions:
         maps += ["smooth"] if style.smooth else []
         return {"relevance": ", ".join(relevance), "maps": f"{', '.join(maps)}, {self.maps}"}
 
-    def write_report(
-        self,
-        folder: Path,
-        picture: Image.Image,
-        detector: Detector,
-        result: SweepResult,
-        provenance: Mapping[str, str],
-        progress: bool = True,
-        curves: RemovalCurves | None = None,
-    ) -> Explanation:
-        """Explain the objects of a sweep under its configurations, and write the report of both to `folder`."""
+    def explain(self, detector: Detector, result: SweepResult, report: ImageReport) -> list[Explanation]:
+        """Explain the objects of a sweep under its configurations, by each method."""
         for number in self.objects:
             query_of_object(result.baseline, number)
         objects = result.baseline.subset(self.objects) if self.objects else result.baseline
-        encoded = EncodedImage.of(detector, picture)
+        encoded = EncodedImage.of(detector, report.picture)
         found: list[Explanation] = []
         # A name may stand for another, as `best` does.
         for method in dict.fromkeys(resolve_method(name).name for name in self.methods):
             words = "explaining" if len(self.methods) == 1 else f"explaining by {method}"
-            with progress_bar(words, "step", show=progress) as update:
+            with report.progress_bar(words, "step") as update:
                 found.append(
                     explain(
                         detector,
@@ -124,22 +112,7 @@ class RelevanceOptions:
                         progress=update,
                     )
                 )
-        explanation, *others = found
-        with progress_bar("drawing", "figure", show=progress) as update:
-            write_report(
-                folder,
-                picture,
-                result,
-                provenance=provenance,
-                explanation=explanation,
-                style=self.style,
-                maps=self.maps,
-                curves=curves,
-                others=others,
-                progress=update,
-                **asdict(self.drawing),
-            )
-        return explanation
+        return found
 
 
 def parse_methods(text: str) -> tuple[str, ...]:
@@ -148,8 +121,6 @@ def parse_methods(text: str) -> tuple[str, ...]:
     Raises:
         SettingError: a method is named twice.
     """
-    if text == "all":
-        return METHODS
     names = tuple(part.strip() for part in text.split(","))
     if len(set(names)) < len(names):
         raise SettingError(f"--method {text!r} names a method twice: name each method once")

@@ -4,96 +4,166 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from headoff.cli.images import ImageChoice, images_at
-from headoff.cli.tables import table
+from headoff.cli.messages import error, left_out, note
+from headoff.cli.progress import progress_bar
 from headoff.errors import ImageError, SettingError
 from headoff.figures.canvas import DPI
 from headoff.files import lock
-from headoff.outcomes import Status
+from headoff.images import load_image
 from headoff.report import finished_file, folder_index, is_finished, remove_report
 from headoff.report.drawing import Drawing
-from headoff.sweeps import SweepResult
 from headoff.wording import counted
-
-MOST_NAMED = 12
-"""Objects that the terminal names; the report has them all."""
-
-WriteReport = Callable[[Path, Path, Mapping[str, str], bool], str]
-"""(folder of the report, image, provenance, whether to show progress): write the report, return its summary."""
 
 WriteIndex = Callable[..., Path]
 """Writes the index of several reports: `headoff.report.folder_index`, or another one with the same arguments."""
 
 
-def images_to_report(settings: argparse.Namespace) -> ImageChoice:
-    """The images that were asked for.
+@dataclass(frozen=True)
+class ImageReport:
+    """The report of one image, which a command has to write.
 
-    Raises:
-        ImageError: there are none.
-        SettingError: --out is a file.
+    Attributes:
+        folder: where it goes.
+        image: the file.
+        picture: what is in it.
+        provenance: what the report says of its origin.
+        drawing: what it draws.
+        alone: whether it is the only report: then progress is shown, and the summary is printed.
     """
-    images = images_at(settings.images, settings.out)
-    if settings.out.exists() and not settings.out.is_dir():
-        raise SettingError(f"--out {settings.out} is a file; name a folder")
-    return images
+
+    folder: Path
+    image: Path
+    picture: Image.Image
+    provenance: Mapping[str, str]
+    drawing: Drawing
+    alone: bool
+
+    def progress_bar(self, what: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """The progress of what is done for this image; nothing where the bar of the images is shown."""
+        return progress_bar(what, unit, show=self.alone)
+
+    def write(self, write: Callable[..., Path], *found: object, **more: object) -> None:
+        """Call a function such as `headoff.report.write_report` with what was found in the image."""
+        with self.progress_bar("drawing", "figure") as update:
+            write(
+                self.folder,
+                self.picture,
+                *found,
+                provenance=self.provenance,
+                progress=update,
+                **asdict(self.drawing),
+                **more,
+            )
 
 
-def drawing_of(settings: argparse.Namespace) -> Drawing:
-    """What the reports draw.
+WriteReport = Callable[[ImageReport], str]
+"""Write the report, return its summary."""
 
-    Raises:
-        SettingError: --dpi is too large.
+
+@dataclass(frozen=True)
+class Reports:
+    """The reports of a command.
+
+    Attributes:
+        images: a report for each of them.
+        drawing: what they draw.
+        out: the folder of the only report, or of all.
+        again: whether to replace those of several that are finished.
     """
-    files = settings.format is not None or settings.dpi is not None
-    if files and settings.figures in ("none", "page"):
-        raise SettingError(
-            f"--format and --dpi are of the files of --figures all: leave them out, or --figures {settings.figures}"
+
+    images: ImageChoice
+    drawing: Drawing
+    out: Path
+    again: bool
+
+    @classmethod
+    def of(cls, settings: argparse.Namespace) -> Reports:
+        """Read the options of `add_report_options`. To be called before the weights are read.
+
+        Raises:
+            ImageError: there are no images.
+            SettingError: --out is a file, or options of figures contradict each other.
+        """
+        images = images_at(settings.images, settings.out)
+        if settings.out.exists() and not settings.out.is_dir():
+            raise SettingError(f"--out {settings.out} is a file; name a folder")
+        return cls(images, drawing_of(settings), settings.out, settings.again)
+
+    def write(
+        self, made_with: Mapping[str, str], write: WriteReport, write_index: WriteIndex = folder_index
+    ) -> int:
+        """Call `write` for every image and print where the results are. Returns the exit code.
+
+        Of several images there are also an index and totals, by `write_index`.
+
+        Args:
+            made_with: the provenance of all reports, without the image and what is drawn.
+            write: writes one report.
+            write_index: see `WriteIndex`.
+
+        Raises:
+            OutputError: another process is writing to the same folder.
+        """
+        with lock(self.out):
+            if self.images.common is not None:
+                if is_finished(self.out):
+                    note(f"the report of one image in {self.out} is replaced by those of {self.images.given}")
+                    remove_report(self.out)
+                return self._write_folder(made_with, write, write_index)
+            (image,) = self.images.paths
+            earlier = _provenance_of(self.out).get("image")
+            if earlier not in (None, str(image)):
+                note(f"the report of {earlier} in {self.out} is replaced")
+            print(write(self._report(image, self.out, made_with)))
+            drawn = self.drawing.figures != "none"
+            print(f"report: {self.out / 'index.html' if drawn else finished_file(self.out)}")
+            return 0
+
+    def _write_folder(self, made_with: Mapping[str, str], write: WriteReport, write_index: WriteIndex) -> int:
+        """Write a report for each image, in separate folders. Images that cannot be read are left out."""
+        failed: dict[str, str] = {}
+        done: list[Path] = []
+        index = _Index(write_index, self.out, done, failed)
+        with index, tqdm(self.images.paths, desc="working", unit="image") as bar:
+            for image in bar:
+                # The name with its suffix: street.jpg and street.png are two images.
+                name = self.images.place(image).as_posix()
+                folder = self.out / name
+                bar.set_postfix_str(name)
+                try:
+                    if self.again or not _is_finished(folder, self._provenance(image, made_with)):
+                        write(self._report(image, folder, made_with))
+                    done.append(folder)
+                except (ImageError, SettingError) as failure:
+                    failed[name] = str(failure)
+                    error(failure)
+                index.refresh()
+        if done:
+            print(f"{counted(len(done), 'report')} in {self.out}, index: {self.out / 'index.html'}")
+        return left_out(len(failed))
+
+    def _report(self, image: Path, folder: Path, made_with: Mapping[str, str]) -> ImageReport:
+        return ImageReport(
+            folder,
+            image,
+            load_image(image),
+            self._provenance(image, made_with),
+            self.drawing,
+            alone=self.images.common is None,
         )
-    return Drawing(
-        settings.figures or ("all" if files else "page"), settings.format or "png", settings.dpi or DPI
-    )
 
-
-def write_reports(
-    settings: argparse.Namespace,
-    images: ImageChoice,
-    provenance: Mapping[str, str],
-    write: WriteReport,
-    write_index: WriteIndex = folder_index,
-) -> int:
-    """Call `write` for every image and print where the results are. Returns the exit code.
-
-    Of several images there are also an index and totals, by `write_index`.
-
-    Raises:
-        OutputError: another process is writing to the same folder.
-    """
-    with lock(settings.out):
-        if images.common is not None:
-            if is_finished(settings.out):
-                _note(f"the report of one image in {settings.out} is replaced by those of {images.given}")
-                remove_report(settings.out)
-            return _write_folder(settings, images, provenance, write, write_index)
-        (image,) = images.paths
-        earlier = _provenance_of(settings.out).get("image")
-        if earlier not in (None, str(image)):
-            _note(f"the report of {earlier} in {settings.out} is replaced")
-        print(write(settings.out, image, {"image": str(image), **provenance}, True))
-        drawn = drawing_of(settings).figures != "none"
-        print(f"report: {settings.out / 'index.html' if drawn else finished_file(settings.out)}")
-        return 0
-
-
-def _note(text: str) -> None:
-    print(f"headoff: note: {text}", file=sys.stderr)
+    def _provenance(self, image: Path, made_with: Mapping[str, str]) -> dict[str, str]:
+        return {"image": str(image), **made_with, **self.drawing.describe()}
 
 
 def _provenance_of(folder: Path) -> dict[str, str]:
@@ -103,39 +173,6 @@ def _provenance_of(folder: Path) -> dict[str, str]:
         return {} if finished is None else dict(json.loads(finished.read_text())["provenance"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _write_folder(
-    settings: argparse.Namespace,
-    images: ImageChoice,
-    provenance: Mapping[str, str],
-    write: WriteReport,
-    write_index: WriteIndex,
-) -> int:
-    """Write a report for each image, in separate folders. Images that cannot be read are left out."""
-    failed: dict[str, str] = {}
-    done: list[Path] = []
-    index = _Index(write_index, settings.out, done, failed)
-    with index, tqdm(images.paths, desc="working", unit="image") as bar:
-        for image in bar:
-            # The name with its suffix: street.jpg and street.png are two images.
-            name = images.place(image).as_posix()
-            folder = settings.out / name
-            bar.set_postfix_str(name)
-            made_with = {"image": str(image), **provenance}
-            try:
-                if settings.again or not _is_finished(folder, made_with):
-                    write(folder, image, made_with, False)
-                done.append(folder)
-            except (ImageError, SettingError) as error:
-                failed[name] = str(error)
-                bar.write(f"headoff: error: {error}", file=sys.stderr)
-            index.refresh()
-    if done:
-        print(f"{counted(len(done), 'report')} in {settings.out}, index: {settings.out / 'index.html'}")
-    if failed:
-        print(f"{counted(len(failed), 'image')} left out, see above", file=sys.stderr)
-    return 2 if failed else 0
 
 
 class _Index:
@@ -176,25 +213,17 @@ def _is_finished(folder: Path, provenance: Mapping[str, str]) -> bool:
     return {**_provenance_of(folder), "command": ""} == {**provenance, "command": ""}
 
 
-def sweep_summary(image: Path, result: SweepResult) -> str:
-    """What became of the objects: one line for each configuration, and what loses objects at all."""
-    names = [f"#{number} {detection.class_name}" for number, detection in enumerate(result.baseline)]
-    more = f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    header = ("configuration", "found", *(status.value for status in Status), "unmatched")
-    rows = [
-        (configuration.name, len(detections), *outcome.counts.values(), len(outcome.unmatched))
-        for configuration, detections, outcome in zip(
-            result.configurations, result.detections, result.outcomes, strict=True
+def drawing_of(settings: argparse.Namespace) -> Drawing:
+    """What the reports draw.
+
+    Raises:
+        SettingError: --dpi is too large.
+    """
+    files = settings.format is not None or settings.dpi is not None
+    if files and settings.figures in ("none", "page"):
+        raise SettingError(
+            f"--format and --dpi are of the files of --figures all: leave them out, or --figures {settings.figures}"
         )
-    ]
-    losing = sum(bool(outcome.counts[Status.LOST]) for outcome in result.outcomes)
-    return "\n".join(
-        [
-            f"{image}: {counted(len(names), 'object')} with none off",
-            *textwrap.wrap(
-                ", ".join(names[:MOST_NAMED]) + more, 80, initial_indent="  ", subsequent_indent="  "
-            ),
-            table(header, rows),
-            f"{losing} of {counted(len(rows), 'configuration')} lose an object",
-        ]
+    return Drawing(
+        settings.figures or ("all" if files else "page"), settings.format or "png", settings.dpi or DPI
     )

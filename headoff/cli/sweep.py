@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import asdict
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headoff.cli.options import (
     NOTATION,
@@ -19,6 +18,14 @@ from headoff.cli.options import (
     positive,
     whole,
 )
+from headoff.cli.tables import table
+from headoff.wording import counted
+
+if TYPE_CHECKING:
+    from headoff.sweeps import SweepResult
+
+MOST_NAMED = 12
+"""Objects that the terminal names; the report has them all."""
 
 EPILOG = f"""\
 what to switch off:
@@ -79,74 +86,34 @@ def add_parser(commands: Any) -> None:
 
 def run(settings: argparse.Namespace) -> int:
     """Run the command."""
-    from headoff.cli.autocast import Autocast, check_autocast
-    from headoff.cli.configurations import ConfigurationChoice
-    from headoff.cli.detectors import load_detector, provenance
-    from headoff.cli.progress import progress_bar
+    from headoff.cli.configurations import read_order
     from headoff.cli.relevance import RelevanceOptions
-    from headoff.cli.reports import drawing_of, images_to_report, sweep_summary, write_reports
-    from headoff.detr.graphs import DecodeGraphs
+    from headoff.cli.sweeps import report_sweeps
     from headoff.errors import SettingError
     from headoff.gates import order_of
-    from headoff.images import load_image
-    from headoff.report import write_report
 
-    # Wrong options are reported before the weights are read.
-    images = images_to_report(settings)
     if settings.draws > 1 and settings.ablate != "resample":
         raise SettingError("--draws is for --ablate resample: no other kind draws images")
-    check_autocast(settings)
-    choice = ConfigurationChoice.from_options(settings)
-    drawing = drawing_of(settings)
-    relevance = (
-        RelevanceOptions(drawing=drawing, ablation=settings.ablate, references=settings.references)
+
+    def summary(image: Path, result: SweepResult, _: object) -> str:
+        text = _summary(image, result)
+        _, by_importance = read_order(settings.order)
+        if by_importance is not None:
+            order = ", ".join(map(str, order_of(result.configurations)))
+            text += f"\nheads by importance, {by_importance} important first: {order}"
+        return text
+
+    return report_sweeps(
+        settings,
+        RelevanceOptions(ablation=settings.ablate, references=settings.references)
         if settings.relevance
-        else None
+        else None,
+        _describe(settings),
+        summary,
+        objects=() if settings.object is None else (settings.object,),
+        object_index=settings.object,
+        draws=settings.draws,
     )
-    detector = load_detector(settings)
-    autocast = Autocast(settings.autocast)
-    # The images of a folder often have one size: on a GPU, CUDA graphs of their decodes are then replayed.
-    graphs = DecodeGraphs() if len(images.paths) > 1 else None
-
-    def write(folder: Path, image: Path, made_with: Mapping[str, str], progress: bool) -> str:
-        picture = load_image(image)
-        objects = () if settings.object is None else (settings.object,)
-        configurations, curves = choice.for_image(detector, picture, settings, objects)
-        result = autocast.sweep(
-            detector,
-            picture,
-            configurations,
-            object_index=settings.object,
-            confidence=settings.confidence,
-            ablation=settings.ablate,
-            references=settings.references,
-            draws=settings.draws,
-            graphs=graphs,
-        )
-        if relevance is None:
-            with progress_bar("drawing", "figure", show=progress) as update:
-                write_report(
-                    folder,
-                    picture,
-                    result,
-                    provenance=made_with,
-                    curves=curves,
-                    progress=update,
-                    **asdict(drawing),
-                )
-        else:
-            autocast.write_report(relevance, folder, picture, detector, result, made_with, progress, curves)
-        text = sweep_summary(image, result)
-        if choice.by_importance is not None:
-            order = ", ".join(map(str, order_of(configurations)))
-            text += f"\nheads by importance, {choice.by_importance} important first: {order}"
-        return autocast.summary(image, text, progress)
-
-    made_with = {**provenance(settings, detector), **_describe(settings), **autocast.describe()}
-    if relevance is not None:
-        made_with |= relevance.describe()
-    made_with |= drawing.describe()
-    return write_reports(settings, images, made_with, write)
 
 
 def _describe(settings: argparse.Namespace) -> dict[str, str]:
@@ -159,3 +126,29 @@ def _describe(settings: argparse.Namespace) -> dict[str, str]:
     if settings.draws > 1:
         options["draws"] = str(settings.draws)
     return options | describe_ablation(settings)
+
+
+def _summary(image: Path, result: SweepResult) -> str:
+    """What became of the objects: one line for each configuration, and what loses objects at all."""
+    from headoff.outcomes import Status
+
+    names = [f"#{number} {detection.class_name}" for number, detection in enumerate(result.baseline)]
+    more = f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    header = ("configuration", "found", *(status.value for status in Status), "unmatched")
+    rows = [
+        (configuration.name, len(detections), *outcome.counts.values(), len(outcome.unmatched))
+        for configuration, detections, outcome in zip(
+            result.configurations, result.detections, result.outcomes, strict=True
+        )
+    ]
+    losing = sum(bool(outcome.counts[Status.LOST]) for outcome in result.outcomes)
+    return "\n".join(
+        [
+            f"{image}: {counted(len(names), 'object')} with none off",
+            *textwrap.wrap(
+                ", ".join(names[:MOST_NAMED]) + more, 80, initial_indent="  ", subsequent_indent="  "
+            ),
+            table(header, rows),
+            f"{losing} of {counted(len(rows), 'configuration')} lose an object",
+        ]
+    )
