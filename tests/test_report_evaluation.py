@@ -22,7 +22,8 @@ from headoff.figures.evaluation import (
 )
 from headoff.gates import cumulative, heads_off, none_off
 from headoff.report.drawing import Drawing
-from headoff.report.evaluation import opened_with, sweep_command, worst_images, write_summary
+from headoff.report.evaluation import write_summary
+from headoff.report.worst_images import opened_with, sweep_command, worst_images
 
 
 class Pictures:

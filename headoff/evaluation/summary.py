@@ -18,7 +18,7 @@ from headoff.evaluation.scores import RESAMPLES, score
 if TYPE_CHECKING:
     from headoff.ablation import References
     from headoff.detector import Detector
-    from headoff.report.evaluation import Pictures
+    from headoff.report.worst_images import Pictures
 
 
 def summarise(
@@ -78,8 +78,9 @@ def summarise(
     """
     # Here, as a process that scores needs no matplotlib.
     from headoff.report.drawing import Drawing
-    from headoff.report.evaluation import opened_with, sweep_command, write_summary
+    from headoff.report.evaluation import write_summary
     from headoff.report.output import write_report
+    from headoff.report.worst_images import opened_with, sweep_command
     from headoff.sweeps import sweep
 
     drawing = Drawing(figures, format) if dpi is None else Drawing(figures, format, dpi)

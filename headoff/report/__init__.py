@@ -11,6 +11,7 @@ output.py   the output folder: files are written atomically, sweep.json last
 links.py    links between the pages of a folder
 folder.py   the index page of a folder of images
 heads.py    the report on what heads contribute: heads_data.py for its page's script, heads_story.py for sentences
+evaluation.py  the summary of a data set: evaluation_tables.py, evaluation_story.py for sentences, worst_images.py
 """
 
 from headoff.report.folder import folder_index
