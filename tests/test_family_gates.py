@@ -343,7 +343,7 @@ def test_what_is_prepared_and_computed_in_parts_is_the_same(kind, monkeypatch):
         prepared = detector.prepare(memory)
         for module, value in prepared.values[2].items():
             assert torch.equal(module(tokens), value)
-        monkeypatch.setattr("headoff.family.detector.ROWS", 1)  # one run at a time
+        monkeypatch.setattr("headoff.family.passes.ROWS", 1)  # one run at a time
         found = detector.decode(prepared, gates)
         other = detector.decode(
             replace(prepared, arguments={**prepared.arguments, "encoder_hidden_states": tokens + 1}), gates
