@@ -20,7 +20,7 @@ from headoff.evaluation.relevance import (
 )
 from headoff.evaluation.sources import Scenes
 from headoff.faithfulness import ExplainedImage
-from headoff.figures.evaluation import plot_faithfulness_statistics, plot_relevance_statistics
+from headoff.figures.evaluation_samples import plot_faithfulness_statistics, plot_relevance_statistics
 from headoff.gates import all_subsets, cumulative, none_off, parse_configuration, single_heads
 
 

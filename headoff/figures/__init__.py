@@ -28,7 +28,9 @@ The plotting functions take and return matplotlib axes. Without axes they create
     head_card.py  head_card: the card of one head
     importance_sheets.py  all figures of what heads contribute
     faithfulness.py  plot_faithfulness, plot_faithfulness_curves, plot_methods: relevance methods compared
-    evaluation.py  data sets: plot_precision, plot_heads_precision, plot_class_losses, plot_outcome_rates
+    evaluation.py  data sets: plot_precision, plot_class_losses, plot_outcome_rates
+    evaluation_heads.py  plot_heads_precision
+    evaluation_samples.py  relevance and its faithfulness in samples of data sets
     evaluation_comparison.py  two results on the same images: plot_comparison, plot_differences
     notebook.py   results as notebooks show them
 """
@@ -36,12 +38,12 @@ The plotting functions take and return matplotlib axes. Without axes they create
 from headoff.figures.colouring import MapStyle
 from headoff.figures.evaluation import (
     plot_class_losses,
-    plot_heads_precision,
     plot_outcome_rates,
     plot_precision,
     plot_subset_precision,
 )
 from headoff.figures.evaluation_comparison import plot_comparison, plot_differences
+from headoff.figures.evaluation_heads import plot_heads_precision
 from headoff.figures.faithfulness import plot_faithfulness, plot_faithfulness_curves, plot_methods
 from headoff.figures.head_card import head_card
 from headoff.figures.importance import (

@@ -18,6 +18,8 @@ from headoff.gates import Configuration
 from headoff.outcomes import Status
 from headoff.sweeps import SweepResult
 
+INTERVAL = "95% interval (bootstrap over images)"
+"""What legends say of a band."""
 LABEL_POINTS = 8.0
 CONFIDENCE_DASHES = (0, (1.5, 2))
 LONGEST_NAME = 26

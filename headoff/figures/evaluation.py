@@ -9,39 +9,39 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 
 from headoff.choices import Site
 from headoff.errors import SettingError
-from headoff.evaluation.importance import HeadScores, head_scores
+from headoff.evaluation.importance import head_scores
 from headoff.evaluation.outcomes import STATUSES
-from headoff.evaluation.relevance import CONTROL, SampleStatistics
+from headoff.evaluation.relevance import SampleStatistics
 from headoff.evaluation.scores import REFERENCES, Scores
 from headoff.figures.canvas import figure_of
 from headoff.figures.captions import shorten
 from headoff.figures.chart_axes import (
+    INTERVAL,
     LABEL_POINTS,
     clean,
     legend_above,
-    name_configurations,
     name_heads_below,
     new_axes,
     number_heads_off,
     plain_text,
 )
+from headoff.figures.evaluation_heads import plot_heads_interactions, plot_heads_precision
+from headoff.figures.evaluation_samples import plot_faithfulness_statistics, plot_relevance_statistics
 from headoff.figures.importance import draw_scores
 from headoff.figures.matrix import colour_bar, hue_handles
-from headoff.figures.palette import GRID, INK, MUTED, OBJECT_COLOURS, STATUS_STYLES, ink_on
-from headoff.gates import CumulativeSweep, SubsetSweep, kind_of, order_of, sweeps_among
+from headoff.figures.palette import BLUE, INK, MUTED, OBJECT_COLOURS, STATUS_STYLES, ink_on
+from headoff.gates import CumulativeSweep, SubsetSweep, order_of, sweeps_among
 from headoff.wording import counted
 
-BLUE = "#1B6CA8"
 LINES = {"AP": BLUE, "AP50": "#DDAA33", "AP75": "#009988"}
 MOST_NAMED = 60
 """Most configurations that are named in a chart."""
 MOST_COLUMNS = 12
 """Most configurations that are columns of the matrix of classes."""
-_BAND = "95% interval (bootstrap over images)"
 
 
 def cumulative_in(scores: Scores, site: Site | None = None) -> tuple[int, ...]:
@@ -179,88 +179,6 @@ def _heads_text(heads: Sequence[int]) -> str:
     return " ".join("".join(map(str, row)) if max(heads) < 10 else ",".join(map(str, row)) for row in rows)
 
 
-def plot_heads_precision(found: HeadScores, ax: Axes | None = None) -> Axes:
-    """What heads contribute to AP: cells of layers x heads, or a bar with its interval for each head in all layers.
-
-    Cells are hatched, and bars are grey, where the 95% interval has both signs.
-    """
-    uncertain = ~((found.low > 0) | (found.high < 0))
-    rows, columns = found.scores.shape
-    if found.layers:
-        ax = new_axes(max(5.4, 1.9 + 0.66 * min(columns, 32)), 1.6 + 0.42 * rows) if ax is None else ax
-        clean(ax)
-        limit = float(np.abs(found.scores).max()) or 1.0
-        draw_scores(ax, found.scores, limit, uncertain, decimals=3)
-        for axis, numbers in ((ax.xaxis, found.heads), (ax.yaxis, found.layers)):
-            axis.set_ticks(range(len(numbers)), [str(number) for number in numbers])
-        colour_bar(ax, limit, "AP lost without the head")
-        handles: list[Any] = hue_handles("AP rises without it", "AP falls without it")
-        if uncertain.any():
-            handles.append(
-                Patch(facecolor="none", edgecolor=MUTED, hatch="////", linewidth=0, label="interval spans 0")
-            )
-        legend_above(ax, handles, entry=1.7, title=f"AP lost without a single head of {found.site}")
-        return ax
-    ax = new_axes(max(5.4, 1.2 + 0.62 * columns), 3.4) if ax is None else ax
-    clean(ax, grid="y")
-    places = np.arange(columns)
-    values, low, high = found.scores[0], found.low[0], found.high[0]
-    shades = [MUTED if unsure else BLUE for unsure in uncertain[0]]
-    ax.bar(places, values, width=0.62, color=shades, alpha=0.75, zorder=2)
-    ax.vlines(places, low, high, color=INK, linewidth=1.4, zorder=3)
-    top = float(np.nanmax([*high, *values, 0]))
-    for place, value, end in zip(places, values, high, strict=True):
-        above = max(float(np.nan_to_num(end, nan=value)), 0)
-        ax.annotate(
-            f"{value:.3f}".replace("-", "−"),
-            (place, above),
-            (0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=LABEL_POINTS,
-            color=INK,
-        )
-    ax.axhline(0, color=MUTED, linewidth=0.8)
-    ax.set_ylim(top=1.12 * top if top > 0 else None)
-    ax.set_xticks(places, [str(head) for head in found.heads])
-    ax.set_xlabel("head, in all layers")
-    ax.set_ylabel("Shapley value (AP)")
-    sums = "" if found.off is None else f", {found.on - found.off:.3f} together"
-    handles = [
-        Patch(facecolor=BLUE, alpha=0.75, label="Shapley value"),
-        Line2D([], [], color=INK, label=_BAND),
-    ]
-    legend_above(ax, handles, entry=2.4, title=f"Heads of {found.site}{sums}")
-    return ax
-
-
-def plot_heads_interactions(found: HeadScores, ax: Axes | None = None) -> Axes:
-    """Shapley interactions of all pairs of heads, each in all layers: what two add beyond each of them.
-
-    Raises:
-        SettingError: the scores have none.
-    """
-    if found.interactions is None:
-        raise SettingError(
-            f"the measure {found.measure!r} has no interactions: draw those of 'shapley_columns'"
-        )
-    heads = len(found.heads)
-    ax = new_axes(max(4.8, 1.9 + 0.5 * heads), max(4.1, 1.6 + 0.42 * heads)) if ax is None else ax
-    clean(ax)
-    limit = float(np.abs(found.interactions).max()) or 1.0
-    draw_scores(ax, found.interactions, limit, decimals=3)
-    for head in range(heads):
-        ax.add_patch(Rectangle((head - 0.47, head - 0.44), 0.94, 0.88, facecolor=GRID, zorder=5))
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_ticks(range(heads), [str(head) for head in found.heads])
-    ax.set_xlabel("head")
-    ax.set_ylabel("head")
-    colour_bar(ax, limit, "interaction (AP)")
-    handles = hue_handles("redundant: either will do", "they need each other")
-    legend_above(ax, handles, entry=1.9, title=f"Pairs of heads of {found.site}, in all layers")
-    return ax
-
-
 def plot_class_losses(
     scores: Scores,
     ax: Axes | None = None,
@@ -385,80 +303,13 @@ def plot_outcome_rates(
 
 
 def _band(scores: Scores) -> list[Patch]:
-    return [Patch(color=MUTED, alpha=0.3, label=_BAND)] if scores.resamples > 1 else []
+    return [Patch(color=MUTED, alpha=0.3, label=INTERVAL)] if scores.resamples > 1 else []
 
 
 def _legend(ax: Axes, handles: Sequence[Any], scores: Scores, entry: float) -> None:
     objects = scores.baseline.outcomes["truth"].objects
     title = f"{counted(objects, 'true object')} in {counted(len(scores.images), 'image')}"
     legend_above(ax, handles, entry=entry, title=title)
-
-
-def plot_relevance_statistics(found: SampleStatistics, ax: Axes | None = None) -> Axes:
-    """The share of relevance in the object's box, and its mass, for each configuration, with 95% intervals."""
-    ax = new_axes(7.2, 3.8) if ax is None else ax
-    names = ("share of relevance in the object's box", "mass of relevance, of that with nothing off")
-    handles = _statistics(ax, found, [(0, BLUE, "-", names[0]), (1, "#DDAA33", "-", names[1])])
-    ax.set_ylim(0, max(1.02, 1.05 * float(np.nan_to_num([*found.high.flat, *found.mean.flat]).max())))
-    ax.set_ylabel("mean over objects")
-    objects, images = counted(int(found.objects[0]), "detection"), counted(int(found.images[0]), "image")
-    legend_above(ax, handles, entry=2.6, title=f"{objects} with nothing off in a sample of {images}")
-    return ax
-
-
-def plot_faithfulness_statistics(found: SampleStatistics, ax: Axes | None = None) -> Axes:
-    """Areas under deletion and insertion curves for each configuration, of a method (lines) and of the control
-    (dashed), with 95% intervals.
-    """
-    ax = new_axes(7.2, 3.8) if ax is None else ax
-    looks = {"insertion": BLUE, "deletion": "#CC6633"}
-    series = [
-        (
-            column,
-            looks[about["quantity"]],
-            "-" if about["method"] != CONTROL else (0, (3, 2)),
-            f"{about['quantity']}, {about['method']}",
-        )
-        for column, about in enumerate(found.columns)
-        if about["quantity"] in looks
-    ]
-    handles = _statistics(ax, found, series)
-    ax.set_ylim(0, 1.02)
-    ax.set_ylabel("area under the curve")
-    least, most = int(found.objects.min()), int(found.objects.max())
-    objects = counted(most, "detection") if least == most else f"{least:,} to {counted(most, 'detection')}"
-    title = f"{objects} under the configuration in a sample of {counted(int(found.images.max()), 'image')}"
-    # In two columns, of the method and of the control.
-    legend_above(ax, handles, entry=2.6, title=title)
-    return ax
-
-
-def _statistics(
-    ax: Axes, found: SampleStatistics, series: Sequence[tuple[int, str, Any, str]]
-) -> list[Line2D]:
-    """Lines with bands over the configurations, each of a column, colour, style and name; what the legend has."""
-    clean(ax, grid="y")
-    places = np.arange(len(found.configurations))
-    for column, hue, style, _ in series:
-        ax.fill_between(
-            places, found.low[:, column], found.high[:, column], color=hue, alpha=0.18, linewidth=0
-        )
-        ax.plot(
-            places,
-            found.mean[:, column],
-            marker="o",
-            color=hue,
-            linestyle=style,
-            markersize=4.5,
-            linewidth=1.6,
-        )
-    if isinstance(kind_of(found.configurations), CumulativeSweep):
-        number_heads_off(ax, len(places) - 1)
-    else:
-        name_configurations(ax, found.configurations)
-    return [
-        Line2D([], [], color=hue, linestyle=style, marker="o", label=name) for _, hue, style, name in series
-    ]
 
 
 def evaluation_figures(
@@ -513,16 +364,3 @@ def evaluation_figures(
 def _naming(site: Site | None, sites: Sequence[Site | None]) -> tuple[str, str]:
     """What the names of figures and captions end in, where there are several sites."""
     return (f"_{site}", f" at {site}") if len(sites) > 1 else ("", "")
-
-
-__all__ = [
-    "evaluation_figures",
-    "plot_class_losses",
-    "plot_faithfulness_statistics",
-    "plot_heads_interactions",
-    "plot_heads_precision",
-    "plot_outcome_rates",
-    "plot_precision",
-    "plot_relevance_statistics",
-    "plot_subset_precision",
-]

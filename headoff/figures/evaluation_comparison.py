@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from headoff.evaluation.comparison import Comparison
 from headoff.figures.captions import shorten
 from headoff.figures.chart_axes import (
+    INTERVAL,
     LABEL_POINTS,
     clean,
     legend_above,
@@ -20,10 +21,10 @@ from headoff.figures.chart_axes import (
     plain_text,
 )
 from headoff.figures.evaluation import MOST_NAMED, cumulative_in
-from headoff.figures.palette import INK, MUTED
+from headoff.figures.palette import BLUE, INK, MUTED
 from headoff.wording import counted
 
-COLOURS = ("#1B6CA8", "#CC3311")
+COLOURS = (BLUE, "#CC3311")
 
 
 def plot_comparison(comparison: Comparison, ax: Axes | None = None) -> Axes:
@@ -57,7 +58,7 @@ def plot_comparison(comparison: Comparison, ax: Axes | None = None) -> Axes:
         for letter, hue, name in zip("AB", COLOURS, comparison.names, strict=True)
     ]
     if comparison.a.resamples > 1:
-        handles.append(Patch(color=MUTED, alpha=0.3, label="95% interval (bootstrap over images)"))
+        handles.append(Patch(color=MUTED, alpha=0.3, label=INTERVAL))
     legend_above(ax, handles, entry=2.6, title=f"Both over {counted(len(comparison.image_ids), 'image')}")
     return ax
 

@@ -21,12 +21,12 @@ from headoff.figures.captions import slug
 from headoff.figures.chart_axes import LABEL_POINTS, clean
 from headoff.figures.colouring import MapStyle, coloured
 from headoff.figures.object_views import ObjectView
-from headoff.figures.palette import INK, MUTED, OBJECT_COLOURS, object_colour
+from headoff.figures.palette import BLUE, INK, MUTED, OBJECT_COLOURS, object_colour
 from headoff.figures.tiles import EDGE, LINE, POINTS, SMALL, Place, Sheet, pixels_of, wrapped
 from headoff.wording import counted
 
 _DASHES = {"random": (0, (1, 1.5)), "box": (0, (4, 1.5)), "edges": (0, (4, 1.5, 1, 1.5))}
-_POINT, _BEST = "#9AA3AF", "#1B6CA8"
+_POINT = "#9AA3AF"
 _TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
 _ACROSS = 4
 """Most panels in a row."""
@@ -141,7 +141,7 @@ def plot_faithfulness(found: Faithfulness, measures: Sequence[str] | None = None
             estimate = found.estimate(method, measure.name, quantity.name)
             if math.isnan(estimate.value):
                 continue
-            colour = _BEST if method in best else _POINT
+            colour = BLUE if method in best else _POINT
             ax.hlines(place, estimate.low, estimate.high, color=colour, alpha=0.5, linewidth=3)
             face = colour if method in best else "white"
             ax.plot(estimate.value, place, "o", color=colour, markersize=4.6, markerfacecolor=face, zorder=3)

@@ -39,6 +39,8 @@ UNMATCHED_COLOUR = "#FFFFFF"
 INK = "#1F2430"
 """The colour of text and axes. Dark pages replace it."""
 MUTED = "#6B7280"
+BLUE = "#1B6CA8"
+"""The colour of the main quantity in charts of more than one object."""
 GRID = "#D5D9E0"
 
 

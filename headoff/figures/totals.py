@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 from headoff.errors import GateError
 from headoff.figures.captions import shorten
 from headoff.figures.chart_axes import (
+    INTERVAL,
     LABEL_POINTS,
     clean,
     empty,
@@ -18,12 +19,11 @@ from headoff.figures.chart_axes import (
     number_heads_off,
     plain_text,
 )
-from headoff.figures.palette import INK, MUTED
+from headoff.figures.palette import BLUE, INK, MUTED
 from headoff.gates import CumulativeSweep, kind_of, parse_configuration
 from headoff.totals import Totals
 from headoff.wording import counted
 
-COLOUR = "#1B6CA8"
 MOST_NAMED = 60
 """Most configurations that are named in the chart; of more, their order by survival is drawn."""
 
@@ -54,8 +54,8 @@ def plot_totals(totals: Totals, ax: Axes | None = None) -> Axes:
     has_interval = not math.isnan(lows[0])
     if named:
         if has_interval:
-            ax.hlines(places, lows, highs, color=COLOUR, alpha=0.4, linewidth=4)
-        ax.plot(means, places, "o", color=COLOUR, markersize=5, markeredgecolor="white")
+            ax.hlines(places, lows, highs, color=BLUE, alpha=0.4, linewidth=4)
+        ax.plot(means, places, "o", color=BLUE, markersize=5, markeredgecolor="white")
         ax.set_yticks(places, [shorten(total.name, 40) for total in chosen], fontsize=LABEL_POINTS)
         plain_text(ax.yaxis)
         ax.set_ylim(len(chosen) - 0.4, -0.6)
@@ -64,9 +64,9 @@ def plot_totals(totals: Totals, ax: Axes | None = None) -> Axes:
         ax.set_xlim(max(0, math.floor(10 * least - 0.5) / 10), 1.02)
     else:
         if has_interval:
-            ax.fill_between(places, lows, highs, color=COLOUR, alpha=0.22, linewidth=0)
+            ax.fill_between(places, lows, highs, color=BLUE, alpha=0.22, linewidth=0)
         dots = "o" if _is_cumulative(totals) else ""
-        ax.plot(places, means, marker=dots, color=COLOUR, markersize=4.5, linewidth=1.6)
+        ax.plot(places, means, marker=dots, color=BLUE, markersize=4.5, linewidth=1.6)
         ax.set_ylim(0, 1.02)
         if _is_cumulative(totals):
             number_heads_off(ax, len(chosen) - 1)
@@ -75,9 +75,9 @@ def plot_totals(totals: Totals, ax: Axes | None = None) -> Axes:
     words = "mean probability of an object's class\nat its own query"
     ax.set(**{"xlabel" if named else "ylabel": words})
     where = f"{counted(totals.objects, 'object')} in {counted(totals.images, 'image')}"
-    handles: list[Line2D | Patch] = [Line2D([], [], color=COLOUR, marker="o", label=f"mean of {where}")]
+    handles: list[Line2D | Patch] = [Line2D([], [], color=BLUE, marker="o", label=f"mean of {where}")]
     if has_interval:
-        band = Patch(color=COLOUR, alpha=0.3, label="95% interval (bootstrap over images)")
+        band = Patch(color=BLUE, alpha=0.3, label=INTERVAL)
         handles.append(band)
     legend_above(ax, handles, entry=2.8)
     ax.tick_params(colors=MUTED, labelcolor=INK)
