@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from headoff.detector import Attend, AttentionAddress, AttentionCall
+from headoff.calls import Attend, AttentionAddress, AttentionCall
 from headoff.detr.detector import BoxHead, Detr, Features
 from headoff.detr.transformer import Residual
 from headoff.gates import SITES, Gates

@@ -11,8 +11,8 @@ import headoff
 from headoff.ablation import ablation_draws, fit_optimal, gather_references, make_ablation
 from headoff.ablation.kinds import Ablation, ConstantReplacement, attend_uniformly
 from headoff.ablation.references import fingerprint_of, hash_of_image
+from headoff.calls import AttentionAddress, AttentionCall
 from headoff.choices import SITES
-from headoff.detector import AttentionAddress, AttentionCall
 from headoff.errors import SettingError
 from headoff.gates import heads_off, none_off, off_vector, stack
 from headoff.sweeps import decode_all

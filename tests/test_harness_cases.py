@@ -12,7 +12,7 @@ from relevance_examples import tiny_detector
 
 from headoff.attention.eager import eager
 from headoff.attention.sdpa import sdpa
-from headoff.detector import AttentionAddress
+from headoff.calls import AttentionAddress
 from headoff.detr.checkpoints import save_native
 from headoff.errors import HeadoffError, SettingError
 from headoff.gates import first_off, none_off, stack

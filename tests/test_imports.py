@@ -15,6 +15,7 @@ LAYERS = (
     {"files", "devices", "callables", "dataframes", "images", "gates", "templates", "timing"},
     {"attention"},
     {"deformable"},
+    {"calls"},
     {"detector"},
     {"detections", "encoded", "detr"},
     {"outcomes", "family", "scenes"},

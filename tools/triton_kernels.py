@@ -51,7 +51,7 @@ from headoff.bench.calls import AttentionShape, AttentionWorkload
 from headoff.bench.outputs import ExpectedOutputs
 from headoff.bench.suites import check_of, spread
 from headoff.bench.workloads import Direction
-from headoff.detector import AttentionAddress
+from headoff.calls import AttentionAddress
 from headoff.errors import HeadoffError
 from headoff.harness.finding import Property
 from headoff.harness.tolerance import allowed_error

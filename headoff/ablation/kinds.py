@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from headoff.ablation.references import References, fingerprint_of, hash_of_image, load_references
+from headoff.calls import AttentionAddress, AttentionCall, Replacement
 from headoff.choices import ABLATION_KINDS, AblationKind, Site
-from headoff.detector import AttentionAddress, AttentionCall, Detector, Replacement
+from headoff.detector import Detector
 from headoff.errors import SettingError, did_you_mean
 from headoff.images import ImageSource
 from headoff.scenes.samples import bundled_references

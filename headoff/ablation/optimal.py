@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from headoff.ablation.references import References, fingerprint_of, hash_of_image
+from headoff.calls import Attend, AttentionCall
 from headoff.choices import DEFAULT_SITE, Site
 from headoff.detections import detections_from
-from headoff.detector import Attend, AttentionCall, Detector
+from headoff.detector import Detector
 from headoff.errors import SettingError
 from headoff.gates import Gates
 from headoff.images import ImageSource, load_image

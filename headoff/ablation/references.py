@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from headoff.calls import Attend, AttentionAddress, AttentionCall
 from headoff.choices import SITES, Site
-from headoff.detector import Attend, AttentionAddress, AttentionCall, Detector
+from headoff.detector import Detector
 from headoff.detr.checkpoints.files import read_tensors
 from headoff.errors import AttentionError, CheckpointError, ImageError, SettingError
 from headoff.files import write_file

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headoff.detector import Attend, AttentionAddress, AttentionCall, Split
+from headoff.calls import Attend, AttentionAddress, AttentionCall, Split
 from headoff.detr.config import DetrConfig
 from headoff.detr.sharing import LayerGates, SharingPlan
 from headoff.devices import autocast

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headoff.calls import AttentionAddress
 from headoff.deformable import host_shapes
-from headoff.detector import AttentionAddress
 from headoff.errors import CheckpointError
 
 if TYPE_CHECKING:

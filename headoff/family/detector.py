@@ -22,17 +22,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from headoff.attention import Attention
+from headoff.calls import AttentionAddress, AttentionCall, DeformableCall
 from headoff.choices import SITES, Site
 from headoff.deformable import Shapes
-from headoff.detector import (
-    AttentionAddress,
-    AttentionCall,
-    DeformableCall,
-    Detector,
-    DetectorOutput,
-    GatesSpec,
-    check_pixels,
-)
+from headoff.detector import Detector, DetectorOutput, GatesSpec, check_pixels
 from headoff.devices import autocast
 from headoff.family.adapter import Adapter, find_adapter
 from headoff.family.attention import INTERFACE, Place, intercept, register_interface

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headoff.detector import Attend, AttentionCall, Detector
+from headoff.calls import Attend, AttentionCall
+from headoff.detector import Detector
 from headoff.encoded import EncodedImage
 from headoff.values import Objects
 

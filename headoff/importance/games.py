@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from headoff.ablation import Ablation
+from headoff.calls import Attend, AttentionAddress, AttentionCall
 from headoff.choices import Site
 from headoff.detections import detections_from
-from headoff.detector import Attend, AttentionAddress, AttentionCall, Detector, DetectorOutput, Features
+from headoff.detector import Detector, DetectorOutput, Features
 from headoff.encoded import EncodedImage
 from headoff.errors import AttentionError, NonFiniteError, SettingError
 from headoff.gates import Gates

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from headoff.attention.contract import AdaptedAttention
-from headoff.detector import Attend
+from headoff.calls import Attend
 from headoff.relevance.callable_vjp import gradients_by_callable
 from headoff.relevance.records import AttentionRecord, select_runs
 from headoff.relevance.rules import CENTRED_RESOLUTION

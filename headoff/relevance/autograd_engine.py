@@ -20,7 +20,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from headoff.detector import Attend, AttentionAddress, Call, DeformableCall, Detector, DetectorOutput
+from headoff.calls import Attend, AttentionAddress, Call, DeformableCall
+from headoff.detector import Detector, DetectorOutput
 from headoff.errors import AttentionError, NonFiniteError, SettingError
 from headoff.gates import Gates, Site
 from headoff.relevance.aggregation import DecoderCams, Rows

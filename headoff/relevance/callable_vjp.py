@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headoff.detector import Attend, AttentionCall
+from headoff.calls import Attend, AttentionCall
 from headoff.errors import AttentionError
 from headoff.relevance.records import AttentionRecord, select_runs
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headoff.detector import AttentionAddress, Detector
+from headoff.calls import AttentionAddress
+from headoff.detector import Detector
 from headoff.gates import Gates
 from headoff.relevance.autograd_engine import Recorder, check_finite, make_vjp, points_at_targets
 from headoff.relevance.engine import (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headoff.attention.fused import device_guard, unsupported_gpu
-from headoff.detector import Attend
+from headoff.calls import Attend
 from headoff.errors import SettingError, root_cause_line
 from headoff.relevance.attention_vjp import AttentionVjp, CamRule, centred_threshold
 from headoff.relevance.records import AttentionRecord, select_runs

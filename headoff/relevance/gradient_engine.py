@@ -34,7 +34,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from headoff.detector import Attend, AttentionCall, Call, Detector
+from headoff.calls import Attend, AttentionCall, Call
+from headoff.detector import Detector
 from headoff.detr.detector import Detr, Features
 from headoff.errors import SettingError
 from headoff.gates import Gates

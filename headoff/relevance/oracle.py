@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headoff.calls import Attend, AttentionAddress, Call, DeformableCall
 from headoff.deformable import grid_sample_attention
-from headoff.detector import Attend, AttentionAddress, Call, DeformableCall, Detector
+from headoff.detector import Detector
 from headoff.gates import SITES, Gates
 from headoff.relevance.rules import AttentionEvidence, Evidence
 from headoff.relevance.targets import Target

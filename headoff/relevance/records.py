@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from headoff.detector import AttentionAddress
+from headoff.calls import AttentionAddress
 
 LOG_SUM_TILE = 2**17
 """Scores in memory while log-sum-exps are computed: as many as fit into a CPU's cache."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headoff.detector import DeformableCall
+from headoff.calls import DeformableCall
 from headoff.relevance.attention_vjp import CamRule, centred_threshold
 from headoff.relevance.records import select_runs
 

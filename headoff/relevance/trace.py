@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headoff.detector import Attend, AttentionAddress, AttentionCall, DetectorOutput
+from headoff.calls import Attend, AttentionAddress, AttentionCall
+from headoff.detector import DetectorOutput
 from headoff.detr.detector import Detr, Features, Memory
 from headoff.detr.sharing import separate_runs
 from headoff.detr.transformer import DecoderLayer, EncoderLayer, FeedForward, MultiHeadAttention, Residual

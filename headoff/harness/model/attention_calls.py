@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention, resolve_attention
-from headoff.detector import Attend, AttentionAddress, AttentionCall
+from headoff.calls import Attend, AttentionAddress, AttentionCall
 from headoff.gates import Configuration, Site, stack
 from headoff.harness.finding import Finding, Property
 from headoff.harness.model.gradients import sum_of_targets, target_of

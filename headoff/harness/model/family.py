@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from headoff.ablation.references import fingerprint_of
+from headoff.calls import Attend, AttentionAddress, Call, DeformableCall
 from headoff.detections import Detections, detections_from
-from headoff.detector import Attend, AttentionAddress, Call, DeformableCall
 from headoff.detr.checkpoints import ModelChoice
 from headoff.detr.checkpoints.load import BUNDLED_FAMILY
 from headoff.errors import SettingError

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from headoff.attention import Attention, resolve_attention
+from headoff.calls import Attend, AttentionAddress, AttentionCall
 from headoff.deformable import DeformableAttention
-from headoff.detector import Attend, AttentionAddress, AttentionCall, Detector
+from headoff.detector import Detector
 from headoff.detr.checkpoints import ModelChoice
 from headoff.detr.detector import Detr, Features
 from headoff.errors import HeadoffError, NonFiniteError

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headoff.detector import Attend, AttentionCall, DetectorOutput
+from headoff.calls import Attend, AttentionCall
+from headoff.detector import DetectorOutput
 from headoff.detr.detector import Detr, Features
 from headoff.gates import Configuration, Gates, stack
 from headoff.images import ImageSource, load_image

@@ -29,7 +29,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from headoff.detector import AttentionAddress, Detector
+from headoff.calls import AttentionAddress
+from headoff.detector import Detector
 from headoff.detr.detector import Detr, Features
 from headoff.errors import SettingError
 from headoff.gates import Gates

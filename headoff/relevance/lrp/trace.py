@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from headoff.detector import AttentionAddress
+from headoff.calls import AttentionAddress
 from headoff.detr.detector import Detr
 from headoff.detr.transformer import (
     Decoder,
