@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import headoff
+from headoff.harness.reference import cache
 
 PACKAGE = Path(headoff.__file__).parent
 
@@ -50,6 +51,13 @@ DEFERRED = {
     ("harness", "bench"),
 }
 """Imports of a later layer that a function may make when it is called."""
+
+NO_NUMBERS = {
+    *("callables", "choices", "dataframes", "devices", "errors", "figures"),
+    *("files", "scenes", "signatures", "totals", "wording"),
+}
+"""What those of `headoff.harness.reference.cache` import, and whose changes move no expected number:
+what is said and written, what images are found by (their contents are part of the key), and means over images."""
 
 WITH_PYTEST = {"harness", "bench"}
 WITH_RAY = {"evaluation"}
@@ -101,6 +109,17 @@ def test_every_module_has_a_layer():
         path.parent.name for path in PACKAGE.glob("*/*.py")
     }
     assert units - {"__init__", "suites"} == set().union(*LAYERS)
+
+
+def test_what_expected_results_are_computed_by_is_hashed():
+    """Otherwise a change would be judged by results that were kept from before."""
+    hashed = {name.partition("/")[0].removesuffix(".py") for name in cache.SOURCES} - {"harness"}
+    used = {
+        name.split(".")[1]
+        for _, unit, name, _ in imports()
+        if unit in hashed and name.startswith("headoff.") and name != "headoff.__version__"
+    }
+    assert used - hashed == NO_NUMBERS
 
 
 def test_only_the_harness_knows_pytest_and_only_evaluation_ray():
