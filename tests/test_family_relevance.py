@@ -111,7 +111,7 @@ def test_a_wrong_weight_of_one_corner_is_seen(monkeypatch):
     # The comparison with the oracle could not fail if both used the same weights.
     detector = loaded("rt_detr")
     image = features(detector)
-    right = headoff.detector.corners
+    right = headoff.calls.corners
 
     def wrong(shapes, locations):
         tokens, weights = right(shapes, locations)
@@ -122,7 +122,7 @@ def test_a_wrong_weight_of_one_corner_is_seen(monkeypatch):
     expected = (
         resolve_cam_method("chefer").dense(dense_evidence(detector, image, gates, target)).relevance[:, 2]
     )
-    monkeypatch.setattr("headoff.detector.corners", wrong)
+    monkeypatch.setattr("headoff.calls.corners", wrong)
     (found,) = AutogradEngine(detector, image).run(gates, lambda *_: [target])
     assert (found.pairs[0].rows - expected).abs().max() > 1e-6 * expected.abs().max()
 
