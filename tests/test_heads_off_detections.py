@@ -25,7 +25,7 @@ from headoff.harness.model.detections import (
 from headoff.harness.model.mutations import require_rejected, some_heads, with_wrong_heads
 from headoff.harness.model.patched import features_on, findings_about, patched
 from headoff.harness.plugin.options import settings_from
-from headoff.harness.plugin.scenes import parametrize_scenes
+from headoff.harness.plugin.scenes import STALE, golden_detections, golden_files, parametrize_scenes
 from headoff.harness.reference.cases import (
     BUNDLED_MODEL,
     CONFIDENCE,
@@ -33,7 +33,7 @@ from headoff.harness.reference.cases import (
     configuration_names,
     reference_case,
 )
-from headoff.harness.reference.golden import GoldenDetections, detection_rows, in_folder
+from headoff.harness.reference.golden import GoldenDetections
 from headoff.harness.settings import Settings
 
 CALLS_SCENES = 1
@@ -57,20 +57,9 @@ def findings_of(under_test, case):
 def test_oracle(snapshot, pytestconfig, oracle_scene):
     """The float64 oracle gives the golden file, and writes it under --snapshot-update."""
     case = reference_case(settings_from(pytestconfig), oracle_scene)
-    if case.golden is None:
-        pytest.skip(
-            "there are no golden files for this model and image: the oracle's output is what is expected"
-        )
-    expected = {
-        "confidence": CONFIDENCE,
-        "image_size": list(case.image_size),
-        "configurations": {
-            configuration.name: detection_rows(expected_detections(case, configuration))
-            for configuration in case.cumulative
-        },
-    }
-    golden = snapshot.use_extension(in_folder(case.golden, GoldenDetections))
-    assert golden == expected, "the golden file is stale: run `pytest -k heads_off --snapshot-update`"
+    golden = golden_files(snapshot, case.golden, GoldenDetections)
+    found = {one.name: expected_detections(case, one) for one in case.cumulative}
+    assert golden == golden_detections(CONFIDENCE, found), STALE
 
 
 @pytest.mark.parametrize("configuration", configuration_names())

@@ -13,15 +13,9 @@ import headoff
 from headoff.harness.finding import fail_on
 from headoff.harness.model.family import CONFIDENCE, FamilyCase, family_case, family_findings, undetected
 from headoff.harness.plugin.options import settings_from
-from headoff.harness.plugin.scenes import parametrize_scenes
+from headoff.harness.plugin.scenes import golden_detections, golden_files, parametrize_scenes
 from headoff.harness.reference.cases import reference_case
-from headoff.harness.reference.golden import (
-    GoldenDetections,
-    GoldenMaps,
-    detection_rows,
-    golden_root,
-    in_folder,
-)
+from headoff.harness.reference.golden import GoldenDetections, GoldenMaps, golden_root
 from headoff.harness.reference.maps import CaseMaps, mismatches
 from headoff.harness.tolerance import Tolerance
 
@@ -49,29 +43,28 @@ def case(scene, under_test):
 
 @pytest.fixture
 def golden_case(oracle_scene, pytestconfig):
-    case = case_of(settings_from(pytestconfig), oracle_scene)
-    if not case.bundled:
-        pytest.skip("there are no golden files for this model and image")
-    return case
+    return case_of(settings_from(pytestconfig), oracle_scene)
+
+
+@pytest.fixture
+def golden_folder(golden_case, pytestconfig):
+    return golden_root(settings_from(pytestconfig)) if golden_case.bundled else None
 
 
 @pytest.mark.oracle
-def test_oracle(snapshot, pytestconfig, golden_case):
+def test_oracle(snapshot, golden_folder, golden_case):
     """The float64 oracle gives the golden file, and writes it under --snapshot-update."""
-    detections = golden_case.detections
-    expected = {
-        "confidence": CONFIDENCE,
-        "image_size": list(detections["none off"].image_size),
-        "configurations": {name: detection_rows(found) for name, found in detections.items()},
-    }
-    golden = snapshot.use_extension(in_folder(golden_root(settings_from(pytestconfig)), GoldenDetections))
-    assert golden == expected, "the golden file is stale: see docs/harness.md"
+    golden = golden_files(snapshot, golden_folder, GoldenDetections)
+    assert golden == golden_detections(CONFIDENCE, golden_case.detections), (
+        "the golden file is stale: see docs/harness.md"
+    )
 
 
 @pytest.mark.parametrize("configuration", EXPLAINED)
 @pytest.mark.oracle
-def test_relevance(snapshot, pytestconfig, golden_case, configuration):
+def test_relevance(snapshot, pytestconfig, golden_folder, golden_case, configuration):
     """`headoff.explain` gives the maps of the golden file, which the dense oracle writes under --snapshot-update."""
+    golden = golden_files(snapshot, golden_folder, GoldenMaps)
     chosen = next(one for one in golden_case.configurations if one.name == configuration)
     objects, _ = golden_case.explained()
 
@@ -88,7 +81,6 @@ def test_relevance(snapshot, pytestconfig, golden_case, configuration):
         oracle = maps(golden_case.maps(chosen), "the float64 oracle")
         assert not mismatches(oracle, found)
         found = oracle
-    golden = snapshot.use_extension(in_folder(golden_root(settings_from(pytestconfig)), GoldenMaps))
     assert golden == found, "maps differ from the golden file: see docs/harness.md"
 
 

@@ -16,9 +16,9 @@ from headoff.harness.model.importance import (
 )
 from headoff.harness.model.mutations import require_rejected
 from headoff.harness.plugin.options import settings_from
-from headoff.harness.plugin.scenes import parametrize_scenes
+from headoff.harness.plugin.scenes import STALE, golden_files, parametrize_scenes
 from headoff.harness.reference.cases import reference_case
-from headoff.harness.reference.golden import SCORE_DECIMALS, GoldenScores, in_folder
+from headoff.harness.reference.golden import SCORE_DECIMALS, GoldenScores
 
 SCENES = 2
 """Images that are tried."""
@@ -37,10 +37,7 @@ def case(some_scene, under_test):
 def test_oracle(snapshot, pytestconfig, oracle_scene):
     """The float64 oracle gives the golden file, and writes it under --snapshot-update."""
     case = reference_case(settings_from(pytestconfig), oracle_scene)
-    if case.golden is None:
-        pytest.skip(
-            "there are no golden files for this model and image: the oracle's output is what is expected"
-        )
+    golden = golden_files(snapshot, case.golden, GoldenScores)
     scores = expected_importance(case)
     expected = {
         "objects": list(case.object_names),
@@ -52,8 +49,7 @@ def test_oracle(snapshot, pytestconfig, oracle_scene):
             for measure in MEASURES
         },
     }
-    golden = snapshot.use_extension(in_folder(case.golden, GoldenScores))
-    assert golden == expected, "the golden file is stale: run `pytest -k heads_off --snapshot-update`"
+    assert golden == expected, STALE
 
 
 def test_expected_importance(case, under_test):

@@ -30,7 +30,7 @@ from headoff.harness.model.relevance import (
 )
 from headoff.harness.model.relu_masks import ReluMasks
 from headoff.harness.plugin.options import settings_from
-from headoff.harness.plugin.scenes import parametrize_scenes
+from headoff.harness.plugin.scenes import golden_files, parametrize_scenes
 from headoff.harness.reference.cases import (
     MANY_TOKENS,
     METHOD,
@@ -38,7 +38,7 @@ from headoff.harness.reference.cases import (
     cumulative_names,
     reference_case,
 )
-from headoff.harness.reference.golden import GoldenMaps, in_folder
+from headoff.harness.reference.golden import GoldenMaps
 from headoff.harness.reference.maps import UPDATE, CaseMaps, map_errors, map_tolerance, stale
 from headoff.harness.reference.oracle import dense_maps
 
@@ -97,7 +97,7 @@ def test_heads_off_truth(snapshot, pytestconfig, oracle_scene, configuration):
             errors = map_errors(known, case.compute_maps(chosen))
             assert errors.max() <= map_tolerance(errors, roundings(case), torch.float64).floor
         return
-    golden = snapshot.use_extension(in_folder(case.golden, GoldenMaps))
+    golden = golden_files(snapshot, case.golden, GoldenMaps)
     path = case.golden_file(chosen)
     if recompute:
         assert golden == oracle_maps(case, chosen)
