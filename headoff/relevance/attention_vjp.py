@@ -196,14 +196,9 @@ class AttentionVjp:
         gated, centre = None, None
         if not weighted or input_gradients is not None:
             gated, centre = self._gated(grad_context, runs)
-        pair_slices, row_slices, head_slices = self._slices(len(runs))
+        pair_slices, row_slices, head_slices = tiles_of(record, runs, self._tile, self._batched)
         active = self._active(factor if gated is None else gated, head_slices)
-        # Indexing with a slice gives views, indexing with a tensor gives copies.
-        numbers = None if self._batched else runs.tolist()
-        for pairs in pair_slices:
-            runs_here = (
-                runs[pairs] if numbers is None else slice(numbers[pairs.start], numbers[pairs.start] + 1)
-            )
+        for pairs, runs_here in pair_slices:
             for rows in row_slices:
                 cam: Tensor | None = None
                 for index, some_heads in enumerate(head_slices):
@@ -245,9 +240,6 @@ class AttentionVjp:
                     cam = record.query.new_zeros(shape)
                 cam.mul_(1 / heads)
                 yield pairs, rows, cam.clamp_min_(0) if self.rule == "gradcam" else cam
-
-    def _slices(self, pairs: int) -> tuple[list[slice], list[slice], list[slice]]:
-        return tiles_of(self.record, pairs, self._tile, self._batched)
 
     def _gated(self, grad_context: Tensor | None, runs: Tensor) -> tuple[Tensor, Tensor]:
         """dO' (P, H, T, D), and rowsum(dO * O) (P, H, T, 1)."""
@@ -310,15 +302,23 @@ def centred_threshold(gated: Tensor, largest_value: Tensor) -> Tensor:
 
 
 def tiles_of(
-    record: AttentionRecord, pairs: int, tile: int, batched: bool
-) -> tuple[list[slice], list[slice], list[slice]]:
-    """Slices of pairs, rows and heads, of `tile` numbers: heads are divided first, then pairs, and rows last."""
+    record: AttentionRecord, runs: Tensor, tile: int, batched: bool
+) -> tuple[list[tuple[slice, Tensor | slice]], list[slice], list[slice]]:
+    """Slices of pairs with their runs, of rows and of heads: tiles of `tile` numbers. Heads are divided first, then
+    pairs, and rows last. `runs` and `batched` are those of `AttentionVjp`.
+    """
     _, heads, queries, _ = record.query.shape
-    keys = record.key.shape[2]
+    keys, pairs = record.key.shape[2], len(runs)
     rows_at_once = max(1, min(queries, tile // keys))
     pairs_at_once = max(1, min(pairs, tile // (keys * rows_at_once))) if batched else 1
     heads_at_once = max(1, min(heads, tile // (keys * rows_at_once * pairs_at_once)))
-    return _cut(pairs, pairs_at_once), _cut(queries, rows_at_once), _cut(heads, heads_at_once)
+    pair_slices: list[tuple[slice, Tensor | slice]]
+    if batched:
+        pair_slices = [(some, runs[some]) for some in _cut(pairs, pairs_at_once)]
+    else:
+        # Indexing with a slice gives views, indexing with a tensor gives copies.
+        pair_slices = [(slice(at, at + 1), slice(run, run + 1)) for at, run in enumerate(runs.tolist())]
+    return pair_slices, _cut(queries, rows_at_once), _cut(heads, heads_at_once)
 
 
 def _cut(length: int, size: int) -> list[slice]:

@@ -80,14 +80,11 @@ class AttentionRelevance:
         of_query = torch.zeros_like(shares)
         shape = pairs, shares.shape[1], keys, shares.shape[3]
         of_key, of_value = shares.new_zeros(shape), shares.new_zeros(shape)
-        pair_slices, row_slices, head_slices = tiles_of(record, pairs, self._tile, self._batched)
-        numbers = None if self._batched else runs.tolist()
-        for pairs_here in pair_slices:
-            start = pairs_here.start
-            runs_here = runs[pairs_here] if numbers is None else slice(numbers[start], numbers[start] + 1)
+        pair_slices, row_slices, head_slices = tiles_of(record, runs, self._tile, self._batched)
+        for pairs_here, runs_here in pair_slices:
             for heads in head_slices:
                 # Heads that are off, and pairs without relevance, are skipped where that can be seen without waiting.
-                if numbers is not None and not bool(gated[pairs_here, heads].any()):
+                if not self._batched and not bool(gated[pairs_here, heads].any()):
                     continue
                 key = select_runs(record.scaled_key[:, heads], runs_here)
                 value = select_runs(self._value[:, heads], runs_here)
