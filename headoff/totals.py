@@ -189,13 +189,16 @@ def bootstrap_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     Returns:
         (`RESAMPLES`, n); NaN where no image that was drawn counts.
     """
-    generator = np.random.default_rng(0)  # the same images have the same intervals
-    images = len(sums)
-    means = []
+    return np.concatenate([(drawn @ sums) / (drawn @ counts) for drawn in bootstrap_draws(len(sums))])
+
+
+def bootstrap_draws(images: int) -> Iterator[np.ndarray]:
+    """How often each image is drawn in `RESAMPLES` samples of a bootstrap: blocks (samples, images) float64.
+
+    They are the same for every call with that number of images, so that equal images have equal intervals.
+    """
+    generator = np.random.default_rng(0)
     at_once = max(1, _AT_ONCE // images)
     for start in range(0, RESAMPLES, at_once):
         samples = min(at_once, RESAMPLES - start)
-        # How often each image is drawn.
-        drawn = generator.multinomial(images, np.full(images, 1 / images), size=samples)
-        means.append((drawn @ sums) / (drawn @ counts))
-    return np.concatenate(means)
+        yield generator.multinomial(images, np.full(images, 1 / images), size=samples).astype(np.float64)

@@ -12,7 +12,7 @@ from headoff import sample_image
 from headoff.cli import main
 from headoff.figures.roles import plot_attention, plot_effects
 from headoff.importance.attention import STATISTICS
-from headoff.importance.roles import ROLES, Estimate, HeadRoles
+from headoff.importance.roles import ROLES, HeadRoles, MeanOverImages
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def found():
 
     def estimate(*shape):
         mean = generator.normal(size=shape)
-        return Estimate(mean, mean - 0.1, mean + 0.1, np.full(shape, 0.01))
+        return MeanOverImages(mean, mean - 0.1, mean + 0.1, np.full(shape, 0.01))
 
     return HeadRoles(
         "decoder_cross", (2, 4), 9, 20, "zero",

@@ -17,7 +17,7 @@ from headoff.importance.attention import (
     token_regions,
 )
 from headoff.importance.games import Game
-from headoff.importance.roles import ROLES, Estimate, HeadRoles, head_roles
+from headoff.importance.roles import ROLES, HeadRoles, MeanOverImages, head_roles
 
 BOX = torch.tensor([[0.5, 0.5, 0.4, 0.4]], dtype=torch.float64)
 
@@ -105,7 +105,7 @@ def test_recorded_attention_is_that_of_explain():
 def test_intervals_cover_the_mean_and_leave_missing_values_out():
     images = np.random.default_rng(1).normal(2.0, 1.0, size=(400, 3))
     images[::2, 1] = np.nan
-    found = Estimate.of(images)
+    found = MeanOverImages.of(images)
     assert found.mean == pytest.approx(np.nanmean(images, axis=0))
     expected = np.nanstd(images, axis=0) / np.sqrt([400, 200, 400])
     assert found.error == pytest.approx(expected, rel=0.1)
@@ -115,10 +115,10 @@ def test_intervals_cover_the_mean_and_leave_missing_values_out():
 def roles_with(effect, error):
     """1 layer x 2 heads; the second has no effect."""
     estimates = {
-        role.value: Estimate(*(np.array([[x, 0.0]]) for x in (effect * role.sign, 0.0, 0.0, error)))
+        role.value: MeanOverImages(*(np.array([[x, 0.0]]) for x in (effect * role.sign, 0.0, 0.0, error)))
         for role in ROLES
     }
-    columns = {name: Estimate(*(x[0] for x in vars(one).values())) for name, one in estimates.items()}
+    columns = {name: MeanOverImages(*(x[0] for x in vars(one).values())) for name, one in estimates.items()}
     return HeadRoles("decoder_cross", (1, 2), 9, 9, "zero", estimates, columns, {}, None, None, None)
 
 

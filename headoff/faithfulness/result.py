@@ -16,7 +16,7 @@ from headoff.faithfulness.measures import Measure, Quantity, Scores
 from headoff.faithfulness.statistics import (
     Comparison,
     Estimate,
-    bootstrap_draws,
+    all_draws,
     compare,
     estimates,
     quantiles,
@@ -190,7 +190,7 @@ class Faithfulness:
         stacked = np.stack(curves)
         low = high = np.full(stacked.shape[1], np.nan)
         if len(stacked) > 1:
-            low, high = quantiles(bootstrap_draws(len(stacked)) @ stacked / len(stacked))
+            low, high = quantiles(all_draws(len(stacked)) @ stacked / len(stacked))
         return Curve(found.points.numpy(), stacked.mean(0), low, high)
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from statistics import NormalDist
 import numpy as np
 
 from headoff.faithfulness.measures import Measure, Scores, mean_over_objects
-from headoff.totals import LEVEL, RESAMPLES
+from headoff.totals import LEVEL, bootstrap_draws
 
 FLIPS = 20_000
 """Random choices of signs of a permutation test."""
@@ -53,11 +53,9 @@ class Comparison:
     test: str
 
 
-def bootstrap_draws(images: int) -> np.ndarray:
-    """(R, images) how often each image is drawn, always the same for that number of images."""
-    generator = np.random.default_rng(0)
-    drawn = generator.multinomial(images, np.full(images, 1 / images), size=RESAMPLES)
-    return drawn.astype(np.float64)
+def all_draws(images: int) -> np.ndarray:
+    """`headoff.totals.bootstrap_draws` as one array, (R, images)."""
+    return np.concatenate([*bootstrap_draws(images)])
 
 
 def estimates(measure: Measure, images: Sequence[Scores]) -> list[Estimate]:
@@ -68,7 +66,7 @@ def estimates(measure: Measure, images: Sequence[Scores]) -> list[Estimate]:
         low = high = np.full(len(whole), np.nan)
     else:
         with np.errstate(invalid="ignore"):
-            drawn = measure.pooled(images, bootstrap_draws(len(images)))
+            drawn = measure.pooled(images, all_draws(len(images)))
         low, high = quantiles(drawn)
     found = []
     for at, value in enumerate(whole.tolist()):
@@ -127,7 +125,7 @@ def compare(measure: Measure, by_method: dict[str, dict[int, Scores]], quantity:
             first, second = by_method[names[a]], by_method[names[b]]
             common = sorted(first.keys() & second.keys())
             if len(common) >= 2:
-                draws = np.concatenate([np.ones((1, len(common))), bootstrap_draws(len(common))])
+                draws = np.concatenate([np.ones((1, len(common))), all_draws(len(common))])
                 gap = np.subtract(
                     *(measure.pooled([of[i] for i in common], draws)[:, quantity] for of in (first, second))
                 )

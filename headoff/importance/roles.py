@@ -59,7 +59,7 @@ CLASS_IMAGES = 10
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanOverImages:
     """The mean over n images of the mean over objects, arrays of any one shape.
 
     Attributes:
@@ -74,7 +74,7 @@ class Estimate:
     error: np.ndarray
 
     @classmethod
-    def of(cls, images: np.ndarray) -> Estimate:
+    def of(cls, images: np.ndarray) -> MeanOverImages:
         """From (n, ...) images; NaN where an image has no value."""
         there = np.isfinite(images)
         filled = np.where(there, images, 0.0).reshape(len(images), -1)
@@ -98,7 +98,7 @@ class ClassEffects:
 
     images: int
     objects: int
-    effects: dict[str, Estimate]
+    effects: dict[str, MeanOverImages]
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,12 @@ class HeadRoles:
     images: int
     objects: int
     ablation: AblationKind
-    effects: dict[str, Estimate]
-    column_effects: dict[str, Estimate]
-    attention: dict[str, Estimate]
-    agreement: Estimate | None
-    across_objects: Estimate | None
-    across_layers: Estimate | None
+    effects: dict[str, MeanOverImages]
+    column_effects: dict[str, MeanOverImages]
+    attention: dict[str, MeanOverImages]
+    agreement: MeanOverImages | None
+    across_objects: MeanOverImages | None
+    across_layers: MeanOverImages | None
     classes: dict[str, ClassEffects] = field(default_factory=dict)
 
     @property
@@ -162,7 +162,7 @@ class HeadRoles:
             layer: int | str,
             head: int,
             quantity: str,
-            of: Estimate,
+            of: MeanOverImages,
             at: tuple[int, ...],
             class_name: str = "",
         ) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class HeadRoles:
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON types; NaN becomes None."""
 
-        def plain(of: Estimate | None) -> Any:
+        def plain(of: MeanOverImages | None) -> Any:
             if of is None:
                 return None
             return {
@@ -311,8 +311,8 @@ def head_roles(
             "lower the confidence"
         )
 
-    def estimate(per_image: list[np.ndarray]) -> Estimate:
-        return Estimate.of(np.stack(per_image))
+    def estimate(per_image: list[np.ndarray]) -> MeanOverImages:
+        return MeanOverImages.of(np.stack(per_image))
 
     looked = site == "decoder_cross"
     return HeadRoles(
@@ -341,7 +341,7 @@ def _quantile(tests: int) -> float:
     return NormalDist().inv_cdf(1 - (1 - LEVEL) / 2 / tests)
 
 
-def _supported(effects: dict[str, Estimate], at: tuple[int, ...], quantile: float) -> tuple[Role, ...]:
+def _supported(effects: dict[str, MeanOverImages], at: tuple[int, ...], quantile: float) -> tuple[Role, ...]:
     """The roles whose effect at a place lies so many standard errors beyond the smallest that counts."""
     return tuple(
         role
