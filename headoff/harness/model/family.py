@@ -28,7 +28,8 @@ from headoff.detections import Detections, detections_from
 from headoff.detr.checkpoints import ModelChoice
 from headoff.detr.checkpoints.load import BUNDLED_FAMILY
 from headoff.errors import SettingError
-from headoff.family.detector import FamilyDetector, FamilyFeatures, FamilyMemory
+from headoff.family.detector import FamilyDetector
+from headoff.family.memory import FamilyFeatures, FamilyMemory
 from headoff.gates import SITES, Clause, Configuration, cumulative, heads_off, stack
 from headoff.harness.contracts import DEFORMABLE, Contract
 from headoff.harness.deformable.implementations import STANDARD
