@@ -130,3 +130,28 @@ def test_right_attentions_pass_everything(name, dtype):
         assert not operator_findings(attention, case, CPU)
     for check in SIDE_EFFECTS:
         assert not side_effect_findings(attention, check, dtype, CPU)
+
+
+@pytest.mark.parametrize("seed", [2, 5])
+def test_a_gate_gradient_may_be_off_by_the_rounding_of_positions(seed):
+    found = side_effect_findings(
+        grid_sample_attention,
+        name="gate-gradient",
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        seed=seed,
+    )
+    assert found == []
+
+
+def test_a_wrong_gate_gradient_is_found():
+    def doubled(value, spatial_shapes, sampling_locations, attention_weights, *, head_gate=None):
+        gate = None if head_gate is None else 1.001 * head_gate - 0.001 * head_gate.detach()
+        return grid_sample_attention(
+            value, spatial_shapes, sampling_locations, attention_weights, head_gate=gate
+        )
+
+    found = side_effect_findings(
+        doubled, name="gate-gradient", dtype=torch.float32, device=torch.device("cpu"), seed=2
+    )
+    assert found and found[0].property == "gate"

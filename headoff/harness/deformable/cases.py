@@ -96,6 +96,10 @@ class DeformableCase(Case):
         return self.batch * self.queries * self.heads * len(self.shapes) * self.points
 
     @property
+    def largest_side(self) -> int:
+        return max(map(max, self.shapes))
+
+    @property
     def context_shape(self) -> tuple[int, ...]:
         return self.batch, self.queries, self.heads, self.channels
 

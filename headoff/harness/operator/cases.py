@@ -109,6 +109,11 @@ class Case(ABC):
     def context_shape(self) -> tuple[int, ...]: ...
 
     @property
+    def largest_side(self) -> int:
+        """Cells along the longest side of a level: a position is rounded in proportion. 1 where nothing is sampled."""
+        return 1
+
+    @property
     def may_be_rejected(self) -> str | None:
         """What a callable may raise on, where no model calls it so."""
         return None
