@@ -31,37 +31,26 @@ def embedding_bag_attention(
     See `headoff.deformable.contract`. Differentiable with respect to all tensors. Raises what torch raises for shapes
     and dtypes that do not fit.
     """
-    batch = value.shape[0]
-    queries = sampling_locations.shape[1]
-    compute = torch.promote_types(value.dtype, torch.float32)
-    table = value.to(compute)
-    points = math.prod(sampling_locations.shape[2:5])
-    at_once = max(1, AT_ONCE // (batch * points))
-    contexts = []
-    for start in range(0, max(queries, 1), at_once):
-        rows = slice(start, start + at_once)
-        weights = attention_weights[:, rows].to(compute)
-        if head_gate is not None:
-            gate = head_gate if head_gate.shape[1] == 1 else head_gate[:, rows]
-            weights = weights * gate[..., None].to(compute)
-        contexts.append(
-            _context(table, host_shapes(spatial_shapes), sampling_locations[:, rows].to(compute), weights)
-        )
-    return torch.cat(contexts, 1).to(value.dtype)
-
-
-def _context(value: Tensor, spatial_shapes: Shapes, sampling_locations: Tensor, weights: Tensor) -> Tensor:
-    """Context (B, Q, H, D) of some queries."""
     batch, tokens, heads, channels = value.shape
-    four = corner_by_corner(spatial_shapes, sampling_locations, weights)
-    indices, products = (torch.stack(parts, 3).flatten(3) for parts in zip(*four, strict=True))
+    shapes = host_shapes(spatial_shapes)
+    compute = torch.promote_types(value.dtype, torch.float32)
+    weights = attention_weights.to(compute)
+    if head_gate is not None:
+        weights = weights * head_gate[..., None].to(compute)
     # Row (b * N + n) * H + h of the table is what head h of token n has.
+    table = value.to(compute).reshape(-1, channels)
     first = torch.arange(batch, dtype=torch.int32, device=value.device)[:, None] * (tokens * heads)
     first = first + torch.arange(heads, dtype=torch.int32, device=value.device)
-    context = embedding_bag(
-        indices.mul_(heads).add_(first[:, None, :, None]).flatten(0, 2),
-        value.reshape(-1, channels),
-        per_sample_weights=products.flatten(0, 2),
-        mode="sum",
-    )
-    return context.view(batch, -1, heads, channels)
+    at_once = max(1, AT_ONCE // max(1, batch * math.prod(weights.shape[2:])))
+    contexts = []
+    for places, some in zip(sampling_locations.split(at_once, 1), weights.split(at_once, 1), strict=True):
+        four = corner_by_corner(shapes, places.to(compute), some)
+        indices, products = (torch.stack(parts, 3).flatten(3) for parts in zip(*four, strict=True))
+        context = embedding_bag(
+            indices.mul_(heads).add_(first[:, None, :, None]).flatten(0, 2),
+            table,
+            per_sample_weights=products.flatten(0, 2),
+            mode="sum",
+        )
+        contexts.append(context.view(batch, -1, heads, channels))
+    return torch.cat(contexts, 1).to(value.dtype)
